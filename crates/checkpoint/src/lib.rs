@@ -1,0 +1,1 @@
+//! Sharded checkpoints: plan, write, commit, read, export.

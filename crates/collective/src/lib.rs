@@ -1,0 +1,1 @@
+//! Collectives between workers: the trait, TCP, and the conformance suite.

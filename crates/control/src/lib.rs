@@ -1,0 +1,1 @@
+//! The membership protocol as two sans-io state machines.

@@ -1,0 +1,1 @@
+//! The coordinator service: drives the control machines over gRPC, SQLite and timers.

@@ -1,0 +1,1 @@
+//! Image shards: pack, index, decode, augment, prefetch.

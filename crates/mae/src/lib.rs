@@ -1,0 +1,1 @@
+//! The MAE model on libtorch, the torch engine and the worker binary.

@@ -1,0 +1,1 @@
+//! The run as arithmetic: order, draws, schedule, exact reduction, AdamW, digests.

@@ -1,0 +1,1 @@
+//! The run specification: TOML text to raw to validated.

@@ -1,0 +1,1 @@
+//! Agent and trainer, generic over the engine; the fake engine.

@@ -1,0 +1,1 @@
+//! Process-level tests: the harness and the fake worker binary.

@@ -1,0 +1,2 @@
+//! Repository tasks: tidy checks, generated code.
+fn main() {}
