@@ -1,1 +1,45 @@
 //! Collectives between workers: the trait, TCP, and the conformance suite.
+//!
+//! A *collective* connects the members of one generation of a run. It sums gradients
+//! ([`Collective::all_reduce_i64`], [`Collective::all_reduce_f32`]) and hands state to joiners
+//! ([`Collective::broadcast`]). Every call blocks its thread, has a deadline, and can be woken from
+//! another thread through an [`AbortHandle`].
+//!
+//! What this crate deliberately does not do:
+//! - **It never repairs a group.** After any error a communicator is dead for good; membership
+//!   decides who belongs to the next generation, and the survivors form it over the same listener.
+//! - **It never retries an operation.** The caller computes a failed step again whole.
+//! - **It does not encrypt.** Members prove knowledge of the generation's key once per connection;
+//!   the payload travels in clear and unauthenticated afterwards. Until transport security exists,
+//!   listeners bind to loopback only (see [`Exposure`]).
+//! - It has no async code and starts no threads.
+//!
+//! Start reading at `traits.rs` (the contract), then `exchange.rs` (how bytes move), `form.rs` and
+//! `handshake.rs` (how a group forms). `conformance.rs` is the contract as tests.
+
+#![forbid(unsafe_code)]
+
+#[cfg(target_endian = "big")]
+compile_error!("elements travel as native bytes, which the wire format fixes to little-endian");
+
+mod abort;
+pub mod conformance;
+mod error;
+mod exchange;
+mod form;
+mod handshake;
+mod listener;
+mod reduce;
+mod tcp;
+mod traits;
+
+pub use abort::AbortHandle;
+pub use error::{BindError, CollectiveError, MissingPeer, OpDescription, OpKind, Refusal};
+pub use form::Group;
+pub use listener::{Exposure, TrainerListener};
+pub use tcp::TcpCollective;
+pub use traits::{Collective, OpLedger, OpProgress};
+
+/// Largest group. A full mesh has `n·(n-1)/2` connections and every rank holds `n - 1` of them
+/// plus as many receive slots; beyond this, hierarchical sums are the better design.
+pub const WORLD_MAX: usize = 64;

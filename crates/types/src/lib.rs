@@ -150,7 +150,10 @@ fn check_name(text: &str, what: &'static str) -> Result<(), NameError> {
     if fits && text.bytes().all(allowed) {
         return Ok(());
     }
-    Err(NameError { what, text: text.to_string() })
+    Err(NameError {
+        what,
+        text: text.to_string(),
+    })
 }
 
 /// One unit of work of a step: `slot_batch` samples that one device computes with fixed shapes.
@@ -176,14 +179,25 @@ pub struct BuildId {
 impl BuildId {
     /// Returns the identity of this build.
     pub fn this() -> Self {
-        BuildId { version: env!("CARGO_PKG_VERSION").to_string(), protocol: 1, numerics: 1 }
+        BuildId {
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            protocol: 1,
+            numerics: 1,
+        }
     }
 }
 
 impl fmt::Display for BuildId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { version, protocol, numerics } = self;
-        write!(f, "lacuna {version} (protocol {protocol}, numerics {numerics})")
+        let Self {
+            version,
+            protocol,
+            numerics,
+        } = self;
+        write!(
+            f,
+            "lacuna {version} (protocol {protocol}, numerics {numerics})"
+        )
     }
 }
 
