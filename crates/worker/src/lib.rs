@@ -1,1 +1,8 @@
-//! Agent and trainer, generic over the engine; the fake engine.
+//! Agent and trainer: the processes that compute. Generic over [`engine::Engine`] and the collective.
+//!
+//! No libtorch here: the torch engine lives in the `mae` crate; [`fake::FakeEngine`] is a real
+//! regression in plain Rust for tests of processes.
+#![forbid(unsafe_code)]
+
+pub mod cpu_state;
+pub mod engine;

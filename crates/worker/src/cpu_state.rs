@@ -1,0 +1,73 @@
+//! A state in host memory: what every CPU engine keeps.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use lacuna_recipe::adamw;
+use lacuna_recipe::digest::Crc64;
+use lacuna_recipe::init;
+use lacuna_recipe::state::{Layout, Section, TensorDigests};
+
+use crate::engine::UpdateScalars;
+
+/// Parameters and moments as three flat buffers that never move.
+#[derive(Debug)]
+pub struct CpuState {
+    layout: Arc<Layout>,
+    sections: [Box<[f32]>; 3],
+}
+
+impl CpuState {
+    /// Creates the initial state of a run's `seed`.
+    pub fn fresh(layout: Arc<Layout>, seed: u64) -> Self {
+        let zeros = || vec![0f32; layout.numel()].into_boxed_slice();
+        let mut param = zeros();
+        for (block, spec) in layout.params().iter().enumerate() {
+            init::fill(spec, seed, &mut param[layout.range(block)]);
+        }
+        let sections = [param, zeros(), zeros()];
+        CpuState { layout, sections }
+    }
+
+    /// Returns the tensors in canonical order.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// Returns a whole flat section. Its address is stable for the life of the state.
+    pub fn section(&self, section: Section) -> &[f32] {
+        &self.sections[section as usize]
+    }
+
+    /// Returns a whole flat section for writing.
+    pub fn section_mut(&mut self, section: Section) -> &mut [f32] {
+        &mut self.sections[section as usize]
+    }
+
+    /// Applies one AdamW update with the mean gradient `mean`, flat.
+    pub fn apply(&mut self, mean: &[f32], update: &UpdateScalars) {
+        assert_eq!(mean.len(), self.layout.numel(), "one gradient per element");
+        let [param, exp_avg, exp_avg_sq] = &mut self.sections;
+        for (block, spec) in self.layout.params().iter().enumerate() {
+            let decays = spec.decays(update.decay_tokens);
+            let scalars = update.adamw.update_f32(update.lr, update.t, decays);
+            let range: Range<usize> = self.layout.range(block);
+            adamw::apply_f32(
+                &scalars,
+                &mut param[range.clone()],
+                &mut exp_avg[range.clone()],
+                &mut exp_avg_sq[range.clone()],
+                &mean[range],
+            );
+        }
+    }
+
+    /// Computes the digests of every tensor's sections.
+    pub fn tensor_digests(&self) -> Vec<TensorDigests> {
+        let digest = |block: usize| {
+            let range = self.layout.range(block);
+            Section::ALL.map(|s| Crc64::of_f32(&self.section(s)[range.clone()]))
+        };
+        (0..self.layout.n_blocks()).map(digest).collect()
+    }
+}

@@ -1,0 +1,90 @@
+//! The interface between the training loop and whatever computes gradients.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use lacuna_recipe::adamw::AdamW;
+use lacuna_recipe::reduce::SlotGrad;
+use lacuna_recipe::state::{Layout, Section, TensorDigests};
+use lacuna_recipe::step::SlotBatch;
+
+/// A failure of an engine; the trainer process ends with it.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The batch does not fit the model.
+    #[error("slot {index} of step {step} does not fit the model: {what}")]
+    Batch {
+        /// Step of the slot.
+        step: u64,
+        /// Index of the slot.
+        index: u32,
+        /// What does not fit.
+        what: String,
+    },
+    /// The library or device below failed.
+    #[error("{context}")]
+    Device {
+        /// What was being done.
+        context: String,
+        /// What the library said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Scalars of one optimizer update.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UpdateScalars {
+    /// Learning rate, in f64; rounded once by the update.
+    pub lr: f64,
+    /// Number of the update, from 1.
+    pub t: u64,
+    /// Constants of AdamW.
+    pub adamw: AdamW,
+    /// Whether `cls_token` and `mask_token` are decayed.
+    pub decay_tokens: bool,
+}
+
+/// Computes gradients of slots and applies updates; holds parameters and both moments.
+///
+/// Guarantees every implementation gives (the conformance suite checks them):
+/// - **Purity**: a slot's loss and gradient are a function of the parameters and the batch alone: not of
+///   earlier calls, other slots, or the process.
+/// - [`slot`](Engine::slot) changes no state. [`apply`](Engine::apply) is elementwise and total.
+/// - A fresh engine holds the initial weights of the run's seed and zero moments.
+/// - What [`write`](Engine::write) stored, [`read`](Engine::read) returns bit for bit.
+pub trait Engine: Send {
+    /// Returns the tensors of the state in canonical order.
+    fn layout(&self) -> &Arc<Layout>;
+
+    /// Computes one slot: calls `sink` once per tensor, in the order in which gradients complete, and
+    /// returns the slot's mean loss.
+    ///
+    /// The gradient is the mean over the slot's samples; a sample of weight 0 adds nothing and still
+    /// counts in the divisor.
+    fn slot(
+        &mut self,
+        batch: &SlotBatch,
+        sink: &mut dyn FnMut(SlotGrad<'_>),
+    ) -> Result<f32, EngineError>;
+
+    /// Applies one AdamW update with the mean gradient, flat in [`Layout`] order. All or nothing.
+    fn apply(&mut self, mean: &[f32], update: &UpdateScalars) -> Result<(), EngineError>;
+
+    /// Copies `range` of a flat section to `out`.
+    fn read(&self, section: Section, range: Range<usize>, out: &mut [f32])
+    -> Result<(), EngineError>;
+
+    /// Overwrites a flat section from element `at` on.
+    fn write(&mut self, section: Section, at: usize, values: &[f32]) -> Result<(), EngineError>;
+
+    /// Computes the digests of every tensor's sections, in canonical order.
+    fn tensor_digests(&self) -> Result<Vec<TensorDigests>, EngineError>;
+
+    /// Computes a digest that is equal on machines whose engines give equal bits: the loss and
+    /// gradients of fixed slots, of a small model and of the run's own shapes.
+    fn probe(&mut self) -> Result<u64, EngineError>;
+
+    /// Describes device and library for people: `cpu (libtorch 2.11.0, avx2, 1 thread)`.
+    fn describe(&self) -> String;
+}
