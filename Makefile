@@ -1,0 +1,41 @@
+# An index of what can be done here, one line each; the work is in scripts/ and xtask/.
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test check fmt clippy tidy deny ci bench gpu-check clean clean-all
+
+# The crate that links libtorch. It is always built with the release profile: `make demo` needs that
+# build anyway, and libtorch's two large C++ files are then compiled once and not per profile.
+TORCH := --release --package lacuna-mae
+PLAIN := --workspace --exclude lacuna-mae
+
+help: ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+setup: ## check the tools, fetch libtorch, build (CUDA=1 fetches the CUDA libraries too)
+	@python3 scripts/setup.py
+build: ## build `lacuna` and `lacuna-worker` into target/release
+	@cargo build --release --package lacuna-cli --package lacuna-mae
+demo: ## train on this machine, kill and add workers, compare the results (DATA_DIR=folder)
+	@scripts/demo.sh
+test: ## run every test that needs no GPU
+	@scripts/test.sh
+check: fmt clippy tidy deny ## check format, lints, layers and licences
+fmt: ## check the format
+	@cargo fmt --all --check
+clippy: ## check the lints
+	@cargo clippy $(PLAIN) --all-targets -- -D warnings
+	@cargo clippy $(TORCH) --all-targets -- -D warnings
+tidy: ## check layers, purity, file sizes, links
+	@cargo xtask tidy
+deny: ## check licences and sources of dependencies, where cargo-deny is installed
+	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo "deny: skipped: cargo-deny is not installed (cargo install cargo-deny)"; fi
+ci: ## what continuous integration runs: prepare, check, test
+	@python3 scripts/setup.py --no-build
+	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory test
+bench: ## measure the data path on this machine (BENCH="--help" for more)
+	@cargo run --release --package lacuna-cli -- data bench $(BENCH)
+gpu-check: ## run the tests and measurements that need a GPU
+	@scripts/gpu_check.sh
+clean: ## remove what was built
+	@cargo clean
+clean-all: clean ## remove libtorch and the demo's output too (downloads stay in the cache)
+	@rm -rf third_party demo-out .lacuna

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Runs the test lanes and prints at the end how long each took, and what was skipped and why.
+# Every lane runs, whatever failed before it; the exit code is 1 if any failed.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+summary=()
+failed=0
+
+lane() { # name, command...
+    local name=$1 start=$SECONDS word=passed
+    shift
+    echo "== lane $name: $*"
+    "$@" || { word=FAILED; failed=1; }
+    summary+=("$(printf '%-8s %-8s %4d s' "$name" "$word" $((SECONDS - start)))")
+}
+
+skip() { # name, reason
+    summary+=("$(printf '%-8s %-8s %s' "$1" skipped "$2")")
+}
+
+default_lane() {
+    # Process tests start these binaries; building the tests alone does not build them all.
+    cargo build --workspace --exclude lacuna-mae --bins || return
+    cargo test --workspace --exclude lacuna-mae
+}
+
+torch_lane() {
+    # One thread: the bits of libtorch's results depend on the number of threads, and OpenMP's
+    # spinning starves a machine that runs several workers. The release profile: see the Makefile.
+    OMP_NUM_THREADS=1 cargo test --release --package lacuna-mae
+}
+
+lane scripts python3 -m unittest discover --start-directory scripts --pattern '*_test.py'
+lane default default_lane
+if [ -n "${LIBTORCH:-}" ] || [ -e third_party/libtorch/build-version ]; then
+    lane torch torch_lane
+elif [ -n "${CI:-}" ]; then
+    echo "test: no libtorch, which CI must have (make setup)" >&2
+    summary+=("torch    FAILED   no libtorch (make setup)")
+    failed=1
+else
+    skip torch "no libtorch (make setup)"
+fi
+if [ "${LACUNA_GPU_TESTS:-}" = 1 ]; then
+    skip gpu "its tests ran inside the other lanes (LACUNA_GPU_TESTS=1)"
+else
+    skip gpu "needs a GPU (make gpu-check)"
+fi
+
+echo
+echo "lanes:"
+printf '  %s\n' "${summary[@]}"
+exit $failed
