@@ -5,7 +5,8 @@
 
 Environment: LIBTORCH (use that libtorch, fetch nothing), CUDA=1 (fetch the CUDA libraries too),
 XDG_CACHE_HOME (downloads are kept in its folder `lacuna/wheels`, and never fetched twice).
-Exit codes: 0 done, 1 the build failed, 78 this machine lacks something; the last line says what. No root needed.
+Exit codes: 0 done, 1 the build failed, 78 this machine lacks something; the last line says what.
+No root needed.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def check_tools() -> None:
     rust = version_of(["rustc", "--version"])
     wanted = ".".join(map(str, RUST_VERSION_MIN))
     if rust is None or version_of(["cargo", "--version"]) is None:
-        missing.append(f"Rust {wanted} or later (rustup; Debian: apt-get install rustup)")
+        missing.append(f"Rust {wanted} or later (rustup.rs; Debian 13: apt-get install rustup)")
     else:
         found = tuple(int(part) for part in re.findall(r"\d+", rust)[:2])
         if found < RUST_VERSION_MIN:
@@ -263,7 +264,7 @@ def unpack(archives: Iterable[pathlib.Path], flavor: str, dest: pathlib.Path) ->
 
 
 def make_view(third_party: pathlib.Path) -> None:
-    """Makes the folder `libtorch` that LIBTORCH points to: links that show the CPU half of libtorch only.
+    """Makes the folder `libtorch`, to which LIBTORCH points: links to the CPU half of libtorch.
 
     torch-sys links CUDA as soon as it sees libtorch_cuda.so, and libtorch.so would pull it in;
     programs open it at run time instead, so one binary serves both.

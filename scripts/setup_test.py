@@ -82,7 +82,8 @@ class Install(WithFolder):
     def test_what_a_build_does_not_need_is_left_out(self):
         self.install()
         wheels = self.third_party / "wheels"
-        for name in ["torch/nn", "torch/lib/libtorch_cuda.so", "nvidia/cu13/lib/libcudart_static.a"]:
+        for name in ["torch/nn", "torch/lib/libtorch_cuda.so",
+                     "nvidia/cu13/lib/libcudart_static.a"]:
             self.assertFalse((wheels / name).exists(), name)
 
     def test_the_second_run_does_nothing(self):
