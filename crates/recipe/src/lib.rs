@@ -13,6 +13,7 @@ pub mod adamw;
 pub mod augment;
 pub mod digest;
 pub mod init;
+pub mod keymap;
 pub mod mask;
 pub mod model;
 pub mod order;
