@@ -119,7 +119,7 @@ mod tests {
         let mean = v.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
         let std = (v
             .iter()
-            .map(|&x| (f64::from(x) - mean).powi(2))
+            .map(|&x| (f64::from(x) - mean) * (f64::from(x) - mean))
             .sum::<f64>()
             / n)
             .sqrt();

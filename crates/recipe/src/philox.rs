@@ -172,7 +172,7 @@ mod tests {
             assert!((0.0..1.0).contains(&draws.unit_f64(i)));
             assert!(draws.below(i, 7) < 7);
         }
-        assert_eq!(unit24(u32::MAX), 1.0 - 2f32.powi(-24));
+        assert_eq!(unit24(u32::MAX), 1.0 - 1.0 / 16_777_216.0);
         assert!(unit53(u32::MAX, u32::MAX) < 1.0);
     }
 }

@@ -1,0 +1,251 @@
+//! Checkpoints: proposed here, written by the members, committed by the driver.
+
+use std::collections::BTreeMap;
+
+use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, WorkerId, exit};
+
+use super::forming::Stage;
+use super::{Command, CommitOrder, Coordinator, Ending, Record};
+use crate::message::ToWorker;
+use crate::plan::CheckpointRef;
+
+/// A checkpoint on its way.
+#[derive(Clone, Debug)]
+pub(super) struct Attempt {
+    pub seq: AttemptSeq,
+    pub deadline: Timestamp,
+    pub snapshots: BTreeMap<usize, (Step, u64)>,
+    pub receipts: BTreeMap<usize, String>,
+    pub committing: bool,
+}
+
+impl Coordinator {
+    /// When the next checkpoint is due by time.
+    pub(super) fn checkpoint_time(&self) -> Option<Timestamp> {
+        Some(self.checkpoint_base.1 + self.config.checkpoint_interval?)
+    }
+
+    pub(super) fn checkpoint_due(&self, now: Timestamp) -> bool {
+        let (step, _) = self.checkpoint_base;
+        let by_steps = |every: u64| self.progress.0 >= step.0 + every;
+        self.checkpoint_asked
+            || self.config.checkpoint_steps.is_some_and(by_steps)
+            || self.checkpoint_time().is_some_and(|at| at <= now)
+    }
+
+    /// Starts an attempt. `held`: everybody stands at one boundary already.
+    pub(super) fn propose(&mut self, now: Timestamp, held: bool) {
+        let Some(group) = self.group.as_mut() else {
+            return;
+        };
+        group.attempts += 1;
+        let seq = AttemptSeq(group.attempts);
+        group.attempt = Some(Attempt {
+            seq,
+            deadline: now + self.timing.attempt,
+            snapshots: BTreeMap::new(),
+            receipts: BTreeMap::new(),
+            committing: false,
+        });
+        self.checkpoint_asked = false;
+        self.checkpoint_base = (self.progress, now);
+        let group = group.clone();
+        let generation = group.plan.generation;
+        self.broadcast(
+            &group,
+            &ToWorker::Propose {
+                generation,
+                attempt: seq,
+                held,
+            },
+        );
+    }
+
+    pub(super) fn attempt_is(&self, generation: Generation, seq: AttemptSeq) -> bool {
+        self.group.as_ref().is_some_and(|group| {
+            group.plan.generation == generation
+                && group
+                    .attempt
+                    .as_ref()
+                    .is_some_and(|attempt| attempt.seq == seq)
+        })
+    }
+
+    pub(super) fn on_snapshotted(
+        &mut self,
+        worker: &WorkerId,
+        generation: Generation,
+        seq: AttemptSeq,
+        step: Step,
+        digest: u64,
+    ) {
+        self.progressed(generation, step);
+        if !self.attempt_is(generation, seq) {
+            return;
+        }
+        let Some((group, rank)) = self.member_of(worker, generation) else {
+            return;
+        };
+        let attempt = group.attempt.as_mut().expect("just seen");
+        attempt.snapshots.insert(rank, (step, digest));
+        let first = attempt.snapshots.values().next().expect("just inserted");
+        if *first != (step, digest) {
+            let why = format!(
+                "replicas differ at a checkpoint: {worker} has {digest:016x} at step {step}, another \
+                 member has {:016x} at step {}",
+                first.1, first.0
+            );
+            self.end(Ending::Paused { why });
+            return;
+        }
+        self.commit_if_ready();
+    }
+
+    pub(super) fn on_part_done(
+        &mut self,
+        worker: &WorkerId,
+        generation: Generation,
+        seq: AttemptSeq,
+        receipt: String,
+    ) {
+        if !self.attempt_is(generation, seq) {
+            return;
+        }
+        let Some((group, rank)) = self.member_of(worker, generation) else {
+            return;
+        };
+        let attempt = group.attempt.as_mut().expect("just seen");
+        attempt.receipts.insert(rank, receipt);
+        self.commit_if_ready();
+    }
+
+    fn commit_if_ready(&mut self) {
+        let Some(group) = self.group.as_mut() else {
+            return;
+        };
+        let world = group.plan.world();
+        let Some(attempt) = group.attempt.as_mut() else {
+            return;
+        };
+        let complete = attempt.receipts.len() == world && attempt.snapshots.len() == world;
+        if !complete || attempt.committing {
+            return;
+        }
+        attempt.committing = true;
+        let &(step, digest) = attempt.snapshots.values().next().expect("complete");
+        let order = CommitOrder {
+            generation: group.plan.generation,
+            attempt: attempt.seq,
+            step,
+            digest,
+            receipts: attempt.receipts.values().cloned().collect(),
+        };
+        self.out.push(Command::Commit(order));
+    }
+
+    /// A manifest is durable. It counts even if its generation is over by now.
+    pub(super) fn on_checkpoint_done(
+        &mut self,
+        now: Timestamp,
+        generation: Generation,
+        seq: AttemptSeq,
+        checkpoint: CheckpointRef,
+    ) {
+        let mine = self.attempt_is(generation, seq);
+        if self
+            .checkpoint
+            .as_ref()
+            .is_none_or(|c| c.step <= checkpoint.step)
+        {
+            self.checkpoint = Some(checkpoint.clone());
+            self.out
+                .push(Command::Persist(Record::Checkpoint(checkpoint.clone())));
+        }
+        self.checkpoint_base = (self.checkpoint_base.0.max(checkpoint.step), now);
+        self.failed_attempts = 0;
+        let CheckpointRef { step, manifest } = checkpoint;
+        self.note(
+            "saved",
+            false,
+            format!("checkpoint of step {step} committed ({manifest})"),
+        );
+        let Some(group) = self.group.as_mut().filter(|_| mine) else {
+            return;
+        };
+        group.attempt = None;
+        let group = group.clone();
+        self.broadcast(&group, &ToWorker::Committed { step, manifest });
+    }
+
+    /// Gives the attempt up. Training goes on; an end that needs a checkpoint tries again.
+    pub(super) fn attempt_failed(&mut self, why: &str) {
+        let Some(group) = self.group.as_mut() else {
+            return;
+        };
+        let Some(attempt) = group.attempt.take() else {
+            return;
+        };
+        let group = group.clone();
+        let generation = group.plan.generation;
+        let message = ToWorker::AbortAttempt {
+            generation,
+            attempt: attempt.seq,
+            why: why.to_string(),
+        };
+        self.broadcast(&group, &message);
+        self.failed_attempts += 1;
+        let n = self.failed_attempts;
+        self.note(
+            "not-saved",
+            true,
+            format!("checkpoint attempt {n} in a row failed: {why}"),
+        );
+        if n >= self.timing.failed_attempts {
+            let why = format!("{n} checkpoint attempts in a row failed, the last because: {why}");
+            self.end(Ending::Failed {
+                why,
+                code: exit::IO,
+            });
+        }
+    }
+
+    /// Everybody stands still before any step carried the attempt's lane from all: it can never start.
+    ///
+    /// (A member reports its snapshot before it reports that it stands, so none is on its way.)
+    pub(super) fn withdraw_unstarted_attempt(&mut self) {
+        let Some(group) = self.group.as_mut() else {
+            return;
+        };
+        let Some(attempt) = group.attempt.take_if(|a| a.snapshots.is_empty()) else {
+            return;
+        };
+        let group = group.clone();
+        let generation = group.plan.generation;
+        let why = "the members stopped before it could start".to_string();
+        self.broadcast(
+            &group,
+            &ToWorker::AbortAttempt {
+                generation,
+                attempt: attempt.seq,
+                why,
+            },
+        );
+        self.checkpoint_asked = true;
+    }
+
+    pub(super) fn expire_attempt(&mut self, now: Timestamp) {
+        let attempt = self.group.as_ref().and_then(|g| g.attempt.as_ref());
+        if attempt.is_some_and(|a| a.deadline <= now) {
+            let held = self.group.as_ref().is_some_and(|g| g.stage == Stage::Held);
+            let what = if held {
+                "at the boundary"
+            } else {
+                "while training"
+            };
+            self.attempt_failed(&format!(
+                "it took longer than {:?} {what}",
+                self.timing.attempt
+            ));
+        }
+    }
+}

@@ -1,0 +1,253 @@
+use super::*;
+use crate::message::FaultKind;
+
+const CONFIG: RunConfig = RunConfig {
+    n_slots: 4,
+    total_steps: 10,
+    workers_min: 1,
+    workers_max: 1,
+    checkpoint_steps: None,
+    checkpoint_interval: None,
+};
+
+fn coordinator() -> Coordinator {
+    Coordinator::new(
+        CONFIG,
+        Timing::one_machine(),
+        Saved::default(),
+        Timestamp(0),
+    )
+}
+
+fn a() -> (WorkerId, Incarnation) {
+    ("a:0".parse().unwrap(), Incarnation(1))
+}
+
+fn say(c: &mut Coordinator, ms: u64, message: ToCoordinator) -> Vec<Command> {
+    let (worker, incarnation) = a();
+    c.handle(
+        Timestamp::from_millis(ms),
+        Event::Message {
+            worker,
+            incarnation,
+            message,
+        },
+    )
+}
+
+/// Brings one worker to Running at step 0 in generation 1.
+fn running() -> Coordinator {
+    let mut c = coordinator();
+    let (worker, incarnation) = a();
+    let hello = Hello {
+        worker,
+        incarnation,
+        endpoint: "h:1".into(),
+        state: None,
+    };
+    c.handle(Timestamp::from_millis(1), Event::Hello(hello));
+    say(&mut c, 2, ToCoordinator::Warm { probe: 1 });
+    let generation = Generation(1);
+    say(
+        &mut c,
+        3,
+        ToCoordinator::Prepared {
+            generation,
+            state: None,
+        },
+    );
+    c.handle(
+        Timestamp::from_millis(3),
+        Event::CommId {
+            generation,
+            comm_id: vec![0; 32],
+        },
+    );
+    let out = say(
+        &mut c,
+        4,
+        ToCoordinator::Synced {
+            generation,
+            step: Step(0),
+            digest: 5,
+        },
+    );
+    assert!(out.iter().any(|command| matches!(
+        command,
+        Command::Send {
+            message: ToWorker::Start {
+                resume_step: Step(0),
+                ..
+            },
+            ..
+        }
+    )));
+    c
+}
+
+#[test]
+fn a_generation_is_durable_before_it_is_said() {
+    let mut c = coordinator();
+    let (worker, incarnation) = a();
+    let hello = Hello {
+        worker,
+        incarnation,
+        endpoint: "h:1".into(),
+        state: None,
+    };
+    c.handle(Timestamp::from_millis(1), Event::Hello(hello));
+    let out = say(&mut c, 2, ToCoordinator::Warm { probe: 1 });
+    let at = |wanted: &dyn Fn(&Command) -> bool| out.iter().position(wanted).unwrap();
+    let persisted = at(&|c| *c == Command::Persist(Record::Generation(Generation(1))));
+    let said = at(&|c| {
+        matches!(
+            c,
+            Command::Send {
+                message: ToWorker::Prepare(_),
+                ..
+            }
+        )
+    });
+    assert!(persisted < said);
+}
+
+#[test]
+fn unknown_workers_and_lives_are_told_that_they_are_stale() {
+    let mut c = running();
+    let stranger = Event::Message {
+        worker: a().0,
+        incarnation: Incarnation(77),
+        message: ToCoordinator::Leaving { why: "x".into() },
+    };
+    let out = c.handle(Timestamp::from_millis(5), stranger);
+    let [
+        Command::Send {
+            incarnation: Incarnation(77),
+            message,
+            ..
+        },
+    ] = &out[..]
+    else {
+        panic!("{out:?}")
+    };
+    assert_eq!(
+        *message,
+        ToWorker::Stale {
+            current: Generation(1)
+        }
+    );
+}
+
+#[test]
+fn a_lease_runs_out_and_the_state_is_gone_with_the_last_worker() {
+    let mut c = running();
+    let (at, why) = c.next_deadline().unwrap();
+    assert_eq!((at, why), (Timestamp::from_millis(3004), "lease"));
+    c.handle(Timestamp::from_millis(3004), Event::Tick);
+    assert_eq!(c.status().state, "running", "a lease is inclusive");
+    let out = c.handle(Timestamp::from_millis(3005), Event::Tick);
+    let text = format!("{out:?}");
+    assert!(text.contains("no beat for 3.0 s"), "{text}");
+    assert_eq!(c.status().workers.len(), 0);
+}
+
+#[test]
+fn a_run_fault_fails_the_run_with_its_reason() {
+    let mut c = running();
+    let kind = FaultKind::Run;
+    let detail = "3 steps in a row were not finite".to_string();
+    say(
+        &mut c,
+        9,
+        ToCoordinator::Fault {
+            generation: Generation(1),
+            kind,
+            detail,
+        },
+    );
+    let Some(Ending::Failed { why, code }) = c.ended() else {
+        panic!("{:?}", c.ended())
+    };
+    assert_eq!(
+        (why.as_str(), *code),
+        ("a:0: 3 steps in a row were not finite", 1)
+    );
+}
+
+#[test]
+fn no_worker_that_can_read_the_data_fails_the_run() {
+    let mut c = running();
+    let (generation, kind) = (Generation(1), FaultKind::Storage);
+    let detail = "failed to open shard `x.tar`".to_string();
+    say(
+        &mut c,
+        9,
+        ToCoordinator::Fault {
+            generation,
+            kind,
+            detail,
+        },
+    );
+    c.handle(Timestamp::from_millis(300), Event::Tick);
+    let Some(Ending::Failed { why, code }) = c.ended() else {
+        panic!("{:?}", c.ended())
+    };
+    assert!(why.contains("a:0: failed to open shard `x.tar`"), "{why}");
+    assert_eq!(*code, exit::IO);
+}
+
+#[test]
+fn a_failed_attempt_is_tried_again_and_three_end_a_run_that_needs_it() {
+    let mut c = running();
+    let generation = Generation(1);
+    let mut out = say(
+        &mut c,
+        9,
+        ToCoordinator::Held {
+            generation,
+            step: Step(10),
+            digest: 8,
+        },
+    );
+    for seq in 1..=3 {
+        let attempt = AttemptSeq(seq);
+        let proposed = ToWorker::Propose {
+            generation,
+            attempt,
+            held: true,
+        };
+        let sent = |c: &Command| matches!(c, Command::Send { message, .. } if *message == proposed);
+        assert!(out.iter().any(sent), "attempt {seq}: {out:?}");
+        let detail = "no space left".to_string();
+        out = say(
+            &mut c,
+            9 + seq,
+            ToCoordinator::PartFailed {
+                generation,
+                attempt,
+                detail,
+            },
+        );
+    }
+    assert!(
+        matches!(c.ended(), Some(Ending::Failed { code: exit::IO, .. })),
+        "{:?}",
+        c.ended()
+    );
+}
+
+#[test]
+fn a_commit_that_comes_late_still_counts() {
+    let mut c = running();
+    let checkpoint = CheckpointRef {
+        step: Step(4),
+        manifest: "m".into(),
+    };
+    let late = Event::CheckpointDone {
+        generation: Generation(0),
+        attempt: AttemptSeq(3),
+        checkpoint: checkpoint.clone(),
+    };
+    let out = c.handle(Timestamp::from_millis(9), late);
+    assert!(out.contains(&Command::Persist(Record::Checkpoint(checkpoint))));
+}

@@ -1,0 +1,252 @@
+//! What coordinator and workers say to each other, free of any wire format.
+//!
+//! Every message belongs to a generation; a receiver drops what belongs to a lower one.
+
+use lacuna_types::{AttemptSeq, Generation, Step};
+
+use crate::plan::{Plan, Sync};
+
+/// Coordinator to worker.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ToWorker {
+    /// Leave the old communicator and get ready for this plan.
+    Prepare(Plan),
+    /// Everybody is prepared: connect with these bytes and synchronise the state so.
+    Connect {
+        /// Generation of the plan.
+        generation: Generation,
+        /// Key or unique id of the communicator.
+        comm_id: Vec<u8>,
+        /// Where the state comes from.
+        sync: Sync,
+    },
+    /// Everybody holds the same state: train.
+    Start {
+        /// Generation of the plan.
+        generation: Generation,
+        /// First step to compute.
+        resume_step: Step,
+    },
+    /// The generation is over; whatever it still computes is garbage.
+    Revoke {
+        /// The generation that is over.
+        generation: Generation,
+        /// Why, for people.
+        why: String,
+    },
+    /// Raise the stop lane with this change id, until the boundary.
+    Hold {
+        /// Generation of the plan.
+        generation: Generation,
+        /// Number of the change.
+        change: u64,
+        /// Why, for people.
+        why: String,
+    },
+    /// Take part in a checkpoint.
+    Propose {
+        /// Generation of the plan.
+        generation: Generation,
+        /// Number of the attempt in its generation.
+        attempt: AttemptSeq,
+        /// Whether everybody stands at one boundary already, so that no lane is needed.
+        held: bool,
+    },
+    /// Give the attempt up.
+    AbortAttempt {
+        /// Generation of the plan.
+        generation: Generation,
+        /// Number of the attempt.
+        attempt: AttemptSeq,
+        /// Why, for people.
+        why: String,
+    },
+    /// The checkpoint is durable.
+    Committed {
+        /// Step of the saved state.
+        step: Step,
+        /// Digest of the manifest.
+        manifest: String,
+    },
+    /// End the process.
+    Exit {
+        /// Exit code.
+        code: u8,
+        /// Why, for people.
+        why: String,
+    },
+    /// A message came from a generation that is over, or from a worker that was given up.
+    Stale {
+        /// The generation that counts.
+        current: Generation,
+    },
+}
+
+/// Worker to coordinator.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ToCoordinator {
+    /// Alive, and what it is doing.
+    Beat(Beat),
+    /// The device works and the probe has run.
+    Warm {
+        /// Digest of the probe (the probe class).
+        probe: u64,
+    },
+    /// Out of every older communicator.
+    Prepared {
+        /// Generation being formed.
+        generation: Generation,
+        /// Step of the state in memory, if there is one.
+        state: Option<Step>,
+    },
+    /// Communicator up and state synchronised.
+    Synced {
+        /// Generation being formed.
+        generation: Generation,
+        /// Step of the state.
+        step: Step,
+        /// Digest of the state.
+        digest: u64,
+    },
+    /// Something went wrong here.
+    Fault {
+        /// Generation in which it happened.
+        generation: Generation,
+        /// What kind of trouble.
+        kind: FaultKind,
+        /// The error with its causes.
+        detail: String,
+    },
+    /// A step was applied; sent every few steps.
+    StepMark(StepMark),
+    /// Standing at a boundary: a change was agreed on, or the last step is done.
+    Held {
+        /// Generation of the plan.
+        generation: Generation,
+        /// Step of the state.
+        step: Step,
+        /// Digest of the state.
+        digest: u64,
+    },
+    /// The state of the attempt is copied aside; training goes on.
+    Snapshotted {
+        /// Generation of the plan.
+        generation: Generation,
+        /// Number of the attempt.
+        attempt: AttemptSeq,
+        /// Step of the copied state.
+        step: Step,
+        /// Digest of the whole state.
+        digest: u64,
+    },
+    /// This worker's part is durable.
+    PartDone {
+        /// Generation of the plan.
+        generation: Generation,
+        /// Number of the attempt.
+        attempt: AttemptSeq,
+        /// The part's receipt, JSON.
+        receipt: String,
+    },
+    /// This worker's part could not be written.
+    PartFailed {
+        /// Generation of the plan.
+        generation: Generation,
+        /// Number of the attempt.
+        attempt: AttemptSeq,
+        /// The error with its causes.
+        detail: String,
+    },
+    /// Wants to go at the next boundary.
+    Leaving {
+        /// Why, for people.
+        why: String,
+    },
+}
+
+/// What kind of trouble a worker reports, by what the coordinator does about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// The communicator failed: a peer is gone, or the network is.
+    Communicator,
+    /// This worker cannot read data or checkpoints.
+    Storage,
+    /// The run itself cannot go on (not a worker's fault).
+    Run,
+    /// This process or device is broken.
+    Local,
+}
+
+/// What a worker is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// No work.
+    Idle,
+    /// Connecting and synchronising.
+    Sync,
+    /// Waiting for a batch.
+    Data,
+    /// Forward and backward.
+    Compute,
+    /// In the reduction.
+    Reduce,
+    /// Applying the update.
+    Optimizer,
+    /// Copying the state aside.
+    Checkpoint,
+}
+
+impl Phase {
+    /// Returns the word for people.
+    pub fn word(self) -> &'static str {
+        match self {
+            Phase::Idle => "idle",
+            Phase::Sync => "sync",
+            Phase::Data => "data",
+            Phase::Compute => "compute",
+            Phase::Reduce => "reduce",
+            Phase::Optimizer => "optimizer",
+            Phase::Checkpoint => "checkpoint",
+        }
+    }
+}
+
+/// A sign of life.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Beat {
+    /// Generation the worker is in; 0 for none.
+    pub generation: Generation,
+    /// Steps behind its state.
+    pub step: Step,
+    /// What it is doing.
+    pub phase: Phase,
+    /// Since when, in milliseconds before the beat was sent.
+    pub phase_ms: u64,
+    /// Number of its newest collective operation.
+    pub op_seq: u64,
+}
+
+/// Figures of one applied step; everything but the rates is equal on every rank.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepMark {
+    /// Generation in which it was applied.
+    pub generation: Generation,
+    /// Steps behind the state after it.
+    pub step: Step,
+    /// Mean loss of the step.
+    pub loss: f64,
+    /// Learning rate of its update.
+    pub lr: f64,
+    /// Norm of the mean gradient.
+    pub grad_norm: f64,
+    /// Samples a second of the whole group, over the steps since the last mark.
+    pub images_per_second: f64,
+    /// Share of this worker's time spent waiting for data since the last mark.
+    pub data_wait: f64,
+    /// Digest of the state, every `digest_every` steps.
+    pub digest: Option<u64>,
+    /// Steps skipped so far because a gradient was not finite.
+    pub skipped: u64,
+    /// Steps computed again so far because a gradient overflowed.
+    pub redone: u64,
+}
