@@ -58,8 +58,8 @@ impl AbortHandle {
     /// For implementations. The hook must be quick and must not own what the communicator owns:
     /// a handle may outlive its communicator for long.
     pub fn on_abort(&self, hook: impl Fn() + Send + 'static) {
-        // The lock orders this against the drain in `abort`: a hook is either drained there or
-        // sees the reason here. One that does both runs once, as `push` and `hook()` exclude.
+        // `abort` sets the reason before it takes this lock: either the reason shows here, or the
+        // hook is in the list before `abort` drains it.
         let mut hooks = self.hooks();
         if self.reason().is_some() {
             drop(hooks);
