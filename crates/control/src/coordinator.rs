@@ -302,42 +302,20 @@ impl Coordinator {
         match event {
             Event::Tick => {}
             Event::Hello(hello) => self.on_hello(now, hello),
-            Event::Message {
-                worker,
-                incarnation,
-                message,
-            } => {
+            Event::Message { worker, incarnation, message } => {
                 self.on_message(now, &worker, incarnation, message);
             }
-            Event::StreamLost {
-                worker,
-                incarnation,
-            } => {
+            Event::StreamLost { worker, incarnation } => {
                 self.on_stream_lost(now, &worker, incarnation);
             }
-            Event::TrainerExited {
-                worker,
-                incarnation,
-                how,
-            } => {
+            Event::TrainerExited { worker, incarnation, how } => {
                 self.on_exited(now, &worker, incarnation, &how);
             }
-            Event::CommId {
-                generation,
-                comm_id,
-            } => self.on_comm_id(generation, comm_id),
-            Event::CheckpointDone {
-                generation,
-                attempt,
-                checkpoint,
-            } => {
+            Event::CommId { generation, comm_id } => self.on_comm_id(generation, comm_id),
+            Event::CheckpointDone { generation, attempt, checkpoint } => {
                 self.on_checkpoint_done(now, generation, attempt, checkpoint);
             }
-            Event::CheckpointFailed {
-                generation,
-                attempt,
-                why,
-            } => {
+            Event::CheckpointFailed { generation, attempt, why } => {
                 if self.attempt_is(generation, attempt) {
                     self.attempt_failed(&why);
                 }
@@ -456,14 +434,9 @@ impl Coordinator {
         incarnation: Incarnation,
         message: ToCoordinator,
     ) {
-        let Some(record) = self
-            .workers
-            .get_mut(worker)
-            .filter(|w| w.incarnation == incarnation)
+        let Some(record) = self.workers.get_mut(worker).filter(|w| w.incarnation == incarnation)
         else {
-            let message = ToWorker::Stale {
-                current: self.generation,
-            };
+            let message = ToWorker::Stale { current: self.generation };
             self.send_to(worker, incarnation, message);
             return;
         };
@@ -474,48 +447,23 @@ impl Coordinator {
             ToCoordinator::Prepared { generation, state } => {
                 self.on_prepared(worker, generation, state);
             }
-            ToCoordinator::Synced {
-                generation,
-                step,
-                digest,
-            } => {
+            ToCoordinator::Synced { generation, step, digest } => {
                 self.on_synced(now, worker, generation, step, digest);
             }
-            ToCoordinator::Fault {
-                generation,
-                kind,
-                detail,
-            } => {
+            ToCoordinator::Fault { generation, kind, detail } => {
                 self.on_fault(now, worker, generation, kind, &detail);
             }
             ToCoordinator::StepMark(mark) => self.on_mark(worker, mark),
-            ToCoordinator::Held {
-                generation,
-                step,
-                digest,
-            } => {
+            ToCoordinator::Held { generation, step, digest } => {
                 self.on_held(worker, generation, step, digest);
             }
-            ToCoordinator::Snapshotted {
-                generation,
-                attempt,
-                step,
-                digest,
-            } => {
+            ToCoordinator::Snapshotted { generation, attempt, step, digest } => {
                 self.on_snapshotted(worker, generation, attempt, step, digest);
             }
-            ToCoordinator::PartDone {
-                generation,
-                attempt,
-                receipt,
-            } => {
+            ToCoordinator::PartDone { generation, attempt, receipt } => {
                 self.on_part_done(worker, generation, attempt, receipt);
             }
-            ToCoordinator::PartFailed {
-                generation,
-                attempt,
-                detail,
-            } => {
+            ToCoordinator::PartFailed { generation, attempt, detail } => {
                 if self.attempt_is(generation, attempt) {
                     self.attempt_failed(&format!("{worker}: {detail}"));
                 }
@@ -526,8 +474,7 @@ impl Coordinator {
 
     /// Comes to rest: tells everybody, and says so durably first.
     fn end(&mut self, ending: Ending) {
-        self.out
-            .push(Command::Persist(Record::Ended(ending.clone())));
+        self.out.push(Command::Persist(Record::Ended(ending.clone())));
         let (code, why) = match &ending {
             Ending::Finished { step, .. } => (Some(exit::OK), format!("finished at step {step}")),
             Ending::Failed { why, code } => (Some(*code), why.clone()),
@@ -543,29 +490,13 @@ impl Coordinator {
         self.note(kind, warning, why.clone());
         if let Some(group) = self.group.take() {
             let generation = group.plan.generation;
-            self.broadcast(
-                &group,
-                &ToWorker::Revoke {
-                    generation,
-                    why: why.clone(),
-                },
-            );
+            self.broadcast(&group, &ToWorker::Revoke { generation, why: why.clone() });
         }
         if let Some(code) = code {
-            let everybody: Vec<(WorkerId, Incarnation)> = self
-                .workers
-                .iter()
-                .map(|(id, w)| (id.clone(), w.incarnation))
-                .collect();
+            let everybody: Vec<(WorkerId, Incarnation)> =
+                self.workers.iter().map(|(id, w)| (id.clone(), w.incarnation)).collect();
             for (worker, incarnation) in everybody {
-                self.send_to(
-                    &worker,
-                    incarnation,
-                    ToWorker::Exit {
-                        code,
-                        why: why.clone(),
-                    },
-                );
+                self.send_to(&worker, incarnation, ToWorker::Exit { code, why: why.clone() });
             }
         }
         self.reform = None;
@@ -573,19 +504,11 @@ impl Coordinator {
     }
 
     fn note(&mut self, kind: &'static str, warning: bool, text: String) {
-        self.out.push(Command::Note(Note {
-            kind,
-            warning,
-            text,
-        }));
+        self.out.push(Command::Note(Note { kind, warning, text }));
     }
 
     fn send_to(&mut self, to: &WorkerId, incarnation: Incarnation, message: ToWorker) {
-        self.out.push(Command::Send {
-            to: to.clone(),
-            incarnation,
-            message,
-        });
+        self.out.push(Command::Send { to: to.clone(), incarnation, message });
     }
 
     fn broadcast(&mut self, group: &Group, message: &ToWorker) {

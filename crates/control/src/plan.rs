@@ -29,9 +29,7 @@ pub struct Plan {
 impl Plan {
     /// Returns the rank of one life of a worker.
     pub fn rank(&self, worker: &WorkerId, incarnation: Incarnation) -> Option<usize> {
-        self.members
-            .iter()
-            .position(|m| m.worker == *worker && m.incarnation == incarnation)
+        self.members.iter().position(|m| m.worker == *worker && m.incarnation == incarnation)
     }
 
     /// Returns the number of members.
@@ -93,9 +91,7 @@ pub fn group_size(n_slots: u32, available: usize, min: usize, max: usize) -> usi
 /// Cuts slots `0..n_slots` into `world` contiguous runs whose lengths differ by at most one.
 pub fn slot_map(n_slots: u32, world: usize) -> Vec<Vec<u32>> {
     let bound = |rank: usize| (u64::from(n_slots) * rank as u64 / world as u64) as u32;
-    (0..world)
-        .map(|rank| (bound(rank)..bound(rank + 1)).collect())
-        .collect()
+    (0..world).map(|rank| (bound(rank)..bound(rank + 1)).collect()).collect()
 }
 
 /// Decides where the state comes from, given each member's own (by rank) and the newest checkpoint.
@@ -105,28 +101,15 @@ pub fn choose_sync(states: &[Option<Step>], checkpoint: Option<&CheckpointRef>) 
     match (newest, checkpoint) {
         (Some(step), _) if Some(step) >= saved => {
             let at_newest = |rank: &usize| states[*rank] == newest;
-            let source = (0..states.len())
-                .find(at_newest)
-                .expect("the newest state has a holder");
+            let source = (0..states.len()).find(at_newest).expect("the newest state has a holder");
             let healed = (0..states.len()).filter(|rank| !at_newest(rank)).collect();
-            Sync {
-                resume_step: step,
-                origin: Origin::Memory { source, healed },
-            }
+            Sync { resume_step: step, origin: Origin::Memory { source, healed } }
         }
         (_, Some(saved)) => {
-            let origin = Origin::Checkpoint {
-                manifest: saved.manifest.clone(),
-            };
-            Sync {
-                resume_step: saved.step,
-                origin,
-            }
+            let origin = Origin::Checkpoint { manifest: saved.manifest.clone() };
+            Sync { resume_step: saved.step, origin }
         }
-        _ => Sync {
-            resume_step: Step(0),
-            origin: Origin::Seed,
-        },
+        _ => Sync { resume_step: Step(0), origin: Origin::Seed },
     }
 }
 
@@ -161,35 +144,15 @@ mod tests {
 
     #[test]
     fn the_newest_state_wins() {
-        let saved = CheckpointRef {
-            step: Step(10),
-            manifest: "m".into(),
-        };
+        let saved = CheckpointRef { step: Step(10), manifest: "m".into() };
         let sync = choose_sync(&[Some(Step(7)), None], None);
         assert_eq!(sync.resume_step, Step(7));
-        assert_eq!(
-            sync.origin,
-            Origin::Memory {
-                source: 0,
-                healed: vec![1]
-            }
-        );
+        assert_eq!(sync.origin, Origin::Memory { source: 0, healed: vec![1] });
         let sync = choose_sync(&[Some(Step(11)), Some(Step(12))], Some(&saved));
-        assert_eq!(
-            sync.origin,
-            Origin::Memory {
-                source: 1,
-                healed: vec![0]
-            }
-        );
+        assert_eq!(sync.origin, Origin::Memory { source: 1, healed: vec![0] });
         let sync = choose_sync(&[Some(Step(9)), None], Some(&saved));
         assert_eq!(sync.resume_step, Step(10));
-        assert_eq!(
-            sync.origin,
-            Origin::Checkpoint {
-                manifest: "m".into()
-            }
-        );
+        assert_eq!(sync.origin, Origin::Checkpoint { manifest: "m".into() });
         assert_eq!(choose_sync(&[None], None).origin, Origin::Seed);
     }
 }

@@ -86,13 +86,7 @@ mod tests {
     fn defaults_agree_with_each_other() {
         assert_eq!(Timing::cluster().problems(), Vec::<String>::new());
         assert_eq!(Timing::one_machine().problems(), Vec::<String>::new());
-        let hasty = Timing {
-            lease: Duration::from_secs(1),
-            ..Timing::cluster()
-        };
-        assert_eq!(
-            hasty.problems(),
-            ["lease 1s is shorter than three beats of 500ms"]
-        );
+        let hasty = Timing { lease: Duration::from_secs(1), ..Timing::cluster() };
+        assert_eq!(hasty.problems(), ["lease 1s is shorter than three beats of 500ms"]);
     }
 }

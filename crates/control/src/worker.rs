@@ -239,10 +239,7 @@ impl Session {
             Event::Tick => {}
         }
         if !self.connected && now.since(self.alone_since) >= self.give_up {
-            self.exit(
-                exit::UNREACHABLE,
-                "the coordinator could not be reached".to_string(),
-            );
+            self.exit(exit::UNREACHABLE, "the coordinator could not be reached".to_string());
         }
         std::mem::take(&mut self.out)
     }
@@ -276,58 +273,30 @@ impl Session {
                 self.leave();
                 self.prepared_if_down();
             }
-            ToWorker::Connect {
-                generation,
-                comm_id,
-                sync,
-            } if generation == self.generation => {
+            ToWorker::Connect { generation, comm_id, sync } if generation == self.generation => {
                 if let Some(plan) = self.plan.clone().filter(|_| self.step_loop == Loop::Down) {
                     self.step_loop = Loop::Up;
-                    self.out.push(Command::Connect {
-                        plan,
-                        comm_id,
-                        sync,
-                    });
+                    self.out.push(Command::Connect { plan, comm_id, sync });
                 }
             }
             ToWorker::Start { generation, .. } if self.is_up(generation) => {
                 self.out.push(Command::Start { generation });
             }
             ToWorker::Revoke { generation, why } if generation == self.generation => {
-                self.out.push(Command::Note(format!(
-                    "generation {generation} is over: {why}"
-                )));
+                self.out.push(Command::Note(format!("generation {generation} is over: {why}")));
                 self.plan = None;
                 self.leave();
             }
-            ToWorker::Hold {
-                generation, change, ..
-            } if self.is_up(generation) => {
+            ToWorker::Hold { generation, change, .. } if self.is_up(generation) => {
                 self.out.push(Command::RaiseStop { generation, change });
             }
-            ToWorker::Propose {
-                generation,
-                attempt,
-                held,
-            } if self.is_up(generation) => {
-                self.out.push(Command::Save {
-                    generation,
-                    attempt,
-                    held,
-                });
+            ToWorker::Propose { generation, attempt, held } if self.is_up(generation) => {
+                self.out.push(Command::Save { generation, attempt, held });
             }
-            ToWorker::AbortAttempt {
-                generation,
-                attempt,
-                why,
-            } if self.is_up(generation) => {
-                self.out.push(Command::Note(format!(
-                    "checkpoint attempt {attempt} given up: {why}"
-                )));
-                self.out.push(Command::AbortAttempt {
-                    generation,
-                    attempt,
-                });
+            ToWorker::AbortAttempt { generation, attempt, why } if self.is_up(generation) => {
+                self.out
+                    .push(Command::Note(format!("checkpoint attempt {attempt} given up: {why}")));
+                self.out.push(Command::AbortAttempt { generation, attempt });
             }
             ToWorker::Exit { code, why } => self.exit(code, why),
             ToWorker::Stale { current } => {
@@ -357,92 +326,31 @@ impl Session {
                 self.step_loop = Loop::Down;
                 self.prepared_if_down();
             }
-            Report::Synced {
-                generation,
-                step,
-                digest,
-            } => {
+            Report::Synced { generation, step, digest } => {
                 self.state = Some(step);
-                self.say_now(
-                    generation,
-                    ToCoordinator::Synced {
-                        generation,
-                        step,
-                        digest,
-                    },
-                );
+                self.say_now(generation, ToCoordinator::Synced { generation, step, digest });
             }
             Report::Mark(mark) => {
                 self.state = Some(mark.step);
                 self.say_now(mark.generation, ToCoordinator::StepMark(mark));
             }
-            Report::Held {
-                generation,
-                step,
-                digest,
-            } => {
+            Report::Held { generation, step, digest } => {
                 self.state = Some(step);
-                self.say_now(
-                    generation,
-                    ToCoordinator::Held {
-                        generation,
-                        step,
-                        digest,
-                    },
-                );
+                self.say_now(generation, ToCoordinator::Held { generation, step, digest });
             }
-            Report::Snapshotted {
+            Report::Snapshotted { generation, attempt, step, digest } => self.say_now(
                 generation,
-                attempt,
-                step,
-                digest,
-            } => self.say_now(
-                generation,
-                ToCoordinator::Snapshotted {
-                    generation,
-                    attempt,
-                    step,
-                    digest,
-                },
+                ToCoordinator::Snapshotted { generation, attempt, step, digest },
             ),
-            Report::PartDone {
-                generation,
-                attempt,
-                receipt,
-            } => self.say_now(
-                generation,
-                ToCoordinator::PartDone {
-                    generation,
-                    attempt,
-                    receipt,
-                },
-            ),
-            Report::PartFailed {
-                generation,
-                attempt,
-                detail,
-            } => self.say_now(
-                generation,
-                ToCoordinator::PartFailed {
-                    generation,
-                    attempt,
-                    detail,
-                },
-            ),
-            Report::Fault {
-                generation,
-                kind,
-                detail,
-            } => {
+            Report::PartDone { generation, attempt, receipt } => {
+                self.say_now(generation, ToCoordinator::PartDone { generation, attempt, receipt })
+            }
+            Report::PartFailed { generation, attempt, detail } => {
+                self.say_now(generation, ToCoordinator::PartFailed { generation, attempt, detail })
+            }
+            Report::Fault { generation, kind, detail } => {
                 self.out.push(Command::Note(detail.clone()));
-                self.say_now(
-                    generation,
-                    ToCoordinator::Fault {
-                        generation,
-                        kind,
-                        detail,
-                    },
-                );
+                self.say_now(generation, ToCoordinator::Fault { generation, kind, detail });
             }
         }
     }
@@ -454,9 +362,7 @@ impl Session {
     fn leave(&mut self) {
         if self.step_loop == Loop::Up {
             self.step_loop = Loop::Leaving;
-            self.out.push(Command::Leave {
-                up_to: self.generation,
-            });
+            self.out.push(Command::Leave { up_to: self.generation });
         }
     }
 

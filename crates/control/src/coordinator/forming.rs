@@ -49,13 +49,7 @@ impl Coordinator {
             return;
         };
         let generation = group.plan.generation;
-        self.broadcast(
-            &group,
-            &ToWorker::Revoke {
-                generation,
-                why: why.to_string(),
-            },
-        );
+        self.broadcast(&group, &ToWorker::Revoke { generation, why: why.to_string() });
         for worker in self.workers.values_mut() {
             worker.member = false;
         }
@@ -68,32 +62,20 @@ impl Coordinator {
     fn candidates(&self) -> Vec<WorkerId> {
         let usable = |id: &&WorkerId| self.workers.get(*id).is_some_and(|w| w.usable());
         let survivors: Vec<WorkerId> = self.order.iter().filter(usable).cloned().collect();
-        let others = self
-            .workers
-            .keys()
-            .filter(usable)
-            .filter(|id| !survivors.contains(id));
+        let others = self.workers.keys().filter(usable).filter(|id| !survivors.contains(id));
         let others: Vec<WorkerId> = others.cloned().collect();
         survivors.into_iter().chain(others).collect()
     }
 
     fn wanted_size(&self, available: usize) -> usize {
         let config = &self.config;
-        group_size(
-            config.n_slots,
-            available,
-            config.workers_min,
-            config.workers_max,
-        )
+        group_size(config.n_slots, available, config.workers_min, config.workers_max)
     }
 
     /// With no group: forms one once there are enough workers and no more are about to come.
     pub(super) fn consider_first_group(&mut self, now: Timestamp) {
         if let Some(why) = self.stopping.take() {
-            self.end(Ending::Stopped {
-                step: self.progress,
-                why,
-            });
+            self.end(Ending::Stopped { step: self.progress, why });
             return;
         }
         let candidates = self.candidates();
@@ -101,16 +83,10 @@ impl Coordinator {
             self.say_waiting(candidates.len());
             return;
         }
-        let newest = candidates
-            .iter()
-            .filter_map(|id| self.workers[id].warm)
-            .max();
+        let newest = candidates.iter().filter_map(|id| self.workers[id].warm).max();
         let full = candidates.len() >= self.config.workers_max;
         let settled = newest.expect("candidates are warm") + self.timing.join_window;
-        self.reform = Some((
-            if full { now } else { settled },
-            "workers are ready".to_string(),
-        ));
+        self.reform = Some((if full { now } else { settled }, "workers are ready".to_string()));
     }
 
     fn say_waiting(&mut self, have: usize) {
@@ -121,16 +97,10 @@ impl Coordinator {
             .collect();
         if !unfit.is_empty() && self.workers.len() == unfit.len() {
             let why = format!("no worker can go on ({})", unfit.join("; "));
-            self.end(Ending::Failed {
-                why,
-                code: exit::IO,
-            });
+            self.end(Ending::Failed { why, code: exit::IO });
             return;
         }
-        let text = format!(
-            "waiting for workers: {have} ready, {} needed",
-            self.config.workers_min
-        );
+        let text = format!("waiting for workers: {have} ready, {} needed", self.config.workers_min);
         if text != self.last_waiting {
             self.last_waiting.clone_from(&text);
             self.note("waiting", false, text);
@@ -158,12 +128,8 @@ impl Coordinator {
         self.order = members.to_vec();
         self.last_waiting.clear();
         let plan = self.make_plan(members, why);
-        self.out
-            .push(Command::Persist(Record::Generation(self.generation)));
-        let mut text = format!(
-            "forming generation {}: {size} workers ({why})",
-            self.generation
-        );
+        self.out.push(Command::Persist(Record::Generation(self.generation)));
+        let mut text = format!("forming generation {}: {size} workers ({why})", self.generation);
         if !spares.is_empty() {
             text += &format!(
                 "; {} spare: {size} already make steps of {} slots as fast as {}",
@@ -207,11 +173,7 @@ impl Coordinator {
             }
         };
         let members = members.iter().zip(slots).map(member).collect();
-        Plan {
-            generation: self.generation,
-            members,
-            why: why.to_string(),
-        }
+        Plan { generation: self.generation, members, why: why.to_string() }
     }
 
     /// Returns the group and the worker's rank in it, if `generation` is the group's.
@@ -221,10 +183,7 @@ impl Coordinator {
         generation: Generation,
     ) -> Option<(&mut Group, usize)> {
         let incarnation: Incarnation = self.workers.get(worker)?.incarnation;
-        let group = self
-            .group
-            .as_mut()
-            .filter(|g| g.plan.generation == generation)?;
+        let group = self.group.as_mut().filter(|g| g.plan.generation == generation)?;
         let rank = group.plan.rank(worker, incarnation)?;
         Some((group, rank))
     }
@@ -247,10 +206,7 @@ impl Coordinator {
     }
 
     pub(super) fn on_comm_id(&mut self, generation: Generation, comm_id: Vec<u8>) {
-        let group = self
-            .group
-            .as_mut()
-            .filter(|g| g.plan.generation == generation);
+        let group = self.group.as_mut().filter(|g| g.plan.generation == generation);
         if let Some(group) = group {
             group.comm_id.get_or_insert(comm_id);
             self.connect_if_ready();
@@ -271,14 +227,7 @@ impl Coordinator {
         group.stage = Stage::Syncing;
         let group = group.clone();
         let generation = group.plan.generation;
-        self.broadcast(
-            &group,
-            &ToWorker::Connect {
-                generation,
-                comm_id,
-                sync,
-            },
-        );
+        self.broadcast(&group, &ToWorker::Connect { generation, comm_id, sync });
     }
 
     pub(super) fn on_synced(
@@ -301,22 +250,14 @@ impl Coordinator {
         }
         let group = group.clone();
         if let Some(why) = disagreement(&group, &group.synced) {
-            self.end(Ending::Paused {
-                why: format!("states differ after synchronising: {why}"),
-            });
+            self.end(Ending::Paused { why: format!("states differ after synchronising: {why}") });
             return;
         }
         let resume_step = group.sync.as_ref().expect("set before syncing").resume_step;
         // May go back: when everybody who had a newer state is gone, its steps are done again.
         self.progress = resume_step;
         self.checkpoint_base.0 = self.checkpoint_base.0.min(resume_step);
-        self.broadcast(
-            &group,
-            &ToWorker::Start {
-                generation,
-                resume_step,
-            },
-        );
+        self.broadcast(&group, &ToWorker::Start { generation, resume_step });
         let text = started(&group);
         self.note("formed", false, text);
         self.last_change = Some(now);
@@ -340,14 +281,7 @@ impl Coordinator {
             group.change = Some(why.clone());
             let group = group.clone();
             let (generation, change) = (group.plan.generation, self.changes);
-            self.broadcast(
-                &group,
-                &ToWorker::Hold {
-                    generation,
-                    change,
-                    why,
-                },
-            );
+            self.broadcast(&group, &ToWorker::Hold { generation, change, why });
         } else if due && group.attempt.is_none() {
             self.propose(now, false);
         }
@@ -375,14 +309,9 @@ impl Coordinator {
         if self.wanted_size(candidates.len()) <= group.plan.world() {
             return None;
         }
-        let joiners = candidates
-            .iter()
-            .map(|id| &self.workers[id])
-            .filter(|w| !w.member);
+        let joiners = candidates.iter().map(|id| &self.workers[id]).filter(|w| !w.member);
         let newest = joiners.filter_map(|w| w.warm).max()?;
-        let gap = self
-            .last_change
-            .map_or(newest, |at| at + self.timing.voluntary_gap);
+        let gap = self.last_change.map_or(newest, |at| at + self.timing.voluntary_gap);
         Some(gap.max(newest + self.timing.join_window))
     }
 
@@ -404,9 +333,7 @@ impl Coordinator {
         if group.held.len() == group.plan.world() {
             let group = group.clone();
             match disagreement(&group, &group.held) {
-                Some(why) => self.end(Ending::Paused {
-                    why: format!("states differ: {why}"),
-                }),
+                Some(why) => self.end(Ending::Paused { why: format!("states differ: {why}") }),
                 None => {
                     self.group.as_mut().expect("just seen").stage = Stage::Held;
                     self.withdraw_unstarted_attempt();
@@ -460,15 +387,8 @@ impl Coordinator {
             .map(|member| (member.worker.clone(), member.incarnation))
             .collect();
         for (worker, incarnation) in silent {
-            self.out.push(Command::Disconnect {
-                worker: worker.clone(),
-                incarnation,
-            });
-            self.lose(
-                now,
-                &worker,
-                "it did not answer while the group was forming",
-            );
+            self.out.push(Command::Disconnect { worker: worker.clone(), incarnation });
+            self.lose(now, &worker, "it did not answer while the group was forming");
         }
         self.disturb(now, "forming took too long");
     }
@@ -493,32 +413,19 @@ fn disagreement(group: &Group, said: &BTreeMap<usize, (Step, u64)>) -> Option<St
 /// Describes a started generation for people.
 fn started(group: &Group) -> String {
     use crate::plan::Origin;
-    let sync = group
-        .sync
-        .as_ref()
-        .expect("a started group is synchronised");
+    let sync = group.sync.as_ref().expect("a started group is synchronised");
     let from = match &sync.origin {
         Origin::Seed => "from the seed".to_string(),
         Origin::Checkpoint { .. } => "from the newest checkpoint".to_string(),
         Origin::Memory { healed, .. } if healed.is_empty() => "state in memory".to_string(),
         Origin::Memory { source, healed } => {
-            let names: Vec<&str> = healed
-                .iter()
-                .map(|&rank| group.plan.members[rank].worker.as_str())
-                .collect();
-            format!(
-                "{} healed from {}",
-                names.join(", "),
-                group.plan.members[*source].worker
-            )
+            let names: Vec<&str> =
+                healed.iter().map(|&rank| group.plan.members[rank].worker.as_str()).collect();
+            format!("{} healed from {}", names.join(", "), group.plan.members[*source].worker)
         }
     };
-    let slots: Vec<String> = group
-        .plan
-        .members
-        .iter()
-        .map(|m| format!("{} {}", m.worker, m.slots.len()))
-        .collect();
+    let slots: Vec<String> =
+        group.plan.members.iter().map(|m| format!("{} {}", m.worker, m.slots.len())).collect();
     format!(
         "generation {}: {} workers at step {}, {from}; slots: {}",
         group.plan.generation,

@@ -32,13 +32,8 @@ impl Worker {
     pub(super) fn word(&self) -> &'static str {
         match self {
             Worker { unfit: Some(_), .. } => "unfit",
-            Worker {
-                leaving: Some(_), ..
-            } => "leaving",
-            Worker {
-                stream_lost: Some(_),
-                ..
-            } => "suspect",
+            Worker { leaving: Some(_), .. } => "leaving",
+            Worker { stream_lost: Some(_), .. } => "suspect",
             Worker { member: true, .. } => "member",
             Worker { warm: Some(_), .. } => "spare",
             _ => "registered",
@@ -48,12 +43,7 @@ impl Worker {
 
 impl Coordinator {
     pub(super) fn on_hello(&mut self, now: Timestamp, hello: Hello) {
-        let Hello {
-            worker,
-            incarnation,
-            endpoint,
-            state,
-        } = hello;
+        let Hello { worker, incarnation, endpoint, state } = hello;
         if let Some(ending) = &self.ended {
             let (code, why) = match ending {
                 Ending::Finished { .. } => (exit::OK, "the run is finished".to_string()),
@@ -74,10 +64,7 @@ impl Coordinator {
         }
         if let Some(old) = self.workers.get(&worker) {
             let old = old.incarnation;
-            self.out.push(Command::Disconnect {
-                worker: worker.clone(),
-                incarnation: old,
-            });
+            self.out.push(Command::Disconnect { worker: worker.clone(), incarnation: old });
             self.lose(now, &worker, "a new process took its name");
         }
         let record = Worker {
@@ -135,18 +122,13 @@ impl Coordinator {
 
     pub(super) fn on_mark(&mut self, worker: &WorkerId, mark: StepMark) {
         self.progressed(mark.generation, mark.step);
-        let Some(group) = self
-            .group
-            .as_mut()
-            .filter(|g| g.plan.generation == mark.generation)
+        let Some(group) = self.group.as_mut().filter(|g| g.plan.generation == mark.generation)
         else {
             return;
         };
         if let Some(digest) = mark.digest {
             let (step, ref first, seen) =
-                *group
-                    .marked
-                    .get_or_insert((mark.step, worker.clone(), digest));
+                *group.marked.get_or_insert((mark.step, worker.clone(), digest));
             if step == mark.step && seen != digest {
                 let why = format!(
                     "state digests differ after step {step}: {first} has {seen:016x}, {worker} has \
@@ -160,12 +142,7 @@ impl Coordinator {
             }
         }
         let Some(group) = &self.group else { return };
-        if group
-            .plan
-            .members
-            .first()
-            .is_some_and(|first| first.worker == *worker)
-        {
+        if group.plan.members.first().is_some_and(|first| first.worker == *worker) {
             self.out.push(Command::Mark(mark));
         }
     }
@@ -225,10 +202,7 @@ impl Coordinator {
         match kind {
             FaultKind::Run => {
                 let why = format!("{worker}: {detail}");
-                self.end(Ending::Failed {
-                    why,
-                    code: exit::FAILED,
-                });
+                self.end(Ending::Failed { why, code: exit::FAILED });
                 return;
             }
             FaultKind::Storage | FaultKind::Local => {
@@ -239,10 +213,7 @@ impl Coordinator {
             }
             FaultKind::Communicator => {}
         }
-        let current = self
-            .group
-            .as_ref()
-            .is_some_and(|g| g.plan.generation == generation);
+        let current = self.group.as_ref().is_some_and(|g| g.plan.generation == generation);
         if current {
             self.disturb(now, &format!("{worker} reports: {detail}"));
         }
@@ -258,14 +229,9 @@ impl Coordinator {
         if !was_member {
             return;
         }
-        let phase = record
-            .beat
-            .as_ref()
-            .map_or("idle", |beat| beat.phase.word());
-        let text = format!(
-            "worker {worker} lost at step {} ({how}; last phase {phase})",
-            self.progress
-        );
+        let phase = record.beat.as_ref().map_or("idle", |beat| beat.phase.word());
+        let text =
+            format!("worker {worker} lost at step {} ({how}; last phase {phase})", self.progress);
         self.note("lost", true, text.clone());
         self.disturb(now, &text);
     }
@@ -273,10 +239,8 @@ impl Coordinator {
     pub(super) fn expire_workers(&mut self, now: Timestamp) {
         let timing = &self.timing;
         let silent = |w: &Worker| now.since(w.last_seen) > timing.lease;
-        let broken = |w: &Worker| {
-            w.stream_lost
-                .is_some_and(|at| now.since(at) >= timing.stream_grace)
-        };
+        let broken =
+            |w: &Worker| w.stream_lost.is_some_and(|at| now.since(at) >= timing.stream_grace);
         let gone: Vec<(WorkerId, Incarnation, String)> = self
             .workers
             .iter()
@@ -291,10 +255,7 @@ impl Coordinator {
             })
             .collect();
         for (worker, incarnation, how) in gone {
-            self.out.push(Command::Disconnect {
-                worker: worker.clone(),
-                incarnation,
-            });
+            self.out.push(Command::Disconnect { worker: worker.clone(), incarnation });
             self.lose(now, &worker, &how);
         }
     }
@@ -309,14 +270,7 @@ impl Coordinator {
             .collect();
         for (worker, incarnation, why) in going {
             self.workers.remove(&worker);
-            self.send_to(
-                &worker,
-                incarnation,
-                ToWorker::Exit {
-                    code: exit::DRAINED,
-                    why,
-                },
-            );
+            self.send_to(&worker, incarnation, ToWorker::Exit { code: exit::DRAINED, why });
         }
     }
 }

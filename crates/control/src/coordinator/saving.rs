@@ -51,23 +51,13 @@ impl Coordinator {
         self.checkpoint_base = (self.progress, now);
         let group = group.clone();
         let generation = group.plan.generation;
-        self.broadcast(
-            &group,
-            &ToWorker::Propose {
-                generation,
-                attempt: seq,
-                held,
-            },
-        );
+        self.broadcast(&group, &ToWorker::Propose { generation, attempt: seq, held });
     }
 
     pub(super) fn attempt_is(&self, generation: Generation, seq: AttemptSeq) -> bool {
         self.group.as_ref().is_some_and(|group| {
             group.plan.generation == generation
-                && group
-                    .attempt
-                    .as_ref()
-                    .is_some_and(|attempt| attempt.seq == seq)
+                && group.attempt.as_ref().is_some_and(|attempt| attempt.seq == seq)
         })
     }
 
@@ -152,23 +142,14 @@ impl Coordinator {
         checkpoint: CheckpointRef,
     ) {
         let mine = self.attempt_is(generation, seq);
-        if self
-            .checkpoint
-            .as_ref()
-            .is_none_or(|c| c.step <= checkpoint.step)
-        {
+        if self.checkpoint.as_ref().is_none_or(|c| c.step <= checkpoint.step) {
             self.checkpoint = Some(checkpoint.clone());
-            self.out
-                .push(Command::Persist(Record::Checkpoint(checkpoint.clone())));
+            self.out.push(Command::Persist(Record::Checkpoint(checkpoint.clone())));
         }
         self.checkpoint_base = (self.checkpoint_base.0.max(checkpoint.step), now);
         self.failed_attempts = 0;
         let CheckpointRef { step, manifest } = checkpoint;
-        self.note(
-            "saved",
-            false,
-            format!("checkpoint of step {step} committed ({manifest})"),
-        );
+        self.note("saved", false, format!("checkpoint of step {step} committed ({manifest})"));
         let Some(group) = self.group.as_mut().filter(|_| mine) else {
             return;
         };
@@ -187,25 +168,15 @@ impl Coordinator {
         };
         let group = group.clone();
         let generation = group.plan.generation;
-        let message = ToWorker::AbortAttempt {
-            generation,
-            attempt: attempt.seq,
-            why: why.to_string(),
-        };
+        let message =
+            ToWorker::AbortAttempt { generation, attempt: attempt.seq, why: why.to_string() };
         self.broadcast(&group, &message);
         self.failed_attempts += 1;
         let n = self.failed_attempts;
-        self.note(
-            "not-saved",
-            true,
-            format!("checkpoint attempt {n} in a row failed: {why}"),
-        );
+        self.note("not-saved", true, format!("checkpoint attempt {n} in a row failed: {why}"));
         if n >= self.timing.failed_attempts {
             let why = format!("{n} checkpoint attempts in a row failed, the last because: {why}");
-            self.end(Ending::Failed {
-                why,
-                code: exit::IO,
-            });
+            self.end(Ending::Failed { why, code: exit::IO });
         }
     }
 
@@ -222,14 +193,7 @@ impl Coordinator {
         let group = group.clone();
         let generation = group.plan.generation;
         let why = "the members stopped before it could start".to_string();
-        self.broadcast(
-            &group,
-            &ToWorker::AbortAttempt {
-                generation,
-                attempt: attempt.seq,
-                why,
-            },
-        );
+        self.broadcast(&group, &ToWorker::AbortAttempt { generation, attempt: attempt.seq, why });
         self.checkpoint_asked = true;
     }
 
@@ -237,15 +201,8 @@ impl Coordinator {
         let attempt = self.group.as_ref().and_then(|g| g.attempt.as_ref());
         if attempt.is_some_and(|a| a.deadline <= now) {
             let held = self.group.as_ref().is_some_and(|g| g.stage == Stage::Held);
-            let what = if held {
-                "at the boundary"
-            } else {
-                "while training"
-            };
-            self.attempt_failed(&format!(
-                "it took longer than {:?} {what}",
-                self.timing.attempt
-            ));
+            let what = if held { "at the boundary" } else { "while training" };
+            self.attempt_failed(&format!("it took longer than {:?} {what}", self.timing.attempt));
         }
     }
 }

@@ -11,12 +11,7 @@ const CONFIG: RunConfig = RunConfig {
 };
 
 fn coordinator() -> Coordinator {
-    Coordinator::new(
-        CONFIG,
-        Timing::one_machine(),
-        Saved::default(),
-        Timestamp(0),
-    )
+    Coordinator::new(CONFIG, Timing::one_machine(), Saved::default(), Timestamp(0))
 }
 
 fn a() -> (WorkerId, Incarnation) {
@@ -25,62 +20,23 @@ fn a() -> (WorkerId, Incarnation) {
 
 fn say(c: &mut Coordinator, ms: u64, message: ToCoordinator) -> Vec<Command> {
     let (worker, incarnation) = a();
-    c.handle(
-        Timestamp::from_millis(ms),
-        Event::Message {
-            worker,
-            incarnation,
-            message,
-        },
-    )
+    c.handle(Timestamp::from_millis(ms), Event::Message { worker, incarnation, message })
 }
 
 /// Brings one worker to Running at step 0 in generation 1.
 fn running() -> Coordinator {
     let mut c = coordinator();
     let (worker, incarnation) = a();
-    let hello = Hello {
-        worker,
-        incarnation,
-        endpoint: "h:1".into(),
-        state: None,
-    };
+    let hello = Hello { worker, incarnation, endpoint: "h:1".into(), state: None };
     c.handle(Timestamp::from_millis(1), Event::Hello(hello));
     say(&mut c, 2, ToCoordinator::Warm { probe: 1 });
     let generation = Generation(1);
-    say(
-        &mut c,
-        3,
-        ToCoordinator::Prepared {
-            generation,
-            state: None,
-        },
-    );
-    c.handle(
-        Timestamp::from_millis(3),
-        Event::CommId {
-            generation,
-            comm_id: vec![0; 32],
-        },
-    );
-    let out = say(
-        &mut c,
-        4,
-        ToCoordinator::Synced {
-            generation,
-            step: Step(0),
-            digest: 5,
-        },
-    );
+    say(&mut c, 3, ToCoordinator::Prepared { generation, state: None });
+    c.handle(Timestamp::from_millis(3), Event::CommId { generation, comm_id: vec![0; 32] });
+    let out = say(&mut c, 4, ToCoordinator::Synced { generation, step: Step(0), digest: 5 });
     assert!(out.iter().any(|command| matches!(
         command,
-        Command::Send {
-            message: ToWorker::Start {
-                resume_step: Step(0),
-                ..
-            },
-            ..
-        }
+        Command::Send { message: ToWorker::Start { resume_step: Step(0), .. }, .. }
     )));
     c
 }
@@ -89,25 +45,12 @@ fn running() -> Coordinator {
 fn a_generation_is_durable_before_it_is_said() {
     let mut c = coordinator();
     let (worker, incarnation) = a();
-    let hello = Hello {
-        worker,
-        incarnation,
-        endpoint: "h:1".into(),
-        state: None,
-    };
+    let hello = Hello { worker, incarnation, endpoint: "h:1".into(), state: None };
     c.handle(Timestamp::from_millis(1), Event::Hello(hello));
     let out = say(&mut c, 2, ToCoordinator::Warm { probe: 1 });
     let at = |wanted: &dyn Fn(&Command) -> bool| out.iter().position(wanted).unwrap();
     let persisted = at(&|c| *c == Command::Persist(Record::Generation(Generation(1))));
-    let said = at(&|c| {
-        matches!(
-            c,
-            Command::Send {
-                message: ToWorker::Prepare(_),
-                ..
-            }
-        )
-    });
+    let said = at(&|c| matches!(c, Command::Send { message: ToWorker::Prepare(_), .. }));
     assert!(persisted < said);
 }
 
@@ -120,22 +63,10 @@ fn unknown_workers_and_lives_are_told_that_they_are_stale() {
         message: ToCoordinator::Leaving { why: "x".into() },
     };
     let out = c.handle(Timestamp::from_millis(5), stranger);
-    let [
-        Command::Send {
-            incarnation: Incarnation(77),
-            message,
-            ..
-        },
-    ] = &out[..]
-    else {
+    let [Command::Send { incarnation: Incarnation(77), message, .. }] = &out[..] else {
         panic!("{out:?}")
     };
-    assert_eq!(
-        *message,
-        ToWorker::Stale {
-            current: Generation(1)
-        }
-    );
+    assert_eq!(*message, ToWorker::Stale { current: Generation(1) });
 }
 
 #[test]
@@ -156,22 +87,9 @@ fn a_run_fault_fails_the_run_with_its_reason() {
     let mut c = running();
     let kind = FaultKind::Run;
     let detail = "3 steps in a row were not finite".to_string();
-    say(
-        &mut c,
-        9,
-        ToCoordinator::Fault {
-            generation: Generation(1),
-            kind,
-            detail,
-        },
-    );
-    let Some(Ending::Failed { why, code }) = c.ended() else {
-        panic!("{:?}", c.ended())
-    };
-    assert_eq!(
-        (why.as_str(), *code),
-        ("a:0: 3 steps in a row were not finite", 1)
-    );
+    say(&mut c, 9, ToCoordinator::Fault { generation: Generation(1), kind, detail });
+    let Some(Ending::Failed { why, code }) = c.ended() else { panic!("{:?}", c.ended()) };
+    assert_eq!((why.as_str(), *code), ("a:0: 3 steps in a row were not finite", 1));
 }
 
 #[test]
@@ -179,19 +97,9 @@ fn no_worker_that_can_read_the_data_fails_the_run() {
     let mut c = running();
     let (generation, kind) = (Generation(1), FaultKind::Storage);
     let detail = "failed to open shard `x.tar`".to_string();
-    say(
-        &mut c,
-        9,
-        ToCoordinator::Fault {
-            generation,
-            kind,
-            detail,
-        },
-    );
+    say(&mut c, 9, ToCoordinator::Fault { generation, kind, detail });
     c.handle(Timestamp::from_millis(300), Event::Tick);
-    let Some(Ending::Failed { why, code }) = c.ended() else {
-        panic!("{:?}", c.ended())
-    };
+    let Some(Ending::Failed { why, code }) = c.ended() else { panic!("{:?}", c.ended()) };
     assert!(why.contains("a:0: failed to open shard `x.tar`"), "{why}");
     assert_eq!(*code, exit::IO);
 }
@@ -200,49 +108,22 @@ fn no_worker_that_can_read_the_data_fails_the_run() {
 fn a_failed_attempt_is_tried_again_and_three_end_a_run_that_needs_it() {
     let mut c = running();
     let generation = Generation(1);
-    let mut out = say(
-        &mut c,
-        9,
-        ToCoordinator::Held {
-            generation,
-            step: Step(10),
-            digest: 8,
-        },
-    );
+    let mut out = say(&mut c, 9, ToCoordinator::Held { generation, step: Step(10), digest: 8 });
     for seq in 1..=3 {
         let attempt = AttemptSeq(seq);
-        let proposed = ToWorker::Propose {
-            generation,
-            attempt,
-            held: true,
-        };
+        let proposed = ToWorker::Propose { generation, attempt, held: true };
         let sent = |c: &Command| matches!(c, Command::Send { message, .. } if *message == proposed);
         assert!(out.iter().any(sent), "attempt {seq}: {out:?}");
         let detail = "no space left".to_string();
-        out = say(
-            &mut c,
-            9 + seq,
-            ToCoordinator::PartFailed {
-                generation,
-                attempt,
-                detail,
-            },
-        );
+        out = say(&mut c, 9 + seq, ToCoordinator::PartFailed { generation, attempt, detail });
     }
-    assert!(
-        matches!(c.ended(), Some(Ending::Failed { code: exit::IO, .. })),
-        "{:?}",
-        c.ended()
-    );
+    assert!(matches!(c.ended(), Some(Ending::Failed { code: exit::IO, .. })), "{:?}", c.ended());
 }
 
 #[test]
 fn a_commit_that_comes_late_still_counts() {
     let mut c = running();
-    let checkpoint = CheckpointRef {
-        step: Step(4),
-        manifest: "m".into(),
-    };
+    let checkpoint = CheckpointRef { step: Step(4), manifest: "m".into() };
     let late = Event::CheckpointDone {
         generation: Generation(0),
         attempt: AttemptSeq(3),

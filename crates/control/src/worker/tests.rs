@@ -9,11 +9,7 @@ fn plan(generation: u64) -> Plan {
         endpoint: "127.0.0.1:1".into(),
         slots: vec![0],
     };
-    Plan {
-        generation: Generation(generation),
-        members: vec![member],
-        why: "test".into(),
-    }
+    Plan { generation: Generation(generation), members: vec![member], why: "test".into() }
 }
 
 fn session() -> Session {
@@ -28,49 +24,20 @@ fn feed(session: &mut Session, event: Event) -> Vec<Command> {
 }
 
 fn connect(session: &mut Session, generation: u64) -> Vec<Command> {
-    feed(
-        session,
-        Event::Received(ToWorker::Prepare(plan(generation))),
-    );
-    let sync = Sync {
-        resume_step: Step(0),
-        origin: Origin::Seed,
-    };
+    feed(session, Event::Received(ToWorker::Prepare(plan(generation))));
+    let sync = Sync { resume_step: Step(0), origin: Origin::Seed };
     let generation = Generation(generation);
-    feed(
-        session,
-        Event::Received(ToWorker::Connect {
-            generation,
-            comm_id: vec![],
-            sync,
-        }),
-    )
+    feed(session, Event::Received(ToWorker::Connect { generation, comm_id: vec![], sync }))
 }
 
 #[test]
 fn a_new_plan_waits_until_the_old_communicator_is_left() {
     let mut session = session();
-    assert!(matches!(
-        connect(&mut session, 1)[..],
-        [Command::Connect { .. }]
-    ));
+    assert!(matches!(connect(&mut session, 1)[..], [Command::Connect { .. }]));
     let left = feed(&mut session, Event::Received(ToWorker::Prepare(plan(2))));
-    assert_eq!(
-        left,
-        vec![Command::Leave {
-            up_to: Generation(2)
-        }]
-    );
-    let said = feed(
-        &mut session,
-        Event::Report(Report::Down {
-            state: Some(Step(4)),
-        }),
-    );
-    let prepared = ToCoordinator::Prepared {
-        generation: Generation(2),
-        state: Some(Step(4)),
-    };
+    assert_eq!(left, vec![Command::Leave { up_to: Generation(2) }]);
+    let said = feed(&mut session, Event::Report(Report::Down { state: Some(Step(4)) }));
+    let prepared = ToCoordinator::Prepared { generation: Generation(2), state: Some(Step(4)) };
     assert_eq!(said, vec![Command::Send(prepared)]);
 }
 
@@ -83,75 +50,27 @@ fn what_belongs_to_a_lower_generation_changes_nothing() {
     for stale in [
         ToWorker::Prepare(plan(4)),
         ToWorker::Prepare(plan(5)),
-        ToWorker::Start {
-            generation,
-            resume_step: Step(0),
-        },
-        ToWorker::Revoke {
-            generation,
-            why: String::new(),
-        },
-        ToWorker::Hold {
-            generation,
-            change: 1,
-            why: String::new(),
-        },
-        ToWorker::Propose {
-            generation,
-            attempt,
-            held: false,
-        },
-        ToWorker::AbortAttempt {
-            generation,
-            attempt,
-            why: String::new(),
-        },
+        ToWorker::Start { generation, resume_step: Step(0) },
+        ToWorker::Revoke { generation, why: String::new() },
+        ToWorker::Hold { generation, change: 1, why: String::new() },
+        ToWorker::Propose { generation, attempt, held: false },
+        ToWorker::AbortAttempt { generation, attempt, why: String::new() },
     ] {
-        assert_eq!(
-            feed(&mut session, Event::Received(stale.clone())),
-            vec![],
-            "{stale:?}"
-        );
+        assert_eq!(feed(&mut session, Event::Received(stale.clone())), vec![], "{stale:?}");
     }
-    let held = Report::Held {
-        generation,
-        step: Step(3),
-        digest: 1,
-    };
-    assert_eq!(
-        feed(&mut session, Event::Report(held)),
-        vec![],
-        "an old report is not sent"
-    );
+    let held = Report::Held { generation, step: Step(3), digest: 1 };
+    assert_eq!(feed(&mut session, Event::Report(held)), vec![], "an old report is not sent");
 }
 
 #[test]
 fn a_worker_without_a_coordinator_trains_on_until_it_gives_up() {
     let mut session = session();
     connect(&mut session, 1);
-    assert_eq!(
-        session.handle(Timestamp::from_millis(1000), Event::Disconnected),
-        vec![]
-    );
-    assert_eq!(
-        session.next_deadline(),
-        Some(Timestamp::from_millis(11_000))
-    );
-    assert_eq!(
-        session.handle(Timestamp::from_millis(10_999), Event::Tick),
-        vec![]
-    );
+    assert_eq!(session.handle(Timestamp::from_millis(1000), Event::Disconnected), vec![]);
+    assert_eq!(session.next_deadline(), Some(Timestamp::from_millis(11_000)));
+    assert_eq!(session.handle(Timestamp::from_millis(10_999), Event::Tick), vec![]);
     let gone = session.handle(Timestamp::from_millis(11_000), Event::Tick);
-    assert!(
-        matches!(
-            gone[..],
-            [Command::Exit {
-                code: exit::UNREACHABLE,
-                ..
-            }]
-        ),
-        "{gone:?}"
-    );
+    assert!(matches!(gone[..], [Command::Exit { code: exit::UNREACHABLE, .. }]), "{gone:?}");
 }
 
 #[test]
@@ -159,44 +78,20 @@ fn a_drain_is_said_once_and_a_second_one_ends_the_process() {
     let mut session = session();
     let why = || "SIGTERM".to_string();
     let said = feed(&mut session, Event::Drain { why: why() });
-    assert_eq!(
-        said,
-        vec![Command::Send(ToCoordinator::Leaving { why: why() })]
-    );
+    assert_eq!(said, vec![Command::Send(ToCoordinator::Leaving { why: why() })]);
     let again = feed(&mut session, Event::Drain { why: why() });
-    assert!(matches!(
-        again[..],
-        [Command::Exit {
-            code: exit::INTERRUPTED,
-            ..
-        }]
-    ));
+    assert!(matches!(again[..], [Command::Exit { code: exit::INTERRUPTED, .. }]));
 }
 
 #[test]
 fn given_up_by_the_coordinator_it_joins_again_with_its_state() {
     let mut session = session();
     connect(&mut session, 1);
-    let out = feed(
-        &mut session,
-        Event::Received(ToWorker::Stale {
-            current: Generation(3),
-        }),
-    );
-    assert!(
-        out.contains(&Command::Leave {
-            up_to: Generation(1)
-        }),
-        "{out:?}"
-    );
+    let out = feed(&mut session, Event::Received(ToWorker::Stale { current: Generation(3) }));
+    assert!(out.contains(&Command::Leave { up_to: Generation(1) }), "{out:?}");
     assert!(out.contains(&Command::Reconnect));
     feed(&mut session, Event::Report(Report::Warm { probe: 9 }));
-    feed(
-        &mut session,
-        Event::Report(Report::Down {
-            state: Some(Step(8)),
-        }),
-    );
+    feed(&mut session, Event::Report(Report::Down { state: Some(Step(8)) }));
     assert_eq!(session.state(), Some(Step(8)));
     let hello = feed(&mut session, Event::Connected);
     assert_eq!(hello, vec![Command::Send(ToCoordinator::Warm { probe: 9 })]);

@@ -1,0 +1,149 @@
+//! The typed client of the run and admin services.
+
+use std::time::Duration;
+
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Status, Streaming};
+
+use crate::MESSAGE_BYTES_MAX;
+use crate::v1;
+use crate::v1::admin_service_client::AdminServiceClient;
+use crate::v1::run_service_client::RunServiceClient;
+
+/// A call that did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The address is not one.
+    #[error("`{url}` is not a coordinator's address (like http://127.0.0.1:7070)")]
+    Address {
+        /// What was given.
+        url: String,
+        /// What the parser said.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// Nobody answers there.
+    #[error("no coordinator answers at {url}")]
+    Unreachable {
+        /// Where.
+        url: String,
+        /// What the network said.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// The coordinator refused, or the call took too long.
+    #[error("{}", .0.message())]
+    Refused(#[source] Box<Status>),
+}
+
+impl From<Status> for ClientError {
+    fn from(status: Status) -> Self {
+        ClientError::Refused(Box::new(status))
+    }
+}
+
+/// How often an idle stream is checked, and how long an answer may take.
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(20));
+
+/// Opens a channel to `url` within `timeout`; streams on it are kept alive and checked.
+pub async fn connect(url: &str, timeout: Duration) -> Result<Channel, ClientError> {
+    let address = |source| ClientError::Address { url: url.to_string(), source };
+    let endpoint = Endpoint::from_shared(url.to_string())
+        .map_err(address)?
+        .connect_timeout(timeout)
+        .http2_keep_alive_interval(KEEP_ALIVE.0)
+        .keep_alive_timeout(KEEP_ALIVE.1)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true);
+    let unreachable = |source| ClientError::Unreachable { url: url.to_string(), source };
+    endpoint.connect().await.map_err(unreachable)
+}
+
+/// A connection to a coordinator. Every unary call has the same deadline.
+#[derive(Clone, Debug)]
+pub struct Client {
+    runs: RunServiceClient<Channel>,
+    admin: AdminServiceClient<Channel>,
+    timeout: Duration,
+}
+
+impl Client {
+    /// Connects to `url` within `timeout`, which is also every unary call's deadline.
+    pub async fn connect(url: &str, timeout: Duration) -> Result<Self, ClientError> {
+        let channel = connect(url, timeout).await?;
+        let runs =
+            RunServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let admin = AdminServiceClient::new(channel);
+        Ok(Client { runs, admin, timeout })
+    }
+
+    fn request<T>(&self, message: T) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(message);
+        request.set_timeout(self.timeout);
+        request
+    }
+
+    /// Creates a run from a validated spec (JSON), or finds the one with the same name and spec.
+    /// `resume` lets a stopped, paused or failed one go on. Returns the run and whether it is new.
+    pub async fn create_run(
+        &mut self,
+        spec: String,
+        resume: bool,
+    ) -> Result<(v1::Run, bool), ClientError> {
+        let request = self.request(v1::CreateRunRequest { spec, resume });
+        let response = self.runs.create_run(request).await?.into_inner();
+        Ok((response.run.unwrap_or_default(), response.created))
+    }
+
+    /// Returns one run.
+    pub async fn get_run(&mut self, run_id: &str) -> Result<v1::Run, ClientError> {
+        let request = self.request(v1::GetRunRequest { run_id: run_id.to_string() });
+        Ok(self.runs.get_run(request).await?.into_inner().run.unwrap_or_default())
+    }
+
+    /// Returns every run, by name.
+    pub async fn list_runs(&mut self) -> Result<Vec<v1::Run>, ClientError> {
+        let request = self.request(v1::ListRunsRequest {});
+        Ok(self.runs.list_runs(request).await?.into_inner().runs)
+    }
+
+    /// Follows a run: a snapshot first, then what happens after sequence number `after_seq`.
+    pub async fn watch_run(
+        &mut self,
+        run_id: &str,
+        after_seq: u64,
+    ) -> Result<Streaming<v1::WatchRunResponse>, ClientError> {
+        let request = v1::WatchRunRequest { run_id: run_id.to_string(), after_seq };
+        Ok(self.runs.watch_run(request).await?.into_inner())
+    }
+
+    /// Stops a run at its next boundary, with a checkpoint.
+    pub async fn stop_run(&mut self, run_id: &str, why: &str) -> Result<(), ClientError> {
+        let message = v1::StopRunRequest { run_id: run_id.to_string(), why: why.to_string() };
+        let request = self.request(message);
+        self.runs.stop_run(request).await?;
+        Ok(())
+    }
+
+    /// Asks for a checkpoint at the next boundary.
+    pub async fn request_checkpoint(&mut self, run_id: &str) -> Result<(), ClientError> {
+        let request = self.request(v1::RequestCheckpointRequest { run_id: run_id.to_string() });
+        self.runs.request_checkpoint(request).await?;
+        Ok(())
+    }
+
+    /// Returns the coordinator's build and epoch.
+    pub async fn info(&mut self) -> Result<v1::GetInfoResponse, ClientError> {
+        let request = self.request(v1::GetInfoRequest {});
+        Ok(self.admin.get_info(request).await?.into_inner())
+    }
+
+    /// Takes one worker out at the next boundary.
+    pub async fn drain_worker(&mut self, worker_id: &str, why: &str) -> Result<(), ClientError> {
+        let message =
+            v1::DrainWorkerRequest { worker_id: worker_id.to_string(), why: why.to_string() };
+        let request = self.request(message);
+        self.admin.drain_worker(request).await?;
+        Ok(())
+    }
+}

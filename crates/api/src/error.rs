@@ -1,0 +1,107 @@
+//! The one mapping between errors and gRPC statuses.
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+/// Domain of every reason.
+pub const DOMAIN: &str = "lacuna.dev";
+
+/// Machine-readable reason of a refusal; also the `reason` of `google.rpc.ErrorInfo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The run spec is wrong.
+    InvalidSpec,
+    /// There is no such run.
+    RunNotFound,
+    /// A run of this name exists with another spec.
+    RunExists,
+    /// There is no such worker.
+    WorkerNotFound,
+    /// A live worker of this name exists on another agent.
+    WorkerExists,
+    /// Build, protocol or arithmetic differ.
+    VersionSkew,
+    /// A message is malformed.
+    Malformed,
+    /// Data or checkpoints cannot be read or written here.
+    Storage,
+    /// The service is going down.
+    ShuttingDown,
+    /// A bug.
+    Internal,
+}
+
+impl Reason {
+    const ALL: [Reason; 10] = [
+        Reason::InvalidSpec,
+        Reason::RunNotFound,
+        Reason::RunExists,
+        Reason::WorkerNotFound,
+        Reason::WorkerExists,
+        Reason::VersionSkew,
+        Reason::Malformed,
+        Reason::Storage,
+        Reason::ShuttingDown,
+        Reason::Internal,
+    ];
+
+    /// Returns the word on the wire.
+    pub fn word(self) -> &'static str {
+        match self {
+            Reason::InvalidSpec => "INVALID_SPEC",
+            Reason::RunNotFound => "RUN_NOT_FOUND",
+            Reason::RunExists => "RUN_EXISTS",
+            Reason::WorkerNotFound => "WORKER_NOT_FOUND",
+            Reason::WorkerExists => "WORKER_EXISTS",
+            Reason::VersionSkew => "VERSION_SKEW",
+            Reason::Malformed => "MALFORMED",
+            Reason::Storage => "STORAGE",
+            Reason::ShuttingDown => "SHUTTING_DOWN",
+            Reason::Internal => "INTERNAL",
+        }
+    }
+
+    fn code(self) -> Code {
+        match self {
+            Reason::InvalidSpec | Reason::Malformed => Code::InvalidArgument,
+            Reason::RunNotFound | Reason::WorkerNotFound => Code::NotFound,
+            Reason::RunExists | Reason::WorkerExists => Code::AlreadyExists,
+            Reason::VersionSkew | Reason::Storage => Code::FailedPrecondition,
+            Reason::ShuttingDown => Code::Unavailable,
+            Reason::Internal => Code::Internal,
+        }
+    }
+
+    /// Tells whether the same call may succeed later.
+    pub fn retry_helps(self) -> bool {
+        matches!(self, Reason::ShuttingDown | Reason::WorkerExists)
+    }
+}
+
+/// Makes the status of a refusal.
+pub fn status(reason: Reason, message: impl Into<String>) -> Status {
+    let no_metadata: [(String, String); 0] = [];
+    let details = ErrorDetails::with_error_info(reason.word(), DOMAIN, no_metadata);
+    Status::with_error_details(reason.code(), message, details)
+}
+
+/// Reads the reason of a status that [`status`] made, possibly by an older or newer build.
+pub fn reason(status: &Status) -> Option<Reason> {
+    let info = status.get_details_error_info()?;
+    Reason::ALL.into_iter().find(|reason| reason.word() == info.reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_survives_the_wire() {
+        for known in Reason::ALL {
+            let status = status(known, "run `x`: no");
+            assert_eq!(reason(&status), Some(known));
+            assert_eq!(status.message(), "run `x`: no");
+        }
+        assert_eq!(reason(&Status::internal("plain")), None);
+    }
+}

@@ -1,0 +1,48 @@
+//! `cargo xtask proto`: compiles `proto/` to the committed Rust code of `crates/api`.
+//!
+//! The compiler (protox, no protoc) is behind the feature `codegen`: it takes minutes to build, and
+//! whoever does not touch the protos needs none of it.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+
+/// Files compiled, relative to `proto/`.
+const FILES: &[&str] = &["lacuna/v1/common.proto", "lacuna/v1/run.proto", "lacuna/v1/worker.proto"];
+/// Where the code stands, relative to the root.
+const OUT: &str = "crates/api/src/generated";
+
+/// Writes the code, or with `check` compares it with what is there.
+pub fn run(root: &Path, check: bool) -> Result<ExitCode> {
+    let fresh = tempdir(root)?;
+    let proto = root.join("proto");
+    let files = FILES.iter().map(|file| proto.join(file));
+    let descriptors = protox::compile(files, [&proto]).context("compile the protos")?;
+    tonic_prost_build::configure()
+        .out_dir(&fresh)
+        .compile_fds(descriptors)
+        .context("generate the code")?;
+    let name = "lacuna.v1.rs";
+    let code = std::fs::read_to_string(fresh.join(name)).context("read the generated code")?;
+    std::fs::remove_dir_all(&fresh).context("remove the temporary folder")?;
+    let target = root.join(OUT).join(name);
+    if !check {
+        std::fs::create_dir_all(root.join(OUT)).context("make the folder")?;
+        std::fs::write(&target, code).context("write the generated code")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let committed = std::fs::read_to_string(&target).context("read the committed code")?;
+    if committed == code {
+        println!("generated code is current");
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("{} is not what proto/ gives: run `make proto`", target.display());
+    Ok(ExitCode::FAILURE)
+}
+
+fn tempdir(root: &Path) -> Result<std::path::PathBuf> {
+    let dir = root.join("target").join(format!("proto-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).context("make a temporary folder")?;
+    Ok(dir)
+}
