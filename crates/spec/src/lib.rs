@@ -1,1 +1,37 @@
-//! The run specification: TOML text to raw to validated.
+//! The run specification: TOML text to located values to a validated [`RunSpec`].
+//!
+//! A spec is a stack of layers: the built-in defaults, a preset or other files named by `base`,
+//! the file itself, and `--set` overrides. The layers are merged key by key, every value remembers
+//! where it was written, and one pass turns them into a [`RunSpec`] or into all [`Problems`] at
+//! once.
+//!
+//! Pure: files are read through a closure of the caller; no clock, no threads, no environment. This
+//! crate does not open data, talk to a coordinator, or know how a run is executed.
+//!
+//! Start reading at [`parse_file`] (how text becomes a spec), [`RunSpec`] (what a spec holds) and
+//! [`fields`] (what each key means, and whether it changes the result of a run).
+#![forbid(unsafe_code)]
+
+pub mod fields;
+mod load;
+mod node;
+pub mod plan;
+pub mod presets;
+mod problem;
+mod render;
+mod run_spec;
+pub mod units;
+mod validate;
+
+pub use fields::{Field, FieldDiff, Mark, diff, fields};
+pub use load::{
+    INHERITANCE_DEPTH_MAX, Loaded, OVERRIDES_MAX, ReadText, SPEC_BYTES_MAX, parse_file, parse_text,
+};
+pub use plan::{PlanReport, WorkerRow, plan};
+pub use problem::{PROBLEMS_MAX, Place, Problem, Problems, SpecError};
+pub use run_spec::{
+    AutoOr, BadSamples, CheckpointSpec, DataSpec, ElasticSpec, KeepSpec, OptimSpec, Order,
+    Precision, Reduce, ResolveError, Resolved, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec,
+    Workers,
+};
+pub use units::{Cadence, Length};

@@ -1,0 +1,268 @@
+//! What a spec comes to, worked out without a machine: sizes, work, steps, and the share of each
+//! number of workers.
+
+use std::fmt;
+
+use lacuna_recipe::order::{OrderMode, default_mode};
+
+use crate::run_spec::{Order, Reduce, ResolveError, Resolved, RunSpec, SLOTS_MAX};
+use crate::units::Length;
+
+/// Efficiency below which a number of workers is warned about: one in seven would be idle.
+pub const EFFICIENCY_WARNING: f64 = 0.85;
+/// Rows of the printed table; beyond, only numbers of workers that shorten a step are of interest.
+const ROWS_MAX: usize = 64;
+/// Most numbers of workers that a warning names.
+const NAMED_MAX: usize = 12;
+/// Optimizer state of a parameter: itself and two moments, in f32.
+const STATE_BYTES: u64 = 12;
+/// Exponent of a tensor's reduction.
+const EXPONENT_BYTES: u64 = 4;
+
+/// How a step is shared by a number of workers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WorkerRow {
+    /// Workers.
+    pub n_workers: u32,
+    /// Slots that the busiest worker computes, one after the other: `ceil(V / N)`.
+    pub rounds: u32,
+    /// Share of the workers' time that computes slots, `V / (N · ceil(V / N))`.
+    pub efficiency: f64,
+}
+
+/// What `lacuna plan` prints.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlanReport {
+    /// The spec.
+    pub spec: RunSpec,
+    /// Trainable parameters.
+    pub n_params: u64,
+    /// Tensors that hold them.
+    pub n_tensors: usize,
+    /// FLOPs of one image, forward and backward.
+    pub flops_per_image: f64,
+    /// Peak of the learning rate.
+    pub peak_lr: f64,
+    /// V, the slots of a step.
+    pub n_slots: u32,
+    /// Bytes of parameters, moments and exponents: one checkpoint, but for its manifest.
+    pub checkpoint_bytes: u64,
+    /// One row for every number of workers that the spec allows.
+    pub workers: Vec<WorkerRow>,
+    /// Steps and schedule, where the size of the data is known.
+    pub data: Option<Result<Resolved, ResolveError>>,
+    /// What is allowed and probably not wanted.
+    pub warnings: Vec<String>,
+}
+
+/// Works out what `spec` means for `n_samples` of data, or for data that is not known yet.
+pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
+    let params = spec.model.params();
+    let n_params: u64 = params.iter().map(|param| param.numel() as u64).sum();
+    let n_tensors = params.len();
+    let n_slots = spec.n_slots();
+    let workers = spec.elastic.workers;
+    let workers: Vec<WorkerRow> = (workers.min..=workers.max).map(|n| row(n_slots, n)).collect();
+    let data = n_samples.map(|n_samples| spec.resolve(n_samples));
+    PlanReport {
+        n_params,
+        n_tensors,
+        flops_per_image: spec.model.train_flops(),
+        peak_lr: spec.peak_lr(),
+        n_slots,
+        checkpoint_bytes: n_params * STATE_BYTES + n_tensors as u64 * EXPONENT_BYTES,
+        warnings: warnings(spec, &workers, n_slots),
+        workers,
+        data,
+        spec: spec.clone(),
+    }
+}
+
+fn row(n_slots: u32, n_workers: u32) -> WorkerRow {
+    let rounds = n_slots.div_ceil(n_workers);
+    let capacity = f64::from(n_workers) * f64::from(rounds);
+    WorkerRow { n_workers, rounds, efficiency: f64::from(n_slots) / capacity }
+}
+
+fn warnings(spec: &RunSpec, workers: &[WorkerRow], n_slots: u32) -> Vec<String> {
+    let mut out: Vec<String> = Vec::new();
+    let max = spec.elastic.workers.max;
+    if max > n_slots {
+        out.push(format!(
+            "a step has {n_slots} slots: of {max} workers, {} are spares that only step in",
+            max - n_slots
+        ));
+    }
+    let is_low = |row: &&WorkerRow| row.efficiency < EFFICIENCY_WARNING && row.n_workers <= n_slots;
+    let low: Vec<String> = workers.iter().filter(is_low).map(|r| r.n_workers.to_string()).collect();
+    if !low.is_empty() {
+        let mut named = low[..low.len().min(NAMED_MAX)].join(", ");
+        if low.len() > NAMED_MAX {
+            named += &format!(" and {} more", low.len() - NAMED_MAX);
+        }
+        let mut text = format!("under {EFFICIENCY_WARNING} efficiency with {named} workers");
+        if let Some(slot_batch) = better_slot_batch(spec) {
+            text += &format!("; `train.slot_batch` = {slot_batch} avoids it, as another run");
+        }
+        out.push(text);
+    }
+    if spec.train.reduce == Reduce::Fast {
+        out.push("`train.reduce` = \"fast\": the result depends on the workers".to_string());
+    }
+    out
+}
+
+/// Finds the largest slot that serves every allowed number of workers well.
+fn better_slot_batch(spec: &RunSpec) -> Option<u32> {
+    let (batch, workers) = (spec.train.batch, spec.elastic.workers);
+    let serves = |slot_batch: &u32| {
+        let n_slots = batch / slot_batch;
+        let fine = |n| row(n_slots, n).efficiency >= EFFICIENCY_WARNING;
+        batch.is_multiple_of(*slot_batch)
+            && n_slots <= SLOTS_MAX
+            && (workers.min..=workers.max).all(fine)
+    };
+    (1..spec.train.slot_batch).rev().find(serves)
+}
+
+impl fmt::Display for PlanReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.fmt_model(f)?;
+        self.fmt_steps(f)?;
+        self.fmt_workers(f)?;
+        for warning in &self.warnings {
+            writeln!(f, "warning: {warning}")?;
+        }
+        Ok(())
+    }
+}
+
+impl PlanReport {
+    fn fmt_model(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (spec, model) = (&self.spec, &self.spec.model);
+        let [height, width] = model.img_size;
+        writeln!(f, "run          {}", spec.name)?;
+        writeln!(f, "digest       {}", spec.digest().to_hex())?;
+        writeln!(f, "maths        {}", spec.maths_digest().to_hex())?;
+        writeln!(
+            f,
+            "images       {height}x{width}x{} in patches of {}: {} patches, the encoder sees {}",
+            model.channels,
+            model.patch_size,
+            thousands(model.n_patches() as u64),
+            thousands(model.len_keep() as u64),
+        )?;
+        writeln!(f, "parameters   {} in {} tensors", thousands(self.n_params), self.n_tensors)?;
+        let per_step = self.flops_per_image * f64::from(spec.train.batch);
+        writeln!(
+            f,
+            "work         {}FLOP an image, {}FLOP a step",
+            metric(self.flops_per_image),
+            metric(per_step)
+        )?;
+        writeln!(f, "checkpoint   {}B", metric(self.checkpoint_bytes as f64))
+    }
+
+    fn fmt_steps(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let spec = &self.spec;
+        writeln!(
+            f,
+            "batch        {} = {} slots of {}",
+            spec.train.batch, self.n_slots, spec.train.slot_batch
+        )?;
+        let warmup = spec.optim.warmup.map_or("none".to_string(), |w| w.to_string());
+        writeln!(
+            f,
+            "rate         peak {:e} = {:e} * {} / 256, warm-up {warmup}, end {}",
+            self.peak_lr, spec.optim.base_lr, spec.train.batch, spec.optim.min_lr
+        )?;
+        let duration = spec.train.duration;
+        let resolved = match (&self.data, duration) {
+            (Some(Ok(resolved)), _) => resolved,
+            (Some(Err(error)), _) => return writeln!(f, "steps        impossible: {error}"),
+            (None, Length::Steps(n)) => {
+                return writeln!(f, "steps        {}", thousands(n));
+            }
+            (None, Length::Epochs(_)) => {
+                return writeln!(f, "steps        {duration}: known with the data");
+            }
+        };
+        let geometry = resolved.geometry;
+        let per_epoch = geometry.steps_per_epoch();
+        let order = match (spec.data.order, default_mode(geometry.n_samples)) {
+            (Order::Auto, OrderMode::Block) => Order::Block,
+            (Order::Auto, _) => Order::Global,
+            (order, _) => order,
+        };
+        let dropped = geometry.n_samples - per_epoch * u64::from(geometry.batch);
+        writeln!(
+            f,
+            "data         {} samples in {} order, {} steps an epoch, {} samples left over",
+            thousands(geometry.n_samples),
+            order,
+            thousands(per_epoch),
+            thousands(dropped),
+        )?;
+        writeln!(
+            f,
+            "steps        {} = {:.2} epochs",
+            thousands(resolved.total_steps),
+            resolved.total_steps as f64 / per_epoch as f64
+        )?;
+        let total =
+            self.flops_per_image * f64::from(spec.train.batch) * resolved.total_steps as f64;
+        writeln!(f, "whole run    {}FLOP", metric(total))
+    }
+
+    fn fmt_workers(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "workers  rounds  efficiency")?;
+        let mut fewest = u32::MAX;
+        let mut n_hidden = 0;
+        for (i, row) in self.workers.iter().enumerate() {
+            let shortens = row.rounds < fewest;
+            fewest = fewest.min(row.rounds);
+            if i >= ROWS_MAX && !shortens {
+                n_hidden += 1;
+                continue;
+            }
+            let mark = match row.efficiency < EFFICIENCY_WARNING {
+                true => "  low",
+                false => "",
+            };
+            let WorkerRow { n_workers, rounds, efficiency } = row;
+            writeln!(f, "{n_workers:>7}  {rounds:>6}  {efficiency:>10.3}{mark}")?;
+        }
+        match n_hidden {
+            0 => Ok(()),
+            n => writeln!(f, "and {n} numbers of workers that do not shorten a step"),
+        }
+    }
+}
+
+/// Prints 1234567 as `1,234,567`.
+fn thousands(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// Prints a quantity with three digits after the point and a decimal prefix, `58.463 G`.
+fn metric(x: f64) -> String {
+    let prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"];
+    let mut value = x;
+    let mut i = 0;
+    while value >= 1000.0 && i + 1 < prefixes.len() {
+        value /= 1000.0;
+        i += 1;
+    }
+    format!("{value:.3} {}", prefixes[i])
+}
+
+#[cfg(test)]
+mod tests;

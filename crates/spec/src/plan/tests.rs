@@ -1,0 +1,41 @@
+use expect_test::{ExpectFile, expect_file};
+
+use super::*;
+use crate::load::parse_text;
+
+fn check(preset: &str, overrides: &[&str], n_samples: Option<u64>, want: ExpectFile) {
+    let text = format!("base = \"preset:{preset}\"\nschema = 1\nname = \"a\"\ndata.shards = \"d\"");
+    let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
+    let spec = parse_text("run.toml", &text, &overrides).unwrap().spec;
+    want.assert_eq(&plan(&spec, n_samples).to_string());
+}
+
+#[test]
+fn the_paper() {
+    let want = expect_file!["../../transcripts/plan_paper.txt"];
+    check("base", &["elastic.workers=1:9"], Some(1_281_167), want);
+}
+
+#[test]
+fn the_demo_before_its_data() {
+    let want = expect_file!["../../transcripts/plan_demo.txt"];
+    check("demo", &["elastic.workers=6:10"], None, want);
+}
+
+#[test]
+fn epochs_need_the_data() {
+    let want = expect_file!["../../transcripts/plan_no_data.txt"];
+    check("huge", &["elastic.workers=8:8", "train.reduce=fast"], None, want);
+}
+
+#[test]
+fn too_little_data() {
+    let want = expect_file!["../../transcripts/plan_little_data.txt"];
+    check("demo", &["elastic.workers=1:1"], Some(255), want);
+}
+
+#[test]
+fn many_workers_are_printed_briefly() {
+    let want = expect_file!["../../transcripts/plan_many_workers.txt"];
+    check("base", &["elastic.workers=60:300", "train.slot_batch=16"], None, want);
+}

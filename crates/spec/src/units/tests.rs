@@ -1,0 +1,48 @@
+use super::*;
+
+#[test]
+fn lengths_and_cadences_print_as_they_read() {
+    for text in ["800ep", "500step", "1ep", "9007199254740992step"] {
+        assert_eq!(text.parse::<Length>().unwrap().to_string(), text);
+        assert_eq!(text.parse::<Cadence>().unwrap().to_string(), text);
+    }
+    for (text, printed) in [("30s", "30s"), ("90min", "90min"), ("60s", "1min"), ("120min", "2h")] {
+        assert_eq!(text.parse::<Cadence>().unwrap().to_string(), printed);
+    }
+}
+
+#[test]
+fn sizes_and_times() {
+    assert_eq!(parse_bytes("256MiB"), Ok(256 << 20));
+    assert_eq!(parse_bytes("500GB"), Ok(500_000_000_000));
+    assert_eq!(parse_duration("15min"), Ok(Duration::from_secs(900)));
+    assert_eq!(parse_bytes("256M").unwrap_err().suggestion(), Some("MiB"));
+    assert!(parse_bytes("99999999999999999999GiB").is_err());
+    assert!(parse_duration("0s").is_err());
+}
+
+#[test]
+fn anything_else_is_refused_with_a_reason() {
+    let mut out = String::new();
+    for text in ["", "ep", "5", "5 ep", "5.5ep", "-5ep", "5epochs", "5min", "0ep", "4294967296ep"] {
+        let error = text.parse::<Length>().unwrap_err();
+        out += &format!("{text:?}: {error}");
+        if let Some(unit) = error.suggestion() {
+            out += &format!(" -> {unit}");
+        }
+        out += "\n";
+    }
+    expect_test::expect![[r#"
+        "": is no whole number with a unit, such as "800ep" or "500step"
+        "ep": is no whole number with a unit, such as "800ep" or "500step"
+        "5": needs a unit, such as "800ep" or "500step"
+        "5 ep": is no whole number with a unit, such as "800ep" or "500step"
+        "5.5ep": is no whole number with a unit, such as "800ep" or "500step"
+        "-5ep": is no whole number with a unit, such as "800ep" or "500step"
+        "5epochs": has the unit `epochs`, which is none of ep, step -> ep
+        "5min": has the unit `min`, which is none of ep, step
+        "0ep": must be from 1 to 4294967295ep
+        "4294967296ep": must be from 1 to 4294967295ep
+    "#]]
+    .assert_eq(&out);
+}
