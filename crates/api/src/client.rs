@@ -83,14 +83,13 @@ impl Client {
         request
     }
 
-    /// Creates a run from a validated spec (JSON), or finds the one with the same name and spec.
-    /// `resume` lets a stopped, paused or failed one go on. Returns the run and whether it is new.
+    /// Creates a run, or finds the one with the same name and spec; `resume` lets a stopped, paused
+    /// or failed one go on. Returns the run and whether it is new.
     pub async fn create_run(
         &mut self,
-        spec: String,
-        resume: bool,
+        request: v1::CreateRunRequest,
     ) -> Result<(v1::Run, bool), ClientError> {
-        let request = self.request(v1::CreateRunRequest { spec, resume });
+        let request = self.request(request);
         let response = self.runs.create_run(request).await?.into_inner();
         Ok((response.run.unwrap_or_default(), response.created))
     }

@@ -297,6 +297,22 @@ impl Coordinator {
         }
     }
 
+    /// Creates the machine of a run that came to rest: it answers, and does nothing.
+    pub fn at_rest(
+        config: RunConfig,
+        timing: Timing,
+        saved: Saved,
+        ending: Ending,
+        now: Timestamp,
+    ) -> Self {
+        let mut machine = Coordinator::new(config, timing, saved, now);
+        if let Ending::Finished { step, .. } | Ending::Stopped { step, .. } = &ending {
+            machine.progress = *step;
+        }
+        machine.ended = Some(ending);
+        machine
+    }
+
     /// Takes one event and returns what to do, in order. Remote input never makes it fail.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Vec<Command> {
         match event {

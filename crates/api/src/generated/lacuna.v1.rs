@@ -16,9 +16,15 @@ pub struct CreateRunRequest {
     /// The validated spec, JSON.
     #[prost(string, tag = "1")]
     pub spec: ::prost::alloc::string::String,
-    /// Whether a stopped or paused run of the same name and spec goes on.
+    /// Whether a stopped, paused or failed run of the same name and spec goes on.
     #[prost(bool, tag = "2")]
     pub resume: bool,
+    /// Samples of the data set, as the client found them.
+    #[prost(uint64, tag = "3")]
+    pub n_samples: u64,
+    /// Fingerprint of the data set, as the client found it.
+    #[prost(string, tag = "4")]
+    pub fingerprint: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CreateRunResponse {

@@ -1,0 +1,221 @@
+//! Checkpoints of a run as the coordinator sees them: claim, commit, newest, retention.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use lacuna_checkpoint::catalog::{self, Entry, Status};
+use lacuna_checkpoint::commit::{self, Context};
+use lacuna_checkpoint::layout::{Attempt, RunDir};
+use lacuna_checkpoint::manifest::{Loss, Parent, RunFacts};
+use lacuna_checkpoint::write::Receipt;
+use lacuna_control::coordinator::CommitOrder;
+use lacuna_control::plan::CheckpointRef;
+use lacuna_spec::RunSpec;
+use lacuna_spec::units::Cadence;
+use lacuna_types::{BuildId, CoordEpoch, Generation, RunId, Step};
+
+/// Where a run's checkpoints stand, and what identifies its arithmetic.
+#[derive(Clone, Debug)]
+pub struct Catalogue {
+    dir: RunDir,
+    spec: RunSpec,
+    n_samples: u64,
+    fingerprint: String,
+    epoch: CoordEpoch,
+}
+
+/// What was found of a run's checkpoints when it (re)starts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Newest checkpoint that can be loaded.
+    pub newest: Option<CheckpointRef>,
+    /// Highest generation that any attempt names.
+    pub generation: Generation,
+    /// Manifests that cannot be used, with the reason.
+    pub damaged: Vec<String>,
+}
+
+/// A catalogue operation that failed, with its causes in the text.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct CatalogueError(String);
+
+fn failed(error: impl std::error::Error + 'static) -> CatalogueError {
+    CatalogueError(lacuna_checkpoint::chain(&error))
+}
+
+impl Catalogue {
+    /// Claims the run for this coordinator, with `epoch` or the first free one above it, and looks at
+    /// what is there.
+    pub fn open(
+        spec: RunSpec,
+        n_samples: u64,
+        fingerprint: String,
+        epoch: CoordEpoch,
+    ) -> Result<(Self, Found), CatalogueError> {
+        let run: RunId = spec.run_id();
+        let dir = RunDir::new(PathBuf::from(&spec.checkpoint.to), run);
+        let claimed = commit::highest_claim(&dir).map_err(failed)?.unwrap_or_default();
+        let epoch = epoch.max(claimed.next());
+        commit::claim(&dir, epoch).map_err(failed)?;
+        let entries = catalog::list(&dir).map_err(failed)?;
+        let newest = catalog::newest_good(&entries).map(|manifest| CheckpointRef {
+            step: manifest.step(),
+            manifest: manifest.seal.clone(),
+        });
+        let reason = |entry: &Entry| match &entry.status {
+            Status::Damaged { reason } => Some(reason.clone()),
+            Status::Good(_) => None,
+        };
+        let damaged = entries.iter().filter_map(reason).collect();
+        let generation = highest_generation(&dir).map_err(|err| failed(Box::new(err)))?;
+        let found = Found { newest, generation, damaged };
+        Ok((Catalogue { dir, spec, n_samples, fingerprint, epoch }, found))
+    }
+
+    /// Takes a spec that differs in placement or display only.
+    pub fn set_spec(&mut self, spec: RunSpec) {
+        self.spec = spec;
+    }
+
+    /// Commits a complete attempt.
+    pub fn commit(
+        &self,
+        order: &CommitOrder,
+        parent: Option<&CheckpointRef>,
+        probe: Option<u64>,
+        loss: Option<f64>,
+    ) -> Result<CheckpointRef, CatalogueError> {
+        let mut receipts: Vec<Receipt> = Vec::new();
+        for text in &order.receipts {
+            receipts.push(Receipt::parse(text.as_bytes()).map_err(failed)?);
+        }
+        let context = Context {
+            step: order.step,
+            attempt: Attempt::new(order.generation, order.attempt),
+            coord_epoch: self.epoch,
+            world_size: receipts.len() as u32,
+            created: rfc3339(SystemTime::now()),
+            parent: parent.map(|p| Parent { step: p.step.0, manifest: p.manifest.clone() }),
+            facts: self.facts(order.step.0, probe, loss),
+            spec: self.spec.effective_toml(),
+        };
+        let committed = match commit::commit(&self.dir, &receipts, &context) {
+            Ok(committed) => committed,
+            Err(err) => return self.same_state(order).ok_or_else(|| failed(err)),
+        };
+        if committed.state_digest != order.digest {
+            return Err(CatalogueError(format!(
+                "the parts make a state with digest {:016x}, the members said {:016x}",
+                committed.state_digest, order.digest
+            )));
+        }
+        Ok(CheckpointRef { step: committed.step, manifest: committed.manifest })
+    }
+
+    /// Finds a checkpoint of the same step and state, from before a restart: it is as good as ours.
+    fn same_state(&self, order: &CommitOrder) -> Option<CheckpointRef> {
+        let entry = catalog::find(&self.dir, order.step).ok()??;
+        let manifest = entry.good()?;
+        (manifest.state_digest.0 == order.digest)
+            .then(|| CheckpointRef { step: order.step, manifest: manifest.seal.clone() })
+    }
+
+    /// Deletes checkpoints that no rule keeps; returns their steps.
+    pub fn retain(&self) -> Result<Vec<Step>, CatalogueError> {
+        let keep = &self.spec.checkpoint.keep;
+        let Some(last) = NonZeroUsize::new(keep.last as usize) else { return Ok(Vec::new()) };
+        let entries = catalog::list(&self.dir).map_err(failed)?;
+        let every = self.keep_every_steps();
+        let kept = |step: &Step| every.is_some_and(|every| step.0.is_multiple_of(every));
+        let in_use: Vec<Step> = entries.iter().map(|e| e.step).filter(kept).collect();
+        let done = lacuna_checkpoint::retain::retain(&self.dir, last, &in_use).map_err(failed)?;
+        Ok(done.delete)
+    }
+
+    fn keep_every_steps(&self) -> Option<u64> {
+        let resolved = self.spec.resolve(self.n_samples).ok()?;
+        let per_epoch = resolved.geometry.steps_per_epoch();
+        cadence_steps(self.spec.checkpoint.keep.every.as_ref()?, per_epoch)
+    }
+
+    fn facts(&self, step: u64, probe: Option<u64>, loss: Option<f64>) -> RunFacts {
+        let batch = u64::from(self.spec.train.batch);
+        let per_epoch = (self.n_samples / batch).max(1);
+        RunFacts {
+            spec_digest: format!("blake3:{}", self.spec.maths_digest().to_hex()),
+            data_fingerprint: self.fingerprint.clone(),
+            seed: self.spec.train.seed,
+            rng: "philox4x32-10/1".to_string(),
+            build: BuildId::this().to_string(),
+            probe_class: probe.map_or_else(String::new, |p| format!("{p:016x}")),
+            epoch: step / per_epoch,
+            samples: step * batch,
+            loss: Loss { last: loss.filter(|x| x.is_finite()), mean100: None },
+        }
+    }
+}
+
+/// Converts a cadence in steps or epochs to steps; `None` for one in time.
+pub fn cadence_steps(cadence: &Cadence, steps_per_epoch: u64) -> Option<u64> {
+    match cadence {
+        Cadence::Length(length) => length.steps(steps_per_epoch),
+        Cadence::Seconds(_) => None,
+    }
+}
+
+/// Finds the highest generation that any attempt names, committed or not: names are never reused.
+fn highest_generation(dir: &RunDir) -> std::io::Result<Generation> {
+    let mut highest = Generation(0);
+    for step in names(&dir.checkpoints())?.iter().filter_map(|name| RunDir::parse_step(name)) {
+        for name in names(&dir.step(step))? {
+            if let Some(attempt) = RunDir::parse_attempt(&name) {
+                highest = highest.max(attempt.generation);
+            }
+        }
+    }
+    Ok(highest)
+}
+
+fn names(dir: &Path) -> std::io::Result<Vec<String>> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(err) => return Err(err),
+    };
+    entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+/// Formats a time as RFC 3339 in UTC, whole seconds.
+pub fn rfc3339(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days to civil date, counting years from March so that the leap day comes last.
+    let z = days + 719_468;
+    let era = z / 146_097;
+    let doe = z % 146_097;
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let shifted = (5 * doy + 2) / 153;
+    let day = doy - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = yoe + era * 400 + u64::from(month <= 2);
+    let (h, m, s) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn dates() {
+        let at = |s: u64| rfc3339(UNIX_EPOCH + Duration::from_secs(s));
+        assert_eq!(at(0), "1970-01-01T00:00:00Z");
+        assert_eq!(at(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(at(1_709_251_199), "2024-02-29T23:59:59Z");
+        assert_eq!(at(1_795_564_800), "2026-11-25T00:00:00Z");
+    }
+}

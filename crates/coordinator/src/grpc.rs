@@ -1,0 +1,617 @@
+//! The gRPC services: thin translations to the registry and the runs' tasks.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lacuna_api::error::{Reason, status};
+use lacuna_api::v1::admin_service_server::AdminService;
+use lacuna_api::v1::run_service_server::RunService;
+use lacuna_api::v1::worker_service_server::WorkerService;
+use lacuna_api::{v1, wire};
+use lacuna_control::coordinator::{Ending, Event, Hello, Saved};
+use lacuna_spec::RunSpec;
+use lacuna_types::{BuildId, Incarnation, RunId, WorkerId, exit};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{debug, info, warn};
+
+use crate::catalogue::Catalogue;
+use crate::registry::{RunHandle, Shared};
+use crate::run::{Input, SESSION_QUEUE, SessionSender, View, WATCH_QUEUE};
+use crate::store::{StoredRun, Update};
+
+/// How long a new stream may take to introduce itself.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// Updates read from the store at once for a watcher.
+const PAGE: u64 = 256;
+
+type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// All services over one shared state.
+#[derive(Clone)]
+pub(crate) struct Grpc(pub Arc<Shared>);
+
+fn parse_run(text: &str) -> Result<RunId, Status> {
+    text.parse().map_err(|err: lacuna_types::NameError| status(Reason::Malformed, err.to_string()))
+}
+
+fn check_build(build: Option<v1::BuildId>, who: &str) -> Result<(), Status> {
+    let theirs: BuildId = build.unwrap_or_default().into();
+    let ours = BuildId::this();
+    if theirs == ours {
+        return Ok(());
+    }
+    let text = format!("{who} is {theirs}, the coordinator is {ours}: install the same build");
+    warn!("{text}");
+    Err(status(Reason::VersionSkew, text))
+}
+
+async fn first_message<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
+    match tokio::time::timeout(HELLO_DEADLINE, inbound.message()).await {
+        Ok(Ok(Some(message))) => Ok(message),
+        Ok(Ok(None)) => Err(status(Reason::Malformed, "the stream ended without a hello")),
+        Ok(Err(err)) => Err(err),
+        Err(_) => Err(Status::deadline_exceeded("no hello within 10 s")),
+    }
+}
+
+#[tonic::async_trait]
+impl WorkerService for Grpc {
+    type SessionStream = BoxStream<v1::SessionResponse>;
+    type AgentStream = BoxStream<v1::AgentResponse>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut inbound = request.into_inner();
+        let Some(v1::session_request::Message::Hello(hello)) =
+            first_message(&mut inbound).await?.message
+        else {
+            return Err(status(Reason::Malformed, "a session begins with a hello"));
+        };
+        let malformed = |err: wire::WireError| status(Reason::Malformed, err.to_string());
+        let intro: Hello = wire::hello(&hello).map_err(malformed)?;
+        check_build(hello.build.clone(), &format!("worker {}", intro.worker))?;
+        let (out, answers) = mpsc::channel(SESSION_QUEUE);
+        self.0.enter(&intro.worker, intro.incarnation, &out)?;
+        let session = Session { shared: self.0.clone(), intro, device: hello.device };
+        tokio::spawn(session.run(hello.run_id, inbound, out));
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    async fn agent(
+        &self,
+        request: Request<Streaming<v1::AgentRequest>>,
+    ) -> Result<Response<Self::AgentStream>, Status> {
+        let mut inbound = request.into_inner();
+        let Some(v1::agent_request::Message::Hello(hello)) =
+            first_message(&mut inbound).await?.message
+        else {
+            return Err(status(Reason::Malformed, "an agent's stream begins with a hello"));
+        };
+        check_build(hello.build.clone(), &format!("the agent of node {}", hello.node))?;
+        info!(node = %hello.node, devices = hello.devices.len(), "node joined");
+        let (out, answers) = mpsc::channel(4);
+        let beat_ms = self.0.options.timing.beat.as_millis() as u64;
+        let welcome = v1::agent_response::Message::Welcome(v1::NodeWelcome { beat_ms });
+        // The queue is new and has room.
+        let _ = out.try_send(Ok(v1::AgentResponse { message: Some(welcome) }));
+        tokio::spawn(agent_loop(self.0.clone(), hello.node, inbound, out));
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+}
+
+async fn agent_loop(
+    shared: Arc<Shared>,
+    node: String,
+    mut inbound: Streaming<v1::AgentRequest>,
+    out: mpsc::Sender<Result<v1::AgentResponse, Status>>,
+) {
+    while let Ok(Some(request)) = inbound.message().await {
+        let Some(v1::agent_request::Message::TrainerExited(exited)) = request.message else {
+            continue;
+        };
+        let Ok(worker) = exited.worker_id.parse::<WorkerId>() else {
+            warn!(%node, worker_id = exited.worker_id, "agent names a worker that cannot be");
+            continue;
+        };
+        debug!(%node, %worker, how = exited.how, stderr = exited.stderr_tail, "trainer ended");
+        let incarnation = exited.incarnation.map(Incarnation);
+        if let Some(incarnation) = incarnation {
+            shared.leave(&worker, incarnation);
+        }
+        let inputs: Vec<mpsc::Sender<Input>> =
+            shared.runs().values().map(|h| h.ends.input.clone()).collect();
+        for input in inputs {
+            let how = exited.how.clone();
+            let event = Event::TrainerExited { worker: worker.clone(), incarnation, how };
+            // Fails only when that run's task is gone.
+            let _ = input.send(Input::Event(event)).await;
+        }
+    }
+    drop(out);
+    info!(%node, "node left");
+}
+
+/// One trainer's stream, from its hello to its end.
+struct Session {
+    shared: Arc<Shared>,
+    intro: Hello,
+    device: String,
+}
+
+impl Session {
+    async fn run(
+        self,
+        run: String,
+        mut inbound: Streaming<v1::SessionRequest>,
+        out: SessionSender,
+    ) {
+        let (worker, incarnation) = (self.intro.worker.clone(), self.intro.incarnation);
+        let shared = self.shared.clone();
+        let known = run.parse::<RunId>().ok().filter(|run| shared.reattach(run));
+        let run = match known {
+            Some(run) => Some(run),
+            None => self.wait_for_run(&mut inbound, &out).await,
+        };
+        if let Some(run) = run {
+            self.serve(&run, inbound, out).await;
+            shared.release(&run);
+        }
+        shared.leave(&worker, incarnation);
+    }
+
+    /// Waits until a run wants this worker; `None` if the worker goes first.
+    async fn wait_for_run(
+        &self,
+        inbound: &mut Streaming<v1::SessionRequest>,
+        out: &SessionSender,
+    ) -> Option<RunId> {
+        let mut changes = self.shared.changes();
+        loop {
+            changes.mark_unchanged();
+            if let Some(run) = self.shared.assign() {
+                return Some(run);
+            }
+            tokio::select! {
+                changed = changes.changed() => changed.ok()?,
+                message = inbound.message() => {
+                    let message = wire::from_worker(message.ok()??).ok()?;
+                    if let lacuna_control::message::ToCoordinator::Leaving { why } = message {
+                        let code = exit::DRAINED;
+                        let answer = lacuna_control::message::ToWorker::Exit { code, why };
+                        // The worker goes either way.
+                        let _ = out.try_send(Ok(wire::to_worker(answer)));
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn serve(
+        self,
+        run: &RunId,
+        mut inbound: Streaming<v1::SessionRequest>,
+        out: SessionSender,
+    ) {
+        let Some(input) = self.shared.input_of(run) else { return };
+        let Some(welcome) = self.welcome(run) else { return };
+        if out.send(Ok(welcome)).await.is_err() {
+            return;
+        }
+        let session = self.shared.next_session();
+        let (worker, incarnation) = (self.intro.worker.clone(), self.intro.incarnation);
+        let attach = Input::Attach { session, hello: self.intro, device: self.device, out };
+        if input.send(attach).await.is_err() {
+            return;
+        }
+        loop {
+            let request = match inbound.message().await {
+                Ok(Some(request)) => request,
+                Ok(None) => break,
+                Err(err) => {
+                    debug!(%worker, error = %err, "session stream broke");
+                    break;
+                }
+            };
+            let message = match wire::from_worker(request) {
+                Ok(message) => message,
+                Err(err) => {
+                    warn!(%worker, error = %err, "malformed message; closing the session");
+                    break;
+                }
+            };
+            let message = Input::Message { worker: worker.clone(), incarnation, message };
+            if input.send(message).await.is_err() {
+                return;
+            }
+        }
+        // Fails only when the task is gone.
+        let _ = input.send(Input::Detach { session, worker, incarnation }).await;
+    }
+
+    fn welcome(&self, run: &RunId) -> Option<v1::SessionResponse> {
+        let runs = self.shared.runs();
+        let handle = runs.get(run)?;
+        let timing = &self.shared.options.timing;
+        let welcome = v1::Welcome {
+            coord_epoch: self.shared.epoch.0,
+            beat_ms: timing.beat.as_millis() as u64,
+            lease_ms: timing.lease.as_millis() as u64,
+            run_id: run.to_string(),
+            spec: handle.spec.to_json().to_string(),
+            n_samples: handle.n_samples,
+            fingerprint: handle.fingerprint.clone(),
+        };
+        let message = Some(v1::session_response::Message::Welcome(welcome));
+        Some(v1::SessionResponse { message })
+    }
+}
+
+#[tonic::async_trait]
+impl RunService for Grpc {
+    type WatchRunStream = BoxStream<v1::WatchRunResponse>;
+
+    async fn create_run(
+        &self,
+        request: Request<v1::CreateRunRequest>,
+    ) -> Result<Response<v1::CreateRunResponse>, Status> {
+        let v1::CreateRunRequest { spec, resume, n_samples, fingerprint } = request.into_inner();
+        let invalid = |text: String| status(Reason::InvalidSpec, text);
+        let spec: RunSpec = serde_json::from_str(&spec).map_err(|err| invalid(err.to_string()))?;
+        if spec.data.order == lacuna_spec::Order::Auto {
+            return Err(invalid(
+                "`data.order` must be pinned by the client that knows the data".to_string(),
+            ));
+        }
+        crate::run::run_config(&spec, n_samples).map_err(invalid)?;
+        let id = spec.run_id();
+        let created = match self.existing(&id, &spec, n_samples, &fingerprint)? {
+            Some(input) => {
+                if resume {
+                    self.resume(&id, input, spec).await?;
+                }
+                false
+            }
+            None => {
+                self.create(&id, spec, n_samples, fingerprint).await?;
+                true
+            }
+        };
+        let run = Some(self.run_message(&id)?);
+        Ok(Response::new(v1::CreateRunResponse { run, created }))
+    }
+
+    async fn get_run(
+        &self,
+        request: Request<v1::GetRunRequest>,
+    ) -> Result<Response<v1::GetRunResponse>, Status> {
+        let id = parse_run(&request.into_inner().run_id)?;
+        Ok(Response::new(v1::GetRunResponse { run: Some(self.run_message(&id)?) }))
+    }
+
+    async fn list_runs(
+        &self,
+        _request: Request<v1::ListRunsRequest>,
+    ) -> Result<Response<v1::ListRunsResponse>, Status> {
+        let runs = self.0.runs().iter().map(|(id, handle)| to_message(id, handle)).collect();
+        Ok(Response::new(v1::ListRunsResponse { runs }))
+    }
+
+    async fn watch_run(
+        &self,
+        request: Request<v1::WatchRunRequest>,
+    ) -> Result<Response<Self::WatchRunStream>, Status> {
+        let v1::WatchRunRequest { run_id, after_seq } = request.into_inner();
+        let id = parse_run(&run_id)?;
+        self.run_message(&id)?;
+        let (out, answers) = mpsc::channel(WATCH_QUEUE);
+        tokio::spawn(watch_loop(self.clone(), id, after_seq, out));
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    async fn stop_run(
+        &self,
+        request: Request<v1::StopRunRequest>,
+    ) -> Result<Response<v1::StopRunResponse>, Status> {
+        let v1::StopRunRequest { run_id, why } = request.into_inner();
+        self.tell(&parse_run(&run_id)?, Event::Stop { why }).await?;
+        Ok(Response::new(v1::StopRunResponse {}))
+    }
+
+    async fn request_checkpoint(
+        &self,
+        request: Request<v1::RequestCheckpointRequest>,
+    ) -> Result<Response<v1::RequestCheckpointResponse>, Status> {
+        self.tell(&parse_run(&request.into_inner().run_id)?, Event::Checkpoint).await?;
+        Ok(Response::new(v1::RequestCheckpointResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl AdminService for Grpc {
+    async fn get_info(
+        &self,
+        _request: Request<v1::GetInfoRequest>,
+    ) -> Result<Response<v1::GetInfoResponse>, Status> {
+        let build = Some(BuildId::this().into());
+        Ok(Response::new(v1::GetInfoResponse { build, coord_epoch: self.0.epoch.0 }))
+    }
+
+    async fn drain_worker(
+        &self,
+        request: Request<v1::DrainWorkerRequest>,
+    ) -> Result<Response<v1::DrainWorkerResponse>, Status> {
+        let v1::DrainWorkerRequest { worker_id, why } = request.into_inner();
+        let malformed = |err: lacuna_types::NameError| status(Reason::Malformed, err.to_string());
+        let worker: WorkerId = worker_id.parse().map_err(malformed)?;
+        let holds =
+            |h: &&RunHandle| h.ends.view.borrow().status.workers.iter().any(|w| w.worker == worker);
+        let input = self.0.runs().values().find(holds).map(|h| h.ends.input.clone());
+        let none = || status(Reason::WorkerNotFound, format!("no run has a worker {worker}"));
+        let event = Input::Event(Event::Drain { worker: worker.clone(), why });
+        input.ok_or_else(none)?.send(event).await.map_err(|_| going_down())?;
+        Ok(Response::new(v1::DrainWorkerResponse {}))
+    }
+}
+
+fn going_down() -> Status {
+    status(Reason::ShuttingDown, "the coordinator is going down")
+}
+
+impl Grpc {
+    async fn tell(&self, id: &RunId, event: Event) -> Result<(), Status> {
+        let input = self.0.input_of(id).ok_or_else(|| not_found(id))?;
+        input.send(Input::Event(event)).await.map_err(|_| going_down())
+    }
+
+    /// Returns the queue of the run of this name, if there is one and `spec` means the same run.
+    fn existing(
+        &self,
+        id: &RunId,
+        spec: &RunSpec,
+        n_samples: u64,
+        fingerprint: &str,
+    ) -> Result<Option<mpsc::Sender<Input>>, Status> {
+        let Some(input) = self.0.input_of(id) else { return Ok(None) };
+        let mut differences = self.0.differences(id, spec);
+        if let Some(handle) = self.0.runs().get(id)
+            && (handle.n_samples != n_samples || handle.fingerprint != fingerprint)
+        {
+            differences.push(format!(
+                "data: {} samples ({}) -> {n_samples} samples ({fingerprint}) [maths]",
+                handle.n_samples, handle.fingerprint
+            ));
+        }
+        if differences.is_empty() {
+            return Ok(Some(input));
+        }
+        let text = format!(
+            "run `{id}` exists and would give another result:\n  {}\ngive the changed run another name",
+            differences.join("\n  ")
+        );
+        Err(status(Reason::RunExists, text))
+    }
+
+    async fn resume(
+        &self,
+        id: &RunId,
+        input: mpsc::Sender<Input>,
+        spec: RunSpec,
+    ) -> Result<(), Status> {
+        let view = match self.0.runs().get_mut(id) {
+            Some(handle) => {
+                handle.spec = spec.clone();
+                handle.ends.view.clone()
+            }
+            None => return Err(not_found(id)),
+        };
+        let ending = view.borrow().ending.clone();
+        match ending {
+            None | Some(Ending::Finished { .. }) => Ok(()),
+            Some(_) => {
+                input.send(Input::Resume(Box::new(spec))).await.map_err(|_| going_down())?;
+                let mut view = view;
+                let awake = view.wait_for(|view| view.ending.is_none());
+                match tokio::time::timeout(HELLO_DEADLINE, awake).await {
+                    Ok(Ok(_)) => Ok(()),
+                    _ => Err(Status::deadline_exceeded("the run did not wake up in time")),
+                }
+            }
+        }
+    }
+
+    async fn create(
+        &self,
+        id: &RunId,
+        spec: RunSpec,
+        n_samples: u64,
+        fingerprint: String,
+    ) -> Result<(), Status> {
+        let (wanted, print, epoch) = (spec.clone(), fingerprint.clone(), self.0.epoch);
+        let open = move || Catalogue::open(wanted, n_samples, print, epoch);
+        let (catalogue, found) = tokio::task::spawn_blocking(open)
+            .await
+            .map_err(|err| status(Reason::Internal, err.to_string()))?
+            .map_err(|err| {
+                let to = &spec.checkpoint.to;
+                status(Reason::Storage, format!("checkpoints at `{to}` cannot be used: {err}"))
+            })?;
+        for damaged in &found.damaged {
+            warn!(run_id = %id, "{damaged}");
+        }
+        if spec.checkpoint.resume == lacuna_spec::Resume::Never && found.newest.is_some() {
+            let text = format!(
+                "run `{id}` has checkpoints at `{}` and `checkpoint.resume` is \"never\"",
+                spec.checkpoint.to
+            );
+            return Err(status(Reason::RunExists, text));
+        }
+        let saved = Saved { generation: found.generation, probe: None, checkpoint: found.newest };
+        let stored = StoredRun {
+            run_id: id.clone(),
+            spec: spec.to_json().to_string(),
+            n_samples,
+            fingerprint,
+            saved,
+            ending: None,
+        };
+        if let Err(err) = self.0.store().put_run(&stored) {
+            let text = err.to_string();
+            self.0.fail(err);
+            return Err(status(Reason::Internal, text));
+        }
+        self.0.start_run(stored, spec, catalogue).map_err(|err| status(Reason::InvalidSpec, err))
+    }
+
+    fn run_message(&self, id: &RunId) -> Result<v1::Run, Status> {
+        let runs = self.0.runs();
+        runs.get(id).map(|handle| to_message(id, handle)).ok_or_else(|| not_found(id))
+    }
+}
+
+fn not_found(id: &RunId) -> Status {
+    status(Reason::RunNotFound, format!("there is no run `{id}`"))
+}
+
+fn to_message(id: &RunId, handle: &RunHandle) -> v1::Run {
+    let View { status, ending, figures, devices } = handle.ends.view.borrow().clone();
+    let resolved = handle.spec.resolve(handle.n_samples).ok();
+    let (why, exit_code, final_digest) = match &ending {
+        None => (String::new(), None, None),
+        Some(Ending::Finished { digest, .. }) => (String::new(), Some(exit::OK), Some(*digest)),
+        Some(Ending::Failed { why, code }) => (why.clone(), Some(*code), None),
+        Some(Ending::Stopped { why, .. }) => (why.clone(), Some(exit::DRAINED), None),
+        Some(Ending::Paused { why }) => (why.clone(), Some(exit::FAILED), None),
+    };
+    let worker = |w: lacuna_control::coordinator::WorkerStatus| v1::RunWorker {
+        device: devices.get(&w.worker).cloned().unwrap_or_default(),
+        worker_id: w.worker.to_string(),
+        rank: w.rank.map(|rank| rank as u32),
+        slots: w.slots,
+        state: w.state.to_string(),
+        step: w.step.0,
+        phase: w.phase.to_string(),
+    };
+    v1::Run {
+        run_id: id.to_string(),
+        state: status.state.to_string(),
+        why,
+        generation: status.generation.0,
+        step: status.step.0,
+        total_steps: resolved.as_ref().map_or(0, |r| r.total_steps),
+        steps_per_epoch: resolved.as_ref().map_or(0, |r| r.geometry.steps_per_epoch()),
+        n_slots: handle.spec.n_slots(),
+        checkpoint_step: status.checkpoint.map(|c| c.step.0),
+        final_digest,
+        workers: status.workers.into_iter().map(worker).collect(),
+        figures: figures.and_then(figures_message),
+        spec: handle.spec.to_json().to_string(),
+        exit_code: exit_code.map(u32::from),
+    }
+}
+
+fn figures_message(update: Update) -> Option<v1::Figures> {
+    let Update::Figures {
+        generation,
+        step,
+        loss,
+        lr,
+        grad_norm,
+        images_per_second,
+        data_wait,
+        digest,
+        skipped,
+        redone,
+    } = update
+    else {
+        return None;
+    };
+    Some(v1::Figures {
+        step,
+        loss,
+        lr,
+        grad_norm,
+        images_per_second,
+        data_wait,
+        skipped,
+        redone,
+        generation,
+        digest,
+    })
+}
+
+fn update_message(seq: u64, update: Update) -> v1::WatchRunResponse {
+    use v1::watch_run_response::Update as U;
+    let update = match update {
+        Update::Event { kind, warning, text, at_ms } => {
+            Some(U::Event(v1::RunEvent { kind, warning, text, at_ms }))
+        }
+        figures => figures_message(figures).map(U::Figures),
+    };
+    v1::WatchRunResponse { update, seq }
+}
+
+type WatchSender = mpsc::Sender<Result<v1::WatchRunResponse, Status>>;
+
+/// Feeds one watcher until it goes: a snapshot, what is stored, then what happens; a snapshot again
+/// whenever the run's state changes.
+async fn watch_loop(grpc: Grpc, id: RunId, after: u64, out: WatchSender) {
+    let (mut view, updates) = {
+        let runs = grpc.0.runs();
+        let Some(handle) = runs.get(&id) else { return };
+        (handle.ends.view.clone(), handle.ends.updates.subscribe())
+    };
+    let mut live = tokio_stream::wrappers::BroadcastStream::new(updates);
+    let mut seen = after;
+    let mut last_state: Option<v1::Run> = None;
+    loop {
+        let Ok(snapshot) = grpc.run_message(&id) else { return };
+        if differs(last_state.as_ref(), &snapshot) {
+            last_state = Some(snapshot.clone());
+            let update = Some(v1::watch_run_response::Update::Snapshot(snapshot));
+            if out.send(Ok(v1::WatchRunResponse { update, seq: seen })).await.is_err() {
+                return;
+            }
+        }
+        loop {
+            let page = match grpc.0.store().updates(&id, seen, PAGE) {
+                Ok(page) => page,
+                Err(err) => return grpc.0.fail(err),
+            };
+            if page.is_empty() {
+                break;
+            }
+            for (seq, update) in page {
+                seen = seq;
+                if out.send(Ok(update_message(seq, update))).await.is_err() {
+                    return;
+                }
+            }
+        }
+        tokio::select! {
+            changed = view.changed() => if changed.is_err() { return },
+            next = live.next() => if next.is_none() { return },
+            () = out.closed() => return,
+        }
+    }
+}
+
+/// Tells whether a snapshot says something new beyond figures and steps, which come by themselves.
+fn differs(last: Option<&v1::Run>, next: &v1::Run) -> bool {
+    let Some(last) = last else { return true };
+    let key = |run: &v1::Run| {
+        let workers: Vec<(String, Option<u32>, u32, String)> = run
+            .workers
+            .iter()
+            .map(|w| (w.worker_id.clone(), w.rank, w.slots, w.state.clone()))
+            .collect();
+        (run.state.clone(), run.generation, run.checkpoint_step, workers)
+    };
+    key(last) != key(next)
+}

@@ -1,0 +1,198 @@
+//! What runs and sessions share: the store, the runs, and which run a free worker goes to.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use lacuna_api::error::{Reason, status};
+use lacuna_spec::{Mark, RunSpec};
+use lacuna_types::{CoordEpoch, Incarnation, RunId, Timestamp, WorkerId};
+use tokio::sync::{mpsc, watch};
+use tonic::Status;
+
+use crate::catalogue::Catalogue;
+use crate::run::{Input, RunEnds, RunTask, SessionSender};
+use crate::service::Options;
+use crate::store::{Store, StoreError, StoredRun, Update};
+
+/// A run and the ways to reach its task.
+pub(crate) struct RunHandle {
+    pub ends: RunEnds,
+    pub spec: RunSpec,
+    pub n_samples: u64,
+    pub fingerprint: String,
+    /// Place in order of creation: older runs get workers first.
+    pub order: usize,
+    /// Sessions that were given to the run and are alive.
+    pub attached: usize,
+}
+
+/// State that every call and session sees. Locks are never held across an await.
+pub(crate) struct Shared {
+    pub options: Options,
+    pub epoch: CoordEpoch,
+    pub tasks: AtomicUsize,
+    store: Mutex<Box<dyn Store>>,
+    runs: Mutex<BTreeMap<RunId, RunHandle>>,
+    live: Mutex<BTreeMap<WorkerId, (Incarnation, SessionSender)>>,
+    sessions: AtomicU64,
+    changed: watch::Sender<u64>,
+    fatal: mpsc::Sender<StoreError>,
+    started: Instant,
+}
+
+/// Locks a mutex; a poisoned one is as good, nothing here leaves data half-changed.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(crate) fn new(
+        options: Options,
+        store: Box<dyn Store>,
+        epoch: CoordEpoch,
+    ) -> (Arc<Self>, mpsc::Receiver<StoreError>) {
+        let (fatal, failures) = mpsc::channel(1);
+        let shared = Shared {
+            options,
+            epoch,
+            tasks: AtomicUsize::new(0),
+            store: Mutex::new(store),
+            runs: Mutex::new(BTreeMap::new()),
+            live: Mutex::new(BTreeMap::new()),
+            sessions: AtomicU64::new(0),
+            changed: watch::Sender::new(0),
+            fatal,
+            started: Instant::now(),
+        };
+        (Arc::new(shared), failures)
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        // The machine's clock starts at one hour, so that subtracting a lease cannot go below zero.
+        Timestamp(0) + Duration::from_secs(3600) + self.started.elapsed()
+    }
+
+    pub(crate) fn instant(&self, at: Timestamp) -> Instant {
+        let start = Timestamp(0) + Duration::from_secs(3600);
+        self.started + at.since(start) + Duration::from_millis(1)
+    }
+
+    pub(crate) fn store(&self) -> MutexGuard<'_, Box<dyn Store>> {
+        lock(&self.store)
+    }
+
+    pub(crate) fn runs(&self) -> MutexGuard<'_, BTreeMap<RunId, RunHandle>> {
+        lock(&self.runs)
+    }
+
+    pub(crate) fn newest_figures(&self, run: &RunId) -> Result<Option<Update>, StoreError> {
+        self.store().newest_figures(run)
+    }
+
+    /// Stops the service: without its store it must not say anything more.
+    pub(crate) fn fail(&self, error: StoreError) {
+        // A second failure has nothing to add.
+        let _ = self.fatal.try_send(error);
+    }
+
+    pub(crate) fn runs_changed(&self) {
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    pub(crate) fn next_session(&self) -> u64 {
+        self.sessions.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Puts a run's task to work.
+    pub(crate) fn start_run(
+        self: &Arc<Self>,
+        stored: StoredRun,
+        spec: RunSpec,
+        catalogue: Catalogue,
+    ) -> Result<(), String> {
+        let (n_samples, fingerprint) = (stored.n_samples, stored.fingerprint.clone());
+        let id = stored.run_id.clone();
+        let (task, ends, inputs) = RunTask::create(self, stored, spec.clone(), catalogue)?;
+        self.tasks.fetch_add(1, Ordering::Relaxed);
+        tokio::spawn(task.run(inputs));
+        let mut runs = self.runs();
+        let order = runs.len();
+        runs.insert(id, RunHandle { ends, spec, n_samples, fingerprint, order, attached: 0 });
+        drop(runs);
+        self.runs_changed();
+        Ok(())
+    }
+
+    /// Gives a free worker to the oldest run that wants one.
+    pub(crate) fn assign(&self) -> Option<RunId> {
+        let mut runs = self.runs();
+        let wants = |h: &RunHandle| {
+            let limit = h.spec.elastic.workers.max as usize;
+            h.ends.view.borrow().ending.is_none() && h.attached < limit
+        };
+        let oldest = runs.iter().filter(|(_, h)| wants(h)).min_by_key(|(_, h)| h.order);
+        let id = oldest.map(|(id, _)| id.clone())?;
+        runs.get_mut(&id).expect("just seen").attached += 1;
+        Some(id)
+    }
+
+    /// Gives a worker back to the run it belonged to.
+    pub(crate) fn reattach(&self, run: &RunId) -> bool {
+        let mut runs = self.runs();
+        runs.get_mut(run).map(|handle| handle.attached += 1).is_some()
+    }
+
+    pub(crate) fn release(&self, run: &RunId) {
+        if let Some(handle) = self.runs().get_mut(run) {
+            handle.attached = handle.attached.saturating_sub(1);
+        }
+        self.runs_changed();
+    }
+
+    /// Registers a live session; a live namesake with another incarnation is in the way.
+    pub(crate) fn enter(
+        &self,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+        out: &SessionSender,
+    ) -> Result<(), Status> {
+        let mut live = lock(&self.live);
+        let namesake = live.get(worker).filter(|(i, s)| *i != incarnation && !s.is_closed());
+        if namesake.is_some() {
+            let text = format!(
+                "a live worker is called {worker} already: give each node its own `--node-name`"
+            );
+            return Err(status(Reason::WorkerExists, text));
+        }
+        live.insert(worker.clone(), (incarnation, out.clone()));
+        Ok(())
+    }
+
+    pub(crate) fn leave(&self, worker: &WorkerId, incarnation: Incarnation) {
+        let mut live = lock(&self.live);
+        if live.get(worker).is_some_and(|(i, _)| *i == incarnation) {
+            live.remove(worker);
+        }
+    }
+
+    pub(crate) fn input_of(&self, run: &RunId) -> Option<mpsc::Sender<Input>> {
+        self.runs().get(run).map(|handle| handle.ends.input.clone())
+    }
+
+    /// Finds the maths fields in which `spec` differs from the run of the same name.
+    pub(crate) fn differences(&self, run: &RunId, spec: &RunSpec) -> Vec<String> {
+        let runs = self.runs();
+        let Some(handle) = runs.get(run) else { return Vec::new() };
+        lacuna_spec::diff(&handle.spec, spec)
+            .into_iter()
+            .filter(|d| d.mark == Mark::Maths)
+            .map(|d| d.to_string())
+            .collect()
+    }
+}

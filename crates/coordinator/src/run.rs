@@ -1,0 +1,381 @@
+//! The owner of one run's machine: one task, one bounded queue in, commands out in order.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use lacuna_api::{v1, wire};
+use lacuna_control::coordinator::{
+    Command, CommitOrder, Coordinator, Ending, Event, Hello, Note, RunConfig, Status,
+};
+use lacuna_control::message::{StepMark, ToCoordinator, ToWorker};
+use lacuna_control::plan::CheckpointRef;
+use lacuna_spec::RunSpec;
+use lacuna_spec::units::Cadence;
+use lacuna_types::{Incarnation, RunId, Timestamp, WorkerId};
+use tokio::sync::{broadcast, mpsc, watch};
+use tracing::{debug, info, warn};
+
+use crate::catalogue::{Catalogue, cadence_steps};
+use crate::registry::Shared;
+use crate::store::{StoreError, StoredRun, Update};
+
+/// Bound of a run's queue: a few hundred workers may beat at once while the task writes to disk.
+pub(crate) const INPUT_QUEUE: usize = 1024;
+/// Bound of a worker's outgoing queue: a handful of messages are under way at any time, so a full one
+/// means a worker that does not read.
+pub(crate) const SESSION_QUEUE: usize = 64;
+/// Updates a watcher may lag behind before it reads them from the store instead.
+pub(crate) const WATCH_QUEUE: usize = 256;
+
+/// The sender of a session's stream.
+pub(crate) type SessionSender = mpsc::Sender<Result<v1::SessionResponse, tonic::Status>>;
+
+/// What reaches a run's task.
+pub(crate) enum Input {
+    /// A trainer's stream is up.
+    Attach { session: u64, hello: Hello, device: String, out: SessionSender },
+    /// A trainer said something.
+    Message { worker: WorkerId, incarnation: Incarnation, message: ToCoordinator },
+    /// A trainer's stream is gone.
+    Detach { session: u64, worker: WorkerId, incarnation: Incarnation },
+    /// Something happened that the machine knows.
+    Event(Event),
+    /// Go on after an end, with this spec.
+    Resume(Box<RunSpec>),
+    /// A background job has something for the log.
+    Remark { warning: bool, text: String },
+}
+
+/// What others see of a run.
+#[derive(Clone, Debug)]
+pub(crate) struct View {
+    pub status: Status,
+    pub ending: Option<Ending>,
+    pub figures: Option<Update>,
+    pub devices: BTreeMap<WorkerId, String>,
+}
+
+struct Attached {
+    session: u64,
+    incarnation: Incarnation,
+    device: String,
+    out: SessionSender,
+}
+
+/// The state of a run's task.
+pub(crate) struct RunTask {
+    shared: Arc<Shared>,
+    id: RunId,
+    stored: StoredRun,
+    machine: Coordinator,
+    catalogue: Catalogue,
+    sessions: BTreeMap<WorkerId, Attached>,
+    figures: Option<Update>,
+    probe: Option<u64>,
+    parent: Option<CheckpointRef>,
+    input: mpsc::Sender<Input>,
+    view: watch::Sender<View>,
+    updates: broadcast::Sender<(u64, Update)>,
+}
+
+/// The ends of a run's task that the registry keeps.
+pub(crate) struct RunEnds {
+    pub input: mpsc::Sender<Input>,
+    pub view: watch::Receiver<View>,
+    pub updates: broadcast::Sender<(u64, Update)>,
+}
+
+/// Derives what the machine needs from a spec.
+pub(crate) fn run_config(spec: &RunSpec, n_samples: u64) -> Result<RunConfig, String> {
+    let resolved = spec.resolve(n_samples).map_err(|err| err.to_string())?;
+    let per_epoch = resolved.geometry.steps_per_epoch();
+    let every = &spec.checkpoint.every;
+    Ok(RunConfig {
+        n_slots: spec.n_slots(),
+        total_steps: resolved.total_steps,
+        workers_min: spec.elastic.workers.min as usize,
+        workers_max: spec.elastic.workers.max as usize,
+        checkpoint_steps: every.iter().filter_map(|c| cadence_steps(c, per_epoch)).min(),
+        checkpoint_interval: every.iter().filter_map(cadence_time).min(),
+    })
+}
+
+fn cadence_time(cadence: &Cadence) -> Option<Duration> {
+    match cadence {
+        Cadence::Seconds(seconds) => Some(Duration::from_secs(*seconds)),
+        Cadence::Length(_) => None,
+    }
+}
+
+impl RunTask {
+    /// Builds the task of a run; a run with an ending rests until [`Input::Resume`].
+    pub(crate) fn create(
+        shared: &Arc<Shared>,
+        stored: StoredRun,
+        spec: RunSpec,
+        catalogue: Catalogue,
+    ) -> Result<(RunTask, RunEnds, mpsc::Receiver<Input>), String> {
+        let config = run_config(&spec, stored.n_samples)?;
+        let figures = shared.newest_figures(&stored.run_id).map_err(|err| err.to_string())?;
+        let (timing, now) = (shared.options.timing.clone(), shared.now());
+        let machine = match stored.ending.clone() {
+            None => Coordinator::new(config, timing, stored.saved.clone(), now),
+            Some(ending) => Coordinator::at_rest(config, timing, stored.saved.clone(), ending, now),
+        };
+        let (input, inputs) = mpsc::channel(INPUT_QUEUE);
+        let view = View {
+            status: machine.status(),
+            ending: stored.ending.clone(),
+            figures: figures.clone(),
+            devices: BTreeMap::new(),
+        };
+        let (view, view_rx) = watch::channel(view);
+        let (updates, _) = broadcast::channel(WATCH_QUEUE);
+        let ends = RunEnds { input: input.clone(), view: view_rx, updates: updates.clone() };
+        let task = RunTask {
+            shared: shared.clone(),
+            id: stored.run_id.clone(),
+            probe: stored.saved.probe,
+            parent: stored.saved.checkpoint.clone(),
+            stored,
+            machine,
+            catalogue,
+            sessions: BTreeMap::new(),
+            figures,
+            input,
+            view,
+            updates,
+        };
+        Ok((task, ends, inputs))
+    }
+
+    /// Runs until the service goes down or its store fails.
+    pub(crate) async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+        loop {
+            let deadline = self.machine.next_deadline().map(|(at, _)| self.shared.instant(at));
+            let tick = async {
+                match deadline {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let input = tokio::select! {
+                input = inputs.recv() => match input {
+                    Some(input) => input,
+                    None => return,
+                },
+                () = tick => Input::Event(Event::Tick),
+            };
+            if let Err(err) = self.take(input) {
+                self.shared.fail(err);
+                return;
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) -> Result<(), StoreError> {
+        let now: Timestamp = self.shared.now();
+        let event = match input {
+            Input::Event(event) => event,
+            Input::Message { worker, incarnation, message } => {
+                Event::Message { worker, incarnation, message }
+            }
+            Input::Attach { session, hello, device, out } => {
+                let incarnation = hello.incarnation;
+                info!(run_id = %self.id, worker_id = %hello.worker, %device, "worker joined");
+                let attached = Attached { session, incarnation, device, out };
+                self.sessions.insert(hello.worker.clone(), attached);
+                Event::Hello(hello)
+            }
+            Input::Detach { session, worker, incarnation } => {
+                if self.sessions.get(&worker).is_none_or(|s| s.session != session) {
+                    return Ok(());
+                }
+                self.sessions.remove(&worker);
+                Event::StreamLost { worker, incarnation }
+            }
+            Input::Resume(spec) => {
+                self.resume(*spec)?;
+                Event::Tick
+            }
+            Input::Remark { warning, text } => {
+                self.tell(Note { kind: "remark", warning, text })?;
+                return Ok(());
+            }
+        };
+        for command in self.machine.handle(now, event) {
+            self.carry_out(command)?;
+        }
+        self.publish();
+        Ok(())
+    }
+
+    fn publish(&mut self) {
+        let devices = self.sessions.iter().map(|(id, s)| (id.clone(), s.device.clone())).collect();
+        self.view.send_replace(View {
+            status: self.machine.status(),
+            ending: self.machine.ended().cloned(),
+            figures: self.figures.clone(),
+            devices,
+        });
+        self.shared.runs_changed();
+    }
+
+    fn carry_out(&mut self, command: Command) -> Result<(), StoreError> {
+        match command {
+            Command::Persist(record) => {
+                use lacuna_control::coordinator::Record;
+                match &record {
+                    Record::Probe(probe) => self.probe = Some(*probe),
+                    Record::Checkpoint(checkpoint) => self.parent = Some(checkpoint.clone()),
+                    Record::Generation(g) => self.stored.saved.generation = *g,
+                    Record::Ended(_) => {}
+                }
+                self.shared.store().record(&self.id, &record)?;
+            }
+            Command::Send { to, incarnation, message } => self.send(&to, incarnation, message),
+            Command::Disconnect { worker, incarnation } => {
+                if self.sessions.get(&worker).is_some_and(|s| s.incarnation == incarnation) {
+                    self.sessions.remove(&worker);
+                }
+            }
+            Command::DrawCommId(generation) => {
+                let mut comm_id = vec![0u8; 32];
+                getrandom::fill(&mut comm_id).expect("the system has a random source");
+                self.later(Input::Event(Event::CommId { generation, comm_id }));
+            }
+            Command::Commit(order) => self.commit(order),
+            Command::Note(note) => self.tell(note)?,
+            Command::Mark(mark) => self.mark(mark)?,
+        }
+        Ok(())
+    }
+
+    /// Queues an input for this task itself. Commands never wait for the queue they feed.
+    fn later(&self, input: Input) {
+        let queue = self.input.clone();
+        tokio::spawn(async move {
+            // Fails only when the task is gone, and nobody waits for it then.
+            let _ = queue.send(input).await;
+        });
+    }
+
+    fn send(&mut self, to: &WorkerId, incarnation: Incarnation, message: ToWorker) {
+        let Some(session) = self.sessions.get(to).filter(|s| s.incarnation == incarnation) else {
+            debug!(run_id = %self.id, worker_id = %to, ?message, "no stream to send on");
+            return;
+        };
+        let leaves = matches!(message, ToWorker::Exit { .. });
+        if session.out.try_send(Ok(wire::to_worker(message))).is_err() {
+            warn!(run_id = %self.id, worker_id = %to, "worker does not read its stream; closing it");
+            self.sessions.remove(to);
+        } else if leaves {
+            self.sessions.remove(to);
+        }
+    }
+
+    fn commit(&mut self, order: CommitOrder) {
+        let catalogue = self.catalogue.clone();
+        let (parent, probe) = (self.parent.clone(), self.probe);
+        let loss = match &self.figures {
+            Some(Update::Figures { loss, .. }) => Some(*loss),
+            _ => None,
+        };
+        let queue = self.input.clone();
+        tokio::task::spawn_blocking(move || {
+            let (generation, attempt) = (order.generation, order.attempt);
+            let event = match catalogue.commit(&order, parent.as_ref(), probe, loss) {
+                Ok(checkpoint) => Event::CheckpointDone { generation, attempt, checkpoint },
+                Err(err) => Event::CheckpointFailed { generation, attempt, why: err.to_string() },
+            };
+            let saved = matches!(event, Event::CheckpointDone { .. });
+            if queue.blocking_send(Input::Event(event)).is_err() || !saved {
+                return;
+            }
+            let remark = match catalogue.retain() {
+                Ok(deleted) if deleted.is_empty() => return,
+                Ok(deleted) => {
+                    let steps: Vec<String> = deleted.iter().map(ToString::to_string).collect();
+                    let text = format!("retention deleted steps {}", steps.join(", "));
+                    Input::Remark { warning: false, text }
+                }
+                Err(err) => {
+                    Input::Remark { warning: true, text: format!("retention failed: {err}") }
+                }
+            };
+            // Fails only when the task is gone.
+            let _ = queue.blocking_send(remark);
+        });
+    }
+
+    fn tell(&mut self, note: Note) -> Result<(), StoreError> {
+        let Note { kind, warning, text } = note;
+        if warning {
+            warn!(run_id = %self.id, kind, "{text}");
+        } else {
+            info!(run_id = %self.id, kind, "{text}");
+        }
+        let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
+        let kind = kind.to_string();
+        self.append(Update::Event { kind, warning, text, at_ms: at_ms as u64 })
+    }
+
+    fn mark(&mut self, mark: StepMark) -> Result<(), StoreError> {
+        let figures = Update::Figures {
+            generation: mark.generation.0,
+            step: mark.step.0,
+            loss: mark.loss,
+            lr: mark.lr,
+            grad_norm: mark.grad_norm,
+            images_per_second: mark.images_per_second,
+            data_wait: mark.data_wait,
+            digest: mark.digest,
+            skipped: mark.skipped,
+            redone: mark.redone,
+        };
+        self.figures = Some(figures.clone());
+        self.append(figures)
+    }
+
+    fn append(&mut self, update: Update) -> Result<(), StoreError> {
+        let seq = self.shared.store().append(&self.id, &update)?;
+        // Without watchers there is nobody to send to.
+        let _ = self.updates.send((seq, update));
+        Ok(())
+    }
+
+    /// Starts the machine again from what is stored.
+    fn resume(&mut self, spec: RunSpec) -> Result<(), StoreError> {
+        if self.machine.ended().is_none() {
+            return Ok(());
+        }
+        let config = match run_config(&spec, self.stored.n_samples) {
+            Ok(config) => config,
+            Err(why) => return self.tell(Note { kind: "refused", warning: true, text: why }),
+        };
+        self.catalogue.set_spec(spec.clone());
+        self.stored.saved.probe = self.probe;
+        self.stored.saved.checkpoint = self.parent.clone();
+        self.stored.spec = spec.to_json().to_string();
+        self.stored.ending = None;
+        self.shared.store().put_run(&self.stored)?;
+        let timing = self.shared.options.timing.clone();
+        self.machine =
+            Coordinator::new(config, timing, self.stored.saved.clone(), self.shared.now());
+        let text = match &self.parent {
+            Some(checkpoint) => {
+                format!("going on; newest checkpoint is of step {}", checkpoint.step)
+            }
+            None => "starting again; there is no checkpoint".to_string(),
+        };
+        self.tell(Note { kind: "resumed", warning: false, text })
+    }
+}
+
+impl Drop for RunTask {
+    fn drop(&mut self) {
+        self.shared.tasks.fetch_sub(1, Ordering::Relaxed);
+    }
+}
