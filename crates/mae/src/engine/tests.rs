@@ -1,0 +1,234 @@
+use super::*;
+use lacuna_recipe::adamw::AdamW;
+use lacuna_types::{SampleId, Slot, Step};
+
+fn setup(preset: &str, slot_batch: u32) -> EngineSetup {
+    let model = ModelConfig::preset(preset).unwrap();
+    let channels = model.channels as usize;
+    EngineSetup {
+        model,
+        seed: 7,
+        mean: vec![0.45; channels],
+        std: vec![0.25; channels],
+        slot_batch,
+    }
+}
+
+fn batch(setup: &EngineSetup, index: u32) -> SlotBatch {
+    let b = u64::from(setup.slot_batch);
+    let samples: Vec<SampleId> = (0..b).map(|i| SampleId(u64::from(index) * b + i)).collect();
+    let model = &setup.model;
+    let n_bytes = (b as u32 * model.channels * model.img_size[0] * model.img_size[1]) as usize;
+    let order = |s: &SampleId| MaskOrder::draw(3, 0, s.0, model.n_patches()).ids_shuffle;
+    SlotBatch {
+        slot: Slot { step: Step(4), index },
+        weights: vec![1.0; samples.len()],
+        pixels: (0..n_bytes).map(|i| ((i * 31 + index as usize * 17) % 253) as u8).collect(),
+        ids_shuffle: samples.iter().flat_map(order).collect(),
+        samples,
+    }
+}
+
+/// Returns the loss and the flat gradient.
+fn compute(engine: &mut TorchEngine, batch: &SlotBatch) -> (u32, Vec<u32>) {
+    let layout = engine.layout().clone();
+    let mut flat = vec![f32::NAN; layout.numel()];
+    let mut seen = vec![0; layout.n_blocks()];
+    let loss = engine
+        .slot(batch, &mut |grad| {
+            seen[grad.block] += 1;
+            flat[layout.range(grad.block)].copy_from_slice(grad.values);
+        })
+        .unwrap();
+    assert!(seen.iter().all(|&n| n == 1), "each tensor once");
+    assert!(loss.is_finite() && flat.iter().all(|x| x.is_finite()));
+    (loss.to_bits(), flat.iter().map(|x| x.to_bits()).collect())
+}
+
+#[test]
+fn a_slot_is_a_function_of_parameters_and_batch() {
+    for (preset, slot_batch) in [("micro", 4), ("demo", 8)] {
+        let setup = setup(preset, slot_batch);
+        let batches: Vec<SlotBatch> = (0..4).map(|i| batch(&setup, i)).collect();
+        let mut engine = TorchEngine::new(setup.clone()).unwrap();
+        let first: Vec<_> = batches.iter().map(|b| compute(&mut engine, b)).collect();
+        for i in [2, 0, 3, 1, 1, 2] {
+            assert!(compute(&mut engine, &batches[i]) == first[i], "{preset}: slot {i} again");
+        }
+        // Another engine, another thread, another order, another heap.
+        let other = std::thread::spawn(move || {
+            let ballast: Vec<Vec<u8>> = (1..40).map(|i| vec![1; i * 777]).collect();
+            let mut engine = TorchEngine::new(setup).unwrap();
+            let results: Vec<_> = batches.iter().rev().map(|b| compute(&mut engine, b)).collect();
+            drop(ballast);
+            results
+        });
+        let other = other.join().unwrap();
+        assert!(other.into_iter().rev().eq(first), "{preset}: in another engine");
+    }
+}
+
+/// The flat buffer's address decides where every tensor lies relative to a cache line; kernels that
+/// looked at alignment would make a slot depend on the heap.
+#[test]
+fn alignment_of_the_parameters_does_not_change_bits() {
+    for (preset, slot_batch) in [("micro", 4), ("demo", 8)] {
+        let setup = setup(preset, slot_batch);
+        let batch = batch(&setup, 0);
+        let program = SlotProgram::new(&setup.model, slot_batch as usize);
+        let images: Vec<f32> = batch.pixels.iter().map(|&b| f32::from(b) / 64.0 - 2.0).collect();
+        let input =
+            SlotInput { images: &images, ids_shuffle: &batch.ids_shuffle, weights: &batch.weights };
+        let fresh = CpuState::fresh(program.layout.clone(), 7);
+        let param = fresh.section(Section::Param);
+        let digest_at = |offset: usize| {
+            let mut buffer: Vec<f32> = vec![0.0; param.len() + offset];
+            buffer[offset..].copy_from_slice(param);
+            let (loss, grads) = program.run(&buffer[offset..], &input);
+            let start = Crc64::of_f32(&[loss]);
+            grads.iter().fold(start, |sum, (_, grad)| sum.then(Crc64::of_f32(values(grad))))
+        };
+        let want = digest_at(0);
+        for offset in [1, 2, 4, 8, 12, 13] {
+            assert_eq!(digest_at(offset), want, "{preset}: {offset} elements further");
+        }
+    }
+}
+
+#[test]
+fn a_sample_of_weight_zero_adds_nothing_and_divides() {
+    let setup = setup("micro", 2);
+    let mut engine = TorchEngine::new(setup.clone()).unwrap();
+    let whole = batch(&setup, 0);
+    let mut parts: Vec<f64> = Vec::new();
+    for weights in [vec![1.0, 0.0], vec![0.0, 1.0], vec![1.0, 1.0]] {
+        let (loss, _) = compute(&mut engine, &SlotBatch { weights, ..whole.clone() });
+        parts.push(f64::from(f32::from_bits(loss)));
+    }
+    assert!((parts[0] + parts[1] - parts[2]).abs() < 1e-6, "{parts:?}");
+    let mut noise = whole.clone();
+    noise.weights = vec![1.0, 0.0];
+    let first = compute(&mut engine, &noise);
+    noise.pixels[192..].fill(77);
+    assert!(compute(&mut engine, &noise) == first, "a weightless image has no influence");
+}
+
+#[test]
+fn a_fresh_engine_holds_the_weights_of_its_seed() {
+    let setup = setup("micro", 2);
+    let engine = TorchEngine::new(setup.clone()).unwrap();
+    let same = TorchEngine::new(setup.clone()).unwrap();
+    let other = TorchEngine::new(EngineSetup { seed: 8, ..setup }).unwrap();
+    assert_eq!(engine.tensor_digests().unwrap(), same.tensor_digests().unwrap());
+    assert_ne!(engine.params(), other.params());
+    let n = engine.layout().numel();
+    let mut moments = vec![f32::NAN; n];
+    for section in [Section::ExpAvg, Section::ExpAvgSq] {
+        engine.read(section, 0..n, &mut moments).unwrap();
+        assert!(moments.iter().all(|&x| x == 0.0));
+    }
+}
+
+#[test]
+fn what_is_written_is_read_and_computed_with() {
+    let setup = setup("micro", 2);
+    let mut engine = TorchEngine::new(setup.clone()).unwrap();
+    let slot = batch(&setup, 0);
+    let before = compute(&mut engine, &slot);
+    for section in Section::ALL {
+        let written: Vec<f32> = (0..100).map(|i| i as f32 * 1e-3 - 0.05).collect();
+        engine.write(section, 40, &written).unwrap();
+        let mut read = vec![0.0; 50];
+        engine.read(section, 60..110, &mut read).unwrap();
+        assert_eq!(read, written[20..70]);
+    }
+    assert!(compute(&mut engine, &slot) != before);
+}
+
+#[test]
+fn updates_lower_the_loss() {
+    let setup = setup("micro", 4);
+    let mut engine = TorchEngine::new(setup.clone()).unwrap();
+    let slot = batch(&setup, 0);
+    let adamw = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.05 };
+    let mut losses: Vec<f32> = Vec::new();
+    for t in 1..=20 {
+        let (loss, grad) = compute(&mut engine, &slot);
+        losses.push(f32::from_bits(loss));
+        let mean: Vec<f32> = grad.into_iter().map(f32::from_bits).collect();
+        let update = UpdateScalars { lr: 1e-2, t, adamw: adamw.clone(), decay_tokens: true };
+        engine.apply(&mean, &update).unwrap();
+    }
+    assert!(losses[19] < 0.9 * losses[0], "{losses:?}");
+}
+
+#[test]
+fn the_probe_depends_on_the_shapes_and_not_on_the_state() {
+    let mut engine = TorchEngine::new(setup("micro", 2)).unwrap();
+    let digest = engine.probe().unwrap();
+    let other_seed = EngineSetup { seed: 99, ..setup("micro", 2) };
+    let mut moved = TorchEngine::new(other_seed).unwrap();
+    moved.write(Section::Param, 0, &[1.0; 32]).unwrap();
+    assert_eq!(moved.probe().unwrap(), digest);
+    assert_eq!(moved.probe().unwrap(), digest);
+    let mut wider = TorchEngine::new(setup("micro", 3)).unwrap();
+    assert_ne!(wider.probe().unwrap(), digest);
+    assert!(engine.describe().starts_with("cpu (libtorch 2.11"), "{}", engine.describe());
+}
+
+#[test]
+fn batches_of_another_shape_are_refused() {
+    let setup = setup("micro", 2);
+    let mut engine = TorchEngine::new(setup.clone()).unwrap();
+    let good = batch(&setup, 3);
+    let mut cases: Vec<(&str, SlotBatch)> = Vec::new();
+    let mut case = |what, change: fn(&mut SlotBatch)| {
+        let mut bad = good.clone();
+        change(&mut bad);
+        cases.push((what, bad));
+    };
+    case("1 samples, not 2", |b| b.samples.truncate(1));
+    case("3 weights, not 2", |b| b.weights.push(1.0));
+    case("383 pixel values, not 384", |b| b.pixels.truncate(383));
+    case("31 patch ids, not 32", |b| b.ids_shuffle.truncate(31));
+    case("sample 1 does not name each patch once", |b| b.ids_shuffle[20] = b.ids_shuffle[21]);
+    case("sample 0 does not name each patch once", |b| b.ids_shuffle[3] = 16);
+    for (what, bad) in cases {
+        let error = engine.slot(&bad, &mut |_| panic!("no gradient of a bad batch")).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("slot 3 of step 4") && text.contains(what), "{text}");
+    }
+}
+
+#[test]
+fn setups_that_fit_nothing_are_refused() {
+    let good = setup("micro", 2);
+    let mut model = good.model.clone();
+    model.heads = 3;
+    let text = |setup: EngineSetup| TorchEngine::new(setup).unwrap_err().to_string();
+    assert!(text(EngineSetup { model, ..good.clone() }).contains("`width` = 8"));
+    assert!(text(EngineSetup { mean: vec![0.5], ..good.clone() }).contains("1 values"));
+    assert!(text(EngineSetup { slot_batch: 0, ..good }).contains("slot_batch"));
+}
+
+#[test]
+fn gradients_complete_from_the_end() {
+    let model = ModelConfig::preset("base").unwrap();
+    let layout = Layout::new(model.params());
+    let order = completion_order(&model, &layout);
+    let place = |name: &str| {
+        let block = layout.find(name).unwrap();
+        order.iter().position(|&b| b == block).unwrap()
+    };
+    let want = [
+        "decoder_pred.weight",
+        "decoder_blocks.7.mlp.fc2.weight",
+        "decoder_blocks.0.norm1.bias",
+        "mask_token",
+        "blocks.11.attn.qkv.weight",
+        "blocks.10.attn.qkv.weight",
+        "cls_token",
+        "patch_embed.proj.weight",
+    ];
+    assert!(want.map(place).is_sorted());
+}

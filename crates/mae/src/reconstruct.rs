@@ -1,0 +1,236 @@
+//! Pictures of what a model fills in.
+//!
+//! A model trained on per-patch normalised pixels predicts a patch's texture without its brightness and
+//! contrast. Showing it with the mean and deviation of the patch itself would leak the answer, so here
+//! both come from **visible patches only**: each statistic of a removed patch is the mean of those of
+//! the [`NEIGHBORS`] nearest visible patches, weighted by the inverse square of the distance between
+//! patch centres. Visible patches are pasted as they are.
+
+use std::path::Path;
+
+use image::{Rgb, RgbImage};
+use lacuna_recipe::model::NORM_PIX_EPS;
+
+use crate::frozen::FrozenMae;
+use crate::mae::mask_sizes;
+
+/// Visible patches that the statistics of a removed patch are taken from: enough to surround it, few
+/// enough to stay local.
+pub const NEIGHBORS: usize = 4;
+/// Images with sides below this are shown enlarged by [`ENLARGE`].
+const SMALL_SIDE: u32 = 64;
+const ENLARGE: u32 = 4;
+/// Pixels between pictures of a row and between rows.
+const GAP: u32 = 2;
+/// Brightness of a removed patch in the masked picture.
+const REMOVED_GRAY: f64 = 0.5;
+
+/// A picture that could not be stored.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to write picture `{path}`")]
+pub struct WritePictureError {
+    path: String,
+    #[source]
+    source: image::ImageError,
+}
+
+/// Draws one row per image: `original | masked | by the model | by random weights`.
+///
+/// `pixels` is `[b, h, w, c]` and `ids_shuffle` `[b, l]`; both models have the same sizes. Images of one
+/// channel are drawn grey, of three in color, of other numbers by their first channel.
+///
+/// # Panics
+/// If the models differ in size or the slices do not hold whole images and permutations.
+pub fn draw_rows(
+    model: &FrozenMae,
+    random: &FrozenMae,
+    pixels: &[u8],
+    ids_shuffle: &[u32],
+) -> RgbImage {
+    assert_eq!(model.model(), random.model(), "models of one size");
+    let (len_keep, n_patches) = mask_sizes(model.model());
+    let n_images = pixels.len() / model.image_bytes();
+    assert_eq!(ids_shuffle.len(), n_images * n_patches, "one permutation per image");
+    let preds = [model.predict(pixels, ids_shuffle), random.predict(pixels, ids_shuffle)];
+    let geometry = Geometry::of(model);
+    let mut sheet = Sheet::new(&geometry, 4, n_images as u32);
+    for i in 0..n_images {
+        let image = &pixels[i * model.image_bytes()..][..model.image_bytes()];
+        let patches = geometry.patches(image);
+        let (kept, removed) = ids_shuffle[i * n_patches..][..n_patches].split_at(len_keep);
+        let mut masked = patches.clone();
+        for &id in removed {
+            masked[id as usize].fill(REMOVED_GRAY);
+        }
+        let filled = preds.each_ref().map(|pred| {
+            let pred = &pred[i * n_patches * geometry.patch_values..];
+            fill_in(model, &geometry, &patches, pred, kept, removed)
+        });
+        let [by_model, by_random] = filled;
+        for (column, patches) in [patches, masked, by_model, by_random].iter().enumerate() {
+            sheet.paste(&geometry, patches, column as u32, i as u32);
+        }
+    }
+    sheet.canvas
+}
+
+/// Writes a picture as PNG.
+pub fn write_png(picture: &RgbImage, path: &Path) -> Result<(), WritePictureError> {
+    picture
+        .save_with_format(path, image::ImageFormat::Png)
+        .map_err(|source| WritePictureError { path: path.display().to_string(), source })
+}
+
+/// Values of one patch in units of full brightness, in row, column, channel order.
+type Patch = Vec<f64>;
+
+/// Replaces the removed patches by the predicted ones.
+fn fill_in(
+    model: &FrozenMae,
+    geometry: &Geometry,
+    patches: &[Patch],
+    pred: &[f32],
+    kept: &[u32],
+    removed: &[u32],
+) -> Vec<Patch> {
+    let (mean, std) = model.normalization();
+    let visible: Vec<(usize, Stats)> =
+        kept.iter().map(|&id| (id as usize, Stats::of(&patches[id as usize], mean, std))).collect();
+    let mut out: Vec<Patch> = patches.to_vec();
+    for &id in removed {
+        let id = id as usize;
+        let pred = &pred[id * geometry.patch_values..][..geometry.patch_values];
+        let Stats { mean: level, deviation } = match model.model().norm_pix_loss {
+            true => interpolate(geometry, &visible, id),
+            false => Stats { mean: 0.0, deviation: 1.0 },
+        };
+        for (i, (to, &x)) in out[id].iter_mut().zip(pred).enumerate() {
+            let channel = i % mean.len();
+            *to = (f64::from(x) * deviation + level) * std[channel] + mean[channel];
+        }
+    }
+    out
+}
+
+/// Mean and deviation of a patch's normalised values, channels together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Stats {
+    mean: f64,
+    deviation: f64,
+}
+
+impl Stats {
+    fn of(patch: &[f64], mean: &[f64], std: &[f64]) -> Stats {
+        let normal = |(i, x): (usize, &f64)| (x - mean[i % mean.len()]) / std[i % std.len()];
+        let values: Vec<f64> = patch.iter().enumerate().map(normal).collect();
+        let level = values.iter().sum::<f64>() / values.len() as f64;
+        let squares: f64 = values.iter().map(|x| (x - level) * (x - level)).sum();
+        let degrees = (values.len() - 1).max(1) as f64;
+        Stats { mean: level, deviation: (squares / degrees + NORM_PIX_EPS).sqrt() }
+    }
+}
+
+/// Estimates the statistics of removed patch `id` from the visible patches around it.
+fn interpolate(geometry: &Geometry, visible: &[(usize, Stats)], id: usize) -> Stats {
+    let mut near: Vec<(u64, usize, Stats)> = visible
+        .iter()
+        .map(|&(other, stats)| (geometry.square_distance(id, other), other, stats))
+        .collect();
+    // Ties go to the patch that comes first, so a picture does not depend on the shuffle.
+    near.sort_by_key(|&(distance, other, _)| (distance, other));
+    near.truncate(NEIGHBORS);
+    let weights = near.iter().map(|(distance, ..)| 1.0 / *distance as f64);
+    let total: f64 = weights.clone().sum();
+    let mean = |value: fn(&Stats) -> f64| {
+        weights.clone().zip(&near).map(|(w, (.., stats))| w * value(stats)).sum::<f64>() / total
+    };
+    Stats { mean: mean(|s| s.mean), deviation: mean(|s| s.deviation) }
+}
+
+/// How an image is cut into patches.
+#[derive(Clone, Copy, Debug)]
+struct Geometry {
+    height: usize,
+    width: usize,
+    channels: usize,
+    patch_size: usize,
+    columns: usize,
+    patch_values: usize,
+}
+
+impl Geometry {
+    fn of(model: &FrozenMae) -> Self {
+        let config = model.model();
+        let [height, width] = config.img_size.map(|side| side as usize);
+        Geometry {
+            height,
+            width,
+            channels: config.channels as usize,
+            patch_size: config.patch_size as usize,
+            columns: config.grid()[1],
+            patch_values: config.patch_values(),
+        }
+    }
+
+    /// Returns the patch of a pixel and the pixel's first value in it.
+    fn place(&self, y: usize, x: usize) -> (usize, usize) {
+        let s = self.patch_size;
+        let patch = (y / s) * self.columns + x / s;
+        (patch, ((y % s) * s + x % s) * self.channels)
+    }
+
+    fn patches(&self, image: &[u8]) -> Vec<Patch> {
+        let n_patches = (self.height / self.patch_size) * self.columns;
+        let mut out: Vec<Patch> = vec![vec![0.0; self.patch_values]; n_patches];
+        for (pixel, values) in image.chunks_exact(self.channels).enumerate() {
+            let (patch, at) = self.place(pixel / self.width, pixel % self.width);
+            for (to, &byte) in out[patch][at..].iter_mut().zip(values) {
+                *to = f64::from(byte) / 255.0;
+            }
+        }
+        out
+    }
+
+    fn square_distance(&self, a: usize, b: usize) -> u64 {
+        let rows = (a / self.columns).abs_diff(b / self.columns) as u64;
+        let columns = (a % self.columns).abs_diff(b % self.columns) as u64;
+        rows * rows + columns * columns
+    }
+}
+
+/// A sheet of pictures of one size in rows and columns.
+struct Sheet {
+    canvas: RgbImage,
+    scale: u32,
+}
+
+impl Sheet {
+    fn new(geometry: &Geometry, columns: u32, rows: u32) -> Self {
+        let [height, width] = [geometry.height as u32, geometry.width as u32];
+        let scale = if height.max(width) < SMALL_SIDE { ENLARGE } else { 1 };
+        let side = |n: u32, length: u32| n * (length * scale + GAP) + GAP;
+        let (across, down) = (side(columns, width), side(rows, height));
+        Sheet { canvas: RgbImage::from_pixel(across, down, Rgb([255; 3])), scale }
+    }
+
+    fn paste(&mut self, geometry: &Geometry, patches: &[Patch], column: u32, row: u32) {
+        let [height, width] =
+            [geometry.height as u32, geometry.width as u32].map(|n| n * self.scale);
+        let (left, top) = (GAP + column * (width + GAP), GAP + row * (height + GAP));
+        for y in 0..height {
+            for x in 0..width {
+                let (patch, at) =
+                    geometry.place((y / self.scale) as usize, (x / self.scale) as usize);
+                let values = &patches[patch][at..];
+                let color = |c: usize| {
+                    let channel = if geometry.channels == 3 { c } else { 0 };
+                    (values[channel].clamp(0.0, 1.0) * 255.0).round() as u8
+                };
+                self.canvas.put_pixel(left + x, top + y, Rgb([color(0), color(1), color(2)]));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

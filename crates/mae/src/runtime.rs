@@ -1,0 +1,45 @@
+//! How libtorch must be set up so that equal machines give equal bits.
+
+use std::sync::Once;
+
+/// Environment of a CPU trainer process, to be set before the process starts.
+///
+/// libtorch, oneDNN, MKL and OpenMP read these once, when they load. One thread fixes the order of
+/// every sum, and AVX2 is what all machines of a mixed CPU fleet have. On glibc, blocks of activations
+/// stay in the heap from slot to slot instead of being unmapped and faulted in again.
+pub const CPU_ENV: &[(&str, &str)] = &[
+    ("ATEN_CPU_CAPABILITY", "avx2"),
+    ("ONEDNN_MAX_CPU_ISA", "AVX2"),
+    ("OMP_NUM_THREADS", "1"),
+    ("MKL_NUM_THREADS", "1"),
+    ("MKL_DYNAMIC", "FALSE"),
+];
+
+/// Returns the pins of [`CPU_ENV`] that this process was started without.
+pub fn missing_pins() -> Vec<(&'static str, &'static str)> {
+    let differs = |pin: &&(&str, &str)| {
+        std::env::var(pin.0).map_or(true, |value| !value.eq_ignore_ascii_case(pin.1))
+    };
+    CPU_ENV.iter().filter(differs).copied().collect()
+}
+
+/// Makes the calling thread compute alone. Thread counts belong to threads in OpenMP, so every
+/// thread that computes calls this; it costs less than a microsecond.
+pub fn pin_threads() {
+    static PROCESS: Once = Once::new();
+    // libtorch accepts this one number only once in a process.
+    PROCESS.call_once(|| tch::set_num_interop_threads(1));
+    tch::set_num_threads(1);
+}
+
+/// Returns the version of libtorch that this crate was built for, `2.11.0`.
+pub fn library_version() -> String {
+    let full = env!("LACUNA_LIBTORCH_VERSION");
+    full.split('+').next().unwrap_or(full).to_string()
+}
+
+/// Describes the CPU as an engine: `cpu (libtorch 2.11.0, avx2, 1 thread)`.
+pub fn describe_cpu() -> String {
+    let vectors = std::env::var("ATEN_CPU_CAPABILITY").unwrap_or_else(|_| "any vectors".into());
+    format!("cpu (libtorch {}, {vectors}, 1 thread)", library_version())
+}
