@@ -1,1 +1,34 @@
-//! Sharded checkpoints: plan, write, commit, read, export.
+//! Sharded checkpoints in the format `lacuna-ckpt/1` (docs/formats.md): plan, write, commit, read,
+//! export.
+//!
+//! State comes in and goes out as named byte slices. Every rank writes one part of a checkpoint; a
+//! manifest, created last and only once, is the commit. Everything that is read back is compared
+//! with the digests of the manifest, so damage is an error that names the file, the bytes and the
+//! tensors, and never a wrong number.
+//!
+//! It deliberately has no tensor type, no clock, no thread, no network and no async code, and it
+//! never overwrites a part or a manifest. Who saves when is decided by the caller.
+//!
+//! Start reading at [`layout`] (where files lie), then [`partition`] (who writes what),
+//! [`mod@write`], [`mod@commit`], [`load`] and [`catalog`].
+#![forbid(unsafe_code)]
+
+pub mod catalog;
+pub mod commit;
+pub mod export;
+pub mod json;
+pub mod layout;
+pub mod load;
+pub mod manifest;
+pub mod partition;
+pub mod read;
+pub mod retain;
+pub mod state;
+pub mod write;
+
+mod disk;
+mod header;
+#[cfg(test)]
+mod testing;
+
+pub use disk::{FsError, chain};

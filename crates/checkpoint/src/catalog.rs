@@ -1,0 +1,124 @@
+//! Which checkpoints a run has: manifests that exist, sound or with the reason why not.
+
+use lacuna_types::{CoordEpoch, Step};
+
+use crate::disk::{self, FsError, chain};
+use crate::json::canonical;
+use crate::layout::RunDir;
+use crate::manifest::{MANIFEST_BYTES_MAX, Manifest};
+use crate::read::{self, Verified};
+
+/// A committed checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// Its step, by the name of its directory.
+    pub step: Step,
+    /// Whether it can be used.
+    pub status: Status,
+}
+
+/// Whether a committed checkpoint can be used, as far as sizes and the manifest tell.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Status {
+    /// The manifest is sound and every part is there with its size.
+    Good(Box<Manifest>),
+    /// It cannot be used.
+    Damaged {
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl Entry {
+    /// Returns the manifest of a usable checkpoint.
+    pub fn good(&self) -> Option<&Manifest> {
+        match &self.status {
+            Status::Good(manifest) => Some(manifest),
+            Status::Damaged { .. } => None,
+        }
+    }
+
+    /// Orders by (coordinator start, step); damaged entries, whose start is unknown, come first.
+    fn order(&self) -> (Option<CoordEpoch>, Step) {
+        (self.good().map(|manifest| manifest.order().0), self.step)
+    }
+}
+
+/// Lists the committed checkpoints of a run, the newest last.
+///
+/// Attempts without a manifest are not checkpoints and are not listed.
+pub fn list(dir: &RunDir) -> Result<Vec<Entry>, FsError> {
+    let mut out: Vec<Entry> = Vec::new();
+    for name in disk::names(&dir.checkpoints())? {
+        let Some(step) = RunDir::parse_step(&name) else { continue };
+        out.extend(find(dir, step)?);
+    }
+    out.sort_by_key(Entry::order);
+    Ok(out)
+}
+
+/// Looks at the checkpoint of one step.
+pub fn find(dir: &RunDir, step: Step) -> Result<Option<Entry>, FsError> {
+    let text = match disk::read_small(&dir.manifest(step), MANIFEST_BYTES_MAX) {
+        Ok(text) => text,
+        Err(error) if error.is_not_found() => return Ok(None),
+        Err(error) => {
+            let reason = chain(&error);
+            return Ok(Some(Entry { step, status: Status::Damaged { reason } }));
+        }
+    };
+    let status = match check(dir, step, &text) {
+        Ok(manifest) => Status::Good(Box::new(manifest)),
+        Err(reason) => Status::Damaged { reason },
+    };
+    Ok(Some(Entry { step, status }))
+}
+
+fn check(dir: &RunDir, step: Step, text: &[u8]) -> Result<Manifest, String> {
+    let manifest = Manifest::parse(text)
+        .map_err(|error| format!("checkpoint step {step}: manifest.json: {}", chain(&error)))?;
+    if manifest.step() != step || manifest.run != dir.run().as_str() {
+        return Err(format!(
+            "checkpoint step {step}: manifest.json is that of run {} step {}",
+            manifest.run, manifest.step
+        ));
+    }
+    let Some((idx, problem)) = read::first_missing(dir, &manifest) else { return Ok(manifest) };
+    let file = &manifest.files[idx as usize];
+    let affects = read::affected(&manifest, idx, &(0..file.bytes));
+    Err(format!("checkpoint step {step}: {} {problem} ({affects})", file.name))
+}
+
+/// Returns the newest usable entry of a list.
+pub fn newest_good(entries: &[Entry]) -> Option<&Manifest> {
+    entries.iter().rev().find_map(Entry::good)
+}
+
+/// Returns the newest usable entry that is older than `manifest`.
+pub fn next_good<'a>(entries: &'a [Entry], manifest: &Manifest) -> Option<&'a Manifest> {
+    entries.iter().rev().filter_map(Entry::good).find(|good| good.order() < manifest.order())
+}
+
+/// Reads a checkpoint back whole and, where it is sound, marks it as verified.
+pub fn verify_and_mark(dir: &RunDir, manifest: &Manifest) -> Result<Verified, FsError> {
+    let verified = read::verify(dir, manifest);
+    if verified.problems.is_empty() {
+        let path = dir.verified(manifest.step());
+        let mark = serde_json::json!({ "manifest": manifest.seal, "bytes": verified.bytes });
+        disk::remove_stale_partial(&path)?;
+        disk::replace_small(&path, &(canonical(&mark) + "\n"))?;
+    }
+    Ok(verified)
+}
+
+/// Tells whether this very checkpoint was once read back whole.
+pub fn is_verified(dir: &RunDir, manifest: &Manifest) -> bool {
+    /// A mark has one digest and one number.
+    const MARK_BYTES_MAX: u64 = 4096;
+    let mark = disk::read_small(&dir.verified(manifest.step()), MARK_BYTES_MAX).ok();
+    let mark = mark.and_then(|text| crate::json::parse_strict(&text).ok());
+    mark.is_some_and(|mark| mark["manifest"].as_str() == Some(manifest.seal.as_str()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,207 @@
+use std::collections::BTreeMap;
+
+use expect_test::expect;
+use lacuna_recipe::keymap::{Part, ours};
+use safetensors::SafeTensors;
+
+use super::*;
+use crate::disk::chain;
+use crate::testing::{Sample, manifest, micro, run_dir, sample, tree};
+
+fn options(layout: ExportLayout) -> ExportOptions {
+    ExportOptions {
+        layout,
+        dtype: ExportDtype::F32,
+        image_mean: vec![0.485, 0.456, 0.406],
+        image_std: vec![0.229, 0.224, 0.225],
+    }
+}
+
+fn export_to(state: &Sample, options: &ExportOptions, out: &Path) -> Exported {
+    let root = tempfile::tempdir().unwrap();
+    let dir = run_dir(root.path());
+    state.save(&dir, 3);
+    let manifest = manifest(&dir, state.counters.step);
+    export(&dir, &manifest, state.config.as_ref().unwrap(), options, out).unwrap()
+}
+
+/// Values and shapes of a file, and its metadata.
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+fn read_file(path: &Path) -> Tensors {
+    let bytes = std::fs::read(path).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let read = |(name, tensor): (String, safetensors::tensor::TensorView<'_>)| {
+        (name, (tensor.shape().to_vec(), floats(tensor.data())))
+    };
+    file.tensors().into_iter().map(read).collect()
+}
+
+fn want(state: &Sample, name: &str, part: Part) -> (Vec<usize>, Vec<f32>) {
+    let config = state.config.as_ref().unwrap();
+    let table = |width: u32| {
+        let shape = vec![1, config.n_patches() + 1, width as usize];
+        (shape, sincos_2d(width as usize, config.grid()))
+    };
+    match name {
+        "pos_embed" => return table(config.width),
+        "decoder_pos_embed" => return table(config.decoder_width),
+        _ => {}
+    }
+    let block = state.layout.find(name).unwrap();
+    let mut shape = state.layout.params()[block].shape.clone();
+    let values = &state.sections[0][state.layout.range(block)];
+    let row = values.len() / shape[0];
+    let rows = part.rows(shape[0]);
+    shape[0] = rows.len();
+    (shape, values[rows.start * row..rows.end * row].to_vec())
+}
+
+#[test]
+fn mae_has_everything() {
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("deep/model.safetensors");
+    let state = micro(4);
+    let exported = export_to(&state, &options(ExportLayout::Mae), &path);
+    let found = read_file(&path);
+    assert_eq!(found.len(), state.layout.n_blocks() + 2);
+    assert_eq!(exported.n_tensors, found.len());
+    let digest = blake3::hash(&std::fs::read(&path).unwrap());
+    assert_eq!(exported.digest, format!("blake3:{}", digest.to_hex()));
+    for (name, tensor) in found {
+        assert_eq!(tensor, want(&state, &name, Part::Whole), "{name}");
+    }
+}
+
+#[test]
+fn timm_has_the_encoder_alone() {
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("vit.safetensors");
+    let state = micro(4);
+    export_to(&state, &options(ExportLayout::Timm), &path);
+    let found = read_file(&path);
+    assert_eq!(found.len(), 4 + 2 * 12 + 2);
+    assert!(found.keys().all(|name| !name.starts_with("decoder") && name != "mask_token"));
+    for (name, tensor) in found {
+        assert_eq!(tensor, want(&state, &name, Part::Whole), "{name}");
+    }
+}
+
+#[test]
+fn hugging_face_gets_split_tensors_and_its_configuration() {
+    let out = tempfile::tempdir().unwrap();
+    let state = micro(4);
+    export_to(&state, &options(ExportLayout::Hf), out.path());
+    let found = read_file(&out.path().join("model.safetensors"));
+    assert_eq!(found.len(), state.layout.n_blocks() + 2 + 3 * 2 * 2, "two more per fused tensor");
+    for (name, tensor) in found {
+        let source = ours(&name).unwrap();
+        assert_eq!(tensor, want(&state, &source.name, source.part), "{name}");
+    }
+    let text = |name: &str| std::fs::read_to_string(out.path().join(name)).unwrap();
+    expect![[r#"
+        {
+          "architectures": [
+            "ViTMAEForPreTraining"
+          ],
+          "attention_probs_dropout_prob": 0.0,
+          "decoder_hidden_size": 8,
+          "decoder_intermediate_size": 32,
+          "decoder_num_attention_heads": 2,
+          "decoder_num_hidden_layers": 1,
+          "hidden_act": "gelu",
+          "hidden_dropout_prob": 0.0,
+          "hidden_size": 8,
+          "image_size": 8,
+          "initializer_range": 0.02,
+          "intermediate_size": 32,
+          "layer_norm_eps": 1e-6,
+          "mask_ratio": 0.75,
+          "model_type": "vit_mae",
+          "norm_pix_loss": true,
+          "num_attention_heads": 2,
+          "num_channels": 3,
+          "num_hidden_layers": 2,
+          "patch_size": 2,
+          "qkv_bias": true,
+          "torch_dtype": "float32"
+        }
+    "#]]
+    .assert_eq(&text("config.json"));
+    expect![[r#"
+        {
+          "do_normalize": true,
+          "do_rescale": true,
+          "do_resize": true,
+          "image_mean": [
+            0.485,
+            0.456,
+            0.406
+          ],
+          "image_processor_type": "ViTImageProcessor",
+          "image_std": [
+            0.229,
+            0.224,
+            0.225
+          ],
+          "resample": 3,
+          "rescale_factor": 0.00392156862745098,
+          "size": {
+            "height": 8,
+            "width": 8
+          }
+        }
+    "#]]
+    .assert_eq(&text("preprocessor_config.json"));
+    assert_eq!(tree(out.path()).len(), 3);
+}
+
+#[test]
+fn half_precision_is_rounded_to_nearest() {
+    for (x, want) in [
+        (1.0, 0x3f80),
+        (1.0 + 1.0 / 256.0, 0x3f80),
+        (1.0 + 3.0 / 256.0, 0x3f82),
+        (-0.0, 0x8000),
+        (f32::INFINITY, 0x7f80),
+        (f32::MAX, 0x7f80),
+        (f32::from_bits(0x7f80_0001), 0x7fc0),
+        (f32::from_bits(0xffff_ffff), 0xffff),
+    ] {
+        assert_eq!(bf16(x), want, "{x}");
+    }
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("m.safetensors");
+    let halves = ExportOptions { dtype: ExportDtype::Bf16, ..options(ExportLayout::Mae) };
+    export_to(&micro(4), &halves, &path);
+    let bytes = std::fs::read(&path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    assert!(file.tensors().iter().all(|(_, t)| t.dtype() == safetensors::Dtype::BF16));
+}
+
+#[test]
+fn what_cannot_be_exported_is_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = run_dir(root.path());
+    let mut config = ModelConfig::preset("micro").unwrap();
+    config.img_size = [8, 12];
+    let state = Sample { config: Some(config.clone()), ..sample(Layout::new(config.params()), 3) };
+    state.save(&dir, 1);
+    let manifest = manifest(&dir, 3);
+    let out = root.path().join("out");
+    let refused = |config: &ModelConfig, layout| {
+        chain(&export(&dir, &manifest, config, &options(layout), &out).unwrap_err())
+    };
+    let text = refused(&config, ExportLayout::Hf);
+    assert!(text.starts_with("images of 8x12 cannot be exported for Hugging Face: "), "{text}");
+    let text = refused(&ModelConfig::preset("demo").unwrap(), ExportLayout::Mae);
+    assert!(text.starts_with("checkpoint step 3 is not of this model:\n"), "{text}");
+    assert!(!out.exists());
+    assert!(export(&dir, &manifest, &config, &options(ExportLayout::Timm), &out).is_ok());
+}

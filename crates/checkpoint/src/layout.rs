@@ -1,0 +1,205 @@
+//! Where the files of a run's checkpoints lie, and back from a name to what it names.
+//!
+//! The only module that knows paths. They are the same on a disk and in an object store.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use lacuna_types::{AttemptSeq, CoordEpoch, Generation, RunId, Step};
+use serde::{Deserialize, Serialize};
+
+/// Suffix of a file that is being written.
+pub const PARTIAL: &str = ".partial";
+
+/// One try at saving a checkpoint: `generation.sequence`, never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Attempt {
+    /// Generation of the group that saves.
+    pub generation: Generation,
+    /// Number of the try inside the generation.
+    pub sequence: AttemptSeq,
+}
+
+impl Attempt {
+    /// Makes the attempt `sequence` of `generation`.
+    pub fn new(generation: Generation, sequence: AttemptSeq) -> Self {
+        Attempt { generation, sequence }
+    }
+}
+
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08}.{:04}", self.generation.0, self.sequence.0)
+    }
+}
+
+/// A name that is not one of this layout.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{}` is not {what}", text.escape_debug())]
+pub struct NameError {
+    text: String,
+    what: &'static str,
+}
+
+impl FromStr for Attempt {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let parsed = text.split_once('.').and_then(|(generation, sequence)| {
+            let generation = Generation(padded(generation, 8)?);
+            Some(Attempt::new(generation, AttemptSeq(padded(sequence, 4)?)))
+        });
+        let what = "an attempt (00000007.0001)";
+        parsed.ok_or_else(|| NameError { text: text.to_string(), what })
+    }
+}
+
+impl TryFrom<String> for Attempt {
+    type Error = NameError;
+
+    fn try_from(text: String) -> Result<Self, NameError> {
+        text.parse()
+    }
+}
+
+impl From<Attempt> for String {
+    fn from(attempt: Attempt) -> String {
+        attempt.to_string()
+    }
+}
+
+/// A part's place: `rank` of `world`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PartId {
+    /// Writer, `0..world`.
+    pub rank: u32,
+    /// Writers of the checkpoint.
+    pub world: u32,
+}
+
+impl PartId {
+    /// Returns the name of the part's file.
+    pub fn file_name(self) -> String {
+        format!("part-{:05}-of-{:05}.safetensors", self.rank, self.world)
+    }
+
+    /// Returns the name of the part's receipt.
+    pub fn receipt_name(self) -> String {
+        format!("receipt-{:05}-of-{:05}.json", self.rank, self.world)
+    }
+
+    /// Parses the name of a part's file.
+    pub fn parse(name: &str) -> Option<Self> {
+        let numbers = name.strip_prefix("part-")?.strip_suffix(".safetensors")?;
+        let (rank, world) = numbers.split_once("-of-")?;
+        let rank = u32::try_from(padded(rank, 5)?).ok()?;
+        let world = u32::try_from(padded(world, 5)?).ok()?;
+        (rank < world).then_some(PartId { rank, world })
+    }
+}
+
+/// The directory of one run's checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunDir {
+    root: PathBuf,
+    run: RunId,
+}
+
+impl RunDir {
+    /// Names the directory of `run` under `root`; nothing is created.
+    pub fn new(root: impl Into<PathBuf>, run: RunId) -> Self {
+        RunDir { root: root.into(), run }
+    }
+
+    /// Returns the directory that holds all runs.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Returns the run.
+    pub fn run(&self) -> &RunId {
+        &self.run
+    }
+
+    /// Returns `<root>/<run>`.
+    pub fn path(&self) -> PathBuf {
+        self.root.join(self.run.as_str())
+    }
+
+    /// Returns the directory of fencing claims.
+    pub fn claims(&self) -> PathBuf {
+        self.path().join("claims")
+    }
+
+    /// Returns the claim of one coordinator epoch.
+    pub fn claim(&self, epoch: CoordEpoch) -> PathBuf {
+        self.claims().join(format!("{:08}.json", epoch.0))
+    }
+
+    /// Parses the name of a claim.
+    pub fn parse_claim(name: &str) -> Option<CoordEpoch> {
+        padded(name.strip_suffix(".json")?, 8).map(CoordEpoch)
+    }
+
+    /// Returns the directory of the run's checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.path().join("ckpt")
+    }
+
+    /// Returns the directory of the checkpoint at `step`.
+    pub fn step(&self, step: Step) -> PathBuf {
+        self.checkpoints().join(format!("step-{:09}", step.0))
+    }
+
+    /// Parses the name of a step's directory.
+    pub fn parse_step(name: &str) -> Option<Step> {
+        padded(name.strip_prefix("step-")?, 9).map(Step)
+    }
+
+    /// Returns the directory of one attempt.
+    pub fn attempt(&self, step: Step, attempt: Attempt) -> PathBuf {
+        self.step(step).join(format!("attempt-{attempt}"))
+    }
+
+    /// Parses the name of an attempt's directory.
+    pub fn parse_attempt(name: &str) -> Option<Attempt> {
+        name.strip_prefix("attempt-")?.parse().ok()
+    }
+
+    /// Returns the manifest of the checkpoint at `step`: its existence is the commit.
+    pub fn manifest(&self, step: Step) -> PathBuf {
+        self.step(step).join("manifest.json")
+    }
+
+    /// Returns the manifest of a checkpoint whose deletion has begun.
+    pub fn deleted_manifest(&self, step: Step) -> PathBuf {
+        self.step(step).join("manifest.deleted.json")
+    }
+
+    /// Returns the mark of a checkpoint that was read back whole.
+    pub fn verified(&self, step: Step) -> PathBuf {
+        self.step(step).join("verified.json")
+    }
+
+    /// Returns the hint at the newest checkpoint; nothing relies on it.
+    pub fn latest(&self) -> PathBuf {
+        self.path().join("latest.json")
+    }
+
+    /// Returns the directory of pins.
+    pub fn holds(&self) -> PathBuf {
+        self.path().join("holds")
+    }
+}
+
+/// Parses a decimal number as `{:0width$}` prints it, and no other spelling of it.
+fn padded(text: &str, width: usize) -> Option<u64> {
+    let digits = text.bytes().all(|b| b.is_ascii_digit());
+    let shape = text.len() == width || (text.len() > width && !text.starts_with('0'));
+    if digits && shape { text.parse().ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,248 @@
+//! Loading a whole state on any number of workers, and falling back from damage.
+
+use lacuna_recipe::state::{Counters, Layout, Section};
+use lacuna_types::Step;
+
+use crate::catalog::{self, Entry, Status};
+use crate::disk::{FsError, chain};
+use crate::json::Hex64;
+use crate::layout::RunDir;
+use crate::manifest::Manifest;
+use crate::read::{self, PlanError, ReadError, Reader, Wanted};
+use crate::state::{Dtype, digest_state};
+
+/// A state as it was saved.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoadedState {
+    /// The checkpoint that it came from.
+    pub manifest: Manifest,
+    /// Flat buffers in [`Section::ALL`] order.
+    pub sections: [Vec<f32>; 3],
+    /// The counters.
+    pub counters: Counters,
+}
+
+/// What the loading run expects of a checkpoint; absent fields are not compared.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected<'a> {
+    /// The tensors of the model.
+    pub layout: &'a Layout,
+    /// Digest of the maths fields of the specification.
+    pub spec_digest: Option<&'a str>,
+    /// Fingerprint of the data set.
+    pub data_fingerprint: Option<&'a str>,
+    /// Seed of the run.
+    pub seed: Option<u64>,
+}
+
+impl<'a> Expected<'a> {
+    /// Expects the tensors of `layout` and nothing else.
+    pub fn tensors(layout: &'a Layout) -> Self {
+        Expected { layout, spec_digest: None, data_fingerprint: None, seed: None }
+    }
+}
+
+/// A checkpoint that was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// No checkpoint was committed at this step.
+    #[error("there is no checkpoint at step {step}")]
+    NotFound {
+        /// The step asked for.
+        step: Step,
+    },
+    /// The checkpoint is damaged.
+    #[error(
+        "{reason}. Next good checkpoint: {}. Run 'lacuna ckpt verify --step {step}' for a full \
+         report.",
+        next_good.map_or("none".to_string(), |step| format!("step {step}"))
+    )]
+    Damaged {
+        /// Which checkpoint.
+        step: Step,
+        /// Where and how.
+        reason: String,
+        /// The newest older checkpoint that looks sound.
+        next_good: Option<Step>,
+    },
+    /// The checkpoint is sound, but of another model or run.
+    #[error("checkpoint step {step} does not fit:\n  {}", differences.join("\n  "))]
+    Mismatch {
+        /// Which checkpoint.
+        step: Step,
+        /// Every difference.
+        differences: Vec<String>,
+    },
+    /// There are checkpoints, and not one can be loaded.
+    #[error("no checkpoint can be loaded:\n  {}", skipped_lines(skipped))]
+    NoneGood {
+        /// Why not, the highest step first.
+        skipped: Vec<Skipped>,
+    },
+    /// The store could not be listed.
+    #[error("checkpoints cannot be listed")]
+    List(#[source] FsError),
+}
+
+fn skipped_lines(skipped: &[Skipped]) -> String {
+    skipped.iter().map(|s| s.reason.as_str()).collect::<Vec<&str>>().join("\n  ")
+}
+
+/// A checkpoint that was passed over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// Its step.
+    pub step: Step,
+    /// Why it was not used.
+    pub reason: String,
+}
+
+/// A state found by falling back from damage.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Resumed {
+    /// The newest state that could be loaded.
+    pub state: LoadedState,
+    /// The checkpoints that could not, the highest step first; a caller makes noise about each.
+    pub skipped: Vec<Skipped>,
+}
+
+/// Lists every way in which a checkpoint is not what is expected.
+pub fn differences(manifest: &Manifest, expected: &Expected<'_>) -> Vec<String> {
+    let mut out: Vec<String> = Vec::new();
+    let facts = &manifest.state.facts;
+    let texts = [
+        ("spec digest", facts.spec_digest.clone(), expected.spec_digest.map(str::to_string)),
+        (
+            "data fingerprint",
+            facts.data_fingerprint.clone(),
+            expected.data_fingerprint.map(str::to_string),
+        ),
+        ("seed", facts.seed.to_string(), expected.seed.map(|seed| seed.to_string())),
+    ];
+    for (what, found, want) in texts {
+        if let Some(want) = want.filter(|want| *want != found) {
+            out.push(format!("{what} is {found}, this run's is {want}"));
+        }
+    }
+    for section in Section::ALL {
+        for param in expected.layout.params() {
+            let name = format!("{}/{}", section.prefix(), param.name);
+            let shape: Vec<u64> = param.shape.iter().map(|&n| n as u64).collect();
+            match manifest.tensors.get(&name) {
+                None => out.push(format!("{name} {shape:?} is missing")),
+                Some(found) if found.shape != shape || found.dtype != Dtype::F32 => {
+                    let dtype = found.dtype.name();
+                    out.push(format!("{name} is {dtype} {:?}, not F32 {shape:?}", found.shape));
+                }
+                Some(_) => {}
+            }
+        }
+        let prefix = format!("{}/", section.prefix());
+        let known = |name: &str| expected.layout.find(name).is_some();
+        let named = manifest.tensors.iter().filter_map(|(name, tensor)| {
+            name.strip_prefix(&prefix).filter(|own| !known(own)).map(|_| (name, tensor))
+        });
+        out.extend(
+            named.map(|(name, tensor)| format!("{name} {:?} is not in this model", tensor.shape)),
+        );
+    }
+    out
+}
+
+/// Loads the state of a checkpoint, comparing every block and the state's digest.
+pub fn load(
+    dir: &RunDir,
+    manifest: &Manifest,
+    expected: &Expected<'_>,
+) -> Result<LoadedState, LoadError> {
+    let step = manifest.step();
+    let differences = differences(manifest, expected);
+    if !differences.is_empty() {
+        return Err(LoadError::Mismatch { step, differences });
+    }
+    read_state(dir, manifest, expected.layout).map_err(|reason| {
+        // Best effort: the damage matters more than a store that cannot be listed.
+        let entries = catalog::list(dir).unwrap_or_default();
+        let next_good = catalog::next_good(&entries, manifest).map(Manifest::step);
+        LoadError::Damaged { step, reason, next_good }
+    })
+}
+
+/// Reads the three sections; returns what is damaged.
+fn read_state(dir: &RunDir, manifest: &Manifest, layout: &Layout) -> Result<LoadedState, String> {
+    let mut sections: [Vec<f32>; 3] = std::array::from_fn(|_| vec![0.0; layout.numel()]);
+    let mut wanted: Vec<Wanted> = Vec::new();
+    let mut buffers: Vec<&mut [u8]> = Vec::new();
+    for (section, buffer) in Section::ALL.into_iter().zip(&mut sections) {
+        let mut rest: &mut [f32] = buffer;
+        for param in layout.params() {
+            let (own, later) = rest.split_at_mut(param.numel());
+            buffers.push(bytemuck::cast_slice_mut(own));
+            wanted.push(Wanted {
+                tensor: format!("{}/{}", section.prefix(), param.name),
+                range: 0..param.numel() as u64,
+            });
+            rest = later;
+        }
+    }
+    let ops = read::plan(manifest, &wanted).map_err(|e: PlanError| chain(&e))?;
+    let read = Reader::new(dir, manifest).read_into(&ops, &mut buffers);
+    read.map_err(|e: ReadError| chain(&e))?;
+    let counters = manifest.state.counters.clone();
+    let views = [&sections[0][..], &sections[1], &sections[2]];
+    let found = Hex64(digest_state(layout, views, &counters));
+    if found != manifest.state_digest {
+        return Err(format!(
+            "checkpoint step {}: the state read has digest {found}, manifest says {}",
+            manifest.step, manifest.state_digest
+        ));
+    }
+    Ok(LoadedState { manifest: manifest.clone(), sections, counters })
+}
+
+/// Loads the checkpoint of one step, or fails: an explicit choice is not replaced by another.
+pub fn load_step(
+    dir: &RunDir,
+    step: Step,
+    expected: &Expected<'_>,
+) -> Result<LoadedState, LoadError> {
+    let entries = catalog::list(dir).map_err(LoadError::List)?;
+    let entry = entries.iter().find(|entry| entry.step == step);
+    match &entry.ok_or(LoadError::NotFound { step })?.status {
+        Status::Good(manifest) => load(dir, manifest, expected),
+        Status::Damaged { reason } => {
+            let older = entries.iter().filter(|entry| entry.step < step);
+            let next_good = older.filter_map(Entry::good).max_by_key(|good| good.order());
+            let next_good = next_good.map(Manifest::step);
+            Err(LoadError::Damaged { step, reason: reason.clone(), next_good })
+        }
+    }
+}
+
+/// Loads the newest checkpoint that is sound; `None` where none was ever committed.
+///
+/// Damage leads to the next older one. A checkpoint of another model does not: it is an error.
+pub fn load_newest(dir: &RunDir, expected: &Expected<'_>) -> Result<Option<Resumed>, LoadError> {
+    let entries = catalog::list(dir).map_err(LoadError::List)?;
+    let mut skipped: Vec<Skipped> = Vec::new();
+    for entry in entries.iter().rev() {
+        if let Status::Damaged { reason } = &entry.status {
+            skipped.push(Skipped { step: entry.step, reason: reason.clone() });
+        }
+    }
+    for manifest in entries.iter().rev().filter_map(Entry::good) {
+        match load(dir, manifest, expected) {
+            Ok(state) => {
+                skipped.sort_by_key(|s| std::cmp::Reverse(s.step));
+                return Ok(Some(Resumed { state, skipped }));
+            }
+            Err(LoadError::Damaged { step, reason, .. }) => skipped.push(Skipped { step, reason }),
+            Err(error) => return Err(error),
+        }
+    }
+    skipped.sort_by_key(|s| std::cmp::Reverse(s.step));
+    if skipped.is_empty() { Ok(None) } else { Err(LoadError::NoneGood { skipped }) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,384 @@
+//! Reading ranges of tensors: plan which bytes of which files, then read whole digest blocks and
+//! compare each with the manifest before a byte of it is used.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use lacuna_recipe::digest::Crc64;
+
+use crate::disk::{FsError, chain};
+use crate::json::Hex64;
+use crate::layout::RunDir;
+use crate::manifest::{FileEntry, Manifest};
+
+/// Tensors that a message names before it only counts them.
+const AFFECTED_SHOWN: usize = 6;
+
+/// Elements of a tensor that a reader wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Name of the logical tensor.
+    pub tensor: String,
+    /// Elements in row-major order.
+    pub range: Range<u64>,
+}
+
+/// A read of consecutive digest blocks of one file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadOp {
+    /// Index in the manifest's files.
+    pub file: u32,
+    /// Bytes to read; both ends are ends of blocks.
+    pub bytes: Range<u64>,
+    /// Where the wanted bytes go, by place in the file.
+    pub copies: Vec<Copy>,
+}
+
+/// Bytes of a file that somebody wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Copy {
+    /// Place in the file.
+    pub at: Range<u64>,
+    /// Index in the list of wanted ranges.
+    pub wanted: usize,
+    /// First byte in that range's buffer.
+    pub dst: usize,
+}
+
+/// A range that the checkpoint does not have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// No tensor has this name.
+    #[error("checkpoint step {step} has no tensor `{tensor}`")]
+    NoTensor {
+        /// Which checkpoint.
+        step: u64,
+        /// The name asked for.
+        tensor: String,
+    },
+    /// The tensor is smaller.
+    #[error("checkpoint step {step}: `{tensor}` has no elements {}..{}", range.start, range.end)]
+    Range {
+        /// Which checkpoint.
+        step: u64,
+        /// The tensor.
+        tensor: String,
+        /// The elements asked for.
+        range: Range<u64>,
+    },
+}
+
+/// Plans the reads for `wanted`: per file, by place, neighbouring blocks in one read.
+pub fn plan(manifest: &Manifest, wanted: &[Wanted]) -> Result<Vec<ReadOp>, PlanError> {
+    let mut pieces: Vec<(u32, Copy)> = Vec::new();
+    for (idx, want) in wanted.iter().enumerate() {
+        let (step, tensor) = (manifest.step, want.tensor.clone());
+        let Some(entry) = manifest.tensors.get(&tensor) else {
+            return Err(PlanError::NoTensor { step, tensor });
+        };
+        let numel = entry.slices.last().map_or(0, |slice| slice.range[1]);
+        let range = want.range.clone();
+        if range.start > range.end || range.end > numel {
+            return Err(PlanError::Range { step, tensor, range });
+        }
+        let width = entry.dtype.bytes();
+        for slice in &entry.slices {
+            let start = slice.range[0].max(range.start);
+            let end = slice.range[1].min(range.end);
+            if start < end {
+                let from = slice.at[0] + (start - slice.range[0]) * width;
+                let at = from..from + (end - start) * width;
+                let dst = ((start - range.start) * width) as usize;
+                pieces.push((slice.file, Copy { at, wanted: idx, dst }));
+            }
+        }
+    }
+    pieces.sort_by_key(|(file, copy)| (*file, copy.at.start, copy.at.end));
+    let mut ops: Vec<ReadOp> = Vec::new();
+    for (file, copy) in pieces {
+        let bytes = covering(&manifest.files[file as usize], &copy.at);
+        match ops.last_mut().filter(|op| op.file == file && bytes.start <= op.bytes.end) {
+            Some(op) => {
+                op.bytes.end = op.bytes.end.max(bytes.end);
+                op.copies.push(copy);
+            }
+            None => ops.push(ReadOp { file, bytes, copies: vec![copy] }),
+        }
+    }
+    Ok(ops)
+}
+
+/// Rounds a range of a file to its digest blocks.
+fn covering(file: &FileEntry, at: &Range<u64>) -> Range<u64> {
+    let start = at.start / file.block * file.block;
+    let end = at.end.div_ceil(file.block).saturating_mul(file.block);
+    start..end.min(file.bytes)
+}
+
+/// Elements that damage touches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Affected {
+    /// The tensor.
+    pub tensor: String,
+    /// Its elements.
+    pub elements: Range<u64>,
+}
+
+/// The tensors that some bytes of a file belong to, by place in the file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AffectedList(pub Vec<Affected>);
+
+impl fmt::Display for AffectedList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("affects no tensor");
+        }
+        f.write_str("affects ")?;
+        for (i, Affected { tensor, elements }) in self.0.iter().take(AFFECTED_SHOWN).enumerate() {
+            let comma = if i > 0 { ", " } else { "" };
+            write!(f, "{comma}{tensor} elements {}..{}", elements.start, elements.end)?;
+        }
+        let more = self.0.len().saturating_sub(AFFECTED_SHOWN);
+        if more > 0 { write!(f, " and {more} more") } else { Ok(()) }
+    }
+}
+
+/// Lists the elements that lie in some bytes of a file.
+pub fn affected(manifest: &Manifest, file: u32, bytes: &Range<u64>) -> AffectedList {
+    let mut found: Vec<(u64, Affected)> = Vec::new();
+    for (name, tensor) in &manifest.tensors {
+        let width = tensor.dtype.bytes();
+        for slice in tensor.slices.iter().filter(|slice| slice.file == file) {
+            let start = slice.at[0].max(bytes.start);
+            let end = slice.at[1].min(bytes.end);
+            if start < end {
+                let element = |byte: u64| slice.range[0] + byte / width;
+                let first = element(start - slice.at[0]);
+                let last = element((end - slice.at[0]).next_multiple_of(width));
+                let elements = first..last;
+                found.push((start, Affected { tensor: name.clone(), elements }));
+            }
+        }
+    }
+    found.sort_by_key(|(at, _)| *at);
+    AffectedList(found.into_iter().map(|(_, affected)| affected).collect())
+}
+
+/// A part that does not hold what the manifest says.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// A block has other bytes.
+    #[error(
+        "checkpoint step {step}: {file} is damaged: bytes {}..{} have CRC {found}, manifest says \
+         {want} ({affects})",
+        bytes.start, bytes.end
+    )]
+    Damaged {
+        /// Which checkpoint.
+        step: u64,
+        /// Which file.
+        file: String,
+        /// Which bytes.
+        bytes: Range<u64>,
+        /// Digest of what is there.
+        found: Hex64,
+        /// Digest of what was written.
+        want: Hex64,
+        /// The tensors that lie there.
+        affects: AffectedList,
+    },
+    /// The file is not there, or has another size.
+    #[error("checkpoint step {step}: {file} {problem} ({affects})")]
+    Size {
+        /// Which checkpoint.
+        step: u64,
+        /// Which file.
+        file: String,
+        /// What is wrong.
+        problem: String,
+        /// The tensors that lie in it.
+        affects: AffectedList,
+    },
+    /// The device or file system failed.
+    #[error("checkpoint step {step}: {file} cannot be read ({affects})")]
+    Fs {
+        /// Which checkpoint.
+        step: u64,
+        /// Which file.
+        file: String,
+        /// The tensors that were to be read.
+        affects: AffectedList,
+        /// The call that failed.
+        #[source]
+        source: FsError,
+    },
+}
+
+/// Tells what is wrong with a file's size, if anything.
+fn size_problem(path: &std::path::Path, entry: &FileEntry) -> Option<String> {
+    match fs::metadata(path) {
+        Ok(found) if found.len() == entry.bytes => None,
+        Ok(found) => Some(format!("has {} bytes, manifest says {}", found.len(), entry.bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Some("is missing".to_string()),
+        Err(e) => Some(format!("cannot be read: {e}")),
+    }
+}
+
+/// Returns the first part that is not there with its size, and what is wrong with it.
+pub(crate) fn first_missing(dir: &RunDir, manifest: &Manifest) -> Option<(u32, String)> {
+    let place = dir.attempt(manifest.step(), manifest.attempt);
+    (0u32..).zip(&manifest.files).find_map(|(idx, file)| {
+        size_problem(&place.join(&file.name), file).map(|problem| (idx, problem))
+    })
+}
+
+/// Reads blocks of one part, each compared with its digest; holds one block in memory.
+pub(crate) struct BlockReader<'a> {
+    manifest: &'a Manifest,
+    idx: u32,
+    path: PathBuf,
+    file: File,
+    block: Vec<u8>,
+    held: Option<u64>,
+}
+
+impl<'a> BlockReader<'a> {
+    /// Opens part `idx`, which must have the size that the manifest says.
+    pub fn open(dir: &RunDir, manifest: &'a Manifest, idx: u32) -> Result<Self, ReadError> {
+        let entry = &manifest.files[idx as usize];
+        let path = dir.attempt(manifest.step(), manifest.attempt).join(&entry.name);
+        let (step, name) = (manifest.step, entry.name.clone());
+        let all = || affected(manifest, idx, &(0..entry.bytes));
+        if let Some(problem) = size_problem(&path, entry) {
+            return Err(ReadError::Size { step, file: name, problem, affects: all() });
+        }
+        let file = File::open(&path).map_err(|e| ReadError::Fs {
+            step,
+            file: name,
+            affects: all(),
+            source: FsError::new("open", &path, e),
+        })?;
+        Ok(BlockReader { manifest, idx, path, file, block: Vec::new(), held: None })
+    }
+
+    /// Returns the number of blocks.
+    pub fn n_blocks(&self) -> u64 {
+        self.entry().blocks.len() as u64
+    }
+
+    fn entry(&self) -> &'a FileEntry {
+        &self.manifest.files[self.idx as usize]
+    }
+
+    /// Reads block `idx`, or returns it again.
+    pub fn block(&mut self, idx: u64) -> Result<&[u8], ReadError> {
+        if self.held == Some(idx) {
+            return Ok(&self.block);
+        }
+        self.held = None;
+        let entry = self.entry();
+        let bytes = entry.block_range(idx);
+        self.block.resize((bytes.end - bytes.start) as usize, 0);
+        let (step, file) = (self.manifest.step, entry.name.clone());
+        if let Err(e) = self.file.read_exact_at(&mut self.block, bytes.start) {
+            let source = FsError::new("read", &self.path, e);
+            let affects = affected(self.manifest, self.idx, &bytes);
+            return Err(ReadError::Fs { step, file, affects, source });
+        }
+        let found = Hex64(Crc64::of(&self.block).value);
+        let want = entry.blocks[idx as usize];
+        if found != want {
+            let affects = affected(self.manifest, self.idx, &bytes);
+            return Err(ReadError::Damaged { step, file, bytes, found, want, affects });
+        }
+        self.held = Some(idx);
+        Ok(&self.block)
+    }
+}
+
+/// Reads ranges of a checkpoint in any order, keeping the last part open and its last block held.
+pub struct Reader<'a> {
+    dir: &'a RunDir,
+    manifest: &'a Manifest,
+    open: Option<BlockReader<'a>>,
+}
+
+impl<'a> Reader<'a> {
+    /// Prepares to read; nothing is opened yet.
+    pub fn new(dir: &'a RunDir, manifest: &'a Manifest) -> Self {
+        Reader { dir, manifest, open: None }
+    }
+
+    /// Executes `ops`; `buffers` has one buffer per wanted range of the plan.
+    pub fn read_into(
+        &mut self,
+        ops: &[ReadOp],
+        buffers: &mut [&mut [u8]],
+    ) -> Result<(), ReadError> {
+        ops.iter().try_for_each(|op| self.execute(op, buffers))
+    }
+
+    fn execute(&mut self, op: &ReadOp, buffers: &mut [&mut [u8]]) -> Result<(), ReadError> {
+        let reader = match self.open.take().filter(|reader| reader.idx == op.file) {
+            Some(reader) => reader,
+            None => BlockReader::open(self.dir, self.manifest, op.file)?,
+        };
+        let reader = self.open.insert(reader);
+        let size = reader.entry().block;
+        let mut done: usize = 0;
+        for idx in op.bytes.start / size..op.bytes.end.div_ceil(size) {
+            let range = reader.entry().block_range(idx);
+            let block = reader.block(idx)?;
+            while op.copies.get(done).is_some_and(|copy| copy.at.end <= range.start) {
+                done += 1;
+            }
+            let near = op.copies[done..].iter().take_while(|copy| copy.at.start < range.end);
+            for copy in near {
+                let (start, end) = (copy.at.start.max(range.start), copy.at.end.min(range.end));
+                if start >= end {
+                    continue;
+                }
+                let from = &block[(start - range.start) as usize..(end - range.start) as usize];
+                let dst = copy.dst + (start - copy.at.start) as usize;
+                buffers[copy.wanted][dst..dst + from.len()].copy_from_slice(from);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What reading a whole checkpoint back found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// Bytes read.
+    pub bytes: u64,
+    /// Everything that is wrong, one line each; empty for a sound checkpoint.
+    pub problems: Vec<String>,
+}
+
+/// Reads every byte of every part and lists all damage.
+pub fn verify(dir: &RunDir, manifest: &Manifest) -> Verified {
+    let mut out = Verified { bytes: 0, problems: Vec::new() };
+    for idx in 0..manifest.world_size {
+        let mut reader = match BlockReader::open(dir, manifest, idx) {
+            Ok(reader) => reader,
+            Err(error) => {
+                out.problems.push(chain(&error));
+                continue;
+            }
+        };
+        for block in 0..reader.n_blocks() {
+            match reader.block(block) {
+                Ok(bytes) => out.bytes += bytes.len() as u64,
+                Err(error) => out.problems.push(chain(&error)),
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,328 @@
+//! Writing one rank's part: file, digests, receipt. Names are new or the write fails.
+
+use std::io::{BufWriter, Write};
+
+use lacuna_recipe::digest::Crc64;
+use lacuna_recipe::state::Counters;
+use lacuna_types::{RunId, Step};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::disk::{self, FsError, Partial, Published};
+use crate::header::{self, HeaderTensor};
+use crate::json::{Hex64, SealError, canonical, open_sealed, seal_of, to_value};
+use crate::layout::{Attempt, PartId, RunDir};
+use crate::manifest::FileEntry;
+use crate::partition::PARTITION;
+use crate::state::{Dtype, NamedSlice};
+
+/// Bytes of a digest block: a ranged read reads at most two too many, and ViT-H has 939 of them.
+pub const BLOCK_BYTES: u64 = 8 << 20;
+
+/// Name of the one metadata entry of a part.
+pub const PART_METADATA: &str = "lacuna.part";
+
+/// Schema of receipts.
+const RECEIPT_SCHEMA: &str = "lacuna-receipt/1";
+
+/// Bytes gathered before a write; larger slices go to the file directly.
+const WRITE_BUFFER_BYTES: usize = 1 << 20;
+
+/// What a part belongs to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PartInfo {
+    /// The run.
+    pub run: RunId,
+    /// Steps behind the state.
+    pub step: Step,
+    /// The try at saving it.
+    pub attempt: Attempt,
+    /// Which part.
+    pub part: PartId,
+    /// Digest of the writer's **whole** state, not of its part.
+    pub state_digest: u64,
+    /// The counters of that state.
+    pub counters: Counters,
+    /// Bytes of a digest block: [`BLOCK_BYTES`] but in tests.
+    pub block_bytes: u64,
+}
+
+/// One slice of a part, as written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiptSlice {
+    /// Name of the logical tensor.
+    pub tensor: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape of the whole tensor.
+    pub shape: Vec<u64>,
+    /// First element, and the one after the last.
+    pub range: [u64; 2],
+    /// First byte in the file, and the one after the last.
+    pub at: [u64; 2],
+    /// Digest of the bytes.
+    pub crc64: Hex64,
+}
+
+/// What a writer reports of its part; all receipts together make a manifest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Receipt {
+    /// Format of this document.
+    pub schema: String,
+    /// The run.
+    pub run: String,
+    /// Steps behind the state.
+    pub step: u64,
+    /// The try at saving it.
+    pub attempt: Attempt,
+    /// The writer.
+    pub rank: u32,
+    /// Writers of the checkpoint.
+    pub world_size: u32,
+    /// Rule by which the state was cut.
+    pub partition: String,
+    /// Digest of the writer's whole state.
+    pub state_digest: Hex64,
+    /// The counters of that state.
+    pub counters: Counters,
+    /// Whether every float of the part is finite.
+    pub finite: bool,
+    /// The file.
+    pub file: FileEntry,
+    /// The slices, in file order.
+    pub slices: Vec<ReceiptSlice>,
+    /// Digest of this document without this field.
+    #[serde(rename = "self")]
+    pub seal: String,
+}
+
+impl Receipt {
+    /// Returns the text of the receipt.
+    pub fn render(&self) -> String {
+        render_receipt(&to_value(self))
+    }
+
+    /// Parses and checks a receipt.
+    pub fn parse(text: &[u8]) -> Result<Self, SealError> {
+        open_sealed(text, RECEIPT_SCHEMA, render_receipt)
+    }
+}
+
+fn render_receipt(value: &Value) -> String {
+    canonical(value) + "\n"
+}
+
+/// A part that was not written. Nothing of it stays visible.
+#[derive(Debug, thiserror::Error)]
+pub enum WritePartError {
+    /// The file system refused.
+    #[error("part {} of {} of checkpoint step {step} was not written", part.rank, part.world)]
+    Fs {
+        /// Which checkpoint.
+        step: Step,
+        /// Which part.
+        part: PartId,
+        /// The call that failed.
+        #[source]
+        source: FsError,
+    },
+    /// The attempt already has this part: somebody writes under our name.
+    #[error("part {} of {} of step {step} attempt {attempt} exists already", part.rank, part.world)]
+    Exists {
+        /// Which checkpoint.
+        step: Step,
+        /// Which part.
+        part: PartId,
+        /// Which try.
+        attempt: Attempt,
+    },
+}
+
+/// Writes a part and its receipt durably; `slices` are sorted by name.
+///
+/// Equal state and equal [`PartInfo`] give equal bytes.
+pub fn write_part(
+    dir: &RunDir,
+    info: &PartInfo,
+    slices: &[NamedSlice<'_>],
+) -> Result<Receipt, WritePartError> {
+    let sorted = slices.windows(2).all(|pair| pair[0].spec.tensor < pair[1].spec.tensor);
+    assert!(sorted, "slices are sorted by name and one per tensor");
+    let (step, part, attempt) = (info.step, info.part, info.attempt);
+    let failed = |source: FsError| WritePartError::Fs { step, part, source };
+    let place = dir.attempt(step, attempt);
+    disk::create_dirs(dir.root(), &place).map_err(failed)?;
+    let (partial, receipt) = write_file(dir, info, slices).map_err(failed)?;
+    if partial.publish().map_err(failed)? == Published::Exists {
+        return Err(WritePartError::Exists { step, part, attempt });
+    }
+    let path = place.join(part.receipt_name());
+    match disk::create_small(&path, &receipt.render()).map_err(failed)? {
+        Published::Created => Ok(receipt),
+        Published::Exists => Err(WritePartError::Exists { step, part, attempt }),
+    }
+}
+
+/// Writes the bytes of the part under a temporary name and describes them.
+fn write_file(
+    dir: &RunDir,
+    info: &PartInfo,
+    slices: &[NamedSlice<'_>],
+) -> Result<(Partial, Receipt), FsError> {
+    let name = info.part.file_name();
+    let partial = Partial::create(&dir.attempt(info.step, info.attempt).join(&name))?;
+    let head = render_header(info, slices);
+    let total = head.len() as u64 + slices.iter().map(|s| s.bytes.len() as u64).sum::<u64>();
+    partial.reserve(total)?;
+    let failed = |e: std::io::Error| partial.error("write", e);
+    let mut sink = BlockSink::new(&partial.file, info.block_bytes);
+    sink.write(&head).map_err(failed)?;
+    let mut entries: Vec<ReceiptSlice> = Vec::new();
+    for NamedSlice { spec, bytes } in slices {
+        assert_eq!(bytes.len() as u64, spec.bytes(), "bytes of `{}`", spec.tensor);
+        let start = sink.bytes();
+        let crc = sink.write(bytes).map_err(failed)?;
+        entries.push(ReceiptSlice {
+            tensor: spec.tensor.clone(),
+            dtype: spec.dtype,
+            shape: spec.shape.clone(),
+            range: [spec.range.start, spec.range.end],
+            at: [start, sink.bytes()],
+            crc64: Hex64(crc.value),
+        });
+    }
+    let file = sink.finish(name).map_err(failed)?;
+    let receipt = seal_receipt(info, file, entries, slices.iter().all(is_finite));
+    Ok((partial, receipt))
+}
+
+fn seal_receipt(
+    info: &PartInfo,
+    file: FileEntry,
+    slices: Vec<ReceiptSlice>,
+    finite: bool,
+) -> Receipt {
+    let mut receipt = Receipt {
+        schema: RECEIPT_SCHEMA.to_string(),
+        run: info.run.to_string(),
+        step: info.step.0,
+        attempt: info.attempt,
+        rank: info.part.rank,
+        world_size: info.part.world,
+        partition: PARTITION.to_string(),
+        state_digest: Hex64(info.state_digest),
+        counters: info.counters.clone(),
+        finite,
+        file,
+        slices,
+        seal: String::new(),
+    };
+    receipt.seal = seal_of(&to_value(&receipt));
+    receipt
+}
+
+/// Renders the safetensors header; its one metadata entry says all that a lost manifest said.
+fn render_header(info: &PartInfo, slices: &[NamedSlice<'_>]) -> Vec<u8> {
+    let mut places: Map<String, Value> = Map::new();
+    for NamedSlice { spec, .. } in slices {
+        let place = serde_json::json!({
+            "range": [spec.range.start, spec.range.end],
+            "shape": spec.shape,
+        });
+        places.insert(spec.tensor.clone(), place);
+    }
+    let about = serde_json::json!({
+        "schema": "lacuna-part/1",
+        "run": info.run.as_str(),
+        "step": info.step.0,
+        "attempt": info.attempt.to_string(),
+        "rank": info.part.rank,
+        "world_size": info.part.world,
+        "partition": PARTITION,
+        "state_digest": Hex64(info.state_digest).to_string(),
+        "counters": to_value(&info.counters),
+        "slices": places,
+    });
+    let tensor = |slice: &NamedSlice<'_>| HeaderTensor {
+        name: slice.spec.tensor.clone(),
+        dtype: slice.spec.dtype.name(),
+        shape: vec![slice.spec.range.end - slice.spec.range.start],
+        bytes: slice.bytes.len() as u64,
+    };
+    let tensors: Vec<HeaderTensor> = slices.iter().map(tensor).collect();
+    header::render(&[(PART_METADATA, &canonical(&about))], &tensors)
+}
+
+fn is_finite(slice: &NamedSlice<'_>) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    let finite = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & EXPONENT != EXPONENT;
+    slice.spec.dtype != Dtype::F32 || slice.bytes.chunks_exact(4).all(finite)
+}
+
+/// Writes bytes in order and digests them by block and by call, reading each byte once.
+struct BlockSink<'a> {
+    out: BufWriter<&'a std::fs::File>,
+    block_bytes: u64,
+    block: Crc64,
+    blocks: Vec<Hex64>,
+    whole: Crc64,
+}
+
+impl<'a> BlockSink<'a> {
+    fn new(file: &'a std::fs::File, block_bytes: u64) -> Self {
+        assert!(block_bytes > 0, "blocks have bytes");
+        BlockSink {
+            out: BufWriter::with_capacity(WRITE_BUFFER_BYTES, file),
+            block_bytes,
+            block: Crc64::default(),
+            blocks: Vec::new(),
+            whole: Crc64::default(),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.whole.bytes + self.block.bytes
+    }
+
+    fn write(&mut self, mut bytes: &[u8]) -> std::io::Result<Crc64> {
+        let mut sum = Crc64::default();
+        while !bytes.is_empty() {
+            let room = (self.block_bytes - self.block.bytes).min(bytes.len() as u64) as usize;
+            let (now, later) = bytes.split_at(room);
+            let crc = Crc64::of(now);
+            self.out.write_all(now)?;
+            sum = sum.then(crc);
+            self.block = self.block.then(crc);
+            if self.block.bytes == self.block_bytes {
+                self.end_block();
+            }
+            bytes = later;
+        }
+        Ok(sum)
+    }
+
+    fn end_block(&mut self) {
+        self.blocks.push(Hex64(self.block.value));
+        self.whole = self.whole.then(self.block);
+        self.block = Crc64::default();
+    }
+
+    fn finish(mut self, name: String) -> std::io::Result<FileEntry> {
+        if self.block.bytes > 0 {
+            self.end_block();
+        }
+        self.out.flush()?;
+        Ok(FileEntry {
+            name,
+            bytes: self.whole.bytes,
+            crc64: Hex64(self.whole.value),
+            block: self.block_bytes,
+            blocks: self.blocks,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;
