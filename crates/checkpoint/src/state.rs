@@ -160,6 +160,12 @@ impl<'a> StateView<'a> {
     pub fn new(layout: &'a Layout, sections: [&'a [f32]; 3], counters: &'a Counters) -> Self {
         let fits = sections.iter().all(|section| section.len() == layout.numel());
         assert!(fits, "one element per place of the layout");
+        StateView { sections, ..StateView::leftovers_of(layout, counters) }
+    }
+
+    /// Views what is not in the flat sections; for a caller that copies those itself.
+    pub fn leftovers_of(layout: &'a Layout, counters: &'a Counters) -> Self {
+        let sections: [&[f32]; 3] = [&[], &[], &[]];
         let n = counters.exponents.len();
         assert_eq!(n, layout.n_blocks(), "one exponent per tensor");
         let view = StateView { layout, sections, specs: Vec::new(), leftovers: Vec::new() };
@@ -191,6 +197,11 @@ impl<'a> StateView<'a> {
     /// Returns the tensors that are written whole.
     pub fn leftovers(&self) -> &[LeftoverSpec] {
         &self.specs
+    }
+
+    /// Returns the bytes of leftover number `place`, in the order of [`StateView::leftovers`].
+    pub fn leftover_bytes(&self, place: usize) -> &[u8] {
+        &self.leftovers[place]
     }
 
     /// Returns what `rank` writes, with its bytes.

@@ -1,6 +1,6 @@
 //! Writing one rank's part: file, digests, receipt. Names are new or the write fails.
 
-use std::io::{BufWriter, Write};
+use std::fs::File;
 
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::state::Counters;
@@ -8,7 +8,7 @@ use lacuna_types::{RunId, Step};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::disk::{self, FsError, Partial, Published};
+use crate::disk::{self, DirectWriter, FsError, Partial, Published};
 use crate::header::{self, HeaderTensor};
 use crate::json::{Hex64, SealError, canonical, open_sealed, seal_of, to_value};
 use crate::layout::{Attempt, PartId, RunDir};
@@ -24,9 +24,6 @@ pub const PART_METADATA: &str = "lacuna.part";
 
 /// Schema of receipts.
 const RECEIPT_SCHEMA: &str = "lacuna-receipt/1";
-
-/// Bytes gathered before a write; larger slices go to the file directly.
-const WRITE_BUFFER_BYTES: usize = 1 << 20;
 
 /// What a part belongs to.
 #[derive(Clone, Debug, PartialEq)]
@@ -263,7 +260,7 @@ fn is_finite(slice: &NamedSlice<'_>) -> bool {
 
 /// Writes bytes in order and digests them by block and by call, reading each byte once.
 struct BlockSink<'a> {
-    out: BufWriter<&'a std::fs::File>,
+    out: DirectWriter<'a>,
     block_bytes: u64,
     block: Crc64,
     blocks: Vec<Hex64>,
@@ -271,10 +268,10 @@ struct BlockSink<'a> {
 }
 
 impl<'a> BlockSink<'a> {
-    fn new(file: &'a std::fs::File, block_bytes: u64) -> Self {
+    fn new(file: &'a File, block_bytes: u64) -> Self {
         assert!(block_bytes > 0, "blocks have bytes");
         BlockSink {
-            out: BufWriter::with_capacity(WRITE_BUFFER_BYTES, file),
+            out: DirectWriter::new(file),
             block_bytes,
             block: Crc64::default(),
             blocks: Vec::new(),
@@ -313,7 +310,7 @@ impl<'a> BlockSink<'a> {
         if self.block.bytes > 0 {
             self.end_block();
         }
-        self.out.flush()?;
+        self.out.finish()?;
         Ok(FileEntry {
             name,
             bytes: self.whole.bytes,
