@@ -60,10 +60,7 @@ const OUTER: &[(&str, &str)] = &[
     ("pos_embed", "vit.embeddings.position_embeddings"),
     ("mask_token", "decoder.mask_token"),
     ("decoder_pos_embed", "decoder.decoder_pos_embed"),
-    (
-        "patch_embed.proj.",
-        "vit.embeddings.patch_embeddings.projection.",
-    ),
+    ("patch_embed.proj.", "vit.embeddings.patch_embeddings.projection."),
     ("norm.", "vit.layernorm."),
     ("decoder_embed.", "decoder.decoder_embed."),
     ("decoder_norm.", "decoder.decoder_norm."),
@@ -73,11 +70,7 @@ const OUTER: &[(&str, &str)] = &[
 /// Prefixes of block lists: ours, then V4, then V5.
 const STACKS: &[[&str; 3]] = &[
     ["blocks.", "vit.encoder.layer.", "vit.layers."],
-    [
-        "decoder_blocks.",
-        "decoder.decoder_layers.",
-        "decoder.decoder_layers.",
-    ],
+    ["decoder_blocks.", "decoder.decoder_layers.", "decoder.decoder_layers."],
 ];
 
 /// What transformers 5.23 writes for decoder blocks when it saves; accepted when reading.
@@ -93,11 +86,8 @@ const LAYERS: &[[&str; 3]] = &[
 ];
 
 /// Layers that hold the thirds of `attn.qkv`, in [`Part::QKV`] order.
-const QKV_V4: [&str; 3] = [
-    "attention.attention.query",
-    "attention.attention.key",
-    "attention.attention.value",
-];
+const QKV_V4: [&str; 3] =
+    ["attention.attention.query", "attention.attention.key", "attention.attention.value"];
 const QKV_V5: [&str; 3] = ["attention.q_proj", "attention.k_proj", "attention.v_proj"];
 
 /// Maps one of our names to timm's, where the encoder has that tensor.
@@ -116,27 +106,16 @@ pub fn hf(name: &str, names: HfNames) -> Option<Vec<Mapped>> {
         HfNames::V5 => 2,
     };
     if let Some(name) = map_outer(name, |pair| (pair.0, pair.1)) {
-        return Some(vec![Mapped {
-            name,
-            part: Part::Whole,
-        }]);
+        return Some(vec![Mapped { name, part: Part::Whole }]);
     }
     let (stack, block, layer, leaf) = STACKS
         .iter()
         .find_map(|stack| split_block(name, stack[0]).map(|(b, l, w)| (stack[column], b, l, w)))?;
-    let full = |layer: &str, part: Part| Mapped {
-        name: format!("{stack}{block}.{layer}.{leaf}"),
-        part,
-    };
+    let full =
+        |layer: &str, part: Part| Mapped { name: format!("{stack}{block}.{layer}.{leaf}"), part };
     if layer == "attn.qkv" {
         let layers = if column == 1 { QKV_V4 } else { QKV_V5 };
-        return Some(
-            layers
-                .iter()
-                .zip(Part::QKV)
-                .map(|(l, part)| full(l, part))
-                .collect(),
-        );
+        return Some(layers.iter().zip(Part::QKV).map(|(l, part)| full(l, part)).collect());
     }
     let row = LAYERS.iter().find(|row| row[0] == layer)?;
     Some(vec![full(row[column], Part::Whole)])
@@ -145,16 +124,10 @@ pub fn hf(name: &str, names: HfNames) -> Option<Vec<Mapped>> {
 /// Maps a foreign name to ours: both Hugging Face generations, what 5.23 re-saves, timm and ours.
 pub fn ours(name: &str) -> Option<Mapped> {
     if hf(name, HfNames::V4).is_some() {
-        return Some(Mapped {
-            name: name.to_string(),
-            part: Part::Whole,
-        });
+        return Some(Mapped { name: name.to_string(), part: Part::Whole });
     }
     if let Some(name) = map_outer(name, |pair| (pair.1, pair.0)) {
-        return Some(Mapped {
-            name,
-            part: Part::Whole,
-        });
+        return Some(Mapped { name, part: Part::Whole });
     }
     let prefixes = STACKS
         .iter()
@@ -163,10 +136,8 @@ pub fn ours(name: &str) -> Option<Mapped> {
     let (stack, block, layer, leaf) = prefixes
         .into_iter()
         .find_map(|(from, to)| split_block(name, from).map(|(b, l, w)| (to, b, l, w)))?;
-    let full = |layer: &str, part: Part| Mapped {
-        name: format!("{stack}{block}.{layer}.{leaf}"),
-        part,
-    };
+    let full =
+        |layer: &str, part: Part| Mapped { name: format!("{stack}{block}.{layer}.{leaf}"), part };
     for layers in [QKV_V4, QKV_V5] {
         if let Some(place) = layers.iter().position(|known| *known == layer) {
             return Some(full("attn.qkv", Part::QKV[place]));

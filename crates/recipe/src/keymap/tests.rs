@@ -4,10 +4,7 @@ use super::*;
 use crate::model::ModelConfig;
 
 fn golden() -> Vec<serde_json::Value> {
-    let path = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../tests/golden/keymap_vit_base.json"
-    );
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/keymap_vit_base.json");
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
@@ -28,23 +25,13 @@ fn map_of_the_base_model() {
         n_timm += usize::from(row["timm"].is_string());
         for (key, version, seen) in [("hf4", HfNames::V4, &mut v4), ("hf5", HfNames::V5, &mut v5)] {
             let targets = hf(name, version).unwrap();
-            let want: Vec<&str> = row[key]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|v| v.as_str().unwrap())
-                .collect();
+            let want: Vec<&str> =
+                row[key].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
             assert_eq!(names(&targets), want, "{name}");
             for target in targets {
-                let back = Mapped {
-                    name: name.to_string(),
-                    part: target.part,
-                };
+                let back = Mapped { name: name.to_string(), part: target.part };
                 assert_eq!(ours(&target.name), Some(back), "{}", target.name);
-                assert!(
-                    seen.insert(target.name),
-                    "{name}: two sources of one tensor"
-                );
+                assert!(seen.insert(target.name), "{name}: two sources of one tensor");
             }
         }
     }
@@ -57,10 +44,7 @@ fn map_of_the_base_model() {
 fn every_parameter_of_every_preset_has_a_place() {
     for (preset, want) in [("base", 334), ("large", 526), ("huge", 654)] {
         let params = ModelConfig::preset(preset).unwrap().params();
-        let n: usize = params
-            .iter()
-            .map(|p| hf(&p.name, HfNames::V4).unwrap().len())
-            .sum();
+        let n: usize = params.iter().map(|p| hf(&p.name, HfNames::V4).unwrap().len()).sum();
         assert_eq!(n + 2, want, "{preset}: with the two position tables");
     }
 }
@@ -68,22 +52,13 @@ fn every_parameter_of_every_preset_has_a_place() {
 #[test]
 fn resaved_decoder_names_are_understood() {
     let name = "decoder.decoder_encoder.layer.3.attention.attention.key.bias";
-    let want = Mapped {
-        name: "decoder_blocks.3.attn.qkv.bias".to_string(),
-        part: Part::Key,
-    };
+    let want = Mapped { name: "decoder_blocks.3.attn.qkv.bias".to_string(), part: Part::Key };
     assert_eq!(ours(name), Some(want));
 }
 
 #[test]
 fn unknown_names_have_no_place() {
-    for name in [
-        "",
-        "head.weight",
-        "blocks.x.norm1.weight",
-        "blocks.0.norm3.weight",
-        "norm.gain",
-    ] {
+    for name in ["", "head.weight", "blocks.x.norm1.weight", "blocks.0.norm3.weight", "norm.gain"] {
         assert_eq!(hf(name, HfNames::V4), None, "{name}");
         assert_eq!(timm(name), None, "{name}");
         assert_eq!(ours(name), None, "{name}");
