@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lacuna_recipe::adamw::AdamW;
+use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::SlotBatch;
@@ -72,8 +73,12 @@ pub trait Engine: Send {
     fn apply(&mut self, mean: &[f32], update: &UpdateScalars) -> Result<(), EngineError>;
 
     /// Copies `range` of a flat section to `out`.
-    fn read(&self, section: Section, range: Range<usize>, out: &mut [f32])
-    -> Result<(), EngineError>;
+    fn read(
+        &self,
+        section: Section,
+        range: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), EngineError>;
 
     /// Overwrites a flat section from element `at` on.
     fn write(&mut self, section: Section, at: usize, values: &[f32]) -> Result<(), EngineError>;
@@ -87,4 +92,33 @@ pub trait Engine: Send {
 
     /// Describes device and library for people: `cpu (libtorch 2.11.0, avx2, 1 thread)`.
     fn describe(&self) -> String;
+}
+
+/// What an engine is built for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineSpec {
+    /// Sizes of the model.
+    pub model: ModelConfig,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Mean of each channel, in units of full brightness.
+    pub mean: Vec<f64>,
+    /// Deviation of each channel, in units of full brightness.
+    pub std: Vec<f64>,
+    /// Samples of a slot.
+    pub slot_batch: u32,
+    /// Device, `cpu0` or `cuda0`.
+    pub device: String,
+}
+
+/// What a worker binary brings: a kind of engine.
+pub trait Backend: Send + Sync + 'static {
+    /// Describes the library for `--version`: `libtorch 2.11.0`.
+    fn library(&self) -> String;
+
+    /// Returns the environment that trainer processes need from their start.
+    fn trainer_env(&self) -> Vec<(String, String)>;
+
+    /// Builds an engine in a trainer process.
+    fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError>;
 }

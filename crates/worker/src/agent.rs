@@ -1,0 +1,451 @@
+//! The agent: one per node. Starts a trainer per device, reports how they end, starts them again.
+//!
+//! It holds no device and computes nothing, so it outlives whatever its trainers die of. Trainers hold
+//! a pipe from it and end when it closes: a dead agent leaves no orphan.
+
+use std::collections::VecDeque;
+use std::io::Read as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use lacuna_api::client::connect;
+use lacuna_api::v1;
+use lacuna_api::v1::worker_service_client::WorkerServiceClient;
+use lacuna_types::{BuildId, exit};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tracing::{error, info, warn};
+
+use crate::args::{AgentArgs, parse_devices};
+use crate::engine::Backend;
+use crate::entry::CodedError;
+use crate::trainer::session::{Signals, refused};
+
+/// First and longest pause before a trainer that died is started again.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// A trainer that lived this long was healthy: the pause starts from the beginning.
+const HEALTHY: Duration = Duration::from_secs(30);
+/// Lines of a trainer's stderr that are kept for its report.
+const TAIL_LINES: usize = 20;
+/// How long trainers get to leave their run before they are killed.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(120);
+/// Bound of the report queue: a report per trainer's end.
+const QUEUE: usize = 256;
+
+/// Runs an agent until its trainers have nothing more to do; returns the exit code.
+pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
+    let usage = |message: String| CodedError { code: exit::USAGE, message };
+    let devices = parse_devices(&args.devices).map_err(usage)?;
+    if !args.bind_addr.ip().is_loopback() {
+        let message = format!(
+            "refusing to listen on {}: without tokens or TLS the collective is open to everybody who \
+             can reach it; use a loopback `--bind-addr`",
+            args.bind_addr
+        );
+        return Err(usage(message).into());
+    }
+    let node = args.node_name.clone().unwrap_or_else(host_name);
+    let check = format!("{node}:{}", devices[0]).parse::<lacuna_types::WorkerId>();
+    check.map_err(|err| usage(format!("--node-name: {err}")))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("start the agent's thread")?;
+    Ok(runtime.block_on(Agent { args, node, devices, backend }.run()))
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '.', "-")
+}
+
+struct Agent {
+    args: AgentArgs,
+    node: String,
+    devices: Vec<String>,
+    backend: Arc<dyn Backend>,
+}
+
+/// How a device's supervision ended.
+struct DeviceEnd {
+    device: String,
+    code: u8,
+}
+
+impl Agent {
+    async fn run(self) -> u8 {
+        let (reports, outbox) = mpsc::channel(QUEUE);
+        let (fatal, mut fatal_code) = mpsc::channel(1);
+        let uplink = Uplink {
+            url: self.args.coordinator.clone(),
+            node: self.node.clone(),
+            devices: self.devices.clone(),
+            fatal,
+        };
+        let uplink = tokio::spawn(uplink.run(outbox));
+        let (stop, stopping) = tokio::sync::watch::channel(Stop::No);
+        let mut devices = tokio::task::JoinSet::new();
+        for device in &self.devices {
+            let supervisor = self.supervisor(device, reports.clone(), stopping.clone());
+            devices.spawn(supervisor.run());
+        }
+        let mut parent = self.args.with_parent.then(watch_stdin);
+        let mut signals = Signals::new();
+        let mut ends: Vec<DeviceEnd> = Vec::new();
+        while ends.len() < self.devices.len() {
+            tokio::select! {
+                Some(end) = devices.join_next() => match end {
+                    Ok(end) => ends.push(end),
+                    Err(err) => {
+                        error!(error = %err, "a supervisor died");
+                        return exit::INTERNAL;
+                    }
+                },
+                name = signals.next() => {
+                    info!("{name}: asking trainers to leave");
+                    let again = *stop.borrow() != Stop::No;
+                    stop.send_replace(if again { Stop::Kill } else { Stop::Leave });
+                }
+                Some(code) = fatal_code.recv() => {
+                    stop.send_replace(Stop::Kill);
+                    while devices.join_next().await.is_some() {}
+                    return code;
+                }
+                () = gone(&mut parent) => {
+                    warn!("the parent is gone");
+                    stop.send_replace(Stop::Kill);
+                    while devices.join_next().await.is_some() {}
+                    return exit::FAILED;
+                }
+            }
+        }
+        uplink.abort();
+        self.verdict(&ends)
+    }
+
+    /// The worst of what the devices ended with; a drain counts if nothing failed.
+    fn verdict(&self, ends: &[DeviceEnd]) -> u8 {
+        let rank = |code: u8| match code {
+            exit::OK => 0,
+            exit::DRAINED => 1,
+            exit::INTERRUPTED => 2,
+            _ => 3,
+        };
+        for end in ends {
+            info!(node = %self.node, device = end.device, code = end.code, "device done");
+        }
+        ends.iter().map(|end| end.code).max_by_key(|code| rank(*code)).unwrap_or(exit::OK)
+    }
+
+    fn supervisor(
+        &self,
+        device: &str,
+        reports: mpsc::Sender<v1::TrainerExited>,
+        stopping: tokio::sync::watch::Receiver<Stop>,
+    ) -> Supervisor {
+        Supervisor {
+            args: self.args.clone(),
+            worker_id: format!("{}:{device}", self.node),
+            device: device.to_string(),
+            local_world: self.devices.len(),
+            env: self.backend.trainer_env(),
+            reports,
+            stopping,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    No,
+    Leave,
+    Kill,
+}
+
+async fn gone(parent: &mut Option<tokio::sync::oneshot::Receiver<()>>) {
+    match parent {
+        Some(notice) => {
+            // An error means that the watching thread is gone, which says the same.
+            let _ = notice.await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+fn watch_stdin() -> tokio::sync::oneshot::Receiver<()> {
+    let (gone, notice) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let mut sink = [0u8; 64];
+        let mut stdin = std::io::stdin().lock();
+        while matches!(stdin.read(&mut sink), Ok(n) if n > 0) {}
+        // Fails only when the agent is gone.
+        let _ = gone.send(());
+    });
+    notice
+}
+
+/// Keeps one device's trainer alive.
+struct Supervisor {
+    args: AgentArgs,
+    worker_id: String,
+    device: String,
+    local_world: usize,
+    env: Vec<(String, String)>,
+    reports: mpsc::Sender<v1::TrainerExited>,
+    stopping: tokio::sync::watch::Receiver<Stop>,
+}
+
+impl Supervisor {
+    async fn run(mut self) -> DeviceEnd {
+        let mut pause = BACK_OFF.0;
+        loop {
+            let started = Instant::now();
+            let code = self.one_life().await;
+            if let Some(code) = self.final_code(code) {
+                return DeviceEnd { device: self.device, code };
+            }
+            pause = if started.elapsed() > HEALTHY { BACK_OFF.0 } else { pause };
+            info!(worker_id = self.worker_id, ?pause, "starting the trainer again");
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                _ = self.stopping.wait_for(|stop| *stop != Stop::No) => {
+                    return DeviceEnd { device: self.device, code: exit::DRAINED };
+                }
+            }
+            pause = (pause * 2).min(BACK_OFF.1);
+        }
+    }
+
+    /// Decides what an exit code means for this device; `None` starts the trainer again.
+    fn final_code(&self, code: Option<u8>) -> Option<u8> {
+        let stopping = *self.stopping.borrow() != Stop::No;
+        match code {
+            Some(exit::USAGE | exit::VERSION | exit::UNAUTHORISED | exit::UNFIT) => code,
+            Some(exit::UNREACHABLE | exit::INTERRUPTED) => code,
+            Some(exit::OK | exit::DRAINED) if stopping || self.args.once => code,
+            Some(exit::IO | exit::FAILED) if self.args.once => code,
+            _ if stopping => Some(code.unwrap_or(exit::DRAINED)),
+            _ => None,
+        }
+    }
+
+    /// Starts a trainer and waits for its end; `None` if a signal ended it.
+    async fn one_life(&mut self) -> Option<u8> {
+        let incarnation = draw_incarnation();
+        let mut child = match self.spawn(incarnation) {
+            Ok(child) => child,
+            Err(err) => {
+                error!(worker_id = self.worker_id, error = %err, "failed to start a trainer");
+                return Some(exit::FAILED);
+            }
+        };
+        let stderr = child.stderr.take().expect("stderr is a pipe");
+        let tail = tokio::spawn(forward_stderr(stderr));
+        let status = self.wait(&mut child).await;
+        let tail = tail.await.unwrap_or_default();
+        let how = describe(status);
+        info!(worker_id = self.worker_id, how, "trainer ended");
+        let report = v1::TrainerExited {
+            worker_id: self.worker_id.clone(),
+            incarnation: Some(incarnation),
+            how,
+            stderr_tail: tail,
+        };
+        if self.reports.try_send(report).is_err() {
+            warn!("the report queue is full; the coordinator will notice by itself");
+        }
+        status.and_then(|status| status.code()).and_then(|code| u8::try_from(code).ok())
+    }
+
+    fn spawn(&self, incarnation: u64) -> std::io::Result<Child> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .arg("trainer")
+            .args(["--coordinator", &self.args.coordinator])
+            .args(["--worker-id", &self.worker_id])
+            .args(["--incarnation", &incarnation.to_string()])
+            .args(["--device", &self.device])
+            .args(["--local-world", &self.local_world.to_string()])
+            .args(["--bind-addr", &self.args.bind_addr.to_string()])
+            .args(["--give-up-seconds", &self.args.give_up_seconds.to_string()])
+            .envs(self.env.iter().map(|(key, value)| (key, value)))
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            // Its own group: Ctrl-C reaches the agent alone, which asks trainers in order.
+            .process_group(0)
+            .kill_on_drop(true);
+        if let Some(addr) = self.args.advertise_addr {
+            command.args(["--advertise-addr", &addr.to_string()]);
+        }
+        command.spawn()
+    }
+
+    /// Waits for the end, asking the trainer to leave or killing it when the agent stops.
+    async fn wait(&mut self, child: &mut Child) -> Option<ExitStatus> {
+        let mut deadline: Option<tokio::time::Instant> = None;
+        loop {
+            let expired = async {
+                match deadline {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                status = child.wait() => return status.ok(),
+                changed = self.stopping.changed() => {
+                    let stop = if changed.is_ok() { *self.stopping.borrow() } else { Stop::Kill };
+                    match stop {
+                        Stop::No => {}
+                        Stop::Leave => {
+                            terminate(child);
+                            deadline = Some(tokio::time::Instant::now() + LEAVE_DEADLINE);
+                        }
+                        Stop::Kill => {
+                            // Fails only where it ended by itself.
+                            let _ = child.start_kill();
+                        }
+                    }
+                }
+                () = expired => {
+                    warn!(worker_id = self.worker_id, "trainer did not leave in time; killing it");
+                    // Fails only where it ended by itself.
+                    let _ = child.start_kill();
+                    deadline = None;
+                }
+            }
+        }
+    }
+}
+
+fn terminate(child: &Child) {
+    let pid = child.id().and_then(|id| rustix::process::Pid::from_raw(id as i32));
+    if let Some(pid) = pid {
+        // Fails only where it ended by itself.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+    }
+}
+
+fn draw_incarnation() -> u64 {
+    let mut bytes = [0u8; 8];
+    getrandom::fill(&mut bytes).expect("the system has a random source");
+    u64::from_ne_bytes(bytes)
+}
+
+/// Says how a process ended, for people.
+fn describe(status: Option<ExitStatus>) -> String {
+    match status {
+        None => "its end could not be seen".to_string(),
+        Some(status) => match (status.code(), status.signal()) {
+            (Some(code), _) => format!("exit code {code}"),
+            (None, Some(signal)) => format!("killed by signal {signal}"),
+            (None, None) => status.to_string(),
+        },
+    }
+}
+
+/// Passes a trainer's stderr on and returns its last lines.
+async fn forward_stderr(stderr: tokio::process::ChildStderr) -> String {
+    let mut lines = BufReader::new(stderr).lines();
+    let mut tail: VecDeque<String> = VecDeque::with_capacity(TAIL_LINES);
+    while let Ok(Some(line)) = lines.next_line().await {
+        eprintln!("{line}");
+        if tail.len() == TAIL_LINES {
+            tail.pop_front();
+        }
+        tail.push_back(line);
+    }
+    Vec::from(tail).join("\n")
+}
+
+/// The agent's stream to the coordinator.
+struct Uplink {
+    url: String,
+    node: String,
+    devices: Vec<String>,
+    fatal: mpsc::Sender<u8>,
+}
+
+impl Uplink {
+    async fn run(self, mut outbox: mpsc::Receiver<v1::TrainerExited>) {
+        let mut pause = BACK_OFF.0;
+        // A report that could not be sent goes first on the next stream.
+        let mut pending: Option<v1::TrainerExited> = None;
+        loop {
+            match self.once(&mut outbox, &mut pending).await {
+                Ok(()) => pause = BACK_OFF.0,
+                Err((why, Some(code))) => {
+                    error!("{why}");
+                    // The agent has its code already.
+                    let _ = self.fatal.try_send(code);
+                    return;
+                }
+                Err((why, None)) => {
+                    info!(why, "agent not connected to the coordinator");
+                    pause = (pause * 2).min(Duration::from_secs(2));
+                }
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn once(
+        &self,
+        outbox: &mut mpsc::Receiver<v1::TrainerExited>,
+        pending: &mut Option<v1::TrainerExited>,
+    ) -> Result<(), (String, Option<u8>)> {
+        let channel = connect(&self.url, Duration::from_secs(5)).await.map_err(|err| {
+            let wrong = matches!(err, lacuna_api::client::ClientError::Address { .. });
+            (lacuna_checkpoint::chain(&err), wrong.then_some(exit::USAGE))
+        })?;
+        let (requests, outgoing) = mpsc::channel(QUEUE);
+        // The queue is new and has room.
+        let _ = requests.try_send(self.hello());
+        let mut client = WorkerServiceClient::new(channel);
+        let opened = client.agent(ReceiverStream::new(outgoing)).await;
+        let mut answers = opened
+            .map_err(|status| {
+                let (why, fatal, _) = refused(&status);
+                (why, fatal)
+            })?
+            .into_inner();
+        loop {
+            if let Some(report) = pending.take() {
+                let message = v1::agent_request::Message::TrainerExited(report.clone());
+                let request = v1::AgentRequest { message: Some(message) };
+                if requests.send(request).await.is_err() {
+                    *pending = Some(report);
+                    return Ok(());
+                }
+            }
+            tokio::select! {
+                report = outbox.recv() => match report {
+                    Some(report) => *pending = Some(report),
+                    None => return Ok(()),
+                },
+                answer = answers.message() => match answer {
+                    Ok(Some(_)) => {}
+                    Ok(None) => return Ok(()),
+                    Err(status) => {
+                        let (why, fatal, _) = refused(&status);
+                        return Err((why, fatal));
+                    }
+                },
+            }
+        }
+    }
+
+    fn hello(&self) -> v1::AgentRequest {
+        let hello = v1::NodeHello {
+            node: self.node.clone(),
+            build: Some(BuildId::this().into()),
+            devices: self.devices.clone(),
+        };
+        v1::AgentRequest { message: Some(v1::agent_request::Message::Hello(hello)) }
+    }
+}

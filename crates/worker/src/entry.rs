@@ -1,0 +1,63 @@
+//! Entry point of worker binaries.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser as _;
+use lacuna_types::{BuildId, exit};
+use tracing::error;
+
+use crate::agent;
+use crate::args::{Command, WorkerArgs};
+use crate::engine::Backend;
+use crate::trainer;
+
+/// Runs the process: an agent, or one of its trainers.
+pub fn run(backend: impl Backend) -> ExitCode {
+    let args = WorkerArgs::parse();
+    init_logs();
+    if args.version {
+        println!("{}, {}", BuildId::this(), backend.library());
+        return ExitCode::SUCCESS;
+    }
+    let backend: Arc<dyn Backend> = Arc::new(backend);
+    let result = match args.command {
+        Some(Command::Trainer(args)) => trainer::run(args, backend),
+        None => agent::run(args.agent, backend),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(err) => {
+            error!("{err:#}");
+            eprintln!("error: {err:#}");
+            ExitCode::from(exit_code(&err))
+        }
+    }
+}
+
+/// Logs go to stderr; `RUST_LOG` chooses, `info` is the default.
+pub fn init_logs() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // Fails only where a test set one up already.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .try_init();
+}
+
+/// An error that has its own exit code.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct CodedError {
+    /// Exit code.
+    pub code: u8,
+    /// Message for people.
+    pub message: String,
+}
+
+fn exit_code(err: &anyhow::Error) -> u8 {
+    err.chain().find_map(|e| e.downcast_ref::<CodedError>()).map_or(exit::FAILED, |e| e.code)
+}

@@ -1,0 +1,161 @@
+//! A run as a trainer needs it: made from the coordinator's welcome.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use lacuna_api::v1;
+use lacuna_checkpoint::layout::RunDir;
+use lacuna_data::dataset::Dataset;
+use lacuna_data::decode::ImageShape;
+use lacuna_data::loader::{
+    BadSamplePolicy, Loader, LoaderConfig, warn_of_bad_samples,
+};
+use lacuna_spec::{AutoOr, BadSamples, RunSpec};
+use lacuna_types::RunId;
+
+use crate::engine::{EngineSpec, UpdateScalars};
+
+/// Slots computed ahead of their use: enough to hide a slow read, little enough to fit anywhere.
+const AHEAD_SLOTS: usize = 8;
+
+/// A run, validated and resolved.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// The run.
+    pub run: RunId,
+    /// Its spec.
+    pub spec: RunSpec,
+    /// Steps, schedule, geometry.
+    pub resolved: lacuna_spec::Resolved,
+    /// Fingerprint that the data set must have.
+    pub fingerprint: String,
+    /// Where its checkpoints stand.
+    pub dir: RunDir,
+    /// Report figures every so many steps.
+    pub track_every: u64,
+}
+
+/// A run that this worker cannot take part in.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    /// The welcome means nothing to this build.
+    #[error("the run's spec cannot be read: {0}")]
+    Spec(String),
+    /// The data cannot be opened.
+    #[error("failed to open data set `{path}`")]
+    Data {
+        /// Where.
+        path: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The data is not what the run was created with.
+    #[error(
+        "data set `{path}` has fingerprint {found}, the run was created with {want}: it was changed or \
+         is another one"
+    )]
+    OtherData {
+        /// Where.
+        path: String,
+        /// Fingerprint found.
+        found: String,
+        /// Fingerprint of the run.
+        want: String,
+    },
+}
+
+impl Job {
+    /// Reads the run from a welcome.
+    pub fn from_welcome(welcome: &v1::Welcome) -> Result<Self, JobError> {
+        let bad = |text: String| JobError::Spec(text);
+        let run = welcome.run_id.parse().map_err(|err: lacuna_types::NameError| bad(err.to_string()))?;
+        let spec: RunSpec =
+            serde_json::from_str(&welcome.spec).map_err(|err| bad(err.to_string()))?;
+        let resolved = spec.resolve(welcome.n_samples).map_err(|err| bad(err.to_string()))?;
+        let dir = RunDir::new(Path::new(&spec.checkpoint.to), spec.run_id());
+        let per_epoch = resolved.geometry.steps_per_epoch();
+        let track_every = match &spec.track.every {
+            lacuna_spec::units::Cadence::Length(length) => length.steps(per_epoch).unwrap_or(1),
+            lacuna_spec::units::Cadence::Seconds(_) => 1,
+        };
+        let fingerprint = welcome.fingerprint.clone();
+        Ok(Job { run, spec, resolved, fingerprint, dir, track_every: track_every.max(1) })
+    }
+
+    /// Describes the engine that the run needs on `device`.
+    pub fn engine_spec(&self, device: &str) -> EngineSpec {
+        EngineSpec {
+            model: self.spec.model.clone(),
+            seed: self.spec.train.seed,
+            mean: self.spec.data.mean.clone(),
+            std: self.spec.data.std.clone(),
+            slot_batch: self.spec.train.slot_batch,
+            device: device.to_string(),
+        }
+    }
+
+    /// Opens the data set and checks that it is the run's.
+    pub fn open_data(&self) -> Result<Arc<Dataset>, JobError> {
+        let path = &self.spec.data.shards;
+        let failed = |source| JobError::Data { path: path.clone(), source };
+        let dataset = Dataset::open(Path::new(path)).map_err(|err| failed(Box::new(err)))?;
+        let found = dataset.fingerprint().to_string();
+        if found != self.fingerprint {
+            let (path, want) = (path.clone(), self.fingerprint.clone());
+            return Err(JobError::OtherData { path, found, want });
+        }
+        Ok(Arc::new(dataset))
+    }
+
+    /// Builds the loader; `local_world` trainers share this machine's cores.
+    pub fn loader(&self, dataset: Arc<Dataset>, local_world: usize) -> Result<Loader, JobError> {
+        let spec = &self.spec;
+        let [height, width] = spec.model.img_size;
+        let index = dataset.index();
+        let params = spec.order(dataset.n_samples(), index.n_chunks());
+        let config = LoaderConfig {
+            order: dataset.order_spec(params, spec.train.seed, spec.train.batch),
+            augment: spec.augment(),
+            geometry: self.resolved.geometry,
+            shape: ImageShape { height, width, channels: spec.model.channels },
+            n_patches: spec.model.n_patches(),
+            threads: threads(spec.data.threads, local_world),
+            ahead_slots: AHEAD_SLOTS,
+            bad_samples: match spec.data.bad_samples {
+                BadSamples::Fail => BadSamplePolicy::Fail,
+                BadSamples::Substitute => BadSamplePolicy::Substitute,
+            },
+            on_bad_sample: warn_of_bad_samples(),
+            dataset,
+        };
+        let path = spec.data.shards.clone();
+        Loader::new(config).map_err(|err| JobError::Data { path, source: Box::new(err) })
+    }
+
+    /// Returns the scalars of the update that step `step` makes, the `t`-th.
+    pub fn update(&self, step: u64, t: u64) -> UpdateScalars {
+        UpdateScalars {
+            lr: self.resolved.schedule.lr(step),
+            t,
+            adamw: self.spec.adamw(),
+            decay_tokens: self.spec.optim.decay_tokens,
+        }
+    }
+
+    /// Returns the digest of the maths fields, as checkpoints carry it.
+    pub fn spec_digest(&self) -> String {
+        format!("blake3:{}", self.spec.maths_digest().to_hex())
+    }
+}
+
+/// Loader threads of one trainer: its share of the cores without the one that computes, at least one.
+fn threads(wanted: AutoOr<u32>, local_world: usize) -> usize {
+    match wanted {
+        AutoOr::Is(n) => n as usize,
+        AutoOr::Auto => {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            (cores / local_world.max(1)).saturating_sub(1).max(1)
+        }
+    }
+}

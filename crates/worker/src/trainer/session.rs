@@ -1,0 +1,482 @@
+//! The control session's driver: stream, beats, signals and the step loop around the pure machine.
+
+use std::io::Read as _;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use lacuna_api::client::connect;
+use lacuna_api::error::{Reason, reason};
+use lacuna_api::v1::worker_service_client::WorkerServiceClient;
+use lacuna_api::{MESSAGE_BYTES_MAX, v1, wire};
+use lacuna_checkpoint::chain;
+use lacuna_collective::{AbortHandle, TrainerListener};
+use lacuna_control::message::{FaultKind, ToCoordinator, ToWorker};
+use lacuna_control::worker::{Command, Event, Report, Session};
+use lacuna_types::{BuildId, Generation, Incarnation, RunId, Step, Timestamp, WorkerId, exit};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tracing::{error, info, warn};
+
+use super::job::Job;
+use super::saver::Saver;
+use super::shared::{Order, Shared, SharedHandle};
+use super::step_loop::StepLoop;
+use crate::args::TrainerArgs;
+use crate::engine::Backend;
+
+/// Bound of every queue here: a few messages a second pass.
+const QUEUE: usize = 64;
+/// First and longest pause between attempts to reach the coordinator.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// Longest time to open a connection.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What the connection tells the session.
+enum Net {
+    Up { welcome: Box<v1::Welcome>, requests: mpsc::Sender<v1::SessionRequest> },
+    Message(ToWorker),
+    Down { why: String, fatal: Option<u8> },
+}
+
+/// What the next hello says; the connection reads it whenever it (re)connects.
+#[derive(Clone, Debug, Default)]
+struct HelloFacts {
+    run: Option<RunId>,
+    state: Option<Step>,
+}
+
+/// Runs the session of one trainer.
+pub struct Driver {
+    args: TrainerArgs,
+    worker: WorkerId,
+    incarnation: Incarnation,
+    endpoint: String,
+    listener: Option<TrainerListener>,
+    backend: Arc<dyn Backend>,
+    machine: Session,
+    started: Instant,
+    shared: SharedHandle,
+    orders: Option<SyncSender<Order>>,
+    abort: AbortHandle,
+    requests: Option<mpsc::Sender<v1::SessionRequest>>,
+    reports: mpsc::Sender<Report>,
+    inbox: mpsc::Receiver<Report>,
+    facts: watch::Sender<HelloFacts>,
+    beat: Duration,
+    /// Exit code of an end that no command asked for.
+    exit: Option<u8>,
+}
+
+impl Driver {
+    /// Prepares the session.
+    pub fn new(
+        args: TrainerArgs,
+        worker: WorkerId,
+        incarnation: Incarnation,
+        listener: TrainerListener,
+        backend: Arc<dyn Backend>,
+    ) -> Self {
+        let started = Instant::now();
+        let (reports, inbox) = mpsc::channel(QUEUE);
+        Driver {
+            machine: Session::new(args.give_up(), Timestamp(0)),
+            worker,
+            incarnation,
+            endpoint: listener.advertised().to_string(),
+            listener: Some(listener),
+            backend,
+            started,
+            shared: Arc::new(Shared::default()),
+            orders: None,
+            abort: AbortHandle::new(),
+            requests: None,
+            reports,
+            inbox,
+            facts: watch::Sender::new(HelloFacts::default()),
+            beat: Duration::from_millis(500),
+            exit: None,
+            args,
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp(0) + self.started.elapsed()
+    }
+
+    /// Runs until something ends the process; returns the exit code.
+    pub async fn run(mut self) -> u8 {
+        let (events, mut net) = mpsc::channel(QUEUE);
+        let uplink = Uplink {
+            url: self.args.coordinator.clone(),
+            worker: self.worker.clone(),
+            incarnation: self.incarnation,
+            endpoint: self.endpoint.clone(),
+            device: self.backend.library(),
+            facts: self.facts.subscribe(),
+            events,
+        };
+        let uplink = tokio::spawn(uplink.run());
+        let mut parent = watch_parent();
+        let mut signals = Signals::new();
+        let mut beat = tokio::time::interval(self.beat);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let code = loop {
+            let event = tokio::select! {
+                event = net.recv() => match event {
+                    Some(event) => self.on_net(event),
+                    None => break exit::INTERNAL,
+                },
+                report = self.inbox.recv() => {
+                    let report = report.expect("the session holds a sender itself");
+                    Some(Event::Report(report))
+                }
+                _ = beat.tick() => {
+                    self.send_beat();
+                    Some(Event::Tick)
+                }
+                name = signals.next() => Some(Event::Drain { why: name.to_string() }),
+                _ = &mut parent => {
+                    warn!("the agent is gone");
+                    break exit::FAILED;
+                }
+            };
+            let done = match event {
+                Some(event) => self.feed(event),
+                None => Some(self.fatal()),
+            };
+            if let Some(code) = done {
+                break code;
+            }
+        };
+        uplink.abort();
+        code
+    }
+
+    /// Turns news of the connection into an event; `None` ends the process.
+    fn on_net(&mut self, net: Net) -> Option<Event> {
+        match net {
+            Net::Up { welcome, requests } => {
+                self.beat = Duration::from_millis(welcome.beat_ms.max(10));
+                self.requests = Some(requests);
+                if self.orders.is_none()
+                    && let Err((code, why)) = self.start_loop(&welcome)
+                {
+                    error!("{why}");
+                    self.facts.send_modify(|facts| facts.run = None);
+                    self.exit = Some(code);
+                    return None;
+                }
+                Some(Event::Connected)
+            }
+            Net::Message(message) => Some(Event::Received(message)),
+            Net::Down { why, fatal } => {
+                self.requests = None;
+                if let Some(code) = fatal {
+                    error!("{why}");
+                    self.exit = Some(code);
+                    return None;
+                }
+                info!(why, "not connected to the coordinator");
+                Some(Event::Disconnected)
+            }
+        }
+    }
+
+    /// Starts the thread that computes, for the run of the first welcome.
+    fn start_loop(&mut self, welcome: &v1::Welcome) -> Result<(), (u8, String)> {
+        let job = Job::from_welcome(welcome).map_err(|err| (exit::USAGE, chain(&err)))?;
+        info!(run_id = %job.run, worker_id = %self.worker, "working for run");
+        self.facts.send_modify(|facts| facts.run = Some(job.run.clone()));
+        let (orders, inbox) = sync_channel(QUEUE);
+        self.orders = Some(orders);
+        let start = Start {
+            job,
+            identity: (self.worker.clone(), self.incarnation),
+            args: self.args.clone(),
+            backend: self.backend.clone(),
+            listener: self.listener.take().expect("one loop a process"),
+            shared: self.shared.clone(),
+            reports: self.reports.clone(),
+        };
+        let reports = self.reports.clone();
+        let work = move || match start.build() {
+            Ok(step_loop) => step_loop.run(inbox),
+            Err((kind, detail)) => {
+                let generation = Generation(0);
+                // Fails only when the session is gone.
+                let _ = reports.blocking_send(Report::Fault { generation, kind, detail });
+            }
+        };
+        let spawned = std::thread::Builder::new().name("step-loop".to_string()).spawn(work);
+        spawned.map(|_| ()).map_err(|err| (exit::FAILED, format!("failed to start a thread: {err}")))
+    }
+
+    fn feed(&mut self, event: Event) -> Option<u8> {
+        let now = self.now();
+        let commands = self.machine.handle(now, event);
+        let state = self.machine.state();
+        if self.facts.borrow().state != state {
+            self.facts.send_modify(|facts| facts.state = state);
+        }
+        for command in commands {
+            if let Some(code) = self.carry_out(command) {
+                return Some(code);
+            }
+        }
+        None
+    }
+
+    fn carry_out(&mut self, command: Command) -> Option<u8> {
+        use std::sync::atomic::Ordering::Release;
+        match command {
+            Command::Send(message) => self.send(message),
+            Command::Reconnect => self.requests = None,
+            Command::Leave { .. } => {
+                self.abort.abort("the generation is over");
+                self.order(Order::Leave);
+            }
+            Command::Connect { plan, comm_id, sync } => {
+                self.abort = AbortHandle::new();
+                let abort = self.abort.clone();
+                self.order(Order::Connect { plan, comm_id, sync, abort });
+            }
+            Command::Start { generation } => self.order(Order::Start { generation }),
+            Command::RaiseStop { change, .. } => self.shared.stop.store(change, Release),
+            Command::Save { attempt, held: false, .. } => {
+                self.shared.save.store(attempt.0, Release);
+            }
+            Command::Save { generation, attempt, held: true } => {
+                self.order(Order::Save { generation, attempt });
+            }
+            Command::AbortAttempt { attempt, .. } => {
+                // Lowers the lane if it is still this attempt's; a part under way finishes unused.
+                let _ = self.shared.save.compare_exchange(
+                    attempt.0,
+                    0,
+                    std::sync::atomic::Ordering::AcqRel,
+                    std::sync::atomic::Ordering::Relaxed,
+                );
+            }
+            Command::Note(text) => info!("{text}"),
+            Command::Exit { code, why } => {
+                info!(code, "leaving: {why}");
+                return Some(code);
+            }
+        }
+        None
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(orders) = &self.orders {
+            // The loop takes orders in time: at most a handful belong to one generation.
+            if orders.try_send(order).is_err() {
+                warn!("the step loop does not take orders");
+            }
+        }
+    }
+
+    fn send(&mut self, message: ToCoordinator) {
+        let Some(requests) = &self.requests else { return };
+        if requests.try_send(wire::to_coordinator(message)).is_err() {
+            warn!("the coordinator's stream does not take messages; connecting again");
+            self.requests = None;
+        }
+    }
+
+    fn send_beat(&mut self) {
+        if self.orders.is_some() {
+            let beat = self.shared.beat();
+            self.send(ToCoordinator::Beat(beat));
+        }
+    }
+
+    fn fatal(&self) -> u8 {
+        self.exit.unwrap_or(exit::INTERNAL)
+    }
+}
+
+/// What the step loop's thread needs to begin.
+struct Start {
+    job: Job,
+    identity: (WorkerId, Incarnation),
+    args: TrainerArgs,
+    backend: Arc<dyn Backend>,
+    listener: TrainerListener,
+    shared: SharedHandle,
+    reports: mpsc::Sender<Report>,
+}
+
+impl Start {
+    /// Opens the data, builds the engine, probes it, and says that this worker is warm.
+    fn build(self) -> Result<StepLoop, (FaultKind, String)> {
+        let storage = |err: &dyn std::error::Error| (FaultKind::Storage, chain_of(err));
+        let local = |err: &dyn std::error::Error| (FaultKind::Local, chain_of(err));
+        let dataset = self.job.open_data().map_err(|err| storage(&err))?;
+        let loader =
+            self.job.loader(dataset, self.args.local_world).map_err(|err| storage(&err))?;
+        let engine_spec = self.job.engine_spec(&self.args.device);
+        let mut engine = self.backend.engine(&engine_spec).map_err(|err| local(&err))?;
+        let probe = engine.probe().map_err(|err| local(&err))?;
+        info!(device = engine.describe(), probe = format!("{probe:016x}"), "engine ready");
+        let saver = Saver::start(self.job.dir.clone(), self.reports.clone())
+            .map_err(|err| local(&err))?;
+        // Fails only when the session is gone.
+        let _ = self.reports.blocking_send(Report::Warm { probe });
+        Ok(StepLoop {
+            job: self.job,
+            identity: self.identity,
+            engine,
+            loader,
+            saver,
+            listener: self.listener,
+            shared: self.shared,
+            reports: self.reports,
+            counters: None,
+        })
+    }
+}
+
+fn chain_of(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut next = err.source();
+    while let Some(cause) = next {
+        text += &format!(": {cause}");
+        next = cause.source();
+    }
+    text
+}
+
+/// Completes when standard input closes: the agent holds its other end.
+fn watch_parent() -> tokio::sync::oneshot::Receiver<()> {
+    let (gone, notice) = tokio::sync::oneshot::channel();
+    let wait = move || {
+        let mut sink = [0u8; 64];
+        let mut stdin = std::io::stdin().lock();
+        while matches!(stdin.read(&mut sink), Ok(n) if n > 0) {}
+        // Fails only when the session is gone.
+        let _ = gone.send(());
+    };
+    // Without the thread the notice never comes, and the process lives until told otherwise.
+    if let Err(err) = std::thread::Builder::new().name("parent-watch".to_string()).spawn(wait) {
+        warn!(error = %err, "cannot watch the agent");
+    }
+    notice
+}
+
+/// Signals that ask a worker to go.
+pub(crate) struct Signals {
+    term: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    pub(crate) fn new() -> Self {
+        use tokio::signal::unix::{SignalKind, signal};
+        let install = |kind| signal(kind).expect("the runtime handles signals");
+        Signals {
+            term: install(SignalKind::terminate()),
+            interrupt: install(SignalKind::interrupt()),
+        }
+    }
+
+    pub(crate) async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.term.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Keeps a stream to the coordinator open, and opens it again whenever it breaks.
+struct Uplink {
+    url: String,
+    worker: WorkerId,
+    incarnation: Incarnation,
+    endpoint: String,
+    device: String,
+    facts: watch::Receiver<HelloFacts>,
+    events: mpsc::Sender<Net>,
+}
+
+impl Uplink {
+    async fn run(self) {
+        let mut pause = RETRY.0;
+        loop {
+            let (why, fatal, was_up) = self.once().await;
+            if self.events.send(Net::Down { why, fatal }).await.is_err() {
+                return;
+            }
+            pause = if was_up { RETRY.0 } else { (pause * 2).min(RETRY.1) };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// One connection, from opening to its end: why it ended, whether for good, whether it was up.
+    async fn once(&self) -> (String, Option<u8>, bool) {
+        let channel = match connect(&self.url, CONNECT_DEADLINE).await {
+            Ok(channel) => channel,
+            Err(err @ lacuna_api::client::ClientError::Address { .. }) => {
+                return (chain(&err), Some(exit::USAGE), false);
+            }
+            Err(err) => return (chain(&err), None, false),
+        };
+        let mut client =
+            WorkerServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let (requests, outgoing) = mpsc::channel(QUEUE);
+        // The queue is new and has room.
+        let _ = requests.try_send(self.hello());
+        let mut answers = match client.session(ReceiverStream::new(outgoing)).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => return refused(&status),
+        };
+        let mut requests = Some(requests);
+        let mut was_up = false;
+        loop {
+            let response = match answers.message().await {
+                Ok(Some(response)) => response,
+                Ok(None) => return ("the coordinator closed the stream".into(), None, was_up),
+                Err(status) if was_up => return (status.to_string(), None, was_up),
+                Err(status) => return refused(&status),
+            };
+            let event = match response.message {
+                Some(v1::session_response::Message::Welcome(welcome)) => match requests.take() {
+                    Some(requests) => Net::Up { welcome: Box::new(welcome), requests },
+                    None => return ("a second welcome on one stream".into(), None, was_up),
+                },
+                _ => match wire::from_coordinator(response) {
+                    Ok(message) => Net::Message(message),
+                    Err(err) => return (err.to_string(), None, was_up),
+                },
+            };
+            was_up = true;
+            if self.events.send(event).await.is_err() {
+                return ("the session is gone".into(), None, was_up);
+            }
+        }
+    }
+
+    fn hello(&self) -> v1::SessionRequest {
+        let facts = self.facts.borrow().clone();
+        let hello = v1::Hello {
+            worker_id: self.worker.to_string(),
+            incarnation: self.incarnation.0,
+            endpoint: self.endpoint.clone(),
+            build: Some(BuildId::this().into()),
+            device: self.device.clone(),
+            run_id: facts.run.map(|run| run.to_string()).unwrap_or_default(),
+            state_step: facts.state.map(|step| step.0),
+        };
+        v1::SessionRequest { message: Some(v1::session_request::Message::Hello(hello)) }
+    }
+}
+
+/// Decides whether a refusal is final.
+pub(crate) fn refused(status: &tonic::Status) -> (String, Option<u8>, bool) {
+    let text = format!("refused by the coordinator: {}", status.message());
+    match reason(status) {
+        Some(Reason::VersionSkew) => (text, Some(exit::VERSION), false),
+        Some(Reason::Malformed) => (text, Some(exit::USAGE), false),
+        _ => (text, None, false),
+    }
+}

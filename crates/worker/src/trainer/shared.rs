@@ -1,0 +1,118 @@
+//! What the threads of a trainer tell each other without waiting.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use lacuna_collective::{AbortHandle, OpLedger};
+use lacuna_control::message::{Beat, Phase};
+use lacuna_control::plan::{Plan, Sync};
+use lacuna_types::{AttemptSeq, Generation, Step};
+
+/// What the session orders the step loop to do.
+#[derive(Debug)]
+pub enum Order {
+    /// Drop the communicator and report down.
+    Leave,
+    /// Connect to the plan's members and synchronise the state.
+    Connect {
+        /// The plan.
+        plan: Plan,
+        /// Key of the generation.
+        comm_id: Vec<u8>,
+        /// Where the state comes from.
+        sync: Sync,
+        /// Kills the communicator.
+        abort: AbortHandle,
+    },
+    /// Train until a boundary or a fault.
+    Start {
+        /// The generation.
+        generation: Generation,
+    },
+    /// Save the state now; everybody stands at one boundary.
+    Save {
+        /// The generation.
+        generation: Generation,
+        /// The attempt.
+        attempt: AttemptSeq,
+    },
+}
+
+/// Requests to raise lanes, and what the loop is doing; shared by session and step loop.
+#[derive(Debug)]
+pub struct Shared {
+    /// Change id to raise the stop lane with, 0 for none.
+    pub stop: AtomicU64,
+    /// Attempt to raise the checkpoint lane with, 0 for none.
+    pub save: AtomicU64,
+    progress: Mutex<Progress>,
+}
+
+#[derive(Debug)]
+struct Progress {
+    generation: Generation,
+    step: Step,
+    phase: Phase,
+    since: Instant,
+    ledger: OpLedger,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        let progress = Progress {
+            generation: Generation(0),
+            step: Step(0),
+            phase: Phase::Idle,
+            since: Instant::now(),
+            ledger: OpLedger::default(),
+        };
+        Shared {
+            stop: AtomicU64::new(0),
+            save: AtomicU64::new(0),
+            progress: Mutex::new(progress),
+        }
+    }
+}
+
+impl Shared {
+    fn progress(&self) -> std::sync::MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets requests: they belong to a generation that is over.
+    pub fn clear_requests(&self) {
+        self.stop.store(0, Ordering::Relaxed);
+        self.save.store(0, Ordering::Relaxed);
+    }
+
+    /// Notes that a generation begins.
+    pub fn enter_generation(&self, generation: Generation, ledger: OpLedger) {
+        let mut progress = self.progress();
+        progress.generation = generation;
+        progress.ledger = ledger;
+    }
+
+    /// Notes what the loop does from here on.
+    pub fn enter(&self, step: u64, phase: Phase) {
+        let mut progress = self.progress();
+        progress.step = Step(step);
+        progress.phase = phase;
+        progress.since = Instant::now();
+    }
+
+    /// Makes a sign of life.
+    pub fn beat(&self) -> Beat {
+        let progress = self.progress();
+        Beat {
+            generation: progress.generation,
+            step: progress.step,
+            phase: progress.phase,
+            phase_ms: progress.since.elapsed().as_millis() as u64,
+            op_seq: progress.ledger.read().op_seq,
+        }
+    }
+}
+
+/// A handle to the shared state.
+pub type SharedHandle = Arc<Shared>;

@@ -1,0 +1,496 @@
+//! The step loop: load, compute, reduce, apply. It knows no protocol; the session gives it orders and
+//! takes its reports.
+
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use lacuna_checkpoint::layout::{Attempt, PartId};
+use lacuna_checkpoint::partition::Partition;
+use lacuna_checkpoint::state::{LeftoverSpec, Origin, StateView, plan_part};
+use lacuna_checkpoint::write::{BLOCK_BYTES, PartInfo};
+use lacuna_collective::{
+    AbortHandle, Collective, CollectiveError, Group, TcpCollective, TrainerListener,
+};
+use lacuna_control::message::{FaultKind, Phase, StepMark};
+use lacuna_control::plan::{Plan, Sync};
+use lacuna_control::worker::Report;
+use lacuna_data::loader::{LoadError, Loader, SlotStream};
+use lacuna_recipe::reduce::{
+    Reducer, Request, Summary, Verdict, advance_exponents, back_off_exponents,
+};
+use lacuna_recipe::state::{Counters, state_digest};
+use lacuna_recipe::step::SlotBatch;
+use lacuna_types::{AttemptSeq, Generation, Incarnation, Slot, Step, WorkerId};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::job::Job;
+use super::saver::{SaveJob, Saver};
+use super::shared::{Order, SharedHandle};
+use super::sync::{SyncError, synchronise};
+use crate::engine::{Engine, EngineError};
+
+/// Longest wait for one slot of data: far above any healthy read, below anybody's patience.
+const DATA_DEADLINE: Duration = Duration::from_secs(120);
+/// Shortest step deadline.
+const STEP_DEADLINE_MIN: Duration = Duration::from_secs(30);
+/// First steps of a generation, which may warm caches up and get ten times as long.
+const WARM_STEPS: u64 = 5;
+/// Steps whose slowest sets the deadline.
+const DEADLINE_WINDOW: usize = 100;
+
+/// The loop's own state.
+pub struct StepLoop {
+    /// The run.
+    pub job: Job,
+    /// Who this is.
+    pub identity: (WorkerId, Incarnation),
+    /// Computes.
+    pub engine: Box<dyn Engine>,
+    /// Loads.
+    pub loader: Loader,
+    /// Writes checkpoints.
+    pub saver: Saver,
+    /// Where peers connect.
+    pub listener: TrainerListener,
+    /// What the session sees.
+    pub shared: SharedHandle,
+    /// To the session.
+    pub reports: mpsc::Sender<Report>,
+    /// The state's counters; `None` before the first synchronisation.
+    pub counters: Option<Counters>,
+}
+
+/// A generation this worker is in.
+struct Membership {
+    plan: Plan,
+    rank: usize,
+    comm: TcpCollective,
+    abort: AbortHandle,
+}
+
+/// Why a step did not come to its end.
+#[derive(Debug, thiserror::Error)]
+enum StepError {
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Data(#[from] LoadError),
+    #[error(transparent)]
+    Reduce(#[from] lacuna_recipe::reduce::ReduceError),
+    #[error("{n} steps in a row were not finite, up to step {step} ({detail})")]
+    NonFinite { n: u32, step: u64, detail: String },
+}
+
+impl StepError {
+    fn kind(&self) -> FaultKind {
+        match self {
+            StepError::Collective(_) => FaultKind::Communicator,
+            StepError::Engine(_) | StepError::Reduce(_) => FaultKind::Local,
+            StepError::Data(_) => FaultKind::Storage,
+            StepError::NonFinite { .. } => FaultKind::Run,
+        }
+    }
+}
+
+/// Sums since the last mark.
+struct Meter {
+    since: Instant,
+    steps: u64,
+    data_wait: Duration,
+    slowest: std::collections::VecDeque<Duration>,
+    redone: u64,
+}
+
+impl Meter {
+    fn new(redone: u64) -> Self {
+        let slowest = std::collections::VecDeque::with_capacity(DEADLINE_WINDOW);
+        Meter { since: Instant::now(), steps: 0, data_wait: Duration::ZERO, slowest, redone }
+    }
+
+    fn step_done(&mut self, took: Duration) {
+        self.steps += 1;
+        if self.slowest.len() == DEADLINE_WINDOW {
+            self.slowest.pop_front();
+        }
+        self.slowest.push_back(took);
+    }
+
+    /// Five times the slowest of the last steps, and ten times that while warming up.
+    fn deadline(&self, steps_here: u64) -> Duration {
+        let slowest = self.slowest.iter().max().copied().unwrap_or_default();
+        let deadline = STEP_DEADLINE_MIN.max(5 * slowest);
+        if steps_here < WARM_STEPS { 10 * deadline } else { deadline }
+    }
+}
+
+impl StepLoop {
+    /// Obeys until the session goes.
+    pub fn run(mut self, orders: Receiver<Order>) {
+        let mut membership: Option<Membership> = None;
+        for order in orders {
+            match order {
+                Order::Leave => {
+                    membership = None;
+                    self.shared.clear_requests();
+                    self.enter(Phase::Idle);
+                    let state = self.counters.as_ref().map(|c| Step(c.step));
+                    self.report(Report::Down { state });
+                }
+                Order::Connect { plan, comm_id, sync, abort } => {
+                    self.shared.clear_requests();
+                    membership = self.connect(plan, &comm_id, &sync, abort);
+                }
+                Order::Start { generation } => {
+                    if let Some(group) = membership.as_mut().filter(|m| m.plan.generation == generation)
+                    {
+                        self.train(group);
+                        self.enter(Phase::Idle);
+                    }
+                }
+                Order::Save { generation, attempt } => {
+                    if let Some(group) = membership.as_ref().filter(|m| m.plan.generation == generation)
+                    {
+                        self.save(group, attempt);
+                        self.enter(Phase::Idle);
+                    }
+                }
+            }
+        }
+    }
+
+    fn enter(&self, phase: Phase) {
+        let step = self.counters.as_ref().map_or(0, |c| c.step);
+        self.shared.enter(step, phase);
+    }
+
+    fn report(&self, report: Report) {
+        // Fails only when the session is gone, and the process with it.
+        let _ = self.reports.blocking_send(report);
+    }
+
+    fn fault(&self, generation: Generation, kind: FaultKind, err: &(dyn std::error::Error + 'static)) {
+        let detail = lacuna_checkpoint::chain(err);
+        warn!(%generation, detail, "fault");
+        self.report(Report::Fault { generation, kind, detail });
+    }
+
+    /// Connects and synchronises; reports either the state or a fault.
+    fn connect(
+        &mut self,
+        plan: Plan,
+        comm_id: &[u8],
+        sync: &Sync,
+        abort: AbortHandle,
+    ) -> Option<Membership> {
+        self.enter(Phase::Sync);
+        let generation = plan.generation;
+        let (worker, incarnation) = &self.identity;
+        let Some(rank) = plan.rank(worker, *incarnation) else {
+            warn!(%generation, "told to connect to a group without this worker");
+            return None;
+        };
+        let group = match group_of(&self.job, &plan, rank, comm_id) {
+            Ok(group) => group,
+            Err(err) => {
+                self.fault(generation, FaultKind::Local, err.as_ref());
+                return None;
+            }
+        };
+        let deadline = Duration::from_secs(30) + Duration::from_millis(50) * plan.world() as u32;
+        let mut comm = match TcpCollective::connect(&self.listener, &group, abort.clone(), deadline) {
+            Ok(comm) => comm,
+            Err(CollectiveError::Aborted { .. }) => return None,
+            Err(err) => {
+                self.fault(generation, FaultKind::Communicator, &err);
+                return None;
+            }
+        };
+        self.shared.enter_generation(generation, comm.ledger());
+        let before = self.counters.clone();
+        match synchronise(&self.job, self.engine.as_mut(), before, &mut comm, sync) {
+            Ok(counters) => {
+                let step = Step(counters.step);
+                self.counters = Some(counters);
+                match self.digest() {
+                    Ok(digest) => self.report(Report::Synced { generation, step, digest }),
+                    Err(err) => self.fault(generation, FaultKind::Local, &err),
+                }
+            }
+            Err(err) => {
+                let kind = match &err {
+                    SyncError::Collective(CollectiveError::Aborted { .. }) => return None,
+                    SyncError::Collective(_) => FaultKind::Communicator,
+                    SyncError::Checkpoint(_) | SyncError::OtherCheckpoint { .. } => FaultKind::Storage,
+                    SyncError::Engine(_) | SyncError::Peer(_) => FaultKind::Local,
+                };
+                // What is in memory may be half one state and half another.
+                self.counters = None;
+                self.fault(generation, kind, &err);
+            }
+        }
+        Some(Membership { plan, rank, comm, abort })
+    }
+
+    fn digest(&self) -> Result<u64, EngineError> {
+        let counters = self.counters.as_ref().expect("there is a state");
+        Ok(state_digest(&self.engine.tensor_digests()?, counters))
+    }
+
+    /// Trains to the next boundary: a stop that all agreed on, the end of the run, or a fault.
+    fn train(&mut self, group: &mut Membership) {
+        let generation = group.plan.generation;
+        match self.train_steps(group) {
+            Ok(()) => match self.digest() {
+                Ok(digest) => {
+                    let step = Step(self.step());
+                    self.report(Report::Held { generation, step, digest });
+                }
+                Err(err) => self.fault(generation, FaultKind::Local, &err),
+            },
+            Err(_) if group.abort.reason().is_some() => {}
+            Err(err) => self.fault(generation, err.kind(), &err),
+        }
+    }
+
+    fn step(&self) -> u64 {
+        self.counters.as_ref().expect("there is a state").step
+    }
+
+    fn train_steps(&mut self, group: &mut Membership) -> Result<(), StepError> {
+        let total = self.job.resolved.total_steps;
+        let slots = group.plan.members[group.rank].slots.clone();
+        let first = self.step();
+        let mut stream = self.loader.stream(Step(first), Step(total), slots.clone())?;
+        let layout = self.engine.layout().clone();
+        let mut reducer = Reducer::new(layout.clone(), self.job.spec.n_slots());
+        let mut mean = vec![0f32; layout.numel()];
+        let mut meter = Meter::new(0);
+        while self.step() < total {
+            let started = Instant::now();
+            let step = self.step();
+            let batches = self.load(&mut stream, &slots, step, &mut meter)?;
+            let deadline = meter.deadline(step - first);
+            let summary = self.reduce_step(group, &batches, &mut reducer, &mut mean, deadline, &mut meter)?;
+            meter.step_done(started.elapsed());
+            self.after_step(group, &summary, &mut meter)?;
+            if summary.stop {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn load(
+        &self,
+        stream: &mut SlotStream,
+        slots: &[u32],
+        step: u64,
+        meter: &mut Meter,
+    ) -> Result<Vec<SlotBatch>, StepError> {
+        self.shared.enter(step, Phase::Data);
+        let started = Instant::now();
+        let mut batches: Vec<SlotBatch> = Vec::with_capacity(slots.len());
+        for &index in slots {
+            let batch = stream.next(DATA_DEADLINE)?;
+            assert_eq!(batch.slot, Slot { step: Step(step), index }, "the stream keeps its order");
+            batches.push(batch);
+        }
+        meter.data_wait += started.elapsed();
+        Ok(batches)
+    }
+
+    /// Computes this worker's slots, sums over the group, and applies what comes out: again with lower
+    /// exponents after an overflow.
+    fn reduce_step(
+        &mut self,
+        group: &mut Membership,
+        batches: &[SlotBatch],
+        reducer: &mut Reducer,
+        mean: &mut [f32],
+        deadline: Duration,
+        meter: &mut Meter,
+    ) -> Result<Summary, StepError> {
+        loop {
+            let mut counters = self.counters.clone().expect("there is a state");
+            let step = counters.step;
+            self.shared.enter(step, Phase::Compute);
+            reducer.begin(&counters.exponents);
+            let mut suspects: Vec<String> = Vec::new();
+            for batch in batches {
+                if group.abort.reason().is_some() {
+                    group.abort.check()?;
+                }
+                let loss = self.engine.slot(batch, &mut |grad| reducer.add(grad))?;
+                if !loss.is_finite() {
+                    suspects.push(describe_samples(batch));
+                }
+                reducer.end_slot(batch.slot.index, loss);
+            }
+            self.raise_requests(reducer);
+            self.shared.enter(step, Phase::Reduce);
+            group.comm.all_reduce_i64(reducer.buffer(), deadline)?;
+            self.shared.enter(step, Phase::Optimizer);
+            match reducer.finish(group.plan.world(), mean)? {
+                Verdict::Redo => {
+                    back_off_exponents(&mut counters);
+                    meter.redone += 1;
+                    self.counters = Some(counters);
+                }
+                Verdict::Skip(summary) => {
+                    counters.step += 1;
+                    counters.non_finite += 1;
+                    counters.non_finite_in_row += 1;
+                    let n = counters.non_finite_in_row;
+                    self.counters = Some(counters);
+                    warn!(step, samples = ?suspects, "gradient not finite; step skipped");
+                    if n >= self.job.spec.train.max_nonfinite_steps {
+                        let detail = suspects.join("; ");
+                        return Err(StepError::NonFinite { n, step, detail });
+                    }
+                    return Ok(summary);
+                }
+                Verdict::Apply(summary) => {
+                    let update = self.job.update(step, counters.updates + 1);
+                    self.engine.apply(mean, &update)?;
+                    counters.step += 1;
+                    counters.updates += 1;
+                    counters.non_finite_in_row = 0;
+                    advance_exponents(&mut counters, &summary.max_abs, self.job.spec.n_slots());
+                    self.counters = Some(counters);
+                    return Ok(summary);
+                }
+            }
+        }
+    }
+
+    fn raise_requests(&self, reducer: &mut Reducer) {
+        for (request, cell) in
+            [(Request::Stop, &self.shared.stop), (Request::Checkpoint, &self.shared.save)]
+        {
+            let id = cell.load(Ordering::Acquire);
+            if id > 0 {
+                reducer.raise(request, id);
+            }
+        }
+    }
+
+    fn after_step(
+        &mut self,
+        group: &Membership,
+        summary: &Summary,
+        meter: &mut Meter,
+    ) -> Result<(), StepError> {
+        let counters = self.counters.as_ref().expect("there is a state");
+        let step = counters.step;
+        if summary.checkpoint {
+            let attempt = AttemptSeq(self.shared.save.swap(0, Ordering::AcqRel));
+            self.save(group, attempt);
+        }
+        let spec = &self.job.spec;
+        let due = step.is_multiple_of(spec.train.digest_every);
+        let digest = if due { Some(self.digest()?) } else { None };
+        let last = step == self.job.resolved.total_steps || summary.stop;
+        if !(due || last || step.is_multiple_of(self.job.track_every)) {
+            return Ok(());
+        }
+        let counters = self.counters.as_ref().expect("there is a state");
+        let seconds = meter.since.elapsed().as_secs_f64().max(1e-9);
+        let images = meter.steps * u64::from(spec.train.batch);
+        let mark = StepMark {
+            generation: group.plan.generation,
+            step: Step(step),
+            loss: summary.loss,
+            lr: self.job.resolved.schedule.lr(step - 1),
+            grad_norm: summary.grad_norm,
+            images_per_second: images as f64 / seconds,
+            data_wait: meter.data_wait.as_secs_f64() / seconds,
+            digest,
+            skipped: counters.non_finite,
+            redone: meter.redone,
+        };
+        (meter.since, meter.steps, meter.data_wait) = (Instant::now(), 0, Duration::ZERO);
+        self.report(Report::Mark(mark));
+        Ok(())
+    }
+
+    /// Copies this rank's part aside and hands it to the saver.
+    fn save(&mut self, group: &Membership, attempt: AttemptSeq) {
+        let generation = group.plan.generation;
+        self.enter(Phase::Checkpoint);
+        let (digest, job) = match self.snapshot(group, attempt) {
+            Ok(taken) => taken,
+            Err(err) => return self.fault(generation, FaultKind::Local, &err),
+        };
+        let step = job.info.step;
+        info!(%generation, %step, %attempt, "state copied for a checkpoint");
+        self.report(Report::Snapshotted { generation, attempt, step, digest });
+        if let Err(why) = self.saver.save(job) {
+            let detail = why.to_string();
+            self.report(Report::PartFailed { generation, attempt, detail });
+        }
+    }
+
+    fn snapshot(
+        &self,
+        group: &Membership,
+        attempt: AttemptSeq,
+    ) -> Result<(u64, SaveJob), EngineError> {
+        let layout = self.engine.layout().clone();
+        let counters = self.counters.clone().expect("there is a state");
+        let digest = self.digest()?;
+        let view = StateView::leftovers_of(&layout, &counters).with_tables(&self.job.spec.model);
+        let leftovers: Vec<LeftoverSpec> = view.leftovers().to_vec();
+        let world = group.plan.world() as u32;
+        let partition = Partition::new(&layout, world);
+        let specs = plan_part(&layout, &partition, &leftovers, group.rank as u32);
+        let mut snapshot = self.saver.buffer();
+        snapshot.prepare(specs.clone());
+        for (i, spec) in specs.iter().enumerate() {
+            let bytes = snapshot.bytes_mut(i);
+            match spec.origin {
+                Origin::Flat(section, block) => {
+                    let at = layout.range(block).start;
+                    let range = at + spec.range.start as usize..at + spec.range.end as usize;
+                    let mut values = vec![0f32; range.len()];
+                    self.engine.read(section, range, &mut values)?;
+                    bytes.copy_from_slice(bytemuck::cast_slice(&values));
+                }
+                Origin::Leftover(place) => bytes.copy_from_slice(view.leftover_bytes(place)),
+            }
+        }
+        let info = PartInfo {
+            run: self.job.run.clone(),
+            step: Step(counters.step),
+            attempt: Attempt::new(group.plan.generation, attempt),
+            part: PartId { rank: group.rank as u32, world },
+            state_digest: digest,
+            counters,
+            block_bytes: BLOCK_BYTES,
+        };
+        Ok((digest, SaveJob { generation: group.plan.generation, attempt, info, snapshot }))
+    }
+}
+
+fn group_of(
+    job: &Job,
+    plan: &Plan,
+    rank: usize,
+    comm_id: &[u8],
+) -> Result<Group, Box<dyn std::error::Error>> {
+    let mut members: Vec<std::net::SocketAddr> = Vec::new();
+    for member in &plan.members {
+        let addr = member.endpoint.parse();
+        members.push(addr.map_err(|_| format!("endpoint `{}` of {}", member.endpoint, member.worker))?);
+    }
+    let key = comm_id.try_into().map_err(|_| format!("a key of {} bytes", comm_id.len()))?;
+    Ok(Group { run: job.run.clone(), generation: plan.generation, rank, members, key })
+}
+
+fn describe_samples(batch: &SlotBatch) -> String {
+    let ids: Vec<String> = batch.samples.iter().map(ToString::to_string).collect();
+    format!("slot {}: samples {}", batch.slot.index, ids.join(" "))
+}
