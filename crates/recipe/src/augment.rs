@@ -1,8 +1,8 @@
 //! Random resized crop and horizontal flip: where an image is cut and whether it is mirrored.
 //!
 //! Pixels are not touched here. A draw is addressed by (seed, epoch, sample), so it is the same on
-//! every worker and after every retry. The distribution is that of torchvision's `RandomResizedCrop`
-//! (`get_params`, 0.29); its random stream is not reproduced.
+//! every worker and after every retry. The distribution is that of torchvision's
+//! `RandomResizedCrop` (`get_params`, 0.29); its random stream is not reproduced.
 
 use serde::{Deserialize, Serialize};
 
@@ -30,10 +30,7 @@ pub struct CropBox {
 impl CropBox {
     /// Returns the box of `size` in the middle of an image, rounded towards the top left.
     pub fn centered(image: Size, size: Size) -> Self {
-        assert!(
-            size.height <= image.height && size.width <= image.width,
-            "the box fits"
-        );
+        assert!(size.height <= image.height && size.width <= image.width, "the box fits");
         CropBox {
             top: (image.height - size.height) / 2,
             left: (image.width - size.width) / 2,
@@ -104,30 +101,18 @@ impl Augment {
     /// The pre-training recipe: area 0.2 to 1, proportions 3:4 to 4:3, every second image mirrored.
     ///
     /// Source: `main_pretrain.py` of facebookresearch/mae.
-    pub const PRETRAIN: Augment = Augment {
-        scale: (0.2, 1.0),
-        ratio: (3.0 / 4.0, 4.0 / 3.0),
-        flip: 0.5,
-    };
+    pub const PRETRAIN: Augment =
+        Augment { scale: (0.2, 1.0), ratio: (3.0 / 4.0, 4.0 / 3.0), flip: 0.5 };
 
     /// No variation: the largest centred square.
-    pub const NONE: Augment = Augment {
-        scale: (1.0, 1.0),
-        ratio: (1.0, 1.0),
-        flip: 0.0,
-    };
+    pub const NONE: Augment = Augment { scale: (1.0, 1.0), ratio: (1.0, 1.0), flip: 0.0 };
 
     /// Checks the ranges.
     pub fn check(&self) -> Result<(), AugmentError> {
         // Proportions beyond 1:1000 leave no whole pixel of any real image.
         for (field, (low, high), max) in [("scale", self.scale, 1.0), ("ratio", self.ratio, 1e3)] {
             if !(low > 0.0 && low <= high && high <= max) {
-                return Err(AugmentError::Range {
-                    field,
-                    low,
-                    high,
-                    max,
-                });
+                return Err(AugmentError::Range { field, low, high, max });
             }
         }
         if !(0.0..=1.0).contains(&self.flip) {
@@ -173,15 +158,9 @@ impl Augment {
         let (h, w) = (f64::from(image.height), f64::from(image.width));
         let pixels = |x: f64, max: u32| (x.round_ties_even() as u32).clamp(1, max);
         let size = if w / h < self.ratio.0 {
-            Size {
-                height: pixels(w / self.ratio.0, image.height),
-                width: image.width,
-            }
+            Size { height: pixels(w / self.ratio.0, image.height), width: image.width }
         } else if w / h > self.ratio.1 {
-            Size {
-                height: image.height,
-                width: pixels(h * self.ratio.1, image.width),
-            }
+            Size { height: image.height, width: pixels(h * self.ratio.1, image.width) }
         } else {
             image
         };

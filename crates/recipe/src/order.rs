@@ -4,9 +4,9 @@
 //! says which positions a slot has. Three modes:
 //!
 //! - `global`: one permutation of all samples. Truly uniform; reads are random.
-//! - `block`: chunks (runs of consecutive samples of one shard) are shuffled, the result is cut into
-//!   K lanes, and inside a lane blocks of about S samples are permuted. Reads stay near each other;
-//!   K · S samples are mixed at a time. Sample s of a batch belongs to lane s / (batch / K), so a
+//! - `block`: chunks (runs of consecutive samples of one shard) are shuffled, the result is cut
+//!   into K lanes, and inside a lane blocks of about S samples are permuted. Reads stay near each
+//!   other; K · S samples are mixed at a time. Sample s of a batch belongs to lane s / (batch / K), so a
 //!   worker's neighbouring slots read few lanes.
 //! - `sequential`: the order of the index, for tests and evaluation.
 //!
@@ -81,11 +81,7 @@ impl OrderParams {
 
 /// Returns the default mode: `global` below [`GLOBAL_SAMPLES_MAX`] samples, `block` from there on.
 pub fn default_mode(n_samples: u64) -> OrderMode {
-    if n_samples < GLOBAL_SAMPLES_MAX {
-        OrderMode::Global
-    } else {
-        OrderMode::Block
-    }
+    if n_samples < GLOBAL_SAMPLES_MAX { OrderMode::Global } else { OrderMode::Block }
 }
 
 /// Returns the default K: the largest power of two up to 256 that divides `batch`.
@@ -97,9 +93,7 @@ pub fn default_lanes(batch: u32) -> u32 {
 /// Returns the default S: four chunks of mean size, or 2^18 / K samples where that is more.
 pub fn default_block(n_samples: u64, n_chunks: u64, lanes: u32) -> u64 {
     let chunk: u64 = n_samples.div_ceil(n_chunks.max(1));
-    chunk
-        .saturating_mul(4)
-        .max(MIXED_SAMPLES / u64::from(lanes.max(1)))
+    chunk.saturating_mul(4).max(MIXED_SAMPLES / u64::from(lanes.max(1)))
 }
 
 /// Everything that decides the orders of all epochs of a run.
@@ -158,7 +152,7 @@ impl OrderSpec {
     pub fn check(&self) -> Result<(), OrderError> {
         let OrderParams { lanes, block, .. } = self.params;
         let batch = self.batch;
-        if !(1..=LANES_MAX).contains(&lanes) || batch == 0 || batch % lanes != 0 {
+        if !(1..=LANES_MAX).contains(&lanes) || batch == 0 || !batch.is_multiple_of(lanes) {
             return Err(OrderError::Lanes { lanes, batch });
         }
         let bounds = &self.chunk_bounds;
@@ -187,13 +181,8 @@ impl OrderSpec {
 
     /// Returns the samples of the chunk that holds `sample`.
     pub fn chunk_of(&self, sample: SampleId) -> Range<u64> {
-        assert!(
-            sample.0 < self.n_samples(),
-            "sample {sample} is in the data"
-        );
-        let after = self
-            .chunk_bounds
-            .partition_point(|&bound| bound <= sample.0);
+        assert!(sample.0 < self.n_samples(), "sample {sample} is in the data");
+        let after = self.chunk_bounds.partition_point(|&bound| bound <= sample.0);
         self.chunk_bounds[after - 1]..self.chunk_bounds[after]
     }
 }
@@ -283,18 +272,12 @@ impl EpochOrder {
         let n_samples = spec.n_samples();
         let kind = match spec.params.mode {
             OrderMode::Sequential => Kind::Sequential,
-            OrderMode::Global => Kind::Global(Prp::new(
-                &draws(spec.seed, epoch, Purpose::Global, 0),
-                n_samples,
-            )),
+            OrderMode::Global => {
+                Kind::Global(Prp::new(&draws(spec.seed, epoch, Purpose::Global, 0), n_samples))
+            }
             OrderMode::Block => Kind::Block(Lanes::new(spec, epoch)),
         };
-        EpochOrder {
-            seed: spec.seed,
-            epoch,
-            n_samples,
-            kind,
-        }
+        EpochOrder { seed: spec.seed, epoch, n_samples, kind }
     }
 
     /// Returns the epoch.
@@ -343,12 +326,7 @@ impl EpochOrder {
             let address = draws(self.seed, self.epoch, Purpose::Block, lane << 32 | index);
             let prp = Prp::new(&address, n);
             let start = lane_start + start;
-            *cached = Some(Block {
-                lane,
-                index,
-                start,
-                prp,
-            });
+            *cached = Some(Block { lane, index, start, prp });
         }
         let block = cached.as_ref().expect("filled above");
         block.start + block.prp.at(lane_start + i - block.start)
@@ -390,10 +368,7 @@ impl Lanes {
         if position < self.used {
             let batch = self.per_step * self.lanes;
             let (step, place) = (position / batch, position % batch);
-            return (
-                place / self.per_step,
-                step * self.per_step + place % self.per_step,
-            );
+            return (place / self.per_step, step * self.per_step + place % self.per_step);
         }
         // The tail that fills no step: what the lanes have left, lane after lane.
         let delivered = self.used / self.lanes;

@@ -1,9 +1,10 @@
 //! Keyed permutations with random access: any image of `0..n` is computed alone, without a table.
 //!
-//! From [`TABLE_MAX`] on: a Feistel network over the next power of two, whose results outside `0..n`
-//! are fed in again until they fall inside (cycle walking: a permutation of a larger set, followed
-//! from a member of the subset back into the subset, permutes the subset). Below: a table, because a
-//! Feistel network over a handful of bits is visibly not uniform at any affordable number of rounds.
+//! From [`TABLE_MAX`] on: a Feistel network over the next power of two, whose results outside
+//! `0..n` are fed in again until they fall inside (cycle walking: a permutation of a larger set,
+//! followed from a member of the subset back into the subset, permutes the subset). Below: a table,
+//! because a Feistel network over a handful of bits is visibly not uniform at any affordable number
+//! of rounds.
 
 use crate::philox::Draws;
 
@@ -41,16 +42,10 @@ enum Kind {
 impl Prp {
     /// Builds the permutation of `0..n` (1 ≤ n ≤ 2^48) that the address `draws` selects.
     pub fn new(draws: &Draws, n: u64) -> Self {
-        assert!(
-            (1..=N_MAX).contains(&n),
-            "a permutation has 1 to 2^48 elements, not {n}"
-        );
+        assert!((1..=N_MAX).contains(&n), "a permutation has 1 to 2^48 elements, not {n}");
         if n < TABLE_MAX {
             let table = shuffle(draws, n as u32);
-            return Prp {
-                n,
-                kind: Kind::Table(table),
-            };
+            return Prp { n, kind: Kind::Table(table) };
         }
         let bits: u32 = 64 - (n - 1).leading_zeros();
         let left_bits: u32 = bits / 2;
@@ -80,12 +75,7 @@ impl Prp {
         assert!(i < self.n, "{i} lies outside a permutation of {}", self.n);
         match &self.kind {
             Kind::Table(table) => u64::from(table[i as usize]),
-            Kind::Feistel {
-                right_bits,
-                left_mask,
-                right_mask,
-                keys,
-            } => {
+            Kind::Feistel { right_bits, left_mask, right_mask, keys } => {
                 let mut x = i;
                 // The network covers less than twice n, so two passes are the mean at worst.
                 loop {

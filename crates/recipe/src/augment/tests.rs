@@ -19,7 +19,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn crops_lie_inside(h in 1u32..3000, w in 1u32..3000, sample in 0u64..1 << 48, epoch in 0u32..9) {
+    fn crops_lie_inside(
+        h in 1u32..3000,
+        w in 1u32..3000,
+        sample in 0u64..1 << 48,
+        epoch in 0u32..9,
+    ) {
         let image = size(h, w);
         let (crop, _) = Augment::PRETRAIN.draw(3, epoch, sample, image);
         prop_assert!(fits(crop, image), "{crop:?}");
@@ -38,10 +43,7 @@ fn moments_of_crops() {
     let [mut area, mut log_ratio, mut top, mut flips] = [0.0; 4];
     let mut room = 0.0;
     for sample in 0..n {
-        let augment = Augment {
-            scale: (0.1, 0.5),
-            ..Augment::PRETRAIN
-        };
+        let augment = Augment { scale: (0.1, 0.5), ..Augment::PRETRAIN };
         let (crop, flip) = augment.draw(11, 2, sample, image);
         let (h, w) = (f64::from(crop.height), f64::from(crop.width));
         area += h * w / 1e6;
@@ -53,16 +55,8 @@ fn moments_of_crops() {
     let n = n as f64;
     assert!((area / n - 0.3).abs() < 0.004, "mean area {}", area / n);
     let want = libm::log(4.0 / 3.0) / 2.0;
-    assert!(
-        (log_ratio / n - want).abs() < 0.003,
-        "mean |log ratio| {}",
-        log_ratio / n
-    );
-    assert!(
-        (top / room - 1.0).abs() < 0.02,
-        "tops are centred: {}",
-        top / room
-    );
+    assert!((log_ratio / n - want).abs() < 0.003, "mean |log ratio| {}", log_ratio / n);
+    assert!((top / room - 1.0).abs() < 0.02, "tops are centred: {}", top / room);
     assert!((flips / n - 0.5).abs() < 0.015, "flips {}", flips / n);
 }
 
@@ -76,15 +70,7 @@ fn extreme_images_fall_back_to_the_centre() {
         let (tall, _) = p.draw(1, 0, sample, size(1000, 10));
         assert_eq!((tall.top, tall.height, tall.width), (493, 13, 10));
     }
-    assert_eq!(
-        p.draw(1, 0, 0, size(1, 1)).0,
-        CropBox {
-            top: 0,
-            left: 0,
-            height: 1,
-            width: 1
-        }
-    );
+    assert_eq!(p.draw(1, 0, 0, size(1, 1)).0, CropBox { top: 0, left: 0, height: 1, width: 1 });
 }
 
 #[test]
@@ -103,10 +89,7 @@ fn evaluation_takes_the_largest_box() {
 fn golden_draws() {
     let line = |sample: u64| {
         let (crop, flip) = Augment::PRETRAIN.draw(42, 5, sample, size(375, 500));
-        format!(
-            "{sample}: {}+{} {}x{} {flip}\n",
-            crop.top, crop.left, crop.height, crop.width
-        )
+        format!("{sample}: {}+{} {}x{} {flip}\n", crop.top, crop.left, crop.height, crop.width)
     };
     let text: String = [0, 1, 2, 1_281_166, (1 << 48) - 1].map(line).concat();
     expect![[r#"
@@ -121,22 +104,13 @@ fn golden_draws() {
 
 #[test]
 fn wrong_ranges_are_named() {
-    let scale = Augment {
-        scale: (0.5, 1.5),
-        ..Augment::PRETRAIN
-    };
+    let scale = Augment { scale: (0.5, 1.5), ..Augment::PRETRAIN };
     expect!["`scale` = [0.5, 1.5] must be ascending, positive and at most 1"]
         .assert_eq(&scale.check().unwrap_err().to_string());
-    let flip = Augment {
-        flip: f64::NAN,
-        ..Augment::NONE
-    };
+    let flip = Augment { flip: f64::NAN, ..Augment::NONE };
     assert!(flip.check().is_err());
     assert_eq!(Augment::PRETRAIN.check(), Ok(()));
     let text = serde_json::to_string(&Augment::NONE).unwrap();
     assert_eq!(text, r#"{"scale":[1.0,1.0],"ratio":[1.0,1.0],"flip":0.0}"#);
-    assert_eq!(
-        serde_json::from_str::<Augment>(&text).unwrap(),
-        Augment::NONE
-    );
+    assert_eq!(serde_json::from_str::<Augment>(&text).unwrap(), Augment::NONE);
 }

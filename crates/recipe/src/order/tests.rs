@@ -33,12 +33,7 @@ fn any_spec() -> impl Strategy<Value = OrderSpec> {
                 bounds.push(bounds[bounds.len() - 1] + size);
             }
             let params = OrderParams { mode, lanes, block };
-            OrderSpec {
-                params,
-                seed,
-                batch: lanes * per_lane,
-                chunk_bounds: bounds.into(),
-            }
+            OrderSpec { params, seed, batch: lanes * per_lane, chunk_bounds: bounds.into() }
         },
     )
 }
@@ -74,7 +69,11 @@ proptest! {
     }
 
     #[test]
-    fn stand_ins_are_the_chunk_without_the_sample(seed in any::<u64>(), n in 1u64..300, at in 0u64..300) {
+    fn stand_ins_are_the_rest_of_the_chunk(
+        seed in any::<u64>(),
+        n in 1u64..300,
+        at in 0u64..300,
+    ) {
         let (chunk, bad) = (1000..1000 + n, SampleId(1000 + at % n));
         let mut found: Vec<u64> = (0..)
             .map_while(|attempt| substitute(seed, 2, bad, chunk.clone(), attempt))
@@ -90,10 +89,7 @@ proptest! {
 fn epochs_and_seeds_differ() {
     for mode in [OrderMode::Block, OrderMode::Global] {
         let base = spec(mode, 4, 64, 32, even_bounds(1000, 50));
-        let other = OrderSpec {
-            seed: 8,
-            ..base.clone()
-        };
+        let other = OrderSpec { seed: 8, ..base.clone() };
         let first = EpochOrder::new(&base, 0).samples(0..1000);
         assert_eq!(first, EpochOrder::new(&base, 0).samples(0..1000));
         assert_ne!(first, EpochOrder::new(&base, 1).samples(0..1000));
@@ -102,10 +98,7 @@ fn epochs_and_seeds_differ() {
     let sequential = spec(OrderMode::Sequential, 1, 64, 32, even_bounds(1000, 50));
     let ids: Vec<u64> = (10..20).collect();
     let got = EpochOrder::new(&sequential, 3).samples(10..20);
-    assert_eq!(
-        got,
-        ids.into_iter().map(SampleId).collect::<Vec<SampleId>>()
-    );
+    assert_eq!(got, ids.into_iter().map(SampleId).collect::<Vec<SampleId>>());
 }
 
 /// Block mode's reason to be: the samples of a lane's block come from few chunks.
@@ -121,10 +114,7 @@ fn blocks_read_few_chunks() {
     chunks.sort_unstable();
     chunks.dedup();
     assert!(chunks.len() <= 5, "{} chunks for 200 samples", chunks.len());
-    assert!(
-        chunks.windows(2).any(|pair| pair[1] - pair[0] > 50),
-        "chunks are shuffled"
-    );
+    assert!(chunks.windows(2).any(|pair| pair[1] - pair[0] > 50), "chunks are shuffled");
 }
 
 #[test]
@@ -135,11 +125,7 @@ fn golden_orders() {
             .iter()
             .map(|id| id.to_string())
             .collect();
-        format!(
-            "{:?} {epoch} {positions:?}: {}\n",
-            spec.params.mode,
-            ids.join(" ")
-        )
+        format!("{:?} {epoch} {positions:?}: {}\n", spec.params.mode, ids.join(" "))
     };
     let global = spec(OrderMode::Global, 1, 1, 256, even_bounds(60_000, 8_000));
     let block = spec(OrderMode::Block, 8, 300, 64, even_bounds(60_000, 250));
@@ -164,10 +150,7 @@ fn golden_orders() {
 
 #[test]
 fn defaults() {
-    assert_eq!(
-        [1, 12, 64, 4096, 384].map(default_lanes),
-        [1, 4, 64, 256, 128]
-    );
+    assert_eq!([1, 12, 64, 4096, 384].map(default_lanes), [1, 4, 64, 256, 128]);
     assert_eq!(default_mode(99_999_999), OrderMode::Global);
     assert_eq!(default_mode(100_000_000), OrderMode::Block);
     assert_eq!(default_block(1_281_167, 5000, 256), 1028);

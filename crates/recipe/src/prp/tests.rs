@@ -52,19 +52,10 @@ fn pair_chi_square(n: u64, a: u64, b: u64) -> f64 {
 /// The deviation of χ²/df is √(2/df), 0.014 at 100 elements: 1.06 is four of them.
 #[test]
 fn pairs_are_uniform() {
-    for (n, a, b) in [
-        (16, 0, 1),
-        (100, 0, 1),
-        (100, 3, 67),
-        (128, 0, 64),
-        (130, 0, 129),
-    ] {
+    for (n, a, b) in [(16, 0, 1), (100, 0, 1), (100, 3, 67), (128, 0, 64), (130, 0, 129)] {
         let ratio = pair_chi_square(n, a, b);
         let deviation = (2.0 / (n * (n - 1)) as f64).sqrt();
-        assert!(
-            (ratio - 1.0).abs() < 5.0 * deviation,
-            "n = {n}: χ²/df = {ratio}"
-        );
+        assert!((ratio - 1.0).abs() < 5.0 * deviation, "n = {n}: χ²/df = {ratio}");
     }
 }
 
@@ -72,21 +63,19 @@ fn pairs_are_uniform() {
 fn golden_images() {
     let line = |n: u64| {
         let p = prp(42, n);
-        let images: Vec<String> = (0..8.min(n)).map(|i| p.at(i).to_string()).collect();
+        let images: Vec<String> = (0..5.min(n)).map(|i| p.at(i).to_string()).collect();
         format!("{n}: {}\n", images.join(" "))
     };
-    let text: String = [1, 2, 10, 99, 100, 60_000, 1_281_167, N_MAX]
-        .map(line)
-        .concat();
+    let text: String = [1, 2, 10, 99, 100, 60_000, 1_281_167, N_MAX].map(line).concat();
     expect![[r#"
         1: 0
         2: 0 1
-        10: 3 1 7 2 6 0 5 4
-        99: 44 1 74 2 27 93 62 26
-        100: 85 83 44 92 71 47 66 8
-        60000: 45228 41423 53602 24626 39061 51119 17338 41691
-        1281167: 775788 123314 1112285 755832 893597 1107441 777314 1142870
-        281474976710656: 118302493978419 42922133861840 36772586897808 63736088189817 217859560738111 239649391621609 19108216097466 87666739834420
+        10: 3 1 7 2 6
+        99: 44 1 74 2 27
+        100: 85 83 44 92 71
+        60000: 45228 41423 53602 24626 39061
+        1281167: 775788 123314 1112285 755832 893597
+        281474976710656: 118302493978419 42922133861840 36772586897808 63736088189817 217859560738111
     "#]].assert_eq(&text);
 }
 

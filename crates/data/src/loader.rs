@@ -1,0 +1,402 @@
+//! Slots, ready for an engine: read, decoded, cropped, resized, mirrored and masked.
+//!
+//! What a slot holds depends on the configuration and the slot, never on threads, streams or what
+//! was loaded before. [`Loader::load`] computes one slot in the calling thread;
+//! [`Loader::stream`] computes slots ahead of their use in threads of its own.
+
+mod stream;
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use lacuna_recipe::augment::{Augment, AugmentError};
+use lacuna_recipe::mask::MaskOrder;
+use lacuna_recipe::order::{EpochOrder, OrderError, OrderSpec, substitute};
+use lacuna_recipe::step::{Geometry, GeometryError, SlotBatch};
+use lacuna_types::{SampleId, Slot, Step};
+
+pub use self::stream::SlotStream;
+use crate::dataset::{Dataset, SamplePlace};
+use crate::decode::ImageShape;
+use crate::files::chain;
+use crate::reader::{SampleError, SampleReader};
+
+/// Bad samples in a row that fail a slot: scattered damage is repaired, a broken disk is not.
+pub const BAD_IN_ROW_MAX: u32 = 100;
+
+/// Most threads of a stream; no machine has more cores to spare.
+pub const THREADS_MAX: usize = 512;
+
+/// Most slots computed ahead: enough for any device, and a bound on memory.
+pub const AHEAD_SLOTS_MAX: usize = 4096;
+
+/// Orders kept: the current epoch's, and the next one's while prefetching crosses the border.
+const ORDERS_KEPT: usize = 2;
+
+/// What to do with a sample that cannot be decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadSamplePolicy {
+    /// The slot fails.
+    Fail,
+    /// Another sample of its chunk takes its place, the same one on every worker.
+    Substitute,
+}
+
+/// A bad sample and what took its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadSample {
+    /// The slot that wanted it.
+    pub slot: Slot,
+    /// The sample that the order put there.
+    pub ordered: SampleId,
+    /// The bad one: the ordered sample, or a stand-in that is bad too.
+    pub place: SamplePlace,
+    /// Why it is bad.
+    pub error: String,
+    /// What is tried next.
+    pub stand_in: SampleId,
+}
+
+/// Told about every bad sample, from the thread that met it.
+pub type OnBadSample = Arc<dyn Fn(&BadSample) + Send + Sync>;
+
+/// Logs bad samples as warnings; a function for [`LoaderConfig::on_bad_sample`].
+pub fn warn_of_bad_samples() -> OnBadSample {
+    Arc::new(|bad: &BadSample| {
+        tracing::warn!(
+            step = %bad.slot.step,
+            slot = bad.slot.index,
+            place = %bad.place,
+            stand_in = %bad.stand_in,
+            error = %bad.error,
+            "bad sample replaced"
+        );
+    })
+}
+
+/// What a loader loads, and with what.
+#[derive(Clone)]
+pub struct LoaderConfig {
+    /// Where the images are.
+    pub dataset: Arc<Dataset>,
+    /// Which sample stands where; its seed also keys crops, flips and masks.
+    pub order: OrderSpec,
+    /// How images are varied.
+    pub augment: Augment,
+    /// How steps cut the data.
+    pub geometry: Geometry,
+    /// Shape of the images that the model takes.
+    pub shape: ImageShape,
+    /// Patches of an image.
+    pub n_patches: usize,
+    /// Threads of a stream, 1 to [`THREADS_MAX`].
+    pub threads: usize,
+    /// Slots that a stream computes ahead, 1 to [`AHEAD_SLOTS_MAX`].
+    pub ahead_slots: usize,
+    /// What to do with bad samples.
+    pub bad_samples: BadSamplePolicy,
+    /// Told about bad samples that were replaced.
+    pub on_bad_sample: OnBadSample,
+}
+
+impl fmt::Debug for LoaderConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoaderConfig")
+            .field("folder", &self.dataset.folder())
+            .field("order", &self.order.params)
+            .field("augment", &self.augment)
+            .field("geometry", &self.geometry)
+            .field("shape", &self.shape)
+            .field("threads", &self.threads)
+            .field("ahead_slots", &self.ahead_slots)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A configuration that loads nothing.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum LoaderConfigError {
+    /// The order is impossible.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// The steps are impossible.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// The augmentation is impossible.
+    #[error(transparent)]
+    Augment(#[from] AugmentError),
+    /// Order, geometry and data set do not belong together.
+    #[error("{what}: {left} and {right} must be equal")]
+    Mismatch {
+        /// Which two numbers.
+        what: &'static str,
+        /// The first.
+        left: u64,
+        /// The second.
+        right: u64,
+    },
+    /// The order was made for other chunks.
+    #[error("the order's chunk bounds are not those of the data set")]
+    Chunks,
+    /// A number outside its range.
+    #[error("`{field}` = {value} is not supported")]
+    Value {
+        /// Name of the field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
+}
+
+/// A slot that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Reading failed, or a sample is bad and may not be replaced.
+    #[error("failed to load slot {} of step {}", slot.index, slot.step)]
+    Sample {
+        /// The slot.
+        slot: Slot,
+        /// Why.
+        #[source]
+        source: Box<SampleError>,
+    },
+    /// Too many bad samples one after another.
+    #[error("slot {} of step {} met {n} bad samples in a row", slot.index, slot.step)]
+    TooManyBad {
+        /// The slot.
+        slot: Slot,
+        /// How many.
+        n: u32,
+        /// The last of them.
+        #[source]
+        source: Box<SampleError>,
+    },
+    /// All samples of a bad sample's chunk are bad.
+    #[error("slot {} of step {} finds no good sample in a chunk of {n}", slot.index, slot.step)]
+    NoStandIn {
+        /// The slot.
+        slot: Slot,
+        /// Samples of the chunk.
+        n: u64,
+        /// The last of them.
+        #[source]
+        source: Box<SampleError>,
+    },
+    /// The slot was not ready in time; asking again may succeed.
+    #[error("slot {} of step {} was not ready after {waited:?}", slot.index, slot.step)]
+    Deadline {
+        /// The slot.
+        slot: Slot,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The stream has delivered all its slots.
+    #[error("the stream of slots has ended")]
+    Ended,
+    /// The stream's threads are gone.
+    #[error("the loader's threads died")]
+    Died,
+    /// The stream was dropped while the slot was being loaded.
+    #[error("loading was stopped")]
+    Stopped,
+    /// A thread could not be started.
+    #[error("failed to start a loader thread")]
+    Spawn(#[source] std::io::Error),
+}
+
+/// Loads slots.
+#[derive(Debug)]
+pub struct Loader {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: LoaderConfig,
+    orders: Mutex<Vec<Arc<EpochOrder>>>,
+    /// Readers that no call is using.
+    readers: Mutex<Vec<SampleReader>>,
+    n_bad: AtomicU64,
+}
+
+impl Loader {
+    /// Checks a configuration; nothing is read and no thread starts.
+    pub fn new(config: LoaderConfig) -> Result<Self, LoaderConfigError> {
+        check(&config)?;
+        Ok(Loader {
+            inner: Arc::new(Inner {
+                config,
+                orders: Mutex::new(Vec::new()),
+                readers: Mutex::new(Vec::new()),
+                n_bad: AtomicU64::new(0),
+            }),
+        })
+    }
+
+    /// Returns the configuration.
+    pub fn config(&self) -> &LoaderConfig {
+        &self.inner.config
+    }
+
+    /// Returns how many bad samples were met so far, discarded slots included.
+    pub fn n_bad(&self) -> u64 {
+        self.inner.n_bad.load(Ordering::Relaxed)
+    }
+
+    /// Loads one slot in the calling thread.
+    pub fn load(&self, slot: Slot) -> Result<SlotBatch, LoadError> {
+        self.inner.load_pooled(slot, &AtomicBool::new(false))
+    }
+
+    /// Starts to load `slots` of the steps from `first_step` up to `end_step`, step by step.
+    ///
+    /// Within a step, slots come in the order given.
+    ///
+    /// # Panics
+    /// If a slot is not below the number of slots.
+    pub fn stream(
+        &self,
+        first_step: Step,
+        end_step: Step,
+        slots: Vec<u32>,
+    ) -> Result<SlotStream, LoadError> {
+        SlotStream::start(self.inner.clone(), first_step, end_step, slots)
+    }
+}
+
+fn check(config: &LoaderConfig) -> Result<(), LoaderConfigError> {
+    let LoaderConfig { dataset, order, geometry, shape, .. } = config;
+    geometry.check()?;
+    order.check()?;
+    config.augment.check()?;
+    let equal = |what, left: u64, right: u64| {
+        if left == right { Ok(()) } else { Err(LoaderConfigError::Mismatch { what, left, right }) }
+    };
+    let n_samples = dataset.n_samples();
+    equal("samples of geometry and data set", geometry.n_samples, n_samples)?;
+    equal("batch of geometry and order", geometry.batch.into(), order.batch.into())?;
+    if order.chunk_bounds != *dataset.index().chunk_bounds() {
+        return Err(LoaderConfigError::Chunks);
+    }
+    let value = |field, value: String| Err(LoaderConfigError::Value { field, value });
+    if !shape.is_supported() {
+        return value("shape", format!("{shape:?}"));
+    }
+    // A mask draws one number a patch, and an image has no more patches than pixels.
+    let pixels = shape.height as usize * shape.width as usize;
+    if !(1..=pixels).contains(&config.n_patches) {
+        return value("n_patches", config.n_patches.to_string());
+    }
+    if !(1..=THREADS_MAX).contains(&config.threads) {
+        return value("threads", config.threads.to_string());
+    }
+    if !(1..=AHEAD_SLOTS_MAX).contains(&config.ahead_slots) {
+        return value("ahead_slots", config.ahead_slots.to_string());
+    }
+    Ok(())
+}
+
+impl Inner {
+    fn order(&self, epoch: u32) -> Arc<EpochOrder> {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(order) = orders.iter().find(|order| order.epoch() == epoch) {
+            return order.clone();
+        }
+        let order = Arc::new(EpochOrder::new(&self.config.order, epoch));
+        if orders.len() == ORDERS_KEPT {
+            orders.remove(0);
+        }
+        orders.push(order.clone());
+        order
+    }
+
+    /// Loads a slot with a reader of the pool; gives up between samples when `stop` is raised.
+    fn load_pooled(&self, slot: Slot, stop: &AtomicBool) -> Result<SlotBatch, LoadError> {
+        let lock = || self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reader = lock().pop().unwrap_or_default();
+        let result = self.load(slot, &mut reader, stop);
+        lock().push(reader);
+        result
+    }
+
+    fn load(
+        &self,
+        slot: Slot,
+        reader: &mut SampleReader,
+        stop: &AtomicBool,
+    ) -> Result<SlotBatch, LoadError> {
+        let LoaderConfig { geometry, shape, n_patches, order, .. } = &self.config;
+        assert!(
+            slot.index < geometry.n_slots(),
+            "slot {} is one of {}",
+            slot.index,
+            geometry.n_slots()
+        );
+        let (epoch, _) = geometry.place(slot.step);
+        let samples = self.order(epoch).samples(geometry.positions(slot));
+        let mut pixels: Vec<u8> = vec![0; samples.len() * shape.bytes()];
+        let mut ids_shuffle: Vec<u32> = Vec::with_capacity(samples.len() * n_patches);
+        let mut bad_in_row: u32 = 0;
+        for (&id, out) in samples.iter().zip(pixels.chunks_exact_mut(shape.bytes())) {
+            if stop.load(Ordering::Relaxed) {
+                return Err(LoadError::Stopped);
+            }
+            self.fill(slot, epoch, id, reader, &mut bad_in_row, out)?;
+            let mask = MaskOrder::draw(order.seed, epoch, id.0, *n_patches);
+            ids_shuffle.extend(mask.ids_shuffle);
+        }
+        Ok(SlotBatch { slot, weights: vec![1.0; samples.len()], samples, pixels, ids_shuffle })
+    }
+
+    /// Renders the sample that the order put at a place, or a stand-in.
+    ///
+    /// A stand-in is cropped and mirrored with the draws of the sample it stands for, so it differs
+    /// from its own use elsewhere in the epoch.
+    fn fill(
+        &self,
+        slot: Slot,
+        epoch: u32,
+        ordered: SampleId,
+        reader: &mut SampleReader,
+        bad_in_row: &mut u32,
+        out: &mut [u8],
+    ) -> Result<(), LoadError> {
+        let LoaderConfig { dataset, order, augment, shape, .. } = &self.config;
+        let mut candidate = ordered;
+        for attempt in 0.. {
+            let choose = |size| augment.draw(order.seed, epoch, ordered.0, size);
+            let error = match reader.render(dataset, candidate, choose, *shape, out) {
+                Ok(()) => {
+                    *bad_in_row = 0;
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            let place = error.place().clone();
+            let text = chain(&error);
+            let source = Box::new(error);
+            if !source.is_bad_sample() || self.config.bad_samples == BadSamplePolicy::Fail {
+                return Err(LoadError::Sample { slot, source });
+            }
+            self.n_bad.fetch_add(1, Ordering::Relaxed);
+            *bad_in_row += 1;
+            if *bad_in_row > BAD_IN_ROW_MAX {
+                let n = *bad_in_row;
+                return Err(LoadError::TooManyBad { slot, n, source });
+            }
+            let chunk = order.chunk_of(ordered);
+            let n = chunk.end - chunk.start;
+            let Some(stand_in) = substitute(order.seed, epoch, ordered, chunk, attempt) else {
+                return Err(LoadError::NoStandIn { slot, n, source });
+            };
+            (self.config.on_bad_sample)(&BadSample { slot, ordered, place, error: text, stand_in });
+            candidate = stand_in;
+        }
+        unreachable!("attempts end with the chunk")
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,211 @@
+//! Slots computed ahead of their use, delivered in order.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use lacuna_recipe::step::SlotBatch;
+use lacuna_types::{Slot, Step};
+
+use super::{Inner, LoadError};
+
+/// How long a thread sleeps at most before it looks whether it is still wanted.
+const IDLE_WAIT: Duration = Duration::from_millis(500);
+
+/// How long dropping a stream waits for its threads; one that hangs in a read is left behind.
+const JOIN_WAIT: Duration = Duration::from_secs(1);
+
+/// Delivers slots in order; loading happens in threads of its own, a bounded number of slots ahead.
+///
+/// Dropping it stops and joins the threads.
+#[derive(Debug)]
+pub struct SlotStream {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    inner: Arc<Inner>,
+    first_step: Step,
+    slots: Vec<u32>,
+    /// Slots of the whole stream.
+    total: u64,
+    state: Mutex<State>,
+    /// A thread may find work.
+    room: Condvar,
+    /// The consumer may find a slot, or a thread has ended.
+    ready: Condvar,
+    stop: AtomicBool,
+}
+
+/// Slots are numbered from 0 in delivery order.
+#[derive(Debug)]
+struct State {
+    /// Slots that threads have taken on.
+    claimed: u64,
+    /// Slots delivered.
+    delivered: u64,
+    /// Loaded and not delivered; at most `ahead_slots`.
+    loaded: BTreeMap<u64, Result<SlotBatch, LoadError>>,
+    /// Threads that run.
+    live: usize,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot(&self, number: u64) -> Slot {
+        let per_step = self.slots.len() as u64;
+        Slot {
+            step: Step(self.first_step.0 + number / per_step),
+            index: self.slots[(number % per_step) as usize],
+        }
+    }
+
+    /// Waits for a slot to load; `None` when there will be none.
+    fn claim(&self) -> Option<u64> {
+        let ahead = self.inner.config.ahead_slots as u64;
+        let mut state = self.lock();
+        loop {
+            if self.stop.load(Ordering::Relaxed) || state.claimed == self.total {
+                return None;
+            }
+            if state.claimed < state.delivered + ahead {
+                state.claimed += 1;
+                return Some(state.claimed - 1);
+            }
+            let waited = self.room.wait_timeout(state, IDLE_WAIT);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn work(&self) {
+        let _alive = Alive(self);
+        while let Some(number) = self.claim() {
+            let result = self.inner.load_pooled(self.slot(number), &self.stop);
+            self.lock().loaded.insert(number, result);
+            self.ready.notify_all();
+        }
+    }
+}
+
+/// Counts a thread as live until it ends, by a panic too.
+struct Alive<'a>(&'a Shared);
+
+impl Drop for Alive<'_> {
+    fn drop(&mut self) {
+        self.0.lock().live -= 1;
+        self.0.ready.notify_all();
+    }
+}
+
+impl SlotStream {
+    pub(super) fn start(
+        inner: Arc<Inner>,
+        first_step: Step,
+        end_step: Step,
+        slots: Vec<u32>,
+    ) -> Result<Self, LoadError> {
+        let n_slots = inner.config.geometry.n_slots();
+        assert!(slots.iter().all(|&slot| slot < n_slots), "slots {slots:?} are below {n_slots}");
+        let total = end_step.0.saturating_sub(first_step.0) * slots.len() as u64;
+        let n_threads = (inner.config.threads as u64).min(total) as usize;
+        let shared = Arc::new(Shared {
+            inner,
+            first_step,
+            slots,
+            total,
+            state: Mutex::new(State {
+                claimed: 0,
+                delivered: 0,
+                loaded: BTreeMap::new(),
+                live: n_threads,
+            }),
+            room: Condvar::new(),
+            ready: Condvar::new(),
+            stop: AtomicBool::new(false),
+        });
+        let threads: Vec<JoinHandle<()>> = Vec::with_capacity(n_threads);
+        let mut stream = SlotStream { shared, threads };
+        for i in 0..n_threads {
+            let shared = stream.shared.clone();
+            let named = Builder::new().name(format!("lacuna-load-{i}"));
+            match named.spawn(move || shared.work()) {
+                Ok(thread) => stream.threads.push(thread),
+                Err(source) => {
+                    // The threads that did start are joined by dropping the stream.
+                    stream.shared.lock().live -= n_threads - i;
+                    return Err(LoadError::Spawn(source));
+                }
+            }
+        }
+        Ok(stream)
+    }
+
+    /// Returns the next slot, waiting for it up to `deadline`.
+    ///
+    /// # Errors
+    /// After [`LoadError::Deadline`] the same slot can be asked for again; any other error takes
+    /// the slot's place, and the next call goes on behind it.
+    pub fn next(&mut self, deadline: Duration) -> Result<SlotBatch, LoadError> {
+        let start = Instant::now();
+        let shared = &self.shared;
+        let mut state = shared.lock();
+        loop {
+            let number = state.delivered;
+            if number == shared.total {
+                return Err(LoadError::Ended);
+            }
+            if let Some(result) = state.loaded.remove(&number) {
+                state.delivered += 1;
+                drop(state);
+                shared.room.notify_one();
+                return result;
+            }
+            if state.live == 0 {
+                return Err(LoadError::Died);
+            }
+            let left = deadline.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                let slot = shared.slot(number);
+                let waited = start.elapsed();
+                return Err(LoadError::Deadline { slot, waited });
+            }
+            let waited = shared.ready.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Returns how many slots are loaded and wait to be taken.
+    pub fn n_ready(&self) -> usize {
+        self.shared.lock().loaded.len()
+    }
+}
+
+impl Drop for SlotStream {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.room.notify_all();
+        let start = Instant::now();
+        let mut state = self.shared.lock();
+        while state.live > 0 {
+            let left = JOIN_WAIT.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                tracing::warn!(n_threads = state.live, "loader threads left behind");
+                return;
+            }
+            let waited = self.shared.ready.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has printed its message; the consumer was told `Died`.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! Where images come from, as a numbered list of encoded images.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
+use image::{ExtendedColorType, ImageEncoder};
+
+use super::{PackError, at};
+use crate::decode::{IMAGE_BYTES_MAX, ImageShape};
+use crate::idx::{self, IdxImages};
+use crate::synthetic::{self, SyntheticSpec};
+
+/// Deepest folder below the given one; deeper ones are links in a circle.
+const DEPTH_MAX: usize = 32;
+
+/// Longest part of a file's name that goes into a key: a tar header has room for 100 bytes in all.
+const STEM_BYTES_MAX: usize = 60;
+
+const IMAGES_PART: &str = "images-idx3-ubyte";
+const LABELS_PART: &str = "labels-idx1-ubyte";
+
+/// What is packed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PackSource {
+    /// A folder of images, searched recursively. If all images lie in two or more sub-folders and
+    /// none beside them, the sub-folders are classes.
+    Folder(PathBuf),
+    /// IDX files, gzipped or not.
+    Idx {
+        /// Images (`…-images-idx3-ubyte`).
+        images: PathBuf,
+        /// Their labels (`…-labels-idx1-ubyte`).
+        labels: Option<PathBuf>,
+    },
+    /// Generated images.
+    Synthetic(SyntheticSpec),
+}
+
+impl PackSource {
+    /// Tells what a path is: an IDX file of images, a folder with one (of several, the one called
+    /// `train…`), or a folder of images. Labels are found by their name beside the images.
+    pub fn detect(path: &Path) -> Result<Self, PackError> {
+        if !fs::metadata(path).map_err(at(path))?.is_dir() {
+            return Ok(PackSource::idx(path));
+        }
+        let mut candidates: Vec<PathBuf> = Vec::new();
+        for entry in fs::read_dir(path).map_err(at(path))? {
+            let file = entry.map_err(at(path))?.path();
+            if file.is_file() && file_name(&file).contains(IMAGES_PART) {
+                candidates.push(file);
+            }
+        }
+        candidates.sort();
+        let train = candidates.iter().find(|file| file_name(file).starts_with("train"));
+        Ok(match train.or(candidates.first()) {
+            Some(images) => PackSource::idx(images),
+            None => PackSource::Folder(path.to_path_buf()),
+        })
+    }
+
+    fn idx(images: &Path) -> Self {
+        let name = file_name(images).replace(IMAGES_PART, LABELS_PART);
+        let labels = images.with_file_name(name);
+        PackSource::Idx {
+            images: images.to_path_buf(),
+            labels: (labels != images && labels.is_file()).then_some(labels),
+        }
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+/// One encoded image; reused from image to image.
+#[derive(Default)]
+pub(super) struct Item {
+    pub(super) bytes: Vec<u8>,
+    pub(super) label: Option<u32>,
+    /// Readable part of the key; may be empty.
+    pub(super) stem: String,
+    /// Names the image in reports.
+    pub(super) place: String,
+}
+
+/// An opened source.
+pub(super) enum Source {
+    Folder(Folder),
+    Idx { path: PathBuf, images: IdxImages, labels: Option<Vec<u8>> },
+    Synthetic(SyntheticSpec),
+}
+
+pub(super) struct Folder {
+    root: PathBuf,
+    files: Vec<PathBuf>,
+    classes: Vec<String>,
+    identity: String,
+}
+
+impl Source {
+    pub(super) fn open(source: &PackSource) -> Result<Self, PackError> {
+        match source {
+            PackSource::Folder(root) => Ok(Source::Folder(Folder::list(root)?)),
+            PackSource::Idx { images, labels } => {
+                let path = images.clone();
+                let images = idx::read_images(images)?;
+                let n_images = images.n();
+                let labels = match labels {
+                    None => None,
+                    Some(file) => {
+                        let labels = idx::read_labels(file)?;
+                        let n_labels = labels.len() as u64;
+                        if n_labels != n_images {
+                            let labels = file.clone();
+                            return Err(PackError::LabelCount { labels, n_labels, n_images });
+                        }
+                        Some(labels)
+                    }
+                };
+                Ok(Source::Idx { path, images, labels })
+            }
+            PackSource::Synthetic(spec) => {
+                if spec.n_images == 0 || !spec.shape.is_supported() {
+                    let text =
+                        format!("{} images of {:?} cannot be made", spec.n_images, spec.shape);
+                    return Err(PackError::Config(text));
+                }
+                Ok(Source::Synthetic(*spec))
+            }
+        }
+    }
+
+    /// Returns the number of images, usable or not.
+    pub(super) fn n(&self) -> u64 {
+        match self {
+            Source::Folder(folder) => folder.files.len() as u64,
+            Source::Idx { images, .. } => images.n(),
+            Source::Synthetic(spec) => spec.n_images,
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Source::Folder(folder) => &folder.root,
+            Source::Idx { path, .. } => path,
+            Source::Synthetic(_) => Path::new("(generated)"),
+        }
+    }
+
+    pub(super) fn classes(&self) -> &[String] {
+        match self {
+            Source::Folder(folder) => &folder.classes,
+            _ => &[],
+        }
+    }
+
+    /// Returns a text that changes when the input does.
+    ///
+    /// For folders these are names, sizes and times of the files; their content is not read.
+    pub(super) fn identity(&self) -> String {
+        match self {
+            Source::Folder(folder) => folder.identity.clone(),
+            Source::Idx { images, labels, .. } => {
+                let pixels = blake3::hash(&images.pixels).to_hex();
+                let labels = labels.as_deref().map(|labels| blake3::hash(labels).to_hex());
+                format!("idx\n{}x{}\n{pixels}\n{labels:?}", images.height, images.width)
+            }
+            Source::Synthetic(spec) => format!("synthetic\n{spec:?}"),
+        }
+    }
+
+    /// Reads image number `i`.
+    pub(super) fn read(&self, i: u64, item: &mut Item) -> Result<(), PackError> {
+        item.bytes.clear();
+        item.stem.clear();
+        item.label = None;
+        match self {
+            Source::Folder(folder) => folder.read(i, item),
+            Source::Idx { images, labels, .. } => {
+                let shape = ImageShape { height: images.height, width: images.width, channels: 1 };
+                item.label = labels.as_ref().map(|labels| u32::from(labels[i as usize]));
+                item.place = format!("image {i}");
+                encode_png(i, images.image(i), shape, &mut item.bytes)
+            }
+            Source::Synthetic(spec) => {
+                let image = synthetic::image(spec, i);
+                item.label = Some(image.label);
+                item.place = format!("image {i}");
+                encode_png(i, &image.pixels, spec.shape, &mut item.bytes)
+            }
+        }
+    }
+}
+
+fn encode_png(
+    index: u64,
+    pixels: &[u8],
+    shape: ImageShape,
+    out: &mut Vec<u8>,
+) -> Result<(), PackError> {
+    let color = match shape.channels {
+        1 => ExtendedColorType::L8,
+        _ => ExtendedColorType::Rgb8,
+    };
+    // The fast level decodes fastest too; small images fill whole tar blocks either way.
+    PngEncoder::new_with_quality(out, CompressionType::Fast, FilterType::Adaptive)
+        .write_image(pixels, shape.width, shape.height, color)
+        .map_err(|source| PackError::Encode { index, source })
+}
+
+impl Folder {
+    fn list(root: &Path) -> Result<Self, PackError> {
+        let mut files: Vec<PathBuf> = Vec::new();
+        let mut seen: BTreeSet<PathBuf> = BTreeSet::new();
+        walk(root, 0, &mut seen, &mut files)?;
+        files.sort();
+        if files.is_empty() {
+            let path = root.to_path_buf();
+            return Err(PackError::NoImages { path });
+        }
+        let mut identity = String::from("folder\n");
+        for file in &files {
+            let meta = fs::metadata(file).map_err(at(file))?;
+            let time = meta
+                .modified()
+                .ok()
+                .and_then(|time| time.duration_since(UNIX_EPOCH).ok())
+                .map_or(0, |age| age.as_nanos());
+            let relative = file.strip_prefix(root).unwrap_or(file);
+            identity.push_str(&format!("{relative:?} {} {time}\n", meta.len()));
+        }
+        let classes = classes_of(root, &files);
+        Ok(Folder { root: root.to_path_buf(), files, classes, identity })
+    }
+
+    fn read(&self, i: u64, item: &mut Item) -> Result<(), PackError> {
+        let file = &self.files[i as usize];
+        item.place = file.display().to_string();
+        // One byte more than allowed is enough to see that an image is too large.
+        File::open(file)
+            .and_then(|open| open.take(IMAGE_BYTES_MAX + 1).read_to_end(&mut item.bytes))
+            .map_err(at(file))?;
+        let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+        let plain = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' };
+        item.stem = stem.chars().take(STEM_BYTES_MAX).map(plain).collect();
+        if !self.classes.is_empty() {
+            let class = first_folder(&self.root, file).expect("all images lie in classes");
+            let label = self.classes.binary_search(&class).expect("classes are sorted");
+            item.label = Some(label as u32);
+        }
+        Ok(())
+    }
+}
+
+/// Collects the image files below `folder`, following links but no folder twice.
+fn walk(
+    folder: &Path,
+    depth: usize,
+    seen: &mut BTreeSet<PathBuf>,
+    files: &mut Vec<PathBuf>,
+) -> Result<(), PackError> {
+    if depth > DEPTH_MAX {
+        let path = folder.to_path_buf();
+        let max = DEPTH_MAX;
+        return Err(PackError::TooDeep { path, max });
+    }
+    let real = fs::canonicalize(folder).map_err(at(folder))?;
+    if !seen.insert(real) {
+        return Ok(());
+    }
+    let mut entries: Vec<PathBuf> = Vec::new();
+    for entry in fs::read_dir(folder).map_err(at(folder))? {
+        entries.push(entry.map_err(at(folder))?.path());
+    }
+    // Sorted, so that of two ways to one folder the same is taken on every machine.
+    entries.sort();
+    for path in entries {
+        if file_name(&path).starts_with('.') {
+            continue;
+        }
+        if path.is_dir() {
+            walk(&path, depth + 1, seen, files)?;
+        } else if has_image_suffix(&path) {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn has_image_suffix(path: &Path) -> bool {
+    let suffix = path.extension().unwrap_or_default().to_ascii_lowercase();
+    ["png", "jpg", "jpeg"].iter().any(|known| suffix == *known)
+}
+
+fn first_folder(root: &Path, file: &Path) -> Option<String> {
+    let relative = file.strip_prefix(root).ok()?;
+    let mut parts = relative.components();
+    let first = parts.next()?;
+    parts.next()?;
+    Some(first.as_os_str().to_string_lossy().into_owned())
+}
+
+/// Returns the class names, sorted; empty if the folder is not made of classes.
+fn classes_of(root: &Path, files: &[PathBuf]) -> Vec<String> {
+    let folders: Option<BTreeSet<String>> =
+        files.iter().map(|file| first_folder(root, file)).collect();
+    match folders {
+        Some(folders) if folders.len() >= 2 => folders.into_iter().collect(),
+        _ => Vec::new(),
+    }
+}
