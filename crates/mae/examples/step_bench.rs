@@ -1,12 +1,12 @@
-//! Times full exact training steps on one CPU thread: normalise, forward, backward, quantise, reduce
-//! (one slot, one rank), AdamW. Synthetic images, so that the step alone is timed.
+//! Times full exact training steps on one CPU thread: normalise, forward, backward, quantise,
+//! reduce (one slot, one rank), AdamW. Synthetic images, so that the step alone is timed.
 //!
 //! ```text
 //! cargo run --release -p lacuna-mae --example step_bench -- --model tiny --batch 16 --steps 20
 //! ```
 //!
-//! Prints one JSON line. `step_ms` is wall time, `cpu_ms` CPU time of the process, which a busy machine
-//! disturbs less; `images_per_s` is from the wall time.
+//! Prints one JSON line. `step_ms` is wall time, `cpu_ms` CPU time of the process, which a busy
+//! machine disturbs less; `images_per_s` is from the wall time.
 
 use std::time::Instant;
 

@@ -44,9 +44,7 @@ pub enum BuildEngineError {
         problems: String,
     },
     /// The normalisation does not name every channel once.
-    #[error(
-        "`mean` has {mean} values and `std` has {std}; both need one for each of {channels} channels"
-    )]
+    #[error("`mean` has {mean} values and `std` {std}; both need one per channel, {channels}")]
     Channels {
         /// Values of `mean`.
         mean: usize,
@@ -62,8 +60,8 @@ pub enum BuildEngineError {
 
 /// MAE on libtorch, in f32, on one CPU thread.
 ///
-/// Parameters and moments are plain memory of Rust that the optimizer updates in place; libtorch reads
-/// the parameters through views and owns only what a slot needs.
+/// Parameters and moments are plain memory of Rust that the optimizer updates in place; libtorch
+/// reads the parameters through views and owns only what a slot needs.
 #[derive(Debug)]
 pub struct TorchEngine {
     setup: EngineSetup,
@@ -72,7 +70,7 @@ pub struct TorchEngine {
     normalize: Normalize,
     /// Normalised images of the slot, `[b, c, h, w]`.
     images: Vec<f32>,
-    /// The last field of the state that the probe does not depend on, computed once.
+    /// The probe's digest once it is known: it depends on the shapes and not on the state.
     probe: Option<u64>,
 }
 
@@ -175,7 +173,7 @@ impl Engine for TorchEngine {
     }
 }
 
-/// Samples of the probe's small slot: two full vectors of AVX2 and a remainder in its small sums.
+/// Samples of the probe's small slot.
 const PROBE_BATCH: usize = 4;
 /// Seed of the probe's weights, masks and images; part of what a probe class means.
 const PROBE_SEED: u64 = 0x1AC0_17A5;

@@ -87,8 +87,9 @@ impl FrozenMae {
 
     /// Predicts all patches of images `pixels` `[b, h, w, c]` from the kept ones.
     ///
-    /// `ids_shuffle` `[b, l]` holds one permutation per image. Returns `[b, l, p]` in raster order, in the
-    /// units of the loss: per-patch normalised when the model is trained so, else normalised pixels.
+    /// `ids_shuffle` `[b, l]` holds one permutation per image. Returns `[b, l, p]` in raster
+    /// order, in the units of the loss: per-patch normalised when the model is trained so, else
+    /// normalised pixels.
     ///
     /// # Panics
     /// If `pixels` or `ids_shuffle` do not hold whole images and permutations.

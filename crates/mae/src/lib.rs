@@ -1,12 +1,13 @@
 //! The masked autoencoder on libtorch and the engine that trains it.
 //!
-//! The only crate that names `tch`. It computes losses, gradients, features and pictures; it does not
-//! read data, talk to peers or decide when to step: [`lacuna_worker`] does, through
-//! [`lacuna_worker::engine::Engine`]. The optimizer, the reduction and the initial weights are plain
-//! Rust in [`lacuna_recipe`], so libtorch decides the bits of a gradient and of nothing else.
+//! The only crate that names `tch`. It computes losses, gradients, features and pictures; it does
+//! not read data, talk to peers or decide when to step: [`lacuna_worker`] does, through
+//! [`lacuna_worker::engine::Engine`]. The optimizer, the reduction and the initial weights are
+//! plain Rust in [`lacuna_recipe`], so libtorch decides the bits of a gradient and of nothing
+//! else.
 //!
-//! Start reading at [`mae`], which is the paper in code, then [`engine`]. docs/mae.md maps each idea of
-//! the method to its file and its test.
+//! Start reading at [`mae`], which is the paper in code, then [`engine`]. docs/mae.md maps each
+//! idea of the method to its file and its test.
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod engine;

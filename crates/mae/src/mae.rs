@@ -4,9 +4,9 @@
 //! encoded patches at their places, a learned token at all others, and predicts the pixels of the
 //! removed ones. Names are those of the reference (`ids_shuffle`, `ids_restore`, `qkv`, `fc1`).
 //!
-//! Legend of the shape suffixes: b batch, c channels, h w pixels, l patches of an image, k kept patches,
-//! r removed patches, n tokens of a sequence (the class token comes first), p values of a patch,
-//! d encoder width, e decoder width, a heads, f width of a head.
+//! Legend of the shape suffixes: b batch, c channels, h w pixels, l patches of an image, k kept
+//! patches, r removed patches, n tokens of a sequence (the class token comes first), p values of a
+//! patch, d encoder width, e decoder width, a heads, f width of a head.
 
 use lacuna_recipe::mask;
 use lacuna_recipe::model::ModelConfig;
@@ -93,7 +93,8 @@ impl Mae {
         Prediction { latent_bnd, pred_blp }
     }
 
-    /// Encodes whole images without a mask: final-norm class token, then all patches, `[b, 1 + l, d]`.
+    /// Encodes whole images without a mask: final-norm class token, then all patches, `[b, 1 + l,
+    /// d]`.
     pub fn encode(&self, images_bchw: &Tensor) -> Tensor {
         let patches_blp = patchify(images_bchw, self.patch_size);
         let n_patches = patches_blp.size()[1];
@@ -116,8 +117,8 @@ impl Mae {
         self.norm.forward(&run(&self.blocks, x_bnd))
     }
 
-    /// Puts encoded patches back in their places, fills the others with the mask token, and runs the
-    /// decoder: `[b, 1 + l, e]`, without the final norm.
+    /// Puts encoded patches back in their places, fills the others with the mask token, and runs
+    /// the decoder: `[b, 1 + l, e]`, without the final norm.
     fn decode(&self, latent_bnd: &Tensor, masks: &Masks) -> Tensor {
         let tokens_bne = self.decoder_embed.forward(latent_bnd);
         let x_bne = unshuffle(&tokens_bne, &self.mask_token_11e, &masks.ids_restore_bl);

@@ -1,6 +1,7 @@
 //! What the decoder must predict, and how wrong it is.
 //!
-//! Legend: b batch, c channels, h w pixels, l patches of an image, r removed patches, p values of a patch.
+//! Legend: b batch, c channels, h w pixels, l patches of an image, r removed patches, p values of
+//! a patch.
 
 use lacuna_recipe::model::NORM_PIX_EPS;
 use tch::{Kind, Tensor};
@@ -9,8 +10,8 @@ use tch::{Kind, Tensor};
 ///
 /// # Shapes
 /// - `images_bchw`: `[b, c, h, w]`, with `h` and `w` multiples of `patch_size`
-/// - returns `[b, l, p]` with `l = (h / patch_size) · (w / patch_size)` in raster order; within a patch
-///   the order is row, column, channel
+/// - returns `[b, l, p]` with `l = (h / patch_size) · (w / patch_size)` in raster order; within a
+///   patch the order is row, column, channel
 pub fn patchify(images_bchw: &Tensor, patch_size: i64) -> Tensor {
     let (b, c, h, w) = size4(images_bchw);
     let s = patch_size;
@@ -38,10 +39,11 @@ pub fn unpatchify(patches_blp: &Tensor, patch_size: i64, grid: [i64; 2]) -> Tens
     ])
 }
 
-/// Normalises each patch: `(x − mean) / sqrt(var + 1e-6)`, with the **unbiased** variance of all values
-/// of the patch, channels together.
+/// Normalises each patch: `(x − mean) / sqrt(var + 1e-6)`, with the **unbiased** variance of all
+/// values of the patch, channels together.
 ///
-/// A constant patch becomes zero. The variance is spelled out because libtorch's own takes one slow pass.
+/// A constant patch becomes zero. The variance is spelled out because libtorch's own takes one
+/// slow pass.
 pub fn normalize_patches(patches_brp: &Tensor) -> Tensor {
     let degrees = patches_brp.size()[2] - 1;
     let centered_brp = patches_brp - patches_brp.mean_dim(-1, true, None::<Kind>);
@@ -52,8 +54,9 @@ pub fn normalize_patches(patches_brp: &Tensor) -> Tensor {
 
 /// Averages the squared error of each sample's removed patches, then over the batch.
 ///
-/// A sample of weight 0 adds nothing and still counts in the divisor. Every sample has the same number
-/// of removed patches, so this is the reference's `sum(error · mask) / sum(mask)` for weights of 1.
+/// A sample of weight 0 adds nothing and still counts in the divisor. Every sample has the same
+/// number of removed patches, so this is the reference's `sum(error · mask) / sum(mask)` for
+/// weights of 1.
 pub fn loss(pred_brp: &Tensor, target_brp: &Tensor, weights_b: &Tensor) -> Tensor {
     let error_b = (pred_brp - target_brp).square().mean_dim([1, 2].as_slice(), false, None::<Kind>);
     (error_b * weights_b).mean(None::<Kind>)

@@ -1,10 +1,10 @@
 //! Pictures of what a model fills in.
 //!
-//! A model trained on per-patch normalised pixels predicts a patch's texture without its brightness and
-//! contrast. Showing it with the mean and deviation of the patch itself would leak the answer, so here
-//! both come from **visible patches only**: each statistic of a removed patch is the mean of those of
-//! the [`NEIGHBORS`] nearest visible patches, weighted by the inverse square of the distance between
-//! patch centres. Visible patches are pasted as they are.
+//! A model trained on per-patch normalised pixels predicts a patch's texture without its
+//! brightness and contrast. Showing it with the mean and deviation of the patch itself would leak
+//! the answer, so here both come from **visible patches only**: each statistic of a removed patch
+//! is the mean of those of the [`NEIGHBORS`] nearest visible patches, weighted by the inverse
+//! square of the distance between patch centres. Visible patches are pasted as they are.
 
 use std::path::Path;
 
@@ -14,8 +14,8 @@ use lacuna_recipe::model::NORM_PIX_EPS;
 use crate::frozen::FrozenMae;
 use crate::mae::mask_sizes;
 
-/// Visible patches that the statistics of a removed patch are taken from: enough to surround it, few
-/// enough to stay local.
+/// Visible patches that the statistics of a removed patch are taken from: enough to surround it,
+/// few enough to stay local.
 pub const NEIGHBORS: usize = 4;
 /// Images with sides below this are shown enlarged by [`ENLARGE`].
 const SMALL_SIDE: u32 = 64;
@@ -36,8 +36,8 @@ pub struct WritePictureError {
 
 /// Draws one row per image: `original | masked | by the model | by random weights`.
 ///
-/// `pixels` is `[b, h, w, c]` and `ids_shuffle` `[b, l]`; both models have the same sizes. Images of one
-/// channel are drawn grey, of three in color, of other numbers by their first channel.
+/// `pixels` is `[b, h, w, c]` and `ids_shuffle` `[b, l]`; both models have the same sizes. Images
+/// of one channel are drawn grey, of three in color, of other numbers by their first channel.
 ///
 /// # Panics
 /// If the models differ in size or the slices do not hold whole images and permutations.

@@ -28,12 +28,13 @@ impl Weights {
     /// Views a flat buffer without copying it.
     ///
     /// # Safety
-    /// Until the weights and every tensor computed from them are dropped, `flat` must stay alive and
-    /// nobody may write to it.
+    /// Until the weights and every tensor computed from them are dropped, `flat` must
+    /// stay alive and nobody may write to it.
     pub unsafe fn view_of<T: Element>(layout: &Arc<Layout>, flat: &[T]) -> Self {
         assert_eq!(flat.len(), layout.numel(), "one value per element of the layout");
         let tensor = |block: usize| {
-            // SAFETY: the caller keeps `flat` alive and unchanged; the slice has the shape's elements.
+            // SAFETY: the caller keeps `flat` alive and unchanged; the slice has the shape's
+            // elements.
             unsafe { view(&flat[layout.range(block)], &shape_of(layout, block)) }
         };
         let tensors = (0..layout.n_blocks()).map(tensor).collect();
@@ -73,8 +74,8 @@ impl Weights {
 pub(crate) unsafe fn view<T: Element>(values: &[T], shape: &[i64]) -> Tensor {
     assert_eq!(shape.iter().product::<i64>(), values.len() as i64, "one value per element");
     let data = values.as_ptr().cast::<u8>();
-    // SAFETY: `data` points to as many elements of this kind as the shape has, row-major; the caller
-    // keeps them alive. No strides means contiguous.
+    // SAFETY: `data` points to as many elements of this kind as the shape has, row-major; the
+    // caller keeps them alive. No strides means contiguous.
     unsafe { Tensor::from_blob(data, shape, &[], T::KIND, Device::Cpu) }
 }
 

@@ -1,7 +1,7 @@
 //! The model against values of an independent float64 implementation (tests/golden).
 //!
-//! Tolerances: f64 differs from the reference by the order of sums only (1e-10, gradients 1e-12); f32 by
-//! its own rounding (loss 1e-6 relative, tensors 1e-5).
+//! Tolerances: f64 differs from the reference by the order of sums only (1e-10, gradients 1e-12);
+//! f32 by its own rounding (loss 1e-6 relative, tensors 1e-5).
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -170,7 +170,8 @@ fn patches_are_flattened_channel_last() {
     assert_eq!(max_difference(&again, &rect.images()), 0.0);
 }
 
-/// T4: a token that carries its patch's number comes back at that patch; all others are mask tokens.
+/// T4: a token that carries its patch's number comes back at that patch; all others are mask
+/// tokens.
 #[test]
 fn tokens_return_to_their_places() {
     let (n_patches, len_keep) = (8, 3);
@@ -191,8 +192,8 @@ fn tokens_return_to_their_places() {
     }
 }
 
-/// T5: the loss does not depend on the order in which visible patches are listed; T7's values show that
-/// mixing two orders would be seen.
+/// T5: the loss does not depend on the order in which visible patches are listed; T7's values show
+/// that mixing two orders would be seen.
 #[test]
 fn order_of_the_visible_patches_does_not_matter() {
     for tag in ["micro", "rect", "mid"] {
@@ -312,8 +313,8 @@ fn four_updates() {
     assert!(off < 1e-9, "parameters: {off}");
 }
 
-/// T13: the mean over equal slots is the gradient of the whole; a ragged end is filled with samples of
-/// weight zero.
+/// T13: the mean over equal slots is the gradient of the whole; a ragged end is filled with
+/// samples of weight zero.
 #[test]
 fn slots_add_up() {
     let check = |tag: &str, slots: &[(&[usize], &[f64])], n: f64, tolerance: f64| {
@@ -337,7 +338,8 @@ fn slots_add_up() {
     check("rect", &[(&[0, 1], &[1.0, 1.0]), (&[2, 0], &[1.0, 0.0])], 3.0, 1e-12);
 }
 
-/// T14: constant patches become zero, and a nearly constant one follows the epsilon inside the root.
+/// T14: constant patches become zero, and a nearly constant one follows the epsilon inside the
+/// root.
 #[test]
 fn nearly_constant_patches() {
     let golden = &json("extra.json")["norm_pix_edge"];
