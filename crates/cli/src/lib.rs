@@ -1,1 +1,170 @@
-//! The lacuna command.
+//! The `lacuna` command: client, coordinator, one-machine training, data and checkpoint tools.
+//!
+//! No libtorch here. Results go to stdout, talk and progress to stderr; exit codes are those of
+//! [`lacuna_types::exit`]. Start reading at [`main`].
+#![forbid(unsafe_code)]
+
+mod ckpt;
+mod client;
+mod data;
+mod plan;
+mod progress;
+mod serve;
+mod spec;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use lacuna_types::{BuildId, exit};
+
+/// Elastic, exact pre-training of masked autoencoders.
+#[derive(Debug, Parser)]
+#[command(name = "lacuna", disable_version_flag = true)]
+struct Args {
+    /// Print the version.
+    #[arg(long, short = 'V')]
+    version: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Write a commented run.toml.
+    Init(plan::InitArgs),
+    /// Pack, index, verify and look at images.
+    Data(data::DataArgs),
+    /// Show what a run will do, without a GPU or a coordinator.
+    Plan(plan::PlanArgs),
+    /// Train on this machine: coordinator and workers in one command.
+    Train(train::TrainArgs),
+    /// Run the coordinator service.
+    Coordinator(serve::CoordinatorArgs),
+    /// Submit a run to a coordinator.
+    Submit(client::SubmitArgs),
+    /// List runs.
+    Runs(client::RunsArgs),
+    /// Show one run.
+    Status(client::StatusArgs),
+    /// Follow a run; quitting does not stop it.
+    Watch(client::RunArgs),
+    /// Wait until a run has ended.
+    Wait(client::WaitArgs),
+    /// Stop a run at its next boundary, with a checkpoint; submit it again to go on.
+    Stop(client::RunArgs),
+    /// Checkpoint a run at its next boundary.
+    Checkpoint(client::RunArgs),
+    /// Take a worker out at the next boundary.
+    Drain(client::DrainArgs),
+    /// List, check and export checkpoints.
+    Ckpt(ckpt::CkptArgs),
+}
+
+/// An error that has its own exit code.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Coded {
+    /// Exit code.
+    pub code: u8,
+    /// Message for people.
+    pub message: String,
+}
+
+impl Coded {
+    /// Makes an error that ends the process with `code`.
+    pub fn error(code: u8, message: impl Into<String>) -> anyhow::Error {
+        Coded { code, message: message.into() }.into()
+    }
+}
+
+/// Runs the command line and returns the exit code.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.version {
+        println!("{}", BuildId::this());
+        return ExitCode::SUCCESS;
+    }
+    let Some(command) = args.command else {
+        eprintln!("error: no command; see `lacuna --help`");
+        return ExitCode::from(exit::USAGE);
+    };
+    match run(command) {
+        Ok(code) => ExitCode::from(code),
+        Err(err) => {
+            eprintln!("error: {err:#}");
+            ExitCode::from(exit_code(&err))
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<u8> {
+    match command {
+        Command::Init(args) => plan::init(args),
+        Command::Data(args) => data::data(args),
+        Command::Plan(args) => plan::plan(args),
+        Command::Train(args) => train::train(args),
+        Command::Coordinator(args) => serve::coordinator(args),
+        Command::Submit(args) => client::submit(args),
+        Command::Runs(args) => client::runs(args),
+        Command::Status(args) => client::status(args),
+        Command::Watch(args) => client::watch(args),
+        Command::Wait(args) => client::wait(args),
+        Command::Stop(args) => client::stop(args),
+        Command::Checkpoint(args) => client::checkpoint(args),
+        Command::Drain(args) => client::drain(args),
+        Command::Ckpt(args) => ckpt::ckpt(args),
+    }
+}
+
+fn exit_code(err: &anyhow::Error) -> u8 {
+    use lacuna_api::client::ClientError;
+    for cause in err.chain() {
+        if let Some(coded) = cause.downcast_ref::<Coded>() {
+            return coded.code;
+        }
+        if let Some(client) = cause.downcast_ref::<ClientError>() {
+            return client_code(client);
+        }
+    }
+    exit::FAILED
+}
+
+fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
+    use lacuna_api::client::ClientError;
+    use lacuna_api::error::{Reason, reason};
+    match err {
+        ClientError::Address { .. } => exit::USAGE,
+        ClientError::Unreachable { .. } => exit::UNREACHABLE,
+        ClientError::Refused(status) => match reason(status) {
+            Some(Reason::InvalidSpec | Reason::RunExists | Reason::Malformed) => exit::USAGE,
+            Some(Reason::VersionSkew) => exit::VERSION,
+            Some(Reason::Storage) => exit::IO,
+            Some(Reason::ShuttingDown) => exit::UNREACHABLE,
+            _ => exit::FAILED,
+        },
+    }
+}
+
+/// Starts the runtime of a command.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    use anyhow::Context as _;
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("start threads")
+}
+
+/// Sends the crates' logs to stderr; `RUST_LOG` chooses, else `default`.
+fn init_logs(default: &str) {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    // Fails only where one was set up already.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .try_init();
+}

@@ -480,7 +480,7 @@ fn not_found(id: &RunId) -> Status {
 }
 
 fn to_message(id: &RunId, handle: &RunHandle) -> v1::Run {
-    let View { status, ending, figures, devices } = handle.ends.view.borrow().clone();
+    let View { status, ending, figures, devices, last_seq } = handle.ends.view.borrow().clone();
     let resolved = handle.spec.resolve(handle.n_samples).ok();
     let (why, exit_code, final_digest) = match &ending {
         None => (String::new(), None, None),
@@ -513,6 +513,7 @@ fn to_message(id: &RunId, handle: &RunHandle) -> v1::Run {
         figures: figures.and_then(figures_message),
         spec: handle.spec.to_json().to_string(),
         exit_code: exit_code.map(u32::from),
+        last_seq,
     }
 }
 

@@ -55,6 +55,7 @@ pub(crate) struct View {
     pub ending: Option<Ending>,
     pub figures: Option<Update>,
     pub devices: BTreeMap<WorkerId, String>,
+    pub last_seq: u64,
 }
 
 struct Attached {
@@ -73,6 +74,7 @@ pub(crate) struct RunTask {
     catalogue: Catalogue,
     sessions: BTreeMap<WorkerId, Attached>,
     figures: Option<Update>,
+    last_seq: u64,
     probe: Option<u64>,
     parent: Option<CheckpointRef>,
     input: mpsc::Sender<Input>,
@@ -119,6 +121,7 @@ impl RunTask {
     ) -> Result<(RunTask, RunEnds, mpsc::Receiver<Input>), String> {
         let config = run_config(&spec, stored.n_samples)?;
         let figures = shared.newest_figures(&stored.run_id).map_err(|err| err.to_string())?;
+        let last_seq = shared.store().last_seq(&stored.run_id).map_err(|err| err.to_string())?;
         let (timing, now) = (shared.options.timing.clone(), shared.now());
         let machine = match stored.ending.clone() {
             None => Coordinator::new(config, timing, stored.saved.clone(), now),
@@ -130,6 +133,7 @@ impl RunTask {
             ending: stored.ending.clone(),
             figures: figures.clone(),
             devices: BTreeMap::new(),
+            last_seq,
         };
         let (view, view_rx) = watch::channel(view);
         let (updates, _) = broadcast::channel(WATCH_QUEUE);
@@ -144,6 +148,7 @@ impl RunTask {
             catalogue,
             sessions: BTreeMap::new(),
             figures,
+            last_seq,
             input,
             view,
             updates,
@@ -219,6 +224,7 @@ impl RunTask {
             ending: self.machine.ended().cloned(),
             figures: self.figures.clone(),
             devices,
+            last_seq: self.last_seq,
         });
         self.shared.runs_changed();
     }
@@ -341,6 +347,7 @@ impl RunTask {
 
     fn append(&mut self, update: Update) -> Result<(), StoreError> {
         let seq = self.shared.store().append(&self.id, &update)?;
+        self.last_seq = seq;
         // Without watchers there is nobody to send to.
         let _ = self.updates.send((seq, update));
         Ok(())

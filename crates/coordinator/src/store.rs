@@ -124,6 +124,9 @@ pub trait Store: Send {
         limit: u64,
     ) -> Result<Vec<(u64, Update)>, StoreError>;
 
+    /// Returns the sequence number of a run's newest update, 0 before the first.
+    fn last_seq(&self, run: &RunId) -> Result<u64, StoreError>;
+
     /// Returns the newest figures of a run.
     fn newest_figures(&self, run: &RunId) -> Result<Option<Update>, StoreError>;
 }
@@ -293,6 +296,15 @@ impl Store for SqliteStore {
             out.push((unsigned(seq), parse_update(&body)?));
         }
         Ok(out)
+    }
+
+    fn last_seq(&self, run: &RunId) -> Result<u64, StoreError> {
+        let sql = "SELECT coalesce(max(seq), 0) FROM updates WHERE run_id = ?1";
+        let seq: i64 = self
+            .db
+            .query_row(sql, [run.as_str()], |row| row.get(0))
+            .map_err(query("read the newest sequence number"))?;
+        Ok(unsigned(seq))
     }
 
     fn newest_figures(&self, run: &RunId) -> Result<Option<Update>, StoreError> {

@@ -150,10 +150,7 @@ fn check_name(text: &str, what: &'static str) -> Result<(), NameError> {
     if fits && text.bytes().all(allowed) {
         return Ok(());
     }
-    Err(NameError {
-        what,
-        text: text.to_string(),
-    })
+    Err(NameError { what, text: text.to_string() })
 }
 
 /// One unit of work of a step: `slot_batch` samples that one device computes with fixed shapes.
@@ -179,25 +176,14 @@ pub struct BuildId {
 impl BuildId {
     /// Returns the identity of this build.
     pub fn this() -> Self {
-        BuildId {
-            version: env!("CARGO_PKG_VERSION").to_string(),
-            protocol: 1,
-            numerics: 1,
-        }
+        BuildId { version: env!("CARGO_PKG_VERSION").to_string(), protocol: 1, numerics: 1 }
     }
 }
 
 impl fmt::Display for BuildId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            version,
-            protocol,
-            numerics,
-        } = self;
-        write!(
-            f,
-            "lacuna {version} (protocol {protocol}, numerics {numerics})"
-        )
+        let Self { version, protocol, numerics } = self;
+        write!(f, "lacuna {version} (protocol {protocol}, numerics {numerics})")
     }
 }
 
@@ -211,6 +197,8 @@ pub mod exit {
     pub const USAGE: u8 = 2;
     /// `wait`: the run failed.
     pub const WAIT_FAILED: u8 = 20;
+    /// `wait`: the time was over first.
+    pub const WAIT_TIMED_OUT: u8 = 124;
     /// The coordinator could not be reached.
     pub const UNREACHABLE: u8 = 69;
     /// A bug in Lacuna.

@@ -2,10 +2,7 @@ use super::*;
 
 #[test]
 fn names_are_checked() {
-    assert_eq!(
-        "gpu-05:cuda0".parse::<WorkerId>().unwrap().as_str(),
-        "gpu-05:cuda0"
-    );
+    assert_eq!("gpu-05:cuda0".parse::<WorkerId>().unwrap().as_str(), "gpu-05:cuda0");
     for bad in ["", "a/b", "a b", "..", ".hidden", "a\n"] {
         let err = bad.parse::<RunId>().unwrap_err().to_string();
         assert!(err.contains("run id"), "{err}");

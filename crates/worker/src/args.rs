@@ -114,7 +114,8 @@ pub const DEVICES_MAX: usize = 64;
 
 /// Parses `--devices`.
 pub fn parse_devices(text: &str) -> Result<Vec<String>, String> {
-    let bad = || format!("`--devices {text}`: expected `cpu` or `cpu:N` with N from 1 to {DEVICES_MAX}");
+    let bad =
+        || format!("`--devices {text}`: expected `cpu` or `cpu:N` with N from 1 to {DEVICES_MAX}");
     let count = match text.split_once(':') {
         None if text == "cpu" => 1,
         Some(("cpu", n)) => n.parse::<usize>().map_err(|_| bad())?,

@@ -150,9 +150,10 @@ impl Engine for FakeEngine {
     fn probe(&mut self) -> Result<u64, EngineError> {
         let mut fresh = FakeEngine::new(self.spec.clone(), Duration::ZERO);
         let mut digest = Crc64::default();
-        let loss = fresh.slot(&probe_batch(&self.spec.model, self.spec.slot_batch), &mut |grad| {
-            digest = digest.then(Crc64::of_f32(grad.values));
-        })?;
+        let loss =
+            fresh.slot(&probe_batch(&self.spec.model, self.spec.slot_batch), &mut |grad| {
+                digest = digest.then(Crc64::of_f32(grad.values));
+            })?;
         Ok(digest.then(Crc64::of_f32(&[loss])).value)
     }
 
@@ -238,7 +239,10 @@ mod tests {
             let slope = (loss(0.05) - loss(-0.05)) / 0.1;
             loss(0.0);
             let got = f64::from(grads[block][element]);
-            assert!((slope - got).abs() < 1e-3 + 0.02 * got.abs(), "{block}/{element}: {slope} {got}");
+            assert!(
+                (slope - got).abs() < 1e-3 + 0.02 * got.abs(),
+                "{block}/{element}: {slope} {got}"
+            );
         }
     }
 }

@@ -68,6 +68,9 @@ pub struct Run {
     /// Exit code for whoever waits, once the run is at rest.
     #[prost(uint32, optional, tag = "14")]
     pub exit_code: ::core::option::Option<u32>,
+    /// Sequence number of the newest update.
+    #[prost(uint64, tag = "15")]
+    pub last_seq: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RunWorker {

@@ -95,7 +95,8 @@ impl Coordinator {
             .iter()
             .filter_map(|(id, w)| w.unfit.as_ref().map(|why| format!("{id}: {why}")))
             .collect();
-        if !unfit.is_empty() && self.workers.len() == unfit.len() {
+        let enough = unfit.len() >= self.config.workers_min.max(1);
+        if enough && self.workers.len() == unfit.len() {
             let why = format!("no worker can go on ({})", unfit.join("; "));
             self.end(Ending::Failed { why, code: exit::IO });
             return;

@@ -92,7 +92,7 @@ impl Coordinator {
                 let why = format!(
                     "the probe of {worker} gives {probe:016x} and the run's is {class:016x}: this \
                      hardware or libtorch build computes other bits; use the same kind as the \
-                     run's first worker, or `reduce = \"fast\"`"
+                     run's first worker"
                 );
                 self.refuse(now, worker, exit::UNFIT, why);
                 return;

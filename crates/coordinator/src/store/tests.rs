@@ -54,6 +54,8 @@ fn updates_are_numbered_by_run_and_read_from_anywhere() {
     let got = store.updates(&a, 1, 10).unwrap();
     assert_eq!(got, vec![(2, event("two"))]);
     assert_eq!(store.updates(&a, 0, 1).unwrap(), vec![(1, event("one"))]);
+    assert_eq!(store.last_seq(&a).unwrap(), 2);
+    assert_eq!(store.last_seq(&"c".parse().unwrap()).unwrap(), 0);
     assert_eq!(store.newest_figures(&a).unwrap(), None);
 }
 

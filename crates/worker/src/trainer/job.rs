@@ -7,9 +7,7 @@ use lacuna_api::v1;
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_data::dataset::Dataset;
 use lacuna_data::decode::ImageShape;
-use lacuna_data::loader::{
-    BadSamplePolicy, Loader, LoaderConfig, warn_of_bad_samples,
-};
+use lacuna_data::loader::{BadSamplePolicy, Loader, LoaderConfig, warn_of_bad_samples};
 use lacuna_spec::{AutoOr, BadSamples, RunSpec};
 use lacuna_types::RunId;
 
@@ -69,7 +67,8 @@ impl Job {
     /// Reads the run from a welcome.
     pub fn from_welcome(welcome: &v1::Welcome) -> Result<Self, JobError> {
         let bad = |text: String| JobError::Spec(text);
-        let run = welcome.run_id.parse().map_err(|err: lacuna_types::NameError| bad(err.to_string()))?;
+        let run =
+            welcome.run_id.parse().map_err(|err: lacuna_types::NameError| bad(err.to_string()))?;
         let spec: RunSpec =
             serde_json::from_str(&welcome.spec).map_err(|err| bad(err.to_string()))?;
         let resolved = spec.resolve(welcome.n_samples).map_err(|err| bad(err.to_string()))?;

@@ -46,9 +46,7 @@ impl Saver {
                         let receipt = receipt.render();
                         Report::PartDone { generation, attempt, receipt }
                     }
-                    Err(err) => {
-                        Report::PartFailed { generation, attempt, detail: chain(&err) }
-                    }
+                    Err(err) => Report::PartFailed { generation, attempt, detail: chain(&err) },
                 };
                 // The buffer is dropped where nobody wants it back.
                 let _ = give_back.try_send(job.snapshot);

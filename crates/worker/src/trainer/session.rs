@@ -209,7 +209,9 @@ impl Driver {
             }
         };
         let spawned = std::thread::Builder::new().name("step-loop".to_string()).spawn(work);
-        spawned.map(|_| ()).map_err(|err| (exit::FAILED, format!("failed to start a thread: {err}")))
+        spawned
+            .map(|_| ())
+            .map_err(|err| (exit::FAILED, format!("failed to start a thread: {err}")))
     }
 
     fn feed(&mut self, event: Event) -> Option<u8> {
@@ -319,8 +321,8 @@ impl Start {
         let mut engine = self.backend.engine(&engine_spec).map_err(|err| local(&err))?;
         let probe = engine.probe().map_err(|err| local(&err))?;
         info!(device = engine.describe(), probe = format!("{probe:016x}"), "engine ready");
-        let saver = Saver::start(self.job.dir.clone(), self.reports.clone())
-            .map_err(|err| local(&err))?;
+        let saver =
+            Saver::start(self.job.dir.clone(), self.reports.clone()).map_err(|err| local(&err))?;
         // Fails only when the session is gone.
         let _ = self.reports.blocking_send(Report::Warm { probe });
         Ok(StepLoop {

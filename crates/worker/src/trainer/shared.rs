@@ -67,11 +67,7 @@ impl Default for Shared {
             since: Instant::now(),
             ledger: OpLedger::default(),
         };
-        Shared {
-            stop: AtomicU64::new(0),
-            save: AtomicU64::new(0),
-            progress: Mutex::new(progress),
-        }
+        Shared { stop: AtomicU64::new(0), save: AtomicU64::new(0), progress: Mutex::new(progress) }
     }
 }
 

@@ -145,14 +145,16 @@ impl StepLoop {
                     membership = self.connect(plan, &comm_id, &sync, abort);
                 }
                 Order::Start { generation } => {
-                    if let Some(group) = membership.as_mut().filter(|m| m.plan.generation == generation)
+                    if let Some(group) =
+                        membership.as_mut().filter(|m| m.plan.generation == generation)
                     {
                         self.train(group);
                         self.enter(Phase::Idle);
                     }
                 }
                 Order::Save { generation, attempt } => {
-                    if let Some(group) = membership.as_ref().filter(|m| m.plan.generation == generation)
+                    if let Some(group) =
+                        membership.as_ref().filter(|m| m.plan.generation == generation)
                     {
                         self.save(group, attempt);
                         self.enter(Phase::Idle);
@@ -172,7 +174,12 @@ impl StepLoop {
         let _ = self.reports.blocking_send(report);
     }
 
-    fn fault(&self, generation: Generation, kind: FaultKind, err: &(dyn std::error::Error + 'static)) {
+    fn fault(
+        &self,
+        generation: Generation,
+        kind: FaultKind,
+        err: &(dyn std::error::Error + 'static),
+    ) {
         let detail = lacuna_checkpoint::chain(err);
         warn!(%generation, detail, "fault");
         self.report(Report::Fault { generation, kind, detail });
@@ -201,7 +208,8 @@ impl StepLoop {
             }
         };
         let deadline = Duration::from_secs(30) + Duration::from_millis(50) * plan.world() as u32;
-        let mut comm = match TcpCollective::connect(&self.listener, &group, abort.clone(), deadline) {
+        let mut comm = match TcpCollective::connect(&self.listener, &group, abort.clone(), deadline)
+        {
             Ok(comm) => comm,
             Err(CollectiveError::Aborted { .. }) => return None,
             Err(err) => {
@@ -224,7 +232,9 @@ impl StepLoop {
                 let kind = match &err {
                     SyncError::Collective(CollectiveError::Aborted { .. }) => return None,
                     SyncError::Collective(_) => FaultKind::Communicator,
-                    SyncError::Checkpoint(_) | SyncError::OtherCheckpoint { .. } => FaultKind::Storage,
+                    SyncError::Checkpoint(_) | SyncError::OtherCheckpoint { .. } => {
+                        FaultKind::Storage
+                    }
                     SyncError::Engine(_) | SyncError::Peer(_) => FaultKind::Local,
                 };
                 // What is in memory may be half one state and half another.
@@ -274,7 +284,8 @@ impl StepLoop {
             let step = self.step();
             let batches = self.load(&mut stream, &slots, step, &mut meter)?;
             let deadline = meter.deadline(step - first);
-            let summary = self.reduce_step(group, &batches, &mut reducer, &mut mean, deadline, &mut meter)?;
+            let summary =
+                self.reduce_step(group, &batches, &mut reducer, &mut mean, deadline, &mut meter)?;
             meter.step_done(started.elapsed());
             self.after_step(group, &summary, &mut meter)?;
             if summary.stop {
@@ -484,7 +495,9 @@ fn group_of(
     let mut members: Vec<std::net::SocketAddr> = Vec::new();
     for member in &plan.members {
         let addr = member.endpoint.parse();
-        members.push(addr.map_err(|_| format!("endpoint `{}` of {}", member.endpoint, member.worker))?);
+        members.push(
+            addr.map_err(|_| format!("endpoint `{}` of {}", member.endpoint, member.worker))?,
+        );
     }
     let key = comm_id.try_into().map_err(|_| format!("a key of {} bytes", comm_id.len()))?;
     Ok(Group { run: job.run.clone(), generation: plan.generation, rank, members, key })

@@ -55,7 +55,9 @@ pub(super) fn synchronise(
 ) -> Result<Counters, SyncError> {
     match &sync.origin {
         Origin::Seed => from_seed(job, engine),
-        Origin::Checkpoint { manifest } => from_checkpoint(job, engine, sync.resume_step.0, manifest),
+        Origin::Checkpoint { manifest } => {
+            from_checkpoint(job, engine, sync.resume_step.0, manifest)
+        }
         Origin::Memory { source, healed } => {
             let mine = healed.contains(&comm.rank());
             if healed.is_empty() {
@@ -115,9 +117,7 @@ fn from_peer(
 ) -> Result<Counters, SyncError> {
     let sends = comm.rank() == source;
     let mut text: Vec<u8> = match &counters {
-        Some(counters) if sends => {
-            serde_json::to_vec(counters).expect("plain structs are JSON")
-        }
+        Some(counters) if sends => serde_json::to_vec(counters).expect("plain structs are JSON"),
         _ => Vec::new(),
     };
     let mut length = (text.len() as u64).to_le_bytes();

@@ -1,0 +1,339 @@
+//! Commands that talk to a coordinator.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use lacuna_api::client::{Client, ClientError};
+use lacuna_api::v1;
+use lacuna_types::exit;
+
+use crate::progress::{Progress, ProgressMode, run_json};
+use crate::{Coded, runtime, spec};
+
+/// How to reach the coordinator.
+#[derive(Args, Clone, Debug)]
+pub struct Connect {
+    /// Address of the coordinator.
+    #[arg(long, short, env = "LACUNA_COORDINATOR", default_value = "http://127.0.0.1:7070")]
+    pub coordinator: String,
+
+    /// Seconds that a call may take.
+    #[arg(long, default_value_t = 10)]
+    pub timeout: u64,
+}
+
+impl Connect {
+    async fn client(&self) -> Result<Client, ClientError> {
+        Client::connect(&self.coordinator, Duration::from_secs(self.timeout)).await
+    }
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// `lacuna submit`.
+#[derive(Args, Debug)]
+pub struct SubmitArgs {
+    /// The run specification.
+    file: PathBuf,
+    /// Set a key of the specification, `train.seed=3`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Follow the run until it ends.
+    #[arg(long)]
+    watch: bool,
+    /// How progress is shown.
+    #[arg(long, value_enum, default_value = "auto")]
+    progress: ProgressMode,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// A command about one run.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// Name of the run.
+    run: String,
+    /// How progress is shown.
+    #[arg(long, value_enum, default_value = "auto")]
+    progress: ProgressMode,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// `lacuna runs`.
+#[derive(Args, Debug)]
+pub struct RunsArgs {
+    /// How the result is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// `lacuna status`.
+#[derive(Args, Debug)]
+pub struct StatusArgs {
+    /// Name of the run.
+    run: String,
+    /// How the result is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// `lacuna wait`.
+#[derive(Args, Debug)]
+pub struct WaitArgs {
+    /// Name of the run.
+    run: String,
+    /// Give up after so many seconds, with exit code 124.
+    #[arg(long)]
+    limit: Option<u64>,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// `lacuna drain`.
+#[derive(Args, Debug)]
+pub struct DrainArgs {
+    /// Name of the worker, `node:device`.
+    worker: String,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// Creates a run, or lets the stopped one of the same name go on.
+pub fn submit(args: SubmitArgs) -> anyhow::Result<u8> {
+    let mut spec = spec::read(&args.file, &args.overrides)?;
+    let request = spec::request(&mut spec, true)?;
+    runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        let (run, created) = client.create_run(request).await?;
+        let what = if created { "created" } else { "is there already" };
+        println!("run {} {what}: {} at step {}", run.run_id, run.state, run.step);
+        if args.watch {
+            let run = follow(&args.connect, &run.run_id, args.progress).await?;
+            return Ok(run.map_or(exit::OK, |run| ending_code(&run)));
+        }
+        println!("follow it with: lacuna watch {}", run.run_id);
+        Ok(exit::OK)
+    })
+}
+
+/// Lists runs.
+pub fn runs(args: RunsArgs) -> anyhow::Result<u8> {
+    let runs = runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        client.list_runs().await
+    })?;
+    match args.output {
+        Output::Json => {
+            println!("{}", serde_json::Value::from(runs.iter().map(run_json).collect::<Vec<_>>()));
+        }
+        Output::Table => {
+            println!("{:<32} {:<9} {:>12} {:>8} {:>7}", "RUN", "STATE", "STEP", "OF", "WORKERS");
+            for run in runs {
+                let v1::Run { run_id, state, step, total_steps, workers, .. } = run;
+                let n = workers.iter().filter(|w| w.rank.is_some()).count();
+                println!("{run_id:<32} {state:<9} {step:>12} {total_steps:>8} {n:>7}");
+            }
+        }
+    }
+    Ok(exit::OK)
+}
+
+/// Shows one run.
+pub fn status(args: StatusArgs) -> anyhow::Result<u8> {
+    let run = runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        client.get_run(&args.run).await
+    })?;
+    match args.output {
+        Output::Json => println!("{}", run_json(&run)),
+        Output::Table => print_run(&run),
+    }
+    Ok(exit::OK)
+}
+
+fn print_run(run: &v1::Run) {
+    let saved = run.checkpoint_step.map_or("none".to_string(), |step| format!("step {step}"));
+    println!("run         {}", run.run_id);
+    println!("state       {}", run.state);
+    if !run.why.is_empty() {
+        println!("why         {}", run.why);
+    }
+    println!("step        {} of {}", run.step, run.total_steps);
+    println!("generation  {}", run.generation);
+    println!("checkpoint  {saved}");
+    if let Some(figures) = &run.figures {
+        println!("figures     {}", crate::progress::figures_line(run, figures));
+    }
+    if let Some(digest) = run.final_digest {
+        println!("digest      {digest:016x}");
+    }
+    if run.workers.is_empty() {
+        return;
+    }
+    println!("{:<28} {:>4} {:>5} {:<10} {:<10} {:>9}", "WORKER", "RANK", "SLOTS", "STATE", "PHASE", "STEP");
+    for worker in &run.workers {
+        let v1::RunWorker { worker_id, rank, slots, state, phase, step, .. } = worker;
+        let rank = rank.map_or("-".to_string(), |rank| rank.to_string());
+        println!("{worker_id:<28} {rank:>4} {slots:>5} {state:<10} {phase:<10} {step:>9}");
+    }
+}
+
+/// Follows a run until it ends or the user quits.
+pub fn watch(args: RunArgs) -> anyhow::Result<u8> {
+    runtime()?.block_on(async {
+        match follow(&args.connect, &args.run, args.progress).await? {
+            Some(run) => {
+                print_run(&run);
+                Ok(exit::OK)
+            }
+            None => {
+                eprintln!("stopped watching; the run goes on");
+                Ok(exit::OK)
+            }
+        }
+    })
+}
+
+/// Shows a run until it has ended; `None` if the user quit. A broken stream is opened again.
+async fn follow(
+    connect: &Connect,
+    run: &str,
+    mode: ProgressMode,
+) -> anyhow::Result<Option<v1::Run>> {
+    let mut progress = Progress::new(mode);
+    let mut seen = 0;
+    let mut alone: Option<Instant> = None;
+    loop {
+        let once = follow_once(connect, run, &mut progress, &mut seen);
+        let result = tokio::select! {
+            result = once => result,
+            _ = tokio::signal::ctrl_c() => {
+                progress.finish();
+                return Ok(None);
+            }
+        };
+        match result {
+            Ok(Some(run)) => {
+                progress.finish();
+                return Ok(Some(run));
+            }
+            Ok(None) => alone = None,
+            Err(ClientError::Refused(status)) if lacuna_api::error::reason(&status).is_some() => {
+                progress.finish();
+                return Err(ClientError::Refused(status).into());
+            }
+            Err(err) => {
+                let since = *alone.get_or_insert_with(Instant::now);
+                if since.elapsed() > Duration::from_secs(connect.timeout) {
+                    progress.finish();
+                    return Err(err.into());
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+async fn follow_once(
+    connect: &Connect,
+    run: &str,
+    progress: &mut Progress,
+    seen: &mut u64,
+) -> Result<Option<v1::Run>, ClientError> {
+    let mut client = connect.client().await?;
+    let mut updates = client.watch_run(run, *seen).await?;
+    while let Some(update) = updates.message().await? {
+        *seen = (*seen).max(update.seq);
+        let snapshot = matches!(update.update, Some(v1::watch_run_response::Update::Snapshot(_)));
+        progress.show(update);
+        if snapshot && progress.run().exit_code.is_some() {
+            let run = client.get_run(run).await?;
+            drain(&mut updates, progress).await;
+            return Ok(Some(run));
+        }
+    }
+    Ok(None)
+}
+
+/// Shows what is under way already.
+async fn drain(updates: &mut tonic::Streaming<v1::WatchRunResponse>, progress: &mut Progress) {
+    let pause = Duration::from_millis(100);
+    while let Ok(Ok(Some(update))) = tokio::time::timeout(pause, updates.message()).await {
+        progress.show(update);
+    }
+}
+
+fn ending_code(run: &v1::Run) -> u8 {
+    run.exit_code.and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::OK)
+}
+
+/// Waits until a run has ended.
+pub fn wait(args: WaitArgs) -> anyhow::Result<u8> {
+    runtime()?.block_on(async {
+        let limit = args.limit.map_or(Duration::MAX, Duration::from_secs);
+        let waited = follow(&args.connect, &args.run, ProgressMode::Off);
+        match tokio::time::timeout(limit, waited).await {
+            Err(_) => Ok(exit::WAIT_TIMED_OUT),
+            Ok(run) => match run?.map(|run| (run.state.clone(), run)) {
+                Some((state, run)) if state == "finished" => {
+                    print_run(&run);
+                    Ok(exit::OK)
+                }
+                Some((_, run)) => {
+                    print_run(&run);
+                    Ok(exit::WAIT_FAILED)
+                }
+                None => Ok(exit::INTERRUPTED),
+            },
+        }
+    })
+}
+
+/// Stops a run at its next boundary.
+pub fn stop(args: RunArgs) -> anyhow::Result<u8> {
+    runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        client.stop_run(&args.run, "stopped by `lacuna stop`").await?;
+        let run = follow(&args.connect, &args.run, args.progress).await?;
+        let run = run.context("quit before the run had stopped")?;
+        print_run(&run);
+        match run.state.as_str() {
+            "stopped" | "finished" => Ok(exit::OK),
+            _ => Err(Coded::error(exit::FAILED, format!("the run is {}: {}", run.state, run.why))),
+        }
+    })
+}
+
+/// Asks for a checkpoint.
+pub fn checkpoint(args: RunArgs) -> anyhow::Result<u8> {
+    runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        client.request_checkpoint(&args.run).await?;
+        println!("run {} will checkpoint at its next boundary", args.run);
+        Ok(exit::OK)
+    })
+}
+
+/// Takes a worker out.
+pub fn drain(args: DrainArgs) -> anyhow::Result<u8> {
+    runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        client.drain_worker(&args.worker, "drained by an operator").await?;
+        println!("worker {} leaves at the next boundary", args.worker);
+        Ok(exit::OK)
+    })
+}

@@ -1,0 +1,4 @@
+//! Binary `lacuna`.
+fn main() -> std::process::ExitCode {
+    lacuna_cli::main()
+}

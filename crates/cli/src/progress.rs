@@ -1,0 +1,241 @@
+//! What a person sees of a run: a bar on a terminal, plain lines elsewhere.
+
+use std::fmt::Write as _;
+use std::io::IsTerminal as _;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+use lacuna_api::v1;
+use lacuna_api::v1::watch_run_response::Update;
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ProgressMode {
+    /// A bar on a terminal, lines elsewhere.
+    Auto,
+    /// A bar.
+    Bar,
+    /// A line per report.
+    Line,
+    /// A JSON object per update, on stdout.
+    Json,
+    /// Nothing.
+    Off,
+}
+
+/// Shows updates of one run.
+pub struct Progress {
+    mode: ProgressMode,
+    bar: Option<ProgressBar>,
+    run: v1::Run,
+}
+
+impl Progress {
+    /// Prepares to show a run.
+    pub fn new(mode: ProgressMode) -> Self {
+        let mode = match mode {
+            ProgressMode::Auto if std::io::stderr().is_terminal() => ProgressMode::Bar,
+            ProgressMode::Auto => ProgressMode::Line,
+            other => other,
+        };
+        let bar = (mode == ProgressMode::Bar).then(|| {
+            let style = ProgressStyle::with_template("{bar:24} {msg}");
+            let bar = ProgressBar::new(1);
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar
+        });
+        Progress { mode, bar, run: v1::Run::default() }
+    }
+
+    /// Returns the newest snapshot.
+    pub fn run(&self) -> &v1::Run {
+        &self.run
+    }
+
+    /// Shows one update.
+    pub fn show(&mut self, response: v1::WatchRunResponse) {
+        if self.mode == ProgressMode::Json
+            && let Some(line) = json_line(&response)
+        {
+            println!("{line}");
+        }
+        match response.update {
+            Some(Update::Snapshot(run)) => self.run = run,
+            Some(Update::Figures(figures)) => self.figures(&figures),
+            Some(Update::Event(event)) => self.line(&event_line(&event)),
+            None => {}
+        }
+    }
+
+    fn figures(&mut self, figures: &v1::Figures) {
+        let text = figures_line(&self.run, figures);
+        match &self.bar {
+            Some(bar) => {
+                bar.set_length(self.run.total_steps.max(1));
+                bar.set_position(figures.step);
+                bar.set_message(text);
+            }
+            None => self.line(&text),
+        }
+    }
+
+    /// Prints a line of talk.
+    pub fn line(&self, text: &str) {
+        match (&self.bar, self.mode) {
+            (Some(bar), _) => bar.println(text),
+            (None, ProgressMode::Line) => eprintln!("{text}"),
+            _ => {}
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn event_line(event: &v1::RunEvent) -> String {
+    let mark = if event.warning { "! " } else { "  " };
+    format!("{mark}{}", event.text)
+}
+
+/// Formats a step's figures: the console line.
+pub fn figures_line(run: &v1::Run, figures: &v1::Figures) -> String {
+    let v1::Figures { step, loss, lr, grad_norm, images_per_second, data_wait, .. } = *figures;
+    let mut text = format!("step {}/{}", grouped(step), grouped(run.total_steps));
+    if run.steps_per_epoch > 0 {
+        let epochs = |steps: u64| steps as f64 / run.steps_per_epoch as f64;
+        write_all(&mut text, format_args!(" ep {:.2}/{:.0}", epochs(step), epochs(run.total_steps)));
+    }
+    write_all(
+        &mut text,
+        format_args!(
+            " loss {loss:.4} lr {lr:.1e} gnorm {grad_norm:.2} img/s {} data {:.1}%",
+            grouped(images_per_second as u64),
+            100.0 * data_wait
+        ),
+    );
+    if let Some(left) = eta(run, figures) {
+        write_all(&mut text, format_args!(" eta {left}"));
+    }
+    if figures.skipped > 0 {
+        write_all(&mut text, format_args!(" skipped {}", figures.skipped));
+    }
+    if figures.redone > 0 {
+        write_all(&mut text, format_args!(" redone {}", figures.redone));
+    }
+    text
+}
+
+fn write_all(text: &mut String, args: std::fmt::Arguments<'_>) {
+    text.write_fmt(args).expect("a string takes everything");
+}
+
+fn eta(run: &v1::Run, figures: &v1::Figures) -> Option<String> {
+    let spec: serde_json::Value = serde_json::from_str(&run.spec).ok()?;
+    let batch = spec["train"]["batch"].as_f64()?;
+    let left = run.total_steps.saturating_sub(figures.step) as f64 * batch;
+    let seconds = left / figures.images_per_second;
+    seconds.is_finite().then(|| short_duration(Duration::from_secs_f64(seconds.min(1e9))))
+}
+
+fn short_duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s}s"),
+        (0, m, s) => format!("{m}m{s:02}s"),
+        (h, m, _) => format!("{h}h{m:02}m"),
+    }
+}
+
+/// Writes a number with commas between groups of three digits.
+pub fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+fn json_line(response: &v1::WatchRunResponse) -> Option<String> {
+    let value = match response.update.as_ref()? {
+        Update::Snapshot(run) => run_json(run),
+        Update::Figures(f) => serde_json::json!({
+            "seq": response.seq, "step": f.step, "loss": f.loss, "lr": f.lr,
+            "grad_norm": f.grad_norm, "images_per_second": f.images_per_second,
+            "data_wait": f.data_wait, "generation": f.generation, "skipped": f.skipped,
+            "redone": f.redone, "digest": f.digest.map(|d| format!("{d:016x}")),
+        }),
+        Update::Event(e) => serde_json::json!({
+            "seq": response.seq, "event": e.kind, "warning": e.warning, "text": e.text,
+            "at_ms": e.at_ms,
+        }),
+    };
+    Some(value.to_string())
+}
+
+/// Describes a run as JSON: what `-o json` prints.
+pub fn run_json(run: &v1::Run) -> serde_json::Value {
+    let workers: Vec<serde_json::Value> = run
+        .workers
+        .iter()
+        .map(|w| {
+            serde_json::json!({
+                "worker": w.worker_id, "rank": w.rank, "slots": w.slots, "state": w.state,
+                "step": w.step, "phase": w.phase, "device": w.device,
+            })
+        })
+        .collect();
+    serde_json::json!({
+        "run": run.run_id, "state": run.state, "why": run.why, "generation": run.generation,
+        "step": run.step, "total_steps": run.total_steps, "checkpoint_step": run.checkpoint_step,
+        "final_digest": run.final_digest.map(|d| format!("{d:016x}")),
+        "exit_code": run.exit_code, "workers": workers,
+        "figures": run.figures.as_ref().map(|f| serde_json::json!({
+            "step": f.step, "loss": f.loss, "lr": f.lr, "images_per_second": f.images_per_second,
+        })),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_console_line() {
+        let run = v1::Run {
+            total_steps: 249_600,
+            steps_per_epoch: 312,
+            spec: r#"{"train":{"batch":4096}}"#.into(),
+            ..Default::default()
+        };
+        let figures = v1::Figures {
+            step: 1240,
+            loss: 0.92134,
+            lr: 2.4e-4,
+            grad_norm: 0.41,
+            images_per_second: 24_310.2,
+            data_wait: 0.012,
+            ..Default::default()
+        };
+        assert_eq!(
+            figures_line(&run, &figures),
+            "step 1,240/249,600 ep 3.97/800 loss 0.9213 lr 2.4e-4 gnorm 0.41 img/s 24,310 data 1.2% \
+             eta 11h37m"
+        );
+    }
+
+    #[test]
+    fn numbers_for_people() {
+        assert_eq!(["0", "999", "1,000", "1,234,567"], [0, 999, 1000, 1_234_567].map(grouped));
+        assert_eq!(short_duration(Duration::from_secs(3725)), "1h02m");
+        assert_eq!(short_duration(Duration::from_secs(65)), "1m05s");
+    }
+}

@@ -1,0 +1,86 @@
+//! `lacuna coordinator`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+use lacuna_control::timing::Timing;
+use lacuna_coordinator::{Options, Service, StartError};
+use lacuna_types::exit;
+use tracing::info;
+
+use crate::{Coded, init_logs, runtime};
+
+/// Settings of the service.
+#[derive(Args, Debug)]
+pub struct CoordinatorArgs {
+    /// Address to listen on; loopback until tokens and TLS exist.
+    #[arg(long, default_value = "127.0.0.1:7070")]
+    listen: SocketAddr,
+
+    /// Folder of the state file.
+    #[arg(long, default_value_os_t = default_state())]
+    state: PathBuf,
+
+    /// Waits as on one machine: changes of the group come at once instead of being gathered.
+    #[arg(long)]
+    local: bool,
+}
+
+fn default_state() -> PathBuf {
+    let home = std::env::var_os("HOME").map_or_else(|| PathBuf::from("."), PathBuf::from);
+    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
+    state.unwrap_or_else(|| home.join(".local/state")).join("lacuna")
+}
+
+/// Serves until a signal.
+pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
+    init_logs("info");
+    let timing = if args.local { Timing::one_machine() } else { Timing::cluster() };
+    runtime()?.block_on(async {
+        let listener = lacuna_coordinator::service::bind(args.listen).await.map_err(coded)?;
+        let options = Options { state: args.state, timing };
+        let service = Service::open(listener, options).await.map_err(coded)?;
+        println!("listening on http://{}", service.addr());
+        let mut signals = StopSignals::new();
+        service.serve(async move { signals.next().await }).await.map_err(coded)?;
+        info!("stopped; runs and workers go on when a coordinator is back");
+        Ok(exit::OK)
+    })
+}
+
+/// Gives a start error its exit code.
+pub fn coded(err: StartError) -> anyhow::Error {
+    let code = match &err {
+        StartError::Exposed { .. } | StartError::Timing(_) => exit::USAGE,
+        StartError::State { .. } | StartError::Store(_) => exit::IO,
+        StartError::Bind { .. } | StartError::InUse { .. } | StartError::Serve(_) => exit::FAILED,
+    };
+    Coded::error(code, lacuna_checkpoint::chain(&err))
+}
+
+/// The signals that stop a command in order.
+pub struct StopSignals {
+    term: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl StopSignals {
+    /// Takes the signals over.
+    pub fn new() -> Self {
+        use tokio::signal::unix::{SignalKind, signal};
+        let install = |kind| signal(kind).expect("the runtime handles signals");
+        StopSignals {
+            term: install(SignalKind::terminate()),
+            interrupt: install(SignalKind::interrupt()),
+        }
+    }
+
+    /// Waits for the next one.
+    pub async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Reading run specs from files, with the data they name.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+use lacuna_api::v1;
+use lacuna_data::Dataset;
+use lacuna_spec::{RunSpec, SpecError, parse_file};
+use lacuna_types::exit;
+
+use crate::Coded;
+
+/// Reads the spec at `path` with `overrides` laid over it; relative paths start from its folder.
+pub fn read(path: &Path, overrides: &[String]) -> anyhow::Result<RunSpec> {
+    let read = |path: &Path| std::fs::read_to_string(path);
+    let loaded = match parse_file(path, overrides, &read) {
+        Ok(loaded) => loaded,
+        Err(SpecError::Invalid(problems)) => {
+            let n = problems.count();
+            let plural = if n == 1 { "problem" } else { "problems" };
+            let text = format!("{n} {plural} in {}:\n{problems}", path.display());
+            return Err(Coded::error(exit::USAGE, text));
+        }
+        Err(err) => {
+            return Err(Coded::error(exit::USAGE, lacuna_checkpoint::chain(&err)));
+        }
+    };
+    let mut spec = loaded.spec;
+    let here = std::env::current_dir().context("find the current folder")?;
+    spec.resolve_paths(&here);
+    Ok(spec)
+}
+
+/// Opens the spec's data, pins what depends on it, and makes the request that creates the run.
+pub fn request(spec: &mut RunSpec, resume: bool) -> anyhow::Result<v1::CreateRunRequest> {
+    let path = Path::new(&spec.data.shards);
+    let dataset = Dataset::open(path).map_err(|err| {
+        let why = lacuna_checkpoint::chain(&err);
+        Coded::error(exit::IO, format!("failed to open data set `{}`: {why}", path.display()))
+    })?;
+    let n_samples = dataset.n_samples();
+    spec.pin(n_samples, dataset.index().n_chunks());
+    spec.resolve(n_samples).map_err(|err| Coded::error(exit::USAGE, err.to_string()))?;
+    let fingerprint = dataset.fingerprint().to_string();
+    Ok(v1::CreateRunRequest { spec: spec.to_json().to_string(), resume, n_samples, fingerprint })
+}

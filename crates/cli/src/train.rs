@@ -1,0 +1,254 @@
+//! `lacuna train`: coordinator, agent and trainers on one machine, in one command.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use lacuna_api::client::Client;
+use lacuna_api::v1;
+use lacuna_control::timing::Timing;
+use lacuna_coordinator::{Options, Service};
+use lacuna_spec::{RunSpec, Workers};
+use lacuna_types::{BuildId, exit};
+use tokio::process::{Child, Command};
+
+use crate::progress::{Progress, ProgressMode};
+use crate::serve::coded;
+use crate::{Coded, init_logs, runtime, spec};
+
+/// `lacuna train`.
+#[derive(Args, Debug)]
+pub struct TrainArgs {
+    /// The run specification.
+    file: PathBuf,
+    /// Set a key of the specification, `train.seed=3`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Trainers on this machine; by default one per core, within `elastic.workers`.
+    #[arg(long)]
+    workers: Option<u32>,
+    /// How progress is shown.
+    #[arg(long, value_enum, default_value = "auto")]
+    progress: ProgressMode,
+    /// Show the logs of coordinator and workers instead of writing them to files.
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+/// How long the workers get to end after the run has.
+const AGENT_DEADLINE: Duration = Duration::from_secs(30);
+/// Deadline of calls to the coordinator in this process.
+const CALL_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Trains until the run ends or Ctrl-C stops it; the same command goes on later.
+pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
+    init_logs(if args.verbose { "info" } else { "error" });
+    let mut spec = spec::read(&args.file, &args.overrides)?;
+    let n = choose_workers(&args, &spec)?;
+    spec.elastic.workers = Workers { min: n, max: n };
+    let request = spec::request(&mut spec, true)?;
+    let worker = find_worker()?;
+    let place = Path::new(&spec.checkpoint.to).join(&spec.name);
+    std::fs::create_dir_all(place.join("logs"))
+        .with_context(|| format!("create `{}`", place.display()))?;
+    runtime()?.block_on(async {
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let listener = lacuna_coordinator::service::bind(addr).await.map_err(coded)?;
+        let options = Options { state: place.join("coordinator"), timing: Timing::one_machine() };
+        let service = Service::open(listener, options).await.map_err(coded)?;
+        let url = format!("http://{}", service.addr());
+        let mut serving = tokio::spawn(service.serve(std::future::pending()));
+        let session = Training { args: &args, url, worker, place, n };
+        tokio::select! {
+            ended = session.run(request) => ended,
+            served = &mut serving => match served {
+                Ok(Err(err)) => Err(coded(err)),
+                _ => Err(Coded::error(exit::INTERNAL, "the coordinator ended by itself")),
+            },
+        }
+    })
+}
+
+/// One trainer a core unless told otherwise, within what the spec allows.
+fn choose_workers(args: &TrainArgs, spec: &RunSpec) -> anyhow::Result<u32> {
+    let Workers { min, max } = spec.elastic.workers;
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let n = args.workers.unwrap_or(cores.clamp(min, max)).min(spec.n_slots());
+    if n == 0 {
+        return Err(Coded::error(exit::USAGE, "`--workers` must be at least 1"));
+    }
+    if args.workers.is_some_and(|asked| asked > n) {
+        let text = format!("a step has {n} slots, so more than {n} workers cannot help");
+        return Err(Coded::error(exit::USAGE, format!("{text}; lower `train.slot_batch`")));
+    }
+    Ok(n)
+}
+
+/// Finds `lacuna-worker` and checks that it runs and is this build.
+fn find_worker() -> anyhow::Result<PathBuf> {
+    let unfit = |text: String| Coded::error(exit::UNFIT, text);
+    let path = locate_worker().ok_or_else(|| {
+        unfit(
+            "`lacuna-worker` was not found: not in LACUNA_WORKER, not beside `lacuna`, not on PATH; \
+             `make setup` builds it"
+                .to_string(),
+        )
+    })?;
+    let output = std::process::Command::new(&path).arg("--version").output();
+    let output = output.map_err(|err| unfit(format!("failed to start `{}`: {err}", path.display())))?;
+    if !output.status.success() {
+        let why = String::from_utf8_lossy(&output.stderr);
+        return Err(unfit(format!(
+            "`{} --version` failed ({}): {}; if a library is missing, run `make setup`",
+            path.display(),
+            output.status,
+            why.trim()
+        )));
+    }
+    let said = String::from_utf8_lossy(&output.stdout);
+    let ours = BuildId::this().to_string();
+    if !said.starts_with(&ours) {
+        let text = format!("`{}` is {}, this is {ours}: install the same build", path.display(), said.trim());
+        return Err(Coded::error(exit::VERSION, text));
+    }
+    Ok(path)
+}
+
+fn locate_worker() -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os("LACUNA_WORKER") {
+        return Some(PathBuf::from(path));
+    }
+    let beside = std::env::current_exe().ok()?.with_file_name("lacuna-worker");
+    if beside.is_file() {
+        return Some(beside);
+    }
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|dir| dir.join("lacuna-worker")).find(|file| file.is_file())
+}
+
+struct Training<'a> {
+    args: &'a TrainArgs,
+    url: String,
+    worker: PathBuf,
+    place: PathBuf,
+    n: u32,
+}
+
+impl Training<'_> {
+    async fn run(&self, request: v1::CreateRunRequest) -> anyhow::Result<u8> {
+        let mut client = Client::connect(&self.url, CALL_DEADLINE).await?;
+        let (run, _) = client.create_run(request).await?;
+        if run.state == "finished" {
+            println!("run {} is finished already, at step {}", run.run_id, run.step);
+            print_end(&run, &self.place);
+            return Ok(exit::OK);
+        }
+        let mut agent = self.start_agent()?;
+        let run = self.follow(&mut client, &run, &mut agent).await?;
+        if tokio::time::timeout(AGENT_DEADLINE, agent.wait()).await.is_err() {
+            eprintln!("workers did not end in time; killing them");
+            agent.kill().await.context("kill the workers")?;
+        }
+        print_end(&run, &self.place);
+        Ok(run.exit_code.and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::INTERNAL))
+    }
+
+    fn start_agent(&self) -> anyhow::Result<Child> {
+        let stderr = if self.args.verbose {
+            Stdio::inherit()
+        } else {
+            let log = self.place.join("logs/workers.log");
+            let file = File::options().create(true).append(true).open(&log);
+            Stdio::from(file.with_context(|| format!("open `{}`", log.display()))?)
+        };
+        Command::new(&self.worker)
+            .args(["--coordinator", &self.url])
+            .args(["--devices", &format!("cpu:{}", self.n)])
+            .args(["--node-name", "local", "--once", "--with-parent"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            // Its own group: Ctrl-C comes here alone, and the run is stopped in order.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("start `{}`", self.worker.display()))
+    }
+
+    /// Shows the run until it ends; the first Ctrl-C stops it at a boundary, the second at once.
+    async fn follow(
+        &self,
+        client: &mut Client,
+        run: &v1::Run,
+        agent: &mut Child,
+    ) -> anyhow::Result<v1::Run> {
+        let mut progress = Progress::new(self.args.progress);
+        let (run, after) = (run.run_id.as_str(), run.last_seq);
+        let mut updates = client.watch_run(run, after).await?;
+        let mut stopping = false;
+        let mut signals = crate::serve::StopSignals::new();
+        let ended = loop {
+            tokio::select! {
+                update = updates.message() => match update.context("follow the run")? {
+                    Some(update) => progress.show(update),
+                    None => break client.get_run(run).await?,
+                },
+                () = signals.next() => {
+                    if stopping {
+                        progress.finish();
+                        return Err(Coded::error(exit::INTERRUPTED, "interrupted twice; workers killed"));
+                    }
+                    stopping = true;
+                    progress.line("  stopping at the next boundary, with a checkpoint; again to stop at once");
+                    client.stop_run(run, "stopped by Ctrl-C").await?;
+                }
+                status = agent.wait() => {
+                    let ended = self.after_agent(client, run, status).await;
+                    progress.finish();
+                    return ended;
+                }
+            }
+            if progress.run().exit_code.is_some() {
+                break client.get_run(run).await?;
+            }
+        };
+        progress.finish();
+        Ok(ended)
+    }
+
+    /// The workers are gone: either the run has just ended, or nothing will go on.
+    async fn after_agent(
+        &self,
+        client: &mut Client,
+        run: &str,
+        status: std::io::Result<std::process::ExitStatus>,
+    ) -> anyhow::Result<v1::Run> {
+        let run = client.get_run(run).await?;
+        if run.exit_code.is_some() {
+            return Ok(run);
+        }
+        let status = status.context("wait for the workers")?;
+        let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::FAILED);
+        let log = self.place.join("logs/workers.log");
+        let text = format!("the workers ended ({status}); their log is `{}`", log.display());
+        Err(Coded::error(code.max(1), text))
+    }
+}
+
+fn print_end(run: &v1::Run, place: &Path) {
+    let saved = run.checkpoint_step.map_or("no checkpoint".to_string(), |step| {
+        format!("checkpoint of step {step} in {}", place.display())
+    });
+    match run.state.as_str() {
+        "finished" => {
+            let digest = run.final_digest.map_or_else(String::new, |d| format!("{d:016x}"));
+            println!("finished at step {}, state digest {digest}; {saved}", run.step);
+        }
+        "stopped" => println!("stopped at step {}; {saved}; run the same command to go on", run.step),
+        state => println!("{state} at step {}: {}; {saved}", run.step, run.why),
+    }
+}
