@@ -1,1 +1,344 @@
-//! Process-level tests: the harness and the fake worker binary.
+//! Real processes under test: a coordinator, agents and their trainers, on this machine.
+//!
+//! Nothing here sleeps: a test waits for what the run's own stream of updates says, with a deadline.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use lacuna_api::client::Client;
+use lacuna_api::v1;
+use lacuna_api::v1::watch_run_response::Update;
+use lacuna_data::pack::{Existing, PackConfig, PackSource, SHARD_BYTES_DEFAULT, pack};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Longest wait for anything in a test: far above what it takes, below a hung build's patience.
+pub const DEADLINE: Duration = Duration::from_secs(90);
+
+/// The binaries under test.
+#[derive(Clone, Debug)]
+pub struct Binaries {
+    /// The command line.
+    pub lacuna: PathBuf,
+    /// The worker.
+    pub worker: PathBuf,
+}
+
+/// A folder with a packed data set and a run spec.
+pub struct Fixture {
+    /// The folder; removed at the end.
+    pub dir: tempfile::TempDir,
+    /// What runs.
+    pub binaries: Binaries,
+}
+
+impl Fixture {
+    /// Packs `n` made-up images of `side` pixels and three channels.
+    pub fn new(binaries: Binaries, n: u64, side: u32) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let source =
+            PackSource::Synthetic { n, height: side, width: side, channels: 3, seed: 7 };
+        let config = PackConfig {
+            name: "made-up".into(),
+            shard_bytes: SHARD_BYTES_DEFAULT,
+            existing: Existing::Refuse,
+        };
+        pack(&source, &dir.path().join("data"), &config, &mut |_| {}).expect("packing works");
+        Fixture { dir, binaries }
+    }
+
+    /// Returns a path in the folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes a run spec of the micro model under `name`; `extra` replaces or adds lines of sections.
+    pub fn spec(&self, name: &str, steps: u64, extra: &[(&str, &str)]) -> PathBuf {
+        let mut keys: BTreeMap<&str, String> = BTreeMap::from([
+            ("data.shards", "\"data\"".to_string()),
+            ("data.threads", "1".to_string()),
+            ("data.mean", "[0.5, 0.5, 0.5]".to_string()),
+            ("data.std", "[0.25, 0.25, 0.25]".to_string()),
+            ("train.duration", format!("\"{steps}step\"")),
+            ("train.batch", "32".to_string()),
+            ("train.slot_batch", "4".to_string()),
+            ("train.digest_every", "10".to_string()),
+            ("optim.base_lr", "0.01".to_string()),
+            ("optim.warmup", "\"10step\"".to_string()),
+            ("elastic.workers", "\"1:3\"".to_string()),
+            ("checkpoint.to", "\"ckpt\"".to_string()),
+            ("checkpoint.every", "[\"25step\"]".to_string()),
+            ("track.every", "\"1step\"".to_string()),
+        ]);
+        for (key, value) in extra {
+            keys.insert(key, (*value).to_string());
+        }
+        let mut text = format!("schema = 1\nname = \"{name}\"\nbase = \"preset:micro\"\n");
+        for (key, value) in keys {
+            text += &format!("{key} = {value}\n");
+        }
+        let path = self.path(&format!("{name}.toml"));
+        std::fs::write(&path, text).expect("the spec is written");
+        path
+    }
+
+    /// Prepares a `lacuna` command in the folder, with the worker under test.
+    pub fn lacuna(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.binaries.lacuna);
+        command
+            .args(args)
+            .current_dir(self.dir.path())
+            .env("LACUNA_WORKER", &self.binaries.worker)
+            .env("LACUNA_FAKE_SLOT_MS", "3")
+            .env_remove("LACUNA_COORDINATOR")
+            .env_remove("RUST_LOG");
+        command
+    }
+
+    /// Runs a `lacuna` command to its end.
+    pub fn run(&self, args: &[&str]) -> Output {
+        self.lacuna(args).stdin(Stdio::null()).output().expect("the command starts")
+    }
+}
+
+/// Returns exit code, stdout and stderr.
+pub fn said(output: &Output) -> (i32, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+/// A process that is killed when dropped.
+pub struct Process(Child);
+
+impl Process {
+    /// Starts a command.
+    pub fn start(command: &mut Command) -> Self {
+        Process(command.spawn().expect("the process starts"))
+    }
+
+    /// Returns the process id.
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        send_signal(self.pid(), signal);
+    }
+
+    /// Waits for the end.
+    pub fn wait(mut self) -> ExitStatus {
+        self.0.wait().expect("the process can be waited for")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Fails only where it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Sends a signal to a process that may have ended.
+pub fn send_signal(pid: u32, signal: Signal) {
+    if let Some(pid) = Pid::from_raw(pid as i32) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// Finds the trainer process of a worker by its command line.
+pub fn trainer_pid(worker: &str, url: &str) -> Option<u32> {
+    for entry in std::fs::read_dir("/proc").ok()?.flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
+        let args: Vec<&[u8]> = line.split(|&b| b == 0).collect();
+        let has = |wanted: &str| args.contains(&wanted.as_bytes());
+        if has("trainer") && has(worker) && has(url) {
+            return Some(pid);
+        }
+    }
+    None
+}
+
+/// A coordinator, its agents, and a client.
+pub struct Cluster<'a> {
+    fixture: &'a Fixture,
+    /// Address of the coordinator.
+    pub url: String,
+    coordinator: Option<Process>,
+    agents: BTreeMap<String, Process>,
+    runtime: tokio::runtime::Runtime,
+    listen: String,
+}
+
+impl<'a> Cluster<'a> {
+    /// Starts a coordinator on a free port.
+    pub fn start(fixture: &'a Fixture) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let mut cluster = Cluster {
+            fixture,
+            url: String::new(),
+            coordinator: None,
+            agents: BTreeMap::new(),
+            runtime: runtime.expect("a runtime"),
+            listen: "127.0.0.1:0".to_string(),
+        };
+        cluster.start_coordinator();
+        cluster
+    }
+
+    /// Starts the coordinator again on the state and port of the one before.
+    pub fn start_coordinator(&mut self) {
+        let state = self.fixture.path("state");
+        let mut command = self.fixture.lacuna(&["coordinator", "--local", "--listen", &self.listen]);
+        command.arg("--state").arg(state).stdout(Stdio::piped()).stderr(self.log("coordinator"));
+        let mut process = Process::start(&mut command);
+        let stdout = process.0.stdout.take().expect("stdout is a pipe");
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line).expect("the coordinator says its address");
+        let url = line.trim().strip_prefix("listening on ").expect("its address").to_string();
+        self.listen = url.trim_start_matches("http://").to_string();
+        self.url = url;
+        self.coordinator = Some(process);
+    }
+
+    /// Kills the coordinator with SIGKILL.
+    pub fn kill_coordinator(&mut self) {
+        self.coordinator = None;
+    }
+
+    fn log(&self, name: &str) -> Stdio {
+        let path = self.fixture.path(&format!("{name}.log"));
+        let file = std::fs::File::options().create(true).append(true).open(path);
+        file.expect("a log file").into()
+    }
+
+    /// Starts an agent called `node` with `n` trainers.
+    pub fn add(&mut self, node: &str, n: usize) {
+        let mut command = Command::new(&self.fixture.binaries.worker);
+        command
+            .args(["--coordinator", &self.url, "--node-name", node])
+            .args(["--devices", &format!("cpu:{n}")])
+            .env("LACUNA_FAKE_SLOT_MS", "3")
+            .stdin(Stdio::null())
+            .stderr(self.log(node));
+        self.agents.insert(node.to_string(), Process::start(&mut command));
+    }
+
+    /// Takes an agent over, to signal it or wait for it.
+    pub fn take(&mut self, node: &str) -> Process {
+        self.agents.remove(node).expect("the agent was started")
+    }
+
+    /// Submits a spec and returns the run's name.
+    pub fn submit(&self, spec: &Path) -> String {
+        let path = spec.to_str().expect("a path in UTF-8");
+        let output = self.fixture.run(&["submit", path, "--coordinator", &self.url]);
+        let (code, out, err) = said(&output);
+        assert_eq!(code, 0, "{out}{err}");
+        spec.file_stem().expect("a file").to_string_lossy().into_owned()
+    }
+
+    /// Returns what the coordinator says of a run.
+    pub fn status(&self, run: &str) -> v1::Run {
+        self.runtime.block_on(async {
+            let mut client = Client::connect(&self.url, DEADLINE).await.expect("a coordinator");
+            client.get_run(run).await.expect("the run is there")
+        })
+    }
+
+    /// Follows a run until `done` says so of what was seen so far.
+    pub fn wait(&self, run: &str, what: &str, done: impl Fn(&Seen) -> bool) -> Seen {
+        let started = Instant::now();
+        let mut seen = Seen::default();
+        let follow = async {
+            loop {
+                if let Ok(mut client) = Client::connect(&self.url, DEADLINE).await
+                    && let Ok(mut updates) = client.watch_run(run, seen.seq).await
+                {
+                    while let Ok(Some(update)) = updates.message().await {
+                        seen.take(update);
+                        if done(&seen) {
+                            return;
+                        }
+                    }
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        let in_time = self.runtime.block_on(async { tokio::time::timeout(DEADLINE, follow).await });
+        if in_time.is_err() {
+            let logs = self.logs();
+            panic!("{what}: not within {:?}\n{}\n{logs}", started.elapsed(), seen.text());
+        }
+        seen
+    }
+
+    /// Waits until a run has ended.
+    pub fn wait_end(&self, run: &str) -> Seen {
+        self.wait(run, "the run ends", |seen| seen.run.exit_code.is_some())
+    }
+
+    /// Returns the process id of a trainer.
+    pub fn pid(&self, worker: &str) -> u32 {
+        trainer_pid(worker, &self.url).unwrap_or_else(|| panic!("no trainer {worker}"))
+    }
+
+    fn logs(&self) -> String {
+        let mut out = String::new();
+        for name in self.agents.keys().map(String::as_str).chain(["coordinator"]) {
+            let path = self.fixture.path(&format!("{name}.log"));
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            let from = text.len().saturating_sub(6000);
+            out += &format!("--- {name}\n{}\n", text.get(from..).unwrap_or(&text));
+        }
+        out
+    }
+}
+
+/// What a run's updates have said so far.
+#[derive(Default)]
+pub struct Seen {
+    /// Newest snapshot.
+    pub run: v1::Run,
+    /// Figures by step.
+    pub figures: BTreeMap<u64, v1::Figures>,
+    /// Events in order.
+    pub events: Vec<v1::RunEvent>,
+    seq: u64,
+}
+
+impl Seen {
+    fn take(&mut self, response: v1::WatchRunResponse) {
+        self.seq = self.seq.max(response.seq);
+        match response.update {
+            Some(Update::Snapshot(run)) => self.run = run,
+            Some(Update::Figures(figures)) => {
+                self.figures.insert(figures.step, figures);
+            }
+            Some(Update::Event(event)) => self.events.push(event),
+            None => {}
+        }
+    }
+
+    /// Returns the newest step with figures.
+    pub fn step(&self) -> u64 {
+        self.figures.keys().next_back().copied().unwrap_or(0)
+    }
+
+    /// Returns how many events of a kind there were.
+    pub fn count(&self, kind: &str) -> usize {
+        self.events.iter().filter(|event| event.kind == kind).count()
+    }
+
+    /// Returns the events as text.
+    pub fn text(&self) -> String {
+        let lines: Vec<String> =
+            self.events.iter().map(|e| format!("{}: {}", e.kind, e.text)).collect();
+        format!("step {}, {}\n{}", self.step(), self.run.state, lines.join("\n"))
+    }
+}

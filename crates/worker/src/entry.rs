@@ -5,30 +5,36 @@ use std::sync::Arc;
 
 use clap::Parser as _;
 use lacuna_types::{BuildId, exit};
-use tracing::error;
 
 use crate::agent;
 use crate::args::{Command, WorkerArgs};
 use crate::engine::Backend;
 use crate::trainer;
 
-/// Runs the process: an agent, or one of its trainers.
+/// Parses the command line and runs the process: an agent, or one of its trainers.
 pub fn run(backend: impl Backend) -> ExitCode {
-    let args = WorkerArgs::parse();
+    dispatch(WorkerArgs::parse(), backend)
+}
+
+/// Runs what `args` say; for binaries whose command line has more to it.
+pub fn dispatch(args: WorkerArgs, backend: impl Backend) -> ExitCode {
     init_logs();
     if args.version {
         println!("{}, {}", BuildId::this(), backend.library());
         return ExitCode::SUCCESS;
     }
     let backend: Arc<dyn Backend> = Arc::new(backend);
-    let result = match args.command {
+    finish(match args.command {
         Some(Command::Trainer(args)) => trainer::run(args, backend),
         None => agent::run(args.agent, backend),
-    };
+    })
+}
+
+/// Turns the end of a command into the process's: prints an error once, with its causes.
+pub fn finish(result: anyhow::Result<u8>) -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(err) => {
-            error!("{err:#}");
             eprintln!("error: {err:#}");
             ExitCode::from(exit_code(&err))
         }

@@ -1,0 +1,48 @@
+//! Binary `lacuna-worker`: agent and trainer on libtorch, and what needs the model besides training.
+
+mod backend;
+mod commands;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use lacuna_worker::args::{AgentArgs, Command as WorkerCommand, WorkerArgs};
+use lacuna_worker::entry::{dispatch, finish, init_logs};
+
+use crate::backend::TorchBackend;
+
+/// Joins a coordinator and computes for whatever run needs workers.
+#[derive(Debug, Parser)]
+#[command(name = "lacuna-worker", disable_version_flag = true)]
+struct Args {
+    /// Print version and library, then exit.
+    #[arg(long, short = 'V')]
+    version: bool,
+    /// What to run; without one, an agent.
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    agent: AgentArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    #[command(flatten)]
+    Worker(WorkerCommand),
+    /// Draw what the model of a checkpoint makes of masked images.
+    Reconstruct(commands::ReconstructArgs),
+}
+
+fn main() -> ExitCode {
+    let Args { version, command, agent } = Args::parse();
+    match command {
+        Some(Command::Reconstruct(args)) => {
+            init_logs();
+            finish(commands::reconstruct(&args))
+        }
+        Some(Command::Worker(command)) => {
+            dispatch(WorkerArgs { version, command: Some(command), agent }, TorchBackend)
+        }
+        None => dispatch(WorkerArgs { version, command: None, agent }, TorchBackend),
+    }
+}

@@ -1,0 +1,172 @@
+//! The product's claim on real processes: the same bits, whoever computed what.
+
+use lacuna_tests::{Cluster, Fixture, said, send_signal};
+use rustix::process::Signal;
+
+use crate::fixture;
+
+const STEPS: u64 = 120;
+
+/// The digest of an undisturbed run with `n` workers.
+fn undisturbed(fixture: &Fixture, n: usize) -> u64 {
+    let mut cluster = Cluster::start(fixture);
+    let workers = format!("\"{n}:{n}\"");
+    let spec = fixture.spec(&format!("quiet-{n}"), STEPS, &[("elastic.workers", &workers)]);
+    let run = cluster.submit(&spec);
+    cluster.add("a", n);
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    assert_eq!(seen.run.step, STEPS);
+    assert_eq!(seen.run.checkpoint_step, Some(STEPS));
+    assert_eq!(seen.count("formed"), 1, "one generation: {}", seen.text());
+    assert_eq!(seen.figures.len() as u64, STEPS, "every step was reported once");
+    seen.run.final_digest.expect("a finished run has a digest")
+}
+
+#[test]
+fn one_two_and_three_workers_give_the_same_bits() {
+    let fixture = fixture();
+    let one = undisturbed(&fixture, 1);
+    assert_eq!(undisturbed(&fixture, 2), one);
+    assert_eq!(undisturbed(&fixture, 3), one);
+}
+
+#[test]
+fn a_sigkill_and_a_joiner_change_no_bit_and_restart_no_survivor() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, 1);
+    let mut cluster = Cluster::start(&fixture);
+    let run = cluster.submit(&fixture.spec("killed", STEPS, &[("elastic.workers", "\"2:3\"")]));
+    for node in ["a", "b", "c"] {
+        cluster.add(node, 1);
+    }
+    // Any step will do; this one differs from run to run.
+    let at = 15 + u64::from(std::process::id()) % 50;
+    cluster.wait(&run, "some steps", |seen| seen.step() >= at && seen.run.workers.len() == 3);
+    let survivors = [cluster.pid("a:cpu0"), cluster.pid("c:cpu0")];
+    send_signal(cluster.pid("b:cpu0"), Signal::KILL);
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
+    assert_eq!(seen.count("lost"), 1, "{}", seen.text());
+    let healed = seen.events.iter().any(|e| e.text.contains("b:cpu0 healed from"));
+    assert!(healed, "its replacement joined and was healed by a peer: {}", seen.text());
+    let lives = |pid: u32| seen.events.iter().all(|e| !e.text.contains(&pid.to_string()));
+    assert!(survivors.iter().all(|&pid| lives(pid)));
+    for (worker, pid) in ["a:cpu0", "c:cpu0"].iter().zip(survivors) {
+        let lost = format!("worker {worker} lost");
+        assert!(!seen.text().contains(&lost), "{worker} ({pid}) survived: {}", seen.text());
+    }
+}
+
+#[test]
+fn a_stopped_process_is_evicted_and_its_return_changes_no_bit() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, 2);
+    let mut cluster = Cluster::start(&fixture);
+    let spec = fixture.spec("stopped", STEPS, &[("elastic.workers", "\"1:2\"")]);
+    let run = cluster.submit(&spec);
+    cluster.add("a", 1);
+    cluster.add("b", 1);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 20 && seen.run.workers.len() == 2);
+    let pid = cluster.pid("b:cpu0");
+    send_signal(pid, Signal::STOP);
+    let seen = cluster.wait(&run, "the lease runs out", |seen| seen.count("lost") == 1);
+    assert!(seen.text().contains("no beat for 3."), "{}", seen.text());
+    send_signal(pid, Signal::CONT);
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
+}
+
+#[test]
+fn a_killed_coordinator_comes_back_and_the_run_goes_on() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, 2);
+    let mut cluster = Cluster::start(&fixture);
+    let spec = fixture.spec("headless", STEPS, &[("elastic.workers", "\"2:2\"")]);
+    let run = cluster.submit(&spec);
+    cluster.add("a", 2);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 30);
+    let pids = [cluster.pid("a:cpu0"), cluster.pid("a:cpu1")];
+    cluster.kill_coordinator();
+    cluster.start_coordinator();
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
+    assert!(seen.run.step == STEPS && pids[0] != pids[1]);
+    let from = seen.events.iter().filter(|e| e.kind == "formed").next_back().expect("formed");
+    assert!(from.text.contains("state in memory"), "nothing was read from disk: {}", from.text);
+}
+
+#[test]
+fn a_drained_worker_leaves_with_its_code_and_changes_no_bit() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, 1);
+    let mut cluster = Cluster::start(&fixture);
+    let spec = fixture.spec("drained", STEPS, &[("elastic.workers", "\"1:2\"")]);
+    let run = cluster.submit(&spec);
+    cluster.add("a", 1);
+    cluster.add("b", 1);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 20 && seen.run.workers.len() == 2);
+    let agent = cluster.take("b");
+    agent.signal(Signal::TERM);
+    assert_eq!(agent.wait().code(), Some(75));
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
+    assert_eq!(seen.count("lost"), 0, "{}", seen.text());
+}
+
+/// `lacuna train`: Ctrl-C at any step, then on with another number of workers.
+#[test]
+fn stop_and_resume_with_other_workers_give_the_bits_of_an_undisturbed_run() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, 1);
+    let spec = fixture.spec("resumed", STEPS, &[]);
+    let spec = spec.to_str().unwrap();
+    let train = |workers: &str| {
+        fixture.lacuna(&["train", spec, "--workers", workers, "--progress", "json"])
+    };
+    for (workers, stop_at) in [("2", 20), ("1", 55), ("3", 80)] {
+        let output = stop_train_at(train(workers), stop_at);
+        let (code, out, err) = said(&output);
+        assert_eq!(code, 75, "{out}{err}");
+        assert!(out.contains("stopped at step"), "{out}{err}");
+    }
+    let output = train("2").output().unwrap();
+    let (code, out, err) = said(&output);
+    assert_eq!(code, 0, "{out}{err}");
+    let digest = format!("state digest {want:016x}");
+    assert!(out.contains(&digest), "{digest} in {out}");
+
+    let again = train("1").output().unwrap();
+    let (code, out, _) = said(&again);
+    assert_eq!(code, 0);
+    assert!(out.contains("is finished already"), "{out}");
+
+    let listed = fixture.run(&["ckpt", "ls", spec]);
+    let (code, out, err) = said(&listed);
+    assert_eq!(code, 0, "{err}");
+    assert!(out.contains(&STEPS.to_string()), "{out}");
+}
+
+/// Starts `lacuna train --progress json`, sends SIGINT once step `stop_at` is reported, and returns its
+/// end.
+fn stop_train_at(mut command: std::process::Command, stop_at: u64) -> std::process::Output {
+    use std::io::{BufRead as _, BufReader};
+    use std::process::Stdio;
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut text = String::new();
+    let mut sent = false;
+    while let Some(Ok(line)) = lines.next() {
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+        let step = value["step"].as_u64().filter(|_| value["loss"].is_number()).unwrap_or(0);
+        if !sent && step >= stop_at {
+            send_signal(child.id(), Signal::INT);
+            sent = true;
+        }
+        text += &(line + "\n");
+    }
+    let mut output = child.wait_with_output().unwrap();
+    output.stdout = text.into_bytes();
+    output
+}

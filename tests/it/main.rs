@@ -1,0 +1,14 @@
+//! Real processes: the claim, faults, restarts, and bad input.
+
+mod bad_input;
+mod claim;
+
+use lacuna_tests::{Binaries, Fixture};
+
+fn fixture() -> Fixture {
+    let binaries = Binaries {
+        lacuna: env!("CARGO_BIN_EXE_lacuna-under-test").into(),
+        worker: env!("CARGO_BIN_EXE_lacuna-fake-worker").into(),
+    };
+    Fixture::new(binaries, 256, 8)
+}
