@@ -1,0 +1,201 @@
+//! `lacuna ckpt export`: parameters for other libraries, and how they load them.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use lacuna_checkpoint::export::{
+    ExportDtype, ExportError, ExportLayout, ExportOptions, Exported, export,
+};
+use lacuna_recipe::model::ModelConfig;
+use lacuna_types::exit;
+
+use super::{pick, run_dir, stored_spec};
+use crate::data::talk::{count, io, put, usage};
+
+/// `lacuna ckpt export`.
+#[derive(Args, Debug)]
+pub struct ExportArgs {
+    /// The run: its spec file, or its folder (checkpoint.to/NAME).
+    run: PathBuf,
+    /// For which library.
+    #[arg(long, value_enum)]
+    layout: Layout,
+    /// Step of the checkpoint [default: the newest usable one].
+    #[arg(long)]
+    step: Option<u64>,
+    /// Leave the decoder out; with `timm` it always is.
+    #[arg(long)]
+    encoder_only: bool,
+    /// Element type of the tensors.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+    /// Folder that gets the files; for `mae` and `timm` also a name that ends in .safetensors.
+    #[arg(long, value_name = "DIR")]
+    to: PathBuf,
+    /// Write over an earlier export.
+    #[arg(long)]
+    force: bool,
+}
+
+/// Layouts of exported files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Layout {
+    /// One file under the reference's names, decoder and position tables included.
+    Mae,
+    /// One file with the encoder, for timm's vision transformers.
+    Timm,
+    /// A folder for transformers' ViTMAE classes.
+    Hf,
+}
+
+/// Element types of exported tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Dtype {
+    /// As trained.
+    F32,
+    /// Rounded.
+    Bf16,
+}
+
+/// Exports a checkpoint.
+pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
+    let (layout, file) = match (args.layout, args.encoder_only) {
+        (Layout::Mae, false) => (ExportLayout::Mae, Some("mae.safetensors")),
+        // The encoder's tensors have the same names for both libraries.
+        (Layout::Mae, true) => (ExportLayout::Timm, Some("mae-encoder.safetensors")),
+        (Layout::Timm, _) => (ExportLayout::Timm, Some("timm.safetensors")),
+        (Layout::Hf, false) => (ExportLayout::Hf, None),
+        (Layout::Hf, true) => {
+            return Err(usage(
+                "the layout `hf` holds the whole model: ViTMAEModel.from_pretrained takes the \
+                 encoder from it, so leave --encoder-only out",
+            ));
+        }
+    };
+    let out = target(&args.to, file)?;
+    let written = if file.is_some() { out.clone() } else { out.join("model.safetensors") };
+    if !args.force && (written.exists() || (file.is_none() && out.join("config.json").exists())) {
+        let shown = out.display();
+        return Err(usage(format!("`{shown}` holds an export: write over it with --force")));
+    }
+    let dir = run_dir(&args.run)?;
+    let manifest = pick(&dir, args.step)?;
+    let spec = stored_spec(&manifest)?;
+    let options = ExportOptions {
+        layout,
+        dtype: match args.dtype {
+            Dtype::F32 => ExportDtype::F32,
+            Dtype::Bf16 => ExportDtype::Bf16,
+        },
+        image_mean: spec.data.mean.clone(),
+        image_std: spec.data.std.clone(),
+    };
+    let exported = export(&dir, &manifest, &spec.model, &options, &out);
+    let exported = exported.map_err(|error| match error {
+        ExportError::NotSquare { .. } => usage(error.to_string()),
+        _ => io(&error),
+    })?;
+    put(&report(&exported, manifest.step, &load_hint(args.layout, &spec.model, &out)))?;
+    Ok(exit::OK)
+}
+
+/// Returns the file or folder that an export makes.
+fn target(to: &Path, file: Option<&str>) -> anyhow::Result<PathBuf> {
+    let is_weights = to.extension().is_some_and(|suffix| suffix == "safetensors");
+    match file {
+        None if is_weights => Err(usage(format!("`{}` must be a folder", to.display()))),
+        Some(_) if is_weights => Ok(to.to_path_buf()),
+        Some(name) => Ok(to.join(name)),
+        None => Ok(to.to_path_buf()),
+    }
+}
+
+fn report(exported: &Exported, step: u64, hint: &str) -> String {
+    let Exported { files, n_tensors, digest } = exported;
+    let files: String = files.iter().map(|file| format!("{}\n", file.display())).collect();
+    let tensors = count(*n_tensors as u64, "tensor");
+    format!("{files}step {step}: {tensors}, weights {digest}\n\nto load it in Python:\n{hint}")
+}
+
+/// Tells how a library loads the export.
+fn load_hint(layout: Layout, model: &ModelConfig, out: &Path) -> String {
+    let path = format!("{:?}", out.display().to_string());
+    let load = format!("load_state_dict(safetensors.torch.load_file({path}))");
+    match layout {
+        Layout::Hf => format!(
+            "  from transformers import ViTMAEForPreTraining, ViTMAEModel\n  \
+             model = ViTMAEForPreTraining.from_pretrained({path})\n"
+        ),
+        Layout::Timm => {
+            format!("  import safetensors.torch, timm\n  model = {}\n  model.{load}\n", timm(model))
+        }
+        Layout::Mae => {
+            let [height, width] = model.img_size;
+            let img_size =
+                if height == width { height.to_string() } else { format!("({height}, {width})") };
+            format!(
+                "  import safetensors.torch\n  \
+                 # model: MaskedAutoencoderViT(img_size={img_size}, patch_size={}, in_chans={}, \
+                 embed_dim={}, depth={}, num_heads={}, decoder_embed_dim={}, decoder_depth={}, \
+                 decoder_num_heads={})\n  \
+                 model.{load}\n",
+                model.patch_size,
+                model.channels,
+                model.width,
+                model.depth,
+                model.heads,
+                model.decoder_width,
+                model.decoder_depth,
+                model.decoder_heads,
+            )
+        }
+    }
+}
+
+/// Returns the expression that builds the encoder: a named model where timm has one of these sizes.
+fn timm(model: &ModelConfig) -> String {
+    let known = [
+        ("base", "vit_base_patch16_224.mae"),
+        ("large", "vit_large_patch16_224.mae"),
+        ("huge", "vit_huge_patch14_224.mae"),
+    ];
+    let encoder = |m: &ModelConfig| {
+        (m.img_size, m.patch_size, m.channels, m.width, m.depth, m.heads, m.mlp_ratio)
+    };
+    let is_same =
+        |name: &str| ModelConfig::preset(name).is_some_and(|m| encoder(&m) == encoder(model));
+    if let Some((_, name)) = known.iter().find(|(preset, _)| is_same(preset)) {
+        return format!("timm.create_model({name:?}, pretrained=False)");
+    }
+    let [height, width] = model.img_size;
+    format!(
+        "timm.models.vision_transformer.VisionTransformer(img_size=({height}, {width}), \
+         patch_size={}, in_chans={}, embed_dim={}, depth={}, num_heads={}, mlp_ratio={}, \
+         num_classes=0)",
+        model.patch_size, model.channels, model.width, model.depth, model.heads, model.mlp_ratio
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_encoders_have_their_name() {
+        let base = ModelConfig::preset("base").unwrap();
+        assert!(timm(&base).contains("vit_base_patch16_224.mae"));
+        let other_decoder = ModelConfig { decoder_depth: 2, ..base };
+        assert!(timm(&other_decoder).contains("vit_base_patch16_224.mae"));
+        let demo = ModelConfig::preset("demo").unwrap();
+        assert!(timm(&demo).contains("embed_dim=192, depth=6, num_heads=3"));
+    }
+
+    #[test]
+    fn names_of_exports() {
+        let name = |to: &str, file| target(Path::new(to), file).unwrap();
+        assert_eq!(name("out", Some("mae.safetensors")), Path::new("out/mae.safetensors"));
+        assert_eq!(name("a.safetensors", Some("mae.safetensors")), Path::new("a.safetensors"));
+        assert_eq!(name("out", None), Path::new("out"));
+        assert!(target(Path::new("a.safetensors"), None).is_err());
+    }
+}

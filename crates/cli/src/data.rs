@@ -1,0 +1,439 @@
+//! `lacuna data …`: make data sets, check them, look at them.
+
+mod bench;
+mod look;
+pub(crate) mod talk;
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use clap::{Args, Subcommand, ValueEnum};
+use lacuna_data::pack::{
+    Existing, PackConfig, PackError, PackOutcome, PackReport, PackSource, SHARD_BYTES_DEFAULT, pack,
+};
+use lacuna_data::synthetic::{N_CLASSES, SyntheticSpec};
+use lacuna_data::verify::verify;
+use lacuna_data::wds::build_index;
+use lacuna_data::{Dataset, ImageShape, SkipList};
+use lacuna_spec::units::parse_bytes;
+use lacuna_types::exit;
+use serde_json::json;
+
+use self::bench::BenchArgs;
+use self::look::{OrderArgs, StatsArgs};
+use self::talk::{Meter, count, io, put, put_json, rows, size, usage};
+use crate::client::Output;
+
+/// `lacuna data`.
+#[derive(Args, Debug)]
+pub struct DataArgs {
+    #[command(subcommand)]
+    command: DataCommand,
+}
+
+/// What to do with data.
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Pack a folder of images, or IDX files, into shards with an index.
+    Pack(PackArgs),
+    /// Generate images and pack them: data for machines without any.
+    Synthetic(SyntheticArgs),
+    /// Write the index of a folder of shards.
+    Index(IndexArgs),
+    /// Check every shard and decode every sample once.
+    Verify(VerifyArgs),
+    /// Show sizes, channel statistics and, with a patch size, the losses to beat.
+    Stats(StatsArgs),
+    /// Show which samples the slots of a step hold.
+    ShowOrder(OrderArgs),
+    /// Measure how many images a second this machine decodes.
+    Bench(BenchArgs),
+}
+
+/// `lacuna data pack`.
+#[derive(Args, Debug)]
+pub struct PackArgs {
+    /// A folder of images or of IDX files, an IDX file of images, or one of images and its labels.
+    #[arg(required = true, num_args = 1.., value_name = "SRC")]
+    sources: Vec<PathBuf>,
+    /// Folder that gets shards and index.
+    out: PathBuf,
+    /// What SRC holds.
+    #[arg(long, value_enum, default_value = "auto")]
+    from: Kind,
+    /// IDX file of labels; otherwise found by its name beside the images.
+    #[arg(long, value_name = "FILE")]
+    labels: Option<PathBuf>,
+    /// Which part of SRC: picks IDX files called train… or t10k…/test…, or such a folder.
+    #[arg(long, value_enum)]
+    split: Option<Split>,
+    #[command(flatten)]
+    shards: ShardArgs,
+}
+
+/// How shards are made.
+#[derive(Args, Debug)]
+struct ShardArgs {
+    /// A shard is closed before it would grow beyond this [default: 256MiB].
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    shard_size: Option<u64>,
+    /// Shards are called NAME-000000.tar and on [default: the name of OUT].
+    #[arg(long)]
+    name: Option<String>,
+    /// Remove another data set that is in OUT.
+    #[arg(long)]
+    replace: bool,
+    /// How the result is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+}
+
+/// Kinds of input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// IDX files where there are some, else images.
+    Auto,
+    /// PNG and JPEG images, at any depth; sub-folders may be classes.
+    Folder,
+    /// IDX files, gzipped or not.
+    Idx,
+}
+
+/// Parts of a data set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Split {
+    /// For training.
+    Train,
+    /// For evaluation.
+    Test,
+}
+
+/// `lacuna data synthetic`.
+#[derive(Args, Debug)]
+pub struct SyntheticArgs {
+    /// Folder that gets shards and index.
+    out: PathBuf,
+    /// Number of images.
+    #[arg(long, default_value_t = 4096)]
+    n: u64,
+    /// Height and width of an image.
+    #[arg(long, value_parser = parse_size, default_value = "28x28", value_name = "HxW")]
+    size: [u32; 2],
+    /// 1 (grey) or 3 (colour).
+    #[arg(long, default_value_t = 1)]
+    channels: u32,
+    /// Selects the images.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    shards: ShardArgs,
+}
+
+/// `lacuna data index`.
+#[derive(Args, Debug)]
+pub struct IndexArgs {
+    /// Folder of .tar shards.
+    dir: PathBuf,
+    /// Threads [default: one per core].
+    #[arg(long)]
+    threads: Option<NonZeroUsize>,
+    /// How the result is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+}
+
+/// `lacuna data verify`.
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// Folder of the data set, or its index file.
+    dir: PathBuf,
+    /// Threads [default: one per core].
+    #[arg(long)]
+    threads: Option<NonZeroUsize>,
+    /// How the result is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+}
+
+/// Runs `lacuna data`.
+pub fn data(args: DataArgs) -> anyhow::Result<u8> {
+    match args.command {
+        DataCommand::Pack(args) => {
+            let source = choose_source(&args)?;
+            run_pack(&source, &args.out, &args.shards)
+        }
+        DataCommand::Synthetic(args) => run_synthetic(&args),
+        DataCommand::Index(args) => run_index(&args),
+        DataCommand::Verify(args) => run_verify(&args),
+        DataCommand::Stats(args) => look::stats(&args),
+        DataCommand::ShowOrder(args) => look::show_order(&args),
+        DataCommand::Bench(args) => bench::bench(&args),
+    }
+}
+
+/// Parses `28x28`, or `224` for a square.
+fn parse_size(text: &str) -> Result<[u32; 2], String> {
+    let (height, width) = text.split_once('x').unwrap_or((text, text));
+    match (height.parse(), width.parse()) {
+        (Ok(height), Ok(width)) => Ok([height, width]),
+        _ => Err("is no size, such as 28x28".to_string()),
+    }
+}
+
+/// Makes the shape of images that this build can handle.
+fn shape(size: [u32; 2], channels: u32) -> anyhow::Result<ImageShape> {
+    let [height, width] = size;
+    let shape = ImageShape { height, width, channels };
+    if !shape.is_supported() {
+        return Err(usage(format!(
+            "images of {height}x{width} with {channels} channels: sides must be 1 to {}, \
+             channels 1 or 3",
+            lacuna_data::decode::SHAPE_SIDE_MAX
+        )));
+    }
+    Ok(shape)
+}
+
+fn open(path: &Path) -> anyhow::Result<Dataset> {
+    Dataset::open(path).map_err(|error| io(&error))
+}
+
+fn threads(wanted: Option<NonZeroUsize>) -> usize {
+    let cores = || thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    wanted.unwrap_or_else(cores).get()
+}
+
+/// Finds out what the arguments of `pack` name.
+fn choose_source(args: &PackArgs) -> anyhow::Result<PackSource> {
+    let path = match args.sources.as_slice() {
+        [path] => path,
+        [images, labels] if images.is_file() && labels.is_file() && args.labels.is_none() => {
+            let (images, labels) = (images.clone(), Some(labels.clone()));
+            return Ok(PackSource::Idx { images, labels });
+        }
+        _ => {
+            return Err(usage(
+                "several sources can only be an IDX file of images and its labels; to pack several \
+                 folders as one, put links to them into a folder and pack that",
+            ));
+        }
+    };
+    let path = match args.split {
+        Some(split) => find_split(path, split)?,
+        None => path.clone(),
+    };
+    let source = match args.from {
+        Kind::Folder => PackSource::Folder(path),
+        Kind::Auto | Kind::Idx => PackSource::detect(&path).map_err(pack_error)?,
+    };
+    match (source, &args.labels) {
+        (PackSource::Folder(path), _) if args.from == Kind::Idx => Err(usage(format!(
+            "`{}` holds no IDX file of images (…{IMAGES_PART}, gzipped or not)",
+            path.display()
+        ))),
+        (PackSource::Idx { images, .. }, Some(labels)) => {
+            Ok(PackSource::Idx { images, labels: Some(labels.clone()) })
+        }
+        (PackSource::Folder(path), Some(_)) => Err(usage(format!(
+            "`{}` is a folder of images, whose labels are its sub-folders: --labels goes with IDX \
+             files",
+            path.display()
+        ))),
+        (source, _) => Ok(source),
+    }
+}
+
+/// Part of the name of an IDX file of images.
+const IMAGES_PART: &str = "images-idx3-ubyte";
+
+/// Finds the IDX images or the sub-folder of a split.
+fn find_split(path: &Path, split: Split) -> anyhow::Result<PathBuf> {
+    let names: &[&str] = match split {
+        Split::Train => &["train"],
+        Split::Test => &["t10k", "test", "val"],
+    };
+    let entries = fs::read_dir(path)
+        .map_err(|source| pack_error(PackError::Io { path: path.to_path_buf(), source }))?;
+    let mut entries: Vec<PathBuf> = entries.filter_map(|e| e.ok().map(|e| e.path())).collect();
+    entries.sort();
+    let is_idx = |entry: &&PathBuf, prefix: &str| {
+        let name = entry.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with(prefix) && name.contains(IMAGES_PART) && entry.is_file()
+    };
+    let idx = names.iter().find_map(|prefix| entries.iter().find(|entry| is_idx(entry, prefix)));
+    let folder = names.iter().map(|name| path.join(name)).find(|folder| folder.is_dir());
+    idx.cloned().or(folder).ok_or_else(|| {
+        usage(format!(
+            "`{}` has no split like that: neither an IDX file nor a folder whose name \
+             starts with {}",
+            path.display(),
+            names.join(" or ")
+        ))
+    })
+}
+
+/// Gives an error of packing its exit code: what other arguments would cure is bad usage.
+fn pack_error(error: PackError) -> anyhow::Error {
+    match error {
+        PackError::Config(_) | PackError::OutputExists { .. } => {
+            usage(lacuna_checkpoint::chain(&error))
+        }
+        _ => io(&error),
+    }
+}
+
+/// Names shards after their folder, where its name will do.
+fn default_name(out: &Path) -> String {
+    let full = std::path::absolute(out).unwrap_or_else(|_| out.to_path_buf());
+    let name = full.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
+    let fits = (1..=64).contains(&name.len()) && name.bytes().all(allowed);
+    if fits { name } else { "data".to_string() }
+}
+
+fn run_synthetic(args: &SyntheticArgs) -> anyhow::Result<u8> {
+    let shape = shape(args.size, args.channels)?;
+    let spec = SyntheticSpec { n_images: args.n, shape, seed: args.seed };
+    run_pack(&PackSource::Synthetic(spec), &args.out, &args.shards)
+}
+
+fn run_pack(source: &PackSource, out: &Path, args: &ShardArgs) -> anyhow::Result<u8> {
+    let config = PackConfig {
+        name: args.name.clone().unwrap_or_else(|| default_name(out)),
+        shard_bytes: args.shard_size.unwrap_or(SHARD_BYTES_DEFAULT),
+        existing: if args.replace { Existing::Replace } else { Existing::Refuse },
+    };
+    let mut meter = Meter::new("packed");
+    let report = pack(source, out, &config, &mut |p| meter.update(p)).map_err(pack_error)?;
+    drop(meter);
+    if report.outcome == PackOutcome::AlreadyThere {
+        eprintln!("the same images are packed there already; nothing was done");
+    }
+    tell_skipped(&report.skipped);
+    match args.output {
+        Output::Json => put_json(&pack_json(&report, out))?,
+        Output::Table => put(&rows(&pack_rows(&report, source, out)))?,
+    }
+    Ok(exit::OK)
+}
+
+fn pack_rows(report: &PackReport, source: &PackSource, out: &Path) -> Vec<(&'static str, String)> {
+    let samples = count(report.n_samples, "sample");
+    let shards = count(report.n_shards as u64, "shard");
+    let mut out = vec![
+        ("folder", out.display().to_string()),
+        ("packed", format!("{samples} in {shards}, {}", size(report.bytes))),
+        ("fingerprint", report.fingerprint.to_string()),
+    ];
+    match source {
+        _ if !report.classes.is_empty() => {
+            out.push((
+                "classes",
+                format!("{}: {}", report.classes.len(), report.classes.join(" ")),
+            ));
+        }
+        PackSource::Synthetic(_) => out.push(("classes", N_CLASSES.to_string())),
+        _ => {}
+    }
+    if report.skipped.n > 0 {
+        out.push(("left out", count(report.skipped.n, "image")));
+    }
+    out
+}
+
+fn pack_json(report: &PackReport, out: &Path) -> serde_json::Value {
+    json!({
+        "folder": out, "n_samples": report.n_samples, "n_shards": report.n_shards,
+        "bytes": report.bytes, "fingerprint": report.fingerprint.to_string(),
+        "classes": report.classes, "n_skipped": report.skipped.n,
+        "already_there": report.outcome == PackOutcome::AlreadyThere,
+    })
+}
+
+/// Lists what was left out, on stderr.
+fn tell_skipped(skipped: &SkipList) {
+    for item in &skipped.first {
+        eprintln!("left out: {}: {}", item.place, item.reason);
+    }
+    let more = skipped.n - skipped.first.len() as u64;
+    if more > 0 {
+        eprintln!("left out: and {more} more");
+    }
+}
+
+fn run_index(args: &IndexArgs) -> anyhow::Result<u8> {
+    let mut meter = Meter::new("indexed");
+    let report = build_index(&args.dir, threads(args.threads), &mut |p| meter.update(p));
+    drop(meter);
+    let report = report.map_err(|error| io(&error))?;
+    tell_skipped(&report.skipped);
+    let index = &report.index;
+    let (n_samples, n_shards) = (index.n_samples(), index.shards().len() as u64);
+    match args.output {
+        Output::Json => put_json(&json!({
+            "folder": args.dir, "n_samples": n_samples, "n_shards": n_shards,
+            "fingerprint": index.fingerprint().to_string(), "n_skipped": report.skipped.n,
+        }))?,
+        Output::Table => put(&rows(&[
+            ("folder", args.dir.display().to_string()),
+            ("indexed", format!("{} in {}", count(n_samples, "sample"), count(n_shards, "shard"))),
+            ("fingerprint", index.fingerprint().to_string()),
+        ]))?,
+    }
+    Ok(exit::OK)
+}
+
+fn run_verify(args: &VerifyArgs) -> anyhow::Result<u8> {
+    let dataset = open(&args.dir)?;
+    let mut meter = Meter::new("verified");
+    let report = verify(&dataset, threads(args.threads), &mut |p| meter.update(p));
+    drop(meter);
+    let n_shards = dataset.index().shards().len() as u64;
+    match args.output {
+        Output::Json => {
+            let bad = report.bad.iter().map(|bad| {
+                json!({
+                    "sample": bad.place.sample.0, "shard": bad.place.shard,
+                    "offset": bad.place.offset, "member": bad.place.member, "error": bad.error,
+                })
+            });
+            let shards = report
+                .bad_shards
+                .iter()
+                .map(|(path, error)| json!({ "shard": path, "error": error }));
+            put_json(&json!({
+                "clean": report.is_clean(), "n_samples": report.n_samples, "n_shards": n_shards,
+                "n_bad": report.n_bad, "bad": bad.collect::<Vec<_>>(),
+                "bad_shards": shards.collect::<Vec<_>>(),
+            }))?;
+        }
+        Output::Table => {
+            let mut text = String::new();
+            for (path, error) in &report.bad_shards {
+                text += &format!("shard `{}`: {error}\n", path.display());
+            }
+            for bad in &report.bad {
+                text += &format!("{}\n", bad.error);
+            }
+            let unlisted = report.n_bad - report.bad.len() as u64;
+            if unlisted > 0 {
+                text += &format!("and {} more\n", count(unlisted, "bad sample"));
+            }
+            text += &format!(
+                "{}: {} of {}, {} of {}\n",
+                if report.is_clean() { "sound" } else { "damaged" },
+                count(report.n_bad, "bad sample"),
+                count(report.n_samples, "sample"),
+                count(report.bad_shards.len() as u64, "bad shard"),
+                count(n_shards, "shard"),
+            );
+            put(&text)?;
+        }
+    }
+    Ok(if report.is_clean() { exit::OK } else { exit::IO })
+}
+
+#[cfg(test)]
+mod tests;

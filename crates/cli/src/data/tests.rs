@@ -1,0 +1,70 @@
+use super::*;
+
+#[test]
+fn sizes_are_read() {
+    assert_eq!(parse_size("28x32"), Ok([28, 32]));
+    assert_eq!(parse_size("224"), Ok([224, 224]));
+    assert!(parse_size("28x").is_err() && parse_size("a").is_err() && parse_size("1x2x3").is_err());
+    assert!(shape([8, 8], 2).is_err() && shape([0, 8], 1).is_err() && shape([8, 8], 3).is_ok());
+}
+
+#[test]
+fn shards_are_named_after_their_folder() {
+    assert_eq!(default_name(Path::new("some/train-28")), "train-28");
+    assert_eq!(default_name(Path::new("some/two words")), "data");
+    assert_eq!(default_name(Path::new("/")), "data");
+}
+
+fn args(sources: &[&Path], from: Kind, split: Option<Split>) -> PackArgs {
+    PackArgs {
+        sources: sources.iter().map(|path| path.to_path_buf()).collect(),
+        out: PathBuf::from("out"),
+        from,
+        labels: None,
+        split,
+        shards: ShardArgs { shard_size: None, name: None, replace: false, output: Output::Table },
+    }
+}
+
+#[test]
+fn the_split_picks_the_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    for split in ["train", "t10k"] {
+        for kind in ["images-idx3-ubyte.gz", "labels-idx1-ubyte.gz"] {
+            fs::write(root.join(format!("{split}-{kind}")), "").unwrap();
+        }
+    }
+    let chosen = |split| match choose_source(&args(&[root], Kind::Auto, split)).unwrap() {
+        PackSource::Idx { images, labels } => [images, labels.unwrap()].map(|path| {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            name.split('-').next().unwrap().to_string()
+        }),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(chosen(None), ["train", "train"]);
+    assert_eq!(chosen(Some(Split::Train)), ["train", "train"]);
+    assert_eq!(chosen(Some(Split::Test)), ["t10k", "t10k"]);
+    let pair = [root.join("t10k-images-idx3-ubyte.gz"), root.join("train-labels-idx1-ubyte.gz")];
+    let source = choose_source(&args(&[&pair[0], &pair[1]], Kind::Auto, None)).unwrap();
+    assert!(matches!(source, PackSource::Idx { labels: Some(labels), .. } if labels == pair[1]));
+}
+
+#[test]
+fn folders_of_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    fs::create_dir(root.join("val")).unwrap();
+    let source = choose_source(&args(&[root], Kind::Auto, Some(Split::Test))).unwrap();
+    assert_eq!(source, PackSource::Folder(root.join("val")));
+    for wrong in [
+        args(&[root], Kind::Idx, None),
+        args(&[root], Kind::Auto, Some(Split::Train)),
+        args(&[root, root], Kind::Auto, None),
+        PackArgs { labels: Some(root.join("l")), ..args(&[root], Kind::Auto, None) },
+    ] {
+        let error = choose_source(&wrong).unwrap_err();
+        let coded: &crate::Coded = error.downcast_ref().unwrap();
+        assert_eq!(coded.code, exit::USAGE, "{error}");
+    }
+}

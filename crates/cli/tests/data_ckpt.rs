@@ -1,0 +1,340 @@
+//! The commands on files, run as a person runs them: data sets, plans, checkpoints.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use lacuna_checkpoint::commit::{Context, claim, commit};
+use lacuna_checkpoint::layout::{Attempt, PartId, RunDir};
+use lacuna_checkpoint::manifest::{Loss, RunFacts};
+use lacuna_checkpoint::partition::Partition;
+use lacuna_checkpoint::state::{StateView, digest_state};
+use lacuna_checkpoint::write::{PartInfo, write_part};
+use lacuna_data::Dataset;
+use lacuna_recipe::state::{Counters, Layout};
+use lacuna_types::{AttemptSeq, CoordEpoch, Generation, SampleId, Step};
+use serde_json::Value;
+
+/// A folder to work in, and the command with its output.
+struct Desk(tempfile::TempDir);
+
+impl Desk {
+    fn new() -> Self {
+        Desk(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn output(&self, args: &[&str]) -> Output {
+        let lacuna = env!("CARGO_BIN_EXE_lacuna");
+        Command::new(lacuna).args(args).current_dir(self.0.path()).output().unwrap()
+    }
+
+    /// Runs a command that must end with `code`; returns stdout, and stderr after it.
+    fn run(&self, code: i32, args: &[&str]) -> (String, String) {
+        let output = self.output(args);
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(output.status.code(), Some(code), "lacuna {args:?}\n{out}\n{err}");
+        (out, err)
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let (out, _) = self.run(0, &[args, &["-o", "json"]].concat());
+        serde_json::from_str(&out).unwrap()
+    }
+
+    /// Writes the smallest spec that can be run.
+    fn spec(&self) {
+        let text = "schema = 1\nname = \"tiny\"\nbase = \"preset:micro\"\n\
+                    [data]\nshards = \"d\"\n[checkpoint]\nto = \"runs\"\n";
+        fs::write(self.path("run.toml"), text).unwrap();
+    }
+
+    fn synthetic(&self, n: &str) {
+        let size = ["--size", "8x8", "--channels", "3", "--seed", "3"];
+        let place = ["data", "synthetic", "d", "--n", n, "--shard-size", "20KiB"];
+        self.run(0, &[&place[..], &size[..]].concat());
+    }
+}
+
+/// Inverts one byte of a file.
+fn damage(path: &Path, offset: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[offset] ^= 0xFF;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn data_from_nothing_to_damage() {
+    let desk = Desk::new();
+    desk.synthetic("40");
+    let stats = desk.json(&["data", "stats", "d", "--patch-size", "2"]);
+    assert_eq!((stats["n_samples"].as_u64(), stats["channels"].as_u64()), (Some(40), Some(3)));
+    assert_eq!(stats["size"]["height"], 8);
+    assert!(stats["n_shards"].as_u64().unwrap() > 1, "{stats}");
+    let loss = |key: &str| stats["baselines"][key].as_f64().unwrap();
+    assert!(loss("mean_patch") <= loss("zero") && loss("zero") < 1.0, "{stats}");
+    let (out, _) = desk.run(0, &["data", "stats", "d", "--patch-size", "2"]);
+    assert!(out.contains("predict the mean patch") && out.contains("8x8, png"), "{out}");
+    desk.run(2, &["data", "stats", "d", "--patch-size", "3"]);
+
+    let (out, _) = desk.run(0, &["data", "verify", "d"]);
+    assert!(out.starts_with("sound: 0 bad samples of 40 samples"), "{out}");
+    let dataset = Dataset::open(&desk.path("d")).unwrap();
+    let place = dataset.place(SampleId(7));
+    damage(&place.shard, place.offset as usize + 20);
+    let (out, _) = desk.run(74, &["data", "verify", "d"]);
+    let shard = place.shard.file_name().unwrap().to_str().unwrap();
+    assert!(out.contains("sample 7 (") && out.contains(shard), "{out}");
+    assert!(out.contains("damaged: 1 bad sample of 40 samples, 1 bad shard"), "{out}");
+    desk.run(74, &["data", "verify", "nowhere"]);
+}
+
+#[test]
+fn packing_again_and_over() {
+    let desk = Desk::new();
+    desk.synthetic("20");
+    let before = desk.json(&["data", "index", "d"]);
+    let (_, err) = desk.run(
+        0,
+        &[
+            "data",
+            "synthetic",
+            "d",
+            "--n",
+            "20",
+            "--shard-size",
+            "20KiB",
+            "--size",
+            "8",
+            "--channels",
+            "3",
+            "--seed",
+            "3",
+        ],
+    );
+    assert!(err.contains("nothing was done"), "{err}");
+    let other = ["data", "synthetic", "d", "--n", "21", "--size", "8"];
+    let (_, err) = desk.run(2, &other);
+    assert!(err.contains("another data set"), "{err}");
+    let after = desk.json(&[&other[..], &["--replace"]].concat());
+    assert_eq!(after["n_samples"], 21);
+    assert_ne!(after["fingerprint"], before["fingerprint"]);
+    desk.run(2, &["data", "synthetic", "e", "--n", "1", "--channels", "2"]);
+    desk.run(2, &["data", "synthetic", "e", "--shard-size", "256"]);
+}
+
+#[test]
+fn idx_files_by_split() {
+    let desk = Desk::new();
+    fs::create_dir(desk.path("idx")).unwrap();
+    for (split, n) in [("train", 6u8), ("t10k", 3)] {
+        let mut images: Vec<u8> = vec![0, 0, 8, 3, 0, 0, 0, n, 0, 0, 0, 4, 0, 0, 0, 4];
+        images.extend((0..16 * n).map(|i| i.wrapping_mul(37)));
+        let mut labels: Vec<u8> = vec![0, 0, 8, 1, 0, 0, 0, n];
+        labels.extend(0..n);
+        fs::write(desk.path(&format!("idx/{split}-images-idx3-ubyte")), images).unwrap();
+        fs::write(desk.path(&format!("idx/{split}-labels-idx1-ubyte")), labels).unwrap();
+    }
+    let pack = |split: &str| desk.json(&["data", "pack", "idx", split, "--split", split]);
+    assert_eq!(pack("train")["n_samples"], 6);
+    assert_eq!(pack("test")["n_samples"], 3);
+    let stats = desk.json(&["data", "stats", "test"]);
+    assert_eq!((stats["channels"].as_u64(), stats["n_classes"].as_u64()), (Some(1), Some(3)));
+    let images = "idx/train-images-idx3-ubyte";
+    let wrong = ["data", "pack", images, "x", "--labels", "idx/t10k-labels-idx1-ubyte"];
+    let (_, err) = desk.run(74, &wrong);
+    assert!(err.contains("has 3 labels for 6 images"), "{err}");
+    desk.run(0, &["data", "pack", images, "idx/train-labels-idx1-ubyte", "pair"]);
+}
+
+#[test]
+fn the_order_has_every_sample_once() {
+    let desk = Desk::new();
+    desk.synthetic("40");
+    desk.spec();
+    let mut seen: Vec<u64> = Vec::new();
+    for step in ["2", "3"] {
+        let order = desk.json(&["data", "show-order", "run.toml", "--step", step]);
+        assert_eq!(order["epoch"], 1);
+        let slots = order["slots"].as_array().unwrap();
+        assert_eq!(slots.len(), 8);
+        seen.extend(slots.iter().flat_map(|s| s.as_array().unwrap()).map(|i| i.as_u64().unwrap()));
+    }
+    seen.sort();
+    seen.dedup();
+    assert_eq!(seen.len(), 32);
+    let place = ["data", "show-order", "run.toml", "--epoch", "1", "--step", "1"];
+    let (a, _) = desk.run(0, &place);
+    let (b, _) = desk.run(0, &["data", "show-order", "run.toml", "--step", "3"]);
+    assert_eq!(a, b);
+    desk.run(2, &["data", "show-order", "run.toml", "--epoch", "1", "--step", "2"]);
+}
+
+#[test]
+fn plans_with_and_without_data() {
+    let desk = Desk::new();
+    let (out, _) = desk.run(0, &["init", "--preset", "micro", "--data", "d"]);
+    assert_eq!(out, "run.toml\n");
+    let (_, err) = desk.run(2, &["init"]);
+    assert!(err.contains("`run.toml` exists"), "{err}");
+    let (out, err) = desk.run(0, &["plan", "run.toml", "--workers", "1..3"]);
+    assert!(err.contains("does not exist yet") && out.contains("steps        20"), "{out}{err}");
+    assert_eq!(out.lines().skip_while(|line| !line.starts_with("workers")).count(), 4, "{out}");
+    desk.synthetic("40");
+    let (out, err) = desk.run(0, &["plan", "run.toml"]);
+    assert!(out.contains("40 samples in global order, 2 steps an epoch"), "{out}");
+    assert_eq!(err, "");
+    desk.run(2, &["plan", "run.toml", "--set", "train.batch=64"]);
+    let (out, _) = desk.run(0, &["plan", "run.toml", "--effective"]);
+    assert!(out.contains("shards = \"d\"") && out.contains("run.toml:"), "{out}");
+    let bad = "schema = 1\nname = \"a\"\nbase = \"preset:micro\"\n[data]\nshard = \"d\"\n\
+               [train]\nbatch = \"many\"\n";
+    fs::write(desk.path("bad.toml"), bad).unwrap();
+    let (out, err) = desk.run(2, &["plan", "bad.toml"]);
+    assert_eq!(out, "");
+    assert!(err.contains("bad.toml:5:1: ") && err.contains("bad.toml:7:"), "{err}");
+    desk.run(2, &["plan", "nowhere.toml"]);
+}
+
+/// Commits a checkpoint of the spec's model as training does.
+fn save(desk: &Desk, step: u64, world: u32, salt: f32) {
+    let read = |path: &Path| fs::read_to_string(path);
+    let spec = lacuna_spec::parse_file(&desk.path("run.toml"), &[], &read).unwrap().spec;
+    let dir = RunDir::new(desk.path("runs"), spec.run_id());
+    // Claimed by an earlier save already, perhaps.
+    let _ = claim(&dir, CoordEpoch(1));
+    let layout = Layout::new(spec.model.params());
+    let counters = Counters { step, updates: step, ..Counters::fresh(layout.n_blocks(), 16) };
+    let section = |k: usize| -> Vec<f32> {
+        (0..layout.numel()).map(|i| ((i * 3 + k) as f32 * 0.37).sin() + salt).collect()
+    };
+    let sections = [section(0), section(1), section(2)];
+    let views: [&[f32]; 3] = [&sections[0], &sections[1], &sections[2]];
+    let state = StateView::new(&layout, views, &counters).with_tables(&spec.model);
+    let partition = Partition::new(&layout, world);
+    let attempt = Attempt::new(Generation(1), AttemptSeq(step));
+    let write = |rank: u32| {
+        let info = PartInfo {
+            run: spec.run_id(),
+            step: Step(step),
+            attempt,
+            part: PartId { rank, world },
+            state_digest: digest_state(&layout, views, &counters),
+            counters: counters.clone(),
+            block_bytes: 4096,
+        };
+        write_part(&dir, &info, &state.part(&partition, rank)).unwrap()
+    };
+    let receipts: Vec<_> = (0..world).map(write).collect();
+    let context = Context {
+        step: Step(step),
+        attempt,
+        coord_epoch: CoordEpoch(1),
+        world_size: world,
+        created: "2026-01-02T03:04:05Z".to_string(),
+        parent: None,
+        facts: RunFacts {
+            spec_digest: "blake3:00".to_string(),
+            data_fingerprint: "11".to_string(),
+            seed: 0,
+            rng: "philox/1".to_string(),
+            build: "lacuna 0.1.0".to_string(),
+            probe_class: "cpu-1".to_string(),
+            epoch: 2,
+            samples: 16 * step,
+            loss: Loss::new(0.5, 0.6),
+        },
+        spec: spec.effective_toml(),
+    };
+    commit(&dir, &receipts, &context).unwrap();
+}
+
+fn part(desk: &Desk, step: u64) -> PathBuf {
+    let name = format!("runs/tiny/ckpt/step-{step:09}/attempt-00000001.{step:04}");
+    desk.path(&name).join("part-00000-of-00002.safetensors")
+}
+
+#[test]
+fn checkpoints_are_listed_and_verified() {
+    let desk = Desk::new();
+    desk.spec();
+    let (out, err) = desk.run(0, &["ckpt", "ls", "run.toml"]);
+    assert!(out.lines().count() == 1 && err.contains("has no checkpoints"), "{out}{err}");
+    desk.run(74, &["ckpt", "verify", "run.toml"]);
+    save(&desk, 10, 2, 0.0);
+    save(&desk, 20, 2, 1.0);
+    let by_spec = desk.json(&["ckpt", "ls", "run.toml"]);
+    assert_eq!(by_spec, desk.json(&["ckpt", "ls", "runs/tiny"]));
+    assert_eq!((by_spec[0]["step"].as_u64(), by_spec[1]["step"].as_u64()), (Some(10), Some(20)));
+    let (out, _) = desk.run(0, &["ckpt", "show", "runs/tiny", "--step", "10", "--tensors"]);
+    assert!(out.contains("epoch 2, 160 samples") && out.contains("param/cls_token"), "{out}");
+    let (out, _) = desk.run(0, &["ckpt", "show", "runs/tiny", "--spec"]);
+    assert!(out.contains("name = \"tiny\""), "{out}");
+    let (_, err) = desk.run(2, &["ckpt", "show", "run.toml", "--step", "11"]);
+    assert!(err.contains("it has 10, 20"), "{err}");
+
+    let (out, _) = desk.run(0, &["ckpt", "verify", "run.toml"]);
+    assert!(out.starts_with("step 20: verified"), "{out}");
+    damage(&part(&desk, 10), 5000);
+    let (out, _) = desk.run(74, &["ckpt", "verify", "run.toml", "--all"]);
+    assert!(out.contains("step 20: verified"), "{out}");
+    let named = "part-00000-of-00002.safetensors is damaged: bytes 4096..8192";
+    assert!(out.contains("step 10: damaged, 1 problem") && out.contains(named), "{out}");
+    desk.run(0, &["ckpt", "verify", "run.toml", "--step", "20"]);
+
+    fs::remove_file(part(&desk, 20)).unwrap();
+    let (out, _) = desk.run(0, &["ckpt", "ls", "run.toml"]);
+    assert!(out.contains("20  damaged: ") && out.contains("is missing"), "{out}");
+    let (out, _) = desk.run(74, &["ckpt", "verify", "run.toml"]);
+    assert!(out.contains("step 20: damaged"), "{out}");
+}
+
+#[test]
+fn checkpoints_are_compared() {
+    let desk = Desk::new();
+    desk.spec();
+    save(&desk, 10, 2, 0.0);
+    fs::rename(desk.path("runs"), desk.path("old")).unwrap();
+    save(&desk, 10, 3, 0.0);
+    save(&desk, 20, 1, 1.0);
+    let (out, _) = desk.run(0, &["ckpt", "diff", "old/tiny", "run.toml@10"]);
+    assert!(out.contains("the same state"), "{out}");
+    let (out, _) = desk.run(1, &["ckpt", "diff", "old/tiny@10", "run.toml"]);
+    assert!(out.contains("different states") && out.contains("!= param/cls_token"), "{out}");
+    assert!(!out.contains("!= buffer/pos_embed"), "{out}");
+}
+
+#[test]
+fn checkpoints_are_exported() {
+    let desk = Desk::new();
+    desk.spec();
+    save(&desk, 10, 2, 0.0);
+    let export = |code: i32, layout: &str, more: &[&str]| {
+        let place = ["ckpt", "export", "run.toml", "--to", "out", "--layout", layout];
+        desk.run(code, &[&place[..], more].concat())
+    };
+    let (out, _) = export(0, "mae", &[]);
+    assert!(out.contains("out/mae.safetensors") && out.contains("decoder_depth=1"), "{out}");
+    let (_, err) = export(2, "mae", &[]);
+    assert!(err.contains("--force"), "{err}");
+    export(0, "mae", &["--force"]);
+    let (out, _) = export(0, "timm", &[]);
+    assert!(out.contains("VisionTransformer(img_size=(8, 8), patch_size=2"), "{out}");
+    export(0, "mae", &["--encoder-only"]);
+    let bytes = |name: &str| fs::read(desk.path("out").join(name)).unwrap();
+    assert_eq!(bytes("timm.safetensors"), bytes("mae-encoder.safetensors"));
+    assert!(bytes("timm.safetensors").len() < bytes("mae.safetensors").len());
+    let (out, _) = export(0, "hf", &["--dtype", "bf16"]);
+    assert!(out.contains("from_pretrained(\"out\")"), "{out}");
+    let config: Value = serde_json::from_slice(&bytes("config.json")).unwrap();
+    assert_eq!(config["hidden_size"], 8);
+    export(2, "hf", &["--encoder-only", "--force"]);
+    let bytes_of_part = fs::metadata(part(&desk, 10)).unwrap().len();
+    fs::write(part(&desk, 10), vec![0; bytes_of_part as usize]).unwrap();
+    let (_, err) = export(74, "mae", &["--force"]);
+    assert!(err.contains("is damaged"), "{err}");
+}
