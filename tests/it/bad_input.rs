@@ -118,7 +118,8 @@ fn a_missing_or_broken_worker_binary_says_how_to_get_one() {
     assert_eq!(code, 78, "{err}");
     assert!(err.contains("nowhere"), "{err}");
     let broken = fixture.path("broken");
-    std::fs::write(&broken, "#!/bin/sh\necho 'libtorch_cpu.so: cannot open' >&2\nexit 127\n").unwrap();
+    std::fs::write(&broken, "#!/bin/sh\necho 'libtorch_cpu.so: cannot open' >&2\nexit 127\n")
+        .unwrap();
     let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(&broken, executable).unwrap();
     let (code, _, err) = train(&broken);
@@ -141,7 +142,8 @@ fn a_worker_of_another_build_is_refused_by_the_coordinator() {
     let cluster = Cluster::start(&fixture);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let status = runtime.block_on(async {
-        let channel = lacuna_api::client::connect(&cluster.url, lacuna_tests::DEADLINE).await.unwrap();
+        let channel =
+            lacuna_api::client::connect(&cluster.url, lacuna_tests::DEADLINE).await.unwrap();
         let mut client = v1::worker_service_client::WorkerServiceClient::new(channel);
         let mut build: v1::BuildId = BuildId::this().into();
         build.numerics += 1;

@@ -12,11 +12,13 @@ use std::time::{Duration, Instant};
 use lacuna_api::client::Client;
 use lacuna_api::v1;
 use lacuna_api::v1::watch_run_response::Update;
+use lacuna_data::ImageShape;
 use lacuna_data::pack::{Existing, PackConfig, PackSource, SHARD_BYTES_DEFAULT, pack};
+use lacuna_data::synthetic::SyntheticSpec;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Longest wait for anything in a test: far above what it takes, below a hung build's patience.
-pub const DEADLINE: Duration = Duration::from_secs(90);
+pub const DEADLINE: Duration = Duration::from_secs(40);
 
 /// The binaries under test.
 #[derive(Clone, Debug)]
@@ -39,8 +41,8 @@ impl Fixture {
     /// Packs `n` made-up images of `side` pixels and three channels.
     pub fn new(binaries: Binaries, n: u64, side: u32) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let source =
-            PackSource::Synthetic { n, height: side, width: side, channels: 3, seed: 7 };
+        let shape = ImageShape { height: side, width: side, channels: 3 };
+        let source = PackSource::Synthetic(SyntheticSpec { n_images: n, shape, seed: 7 });
         let config = PackConfig {
             name: "made-up".into(),
             shard_bytes: SHARD_BYTES_DEFAULT,
@@ -194,7 +196,8 @@ impl<'a> Cluster<'a> {
     /// Starts the coordinator again on the state and port of the one before.
     pub fn start_coordinator(&mut self) {
         let state = self.fixture.path("state");
-        let mut command = self.fixture.lacuna(&["coordinator", "--local", "--listen", &self.listen]);
+        let mut command =
+            self.fixture.lacuna(&["coordinator", "--local", "--listen", &self.listen]);
         command.arg("--state").arg(state).stdout(Stdio::piped()).stderr(self.log("coordinator"));
         let mut process = Process::start(&mut command);
         let stdout = process.0.stdout.take().expect("stdout is a pipe");

@@ -262,7 +262,7 @@ async fn follow_once(
         progress.show(update);
         if snapshot && progress.run().exit_code.is_some() {
             let run = client.get_run(run).await?;
-            drain(&mut updates, progress).await;
+            show_rest(&mut updates, progress).await;
             return Ok(Some(run));
         }
     }
@@ -270,7 +270,7 @@ async fn follow_once(
 }
 
 /// Shows what is under way already.
-async fn drain(updates: &mut tonic::Streaming<v1::WatchRunResponse>, progress: &mut Progress) {
+async fn show_rest(updates: &mut tonic::Streaming<v1::WatchRunResponse>, progress: &mut Progress) {
     let pause = Duration::from_millis(100);
     while let Ok(Ok(Some(update))) = tokio::time::timeout(pause, updates.message()).await {
         progress.show(update);

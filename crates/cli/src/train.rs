@@ -148,6 +148,8 @@ impl Training<'_> {
             return Ok(exit::OK);
         }
         let mut agent = self.start_agent()?;
+        // The agent lives as long as this end is open; waiting for it would close it otherwise.
+        let _lifeline = agent.stdin.take();
         let run = self.follow(&mut client, &run, &mut agent).await?;
         if tokio::time::timeout(AGENT_DEADLINE, agent.wait()).await.is_err() {
             eprintln!("workers did not end in time; killing them");

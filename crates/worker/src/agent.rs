@@ -246,6 +246,8 @@ impl Supervisor {
             }
         };
         let stderr = child.stderr.take().expect("stderr is a pipe");
+        // The trainer lives as long as this end is open; waiting for it would close it otherwise.
+        let _lifeline = child.stdin.take();
         let tail = tokio::spawn(forward_stderr(stderr));
         let status = self.wait(&mut child).await;
         let tail = tail.await.unwrap_or_default();
