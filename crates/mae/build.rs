@@ -25,7 +25,26 @@ fn main() {
     if let Some(folder) = real.parent() {
         println!("cargo::rustc-link-arg=-Wl,-rpath,{}", folder.display());
     }
+    compile_shim(&root);
     println!("cargo::rustc-env=LACUNA_LIBTORCH_VERSION={}", version(&root));
+}
+
+/// Compiles the C++ that reaches what tch does not offer.
+fn compile_shim(root: &Path) {
+    println!("cargo::rerun-if-changed=shim");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .pic(true)
+        // A few calls a process: optimising the headers would only take time.
+        .opt_level(0)
+        .debug(false)
+        // Of libtorch's headers, not ours.
+        .warnings(false)
+        .define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .include(root.join("include"))
+        .file("shim/context.cpp")
+        .compile("lacuna_torch_shim");
 }
 
 /// Reads `2.11.0+cpu` of the file `build-version`; a libtorch without the file is called `unknown`.

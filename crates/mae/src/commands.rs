@@ -76,7 +76,8 @@ fn run_dir(path: &Path) -> anyhow::Result<RunDir> {
 fn load(dir: &RunDir, step: Option<u64>) -> anyhow::Result<(RunSpec, Step, Vec<f32>)> {
     let entries = lacuna_checkpoint::catalog::list(dir).context("list checkpoints")?;
     let newest = lacuna_checkpoint::catalog::newest_good(&entries);
-    let manifest = newest.with_context(|| format!("no checkpoint in `{}`", dir.path().display()))?;
+    let manifest =
+        newest.with_context(|| format!("no checkpoint in `{}`", dir.path().display()))?;
     let loaded = parse_text("the checkpoint's spec", &manifest.spec, &[])
         .context("read the spec stored in the checkpoint")?;
     let spec = loaded.spec;

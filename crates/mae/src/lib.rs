@@ -10,6 +10,8 @@
 //! idea of the method to its file and its test.
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod context;
+pub mod cuda;
 pub mod engine;
 pub mod frozen;
 pub mod mae;

@@ -11,7 +11,7 @@
 use lacuna_recipe::mask;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::pos_embed;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::objective::{self, normalize_patches, patchify, size3};
 use crate::vit::{Block, LayerNorm, Linear, run};
@@ -170,6 +170,15 @@ impl Masks {
         }
     }
 
+    /// Copies the indices to `device`.
+    pub fn to_device(&self, device: Device) -> Self {
+        Masks {
+            ids_keep_bk: self.ids_keep_bk.to_device(device),
+            ids_removed_br: self.ids_removed_br.to_device(device),
+            ids_restore_bl: self.ids_restore_bl.to_device(device),
+        }
+    }
+
     /// Returns 1 for each removed patch and 0 for each kept one, in raster order, `[b, l]`.
     pub fn mask_bl(&self) -> Tensor {
         self.ids_restore_bl.ge(self.ids_keep_bk.size()[1]).to_kind(Kind::Float)
@@ -191,6 +200,14 @@ impl PosTables {
             Tensor::from_slice(&flat).view([1, -1, i64::from(width)]).to_kind(kind)
         };
         PosTables { encoder_1nd: table(config.width), decoder_1ne: table(config.decoder_width) }
+    }
+
+    /// Copies the tables to `device`.
+    pub fn to_device(&self, device: Device) -> Self {
+        PosTables {
+            encoder_1nd: self.encoder_1nd.to_device(device),
+            decoder_1ne: self.decoder_1ne.to_device(device),
+        }
     }
 }
 

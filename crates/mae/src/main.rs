@@ -1,7 +1,8 @@
-//! Binary `lacuna-worker`: agent and trainer on libtorch, and what needs the model besides training.
+//! Binary `lacuna-worker`: agent and trainer on libtorch, and what else needs the model.
 
 mod backend;
 mod commands;
+mod gpu_check;
 
 use std::process::ExitCode;
 
@@ -31,6 +32,9 @@ enum Command {
     Worker(WorkerCommand),
     /// Draw what the model of a checkpoint makes of masked images.
     Reconstruct(commands::ReconstructArgs),
+    /// Check a device: golden values, equal bits, first numbers.
+    #[command(hide = true)]
+    GpuCheck(gpu_check::GpuCheckArgs),
 }
 
 fn main() -> ExitCode {
@@ -39,6 +43,10 @@ fn main() -> ExitCode {
         Some(Command::Reconstruct(args)) => {
             init_logs();
             finish(commands::reconstruct(&args))
+        }
+        Some(Command::GpuCheck(args)) => {
+            init_logs();
+            finish(gpu_check::run(&args))
         }
         Some(Command::Worker(command)) => {
             dispatch(WorkerArgs { version, command: Some(command), agent }, TorchBackend)

@@ -41,6 +41,12 @@ impl Weights {
         Weights { layout: layout.clone(), tensors }
     }
 
+    /// Copies the tensors to `device`, or leaves them where they are already there.
+    pub fn to_device(self, device: Device) -> Self {
+        let tensors = self.tensors.iter().map(|tensor| tensor.to_device(device)).collect();
+        Weights { tensors, ..self }
+    }
+
     /// Makes every tensor a leaf that gradients are taken with respect to.
     pub fn trainable(self) -> Self {
         let tensors = self.tensors.iter().map(|tensor| tensor.set_requires_grad(true)).collect();

@@ -1,0 +1,299 @@
+//! `lacuna-worker gpu-check`: is this device right, does it repeat itself, and how fast is it?
+//!
+//! Writes one JSON file. Every item in it has a name, what was seen and whether it passed; an item
+//! that cannot run has failed, and the others run all the same.
+
+mod golden;
+mod slots;
+
+use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, anyhow, bail};
+use clap::{Args, ValueEnum};
+use lacuna_mae::context::{self, EXACT, Kernels};
+use lacuna_mae::cuda::{self, CudaLibrary};
+use lacuna_mae::runtime;
+use lacuna_recipe::model::ModelConfig;
+use lacuna_types::{BuildId, exit};
+use lacuna_worker::entry::CodedError;
+use serde_json::{Value, json};
+use tch::{Device, Kind};
+
+use self::golden::Golden;
+use self::slots::Slots;
+
+/// `lacuna-worker gpu-check`.
+#[derive(Args, Debug)]
+pub struct GpuCheckArgs {
+    /// Folder with the golden values of the model.
+    #[arg(long)]
+    golden: PathBuf,
+    /// Where the JSON goes.
+    #[arg(long)]
+    out: PathBuf,
+    /// What to check; the first device where there are several.
+    #[arg(long, value_enum, default_value_t = Target::Cuda)]
+    device: Target,
+    /// Preset whose slots are repeated and timed.
+    #[arg(long, default_value = "base")]
+    model: String,
+    /// Images of the timed slots; the first number is that of the repeated ones too.
+    #[arg(long, value_delimiter = ',', default_value = "64,128", value_parser = images())]
+    images: Vec<u32>,
+    /// Timed slots, after the ones that warm up.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    slots: u32,
+}
+
+/// Kinds of devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Target {
+    Cuda,
+    Cpu,
+}
+
+/// Most images of a slot here: the index of a value of its images stays below 2^31.
+const IMAGES_MAX: i64 = 4096;
+
+fn images() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=IMAGES_MAX)
+}
+
+/// Images of the small slots that are repeated besides the model's.
+const MICRO_IMAGES: u32 = 8;
+
+/// One thing that was checked.
+#[derive(Debug)]
+struct Item {
+    name: String,
+    passed: bool,
+    /// What was seen, as people read it.
+    text: String,
+    /// The same for programs: fields beside `name`, `passed` and `text`.
+    detail: Value,
+}
+
+/// What was checked so far.
+#[derive(Debug, Default)]
+struct Report {
+    items: Vec<Item>,
+    throughput: Vec<Value>,
+}
+
+/// Checks the device and writes the file.
+pub fn run(args: &GpuCheckArgs) -> anyhow::Result<u8> {
+    let model = ModelConfig::preset(&args.model)
+        .with_context(|| format!("no preset is named `{}`", args.model))?;
+    runtime::pin_threads();
+    let opened = match args.device {
+        Target::Cpu => Ok((Device::Cpu, Value::Null)),
+        Target::Cuda => cuda::load().map(|library| (Device::Cuda(0), describe(&library))),
+    };
+    let (device, cuda) = match opened {
+        Ok(opened) => opened,
+        Err(err) => {
+            write(args, &Report::default(), &Value::Null, Some(&err.to_string()))?;
+            let coded = CodedError { code: exit::UNFIT, message: format!("gpu-check: {err}") };
+            return Err(coded.into());
+        }
+    };
+    let golden = Golden::open(&args.golden, device)?;
+    context::set_kernels(EXACT)?;
+
+    let mut report = Report::default();
+    report.golden(&golden);
+    let micro = ModelConfig::preset("micro").context("no preset is named `micro`")?;
+    report.repeats("micro", &micro, MICRO_IMAGES, device);
+    let repeated = args.images.first().context("`--images` names no number")?;
+    report.repeats(&args.model, &model, *repeated, device);
+    for &images in &args.images {
+        report.throughput(args, &model, images, device, EXACT);
+        report.throughput(args, &model, images, device, Kernels { deterministic: false, ..EXACT });
+    }
+    write(args, &report, &cuda, None)?;
+    let failed = report.items.iter().filter(|item| !item.passed).count();
+    println!(
+        "gpu-check: {} of {} items passed, {}",
+        report.items.len() - failed,
+        report.items.len(),
+        args.out.display()
+    );
+    Ok(if failed == 0 { exit::OK } else { exit::FAILED })
+}
+
+impl Report {
+    /// Adds an item and prints it.
+    fn add(&mut self, name: String, result: anyhow::Result<(bool, String, Value)>) {
+        let (passed, text, detail) = result.unwrap_or_else(|err| {
+            (false, format!("did not run: {err:#}"), json!({ "error": format!("{err:#}") }))
+        });
+        println!("{}  {name}  {text}", if passed { "passed" } else { "FAILED" });
+        self.items.push(Item { name, passed, text, detail });
+    }
+
+    /// The model against the golden values.
+    fn golden(&mut self, golden: &Golden) {
+        for tag in golden::TAGS {
+            for kind in [Kind::Float, Kind::Double] {
+                let prefix = format!("golden.{tag}.{}", golden::kind_name(kind));
+                match attempt(|| golden.compare(tag, kind)) {
+                    Ok(comparisons) => {
+                        for seen in comparisons {
+                            let (off, most) = (seen.off, seen.tolerance);
+                            // A NaN is not below the tolerance.
+                            let passed = off < most;
+                            let text = format!("off by {off:.1e}, less than {most:.0e} is right");
+                            let detail = json!({ "off": off, "tolerance": most });
+                            self.add(format!("{prefix}.{}", seen.what), Ok((passed, text, detail)));
+                        }
+                    }
+                    Err(err) => self.add(prefix, Err(err)),
+                }
+            }
+        }
+    }
+
+    /// The same slots again and in another order must give the same bits.
+    fn repeats(&mut self, name: &str, model: &ModelConfig, images: u32, device: Device) {
+        let slots = match attempt(|| Ok(Slots::new(model, images, device))) {
+            Ok(slots) => slots,
+            Err(err) => return self.add(format!("repeat.{name}.{images}"), Err(err)),
+        };
+        self.add(format!("repeat.{name}.{images}"), attempt(|| slots.repeat()));
+        self.add(format!("order.{name}.{images}"), attempt(|| slots.orders()));
+    }
+
+    /// Times slots; passes where they ran and gave finite losses.
+    fn throughput(
+        &mut self,
+        args: &GpuCheckArgs,
+        model: &ModelConfig,
+        images: u32,
+        device: Device,
+        kernels: Kernels,
+    ) {
+        let word = if kernels.deterministic { "exact" } else { "free" };
+        let name = format!("throughput.{}.{images}.{word}", args.model);
+        let timed = attempt(|| {
+            context::set_kernels(kernels)?;
+            Slots::new(model, images, device).time(args.slots)
+        });
+        let timed =
+            timed.and_then(|timed| context::set_kernels(EXACT).map(|()| timed).map_err(Into::into));
+        let result = timed.map(|timed| {
+            let rate = f64::from(images) / timed.median_seconds;
+            let flops = rate * model.train_flops();
+            let detail = json!({
+                "model": args.model, "images": images, "precision": "f32", "kernels": word,
+                "slots": args.slots, "loss": timed.loss,
+                "seconds": {
+                    "min": timed.min_seconds,
+                    "median": timed.median_seconds,
+                    "max": timed.max_seconds,
+                },
+                "images_per_second": rate, "flops_per_second": flops,
+            });
+            self.throughput.push(detail.clone());
+            let text = format!(
+                "{rate:.1} images/s, {:.1} ms a slot, {:.2} TFLOP/s",
+                timed.median_seconds * 1e3,
+                flops / 1e12
+            );
+            (timed.loss.is_finite(), text, detail)
+        });
+        self.add(name, result);
+    }
+}
+
+/// Runs one item; what libtorch refuses, which tch reports by panicking, is an error.
+fn attempt<T>(f: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    std::panic::catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|payload| {
+        Err(match (payload.downcast_ref::<String>(), payload.downcast_ref::<&str>()) {
+            (Some(text), _) => anyhow!("{text}"),
+            (None, Some(text)) => anyhow!("{text}"),
+            (None, None) => anyhow!("a panic without a message"),
+        })
+    })
+}
+
+fn describe(library: &CudaLibrary) -> Value {
+    let device = |device: &cuda::CudaDevice| {
+        json!({
+            "name": device.name, "memory_bytes": device.memory_bytes,
+            "capability": device.capability, "multiprocessors": device.multiprocessors,
+        })
+    };
+    for found in &library.devices {
+        println!(
+            "device  {}, {:.1} GiB, capability {}",
+            found.name,
+            found.memory_bytes as f64 / f64::from(1 << 30),
+            found.capability
+        );
+    }
+    let driver = library.driver.version.as_deref().unwrap_or("of unknown version");
+    println!(
+        "cuda    runtime {}, driver {driver} for CUDA {}",
+        library.runtime, library.driver.cuda
+    );
+    json!({
+        "library": library.path.display().to_string(),
+        "runtime": library.runtime,
+        "config": library.config,
+        "driver": { "version": library.driver.version, "cuda": library.driver.cuda },
+        "devices": library.devices.iter().map(device).collect::<Vec<Value>>(),
+    })
+}
+
+/// Variables that change the bits or the speed of libtorch.
+const ENVIRONMENT: &[&str] = &[
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+];
+
+/// Writes the file; `error` says why nothing could be checked.
+fn write(
+    args: &GpuCheckArgs,
+    report: &Report,
+    cuda: &Value,
+    error: Option<&str>,
+) -> anyhow::Result<()> {
+    let items: Vec<Value> = report
+        .items
+        .iter()
+        .map(|item| {
+            let Item { name, passed, text, detail } = item;
+            json!({ "name": name, "passed": passed, "text": text, "detail": detail })
+        })
+        .collect();
+    let environment: serde_json::Map<String, Value> =
+        ENVIRONMENT.iter().map(|&key| (key.to_string(), json!(std::env::var(key).ok()))).collect();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("read the clock")?;
+    let file = json!({
+        "format": "lacuna-gpu-check/1",
+        "unix_seconds": now.as_secs(),
+        "build": BuildId::this().to_string(),
+        "libtorch": runtime::library_version(),
+        "device": match args.device { Target::Cuda => "cuda", Target::Cpu => "cpu" },
+        "cuda": cuda,
+        "environment": environment,
+        "passed": error.is_none() && report.items.iter().all(|item| item.passed),
+        "error": error,
+        "items": items,
+        "throughput": report.throughput,
+    });
+    if error.is_none() && report.items.is_empty() {
+        bail!("nothing was checked");
+    }
+    let text = serde_json::to_string_pretty(&file).context("write the report as JSON")?;
+    std::fs::write(&args.out, text + "\n")
+        .with_context(|| format!("write `{}`", args.out.display()))
+}

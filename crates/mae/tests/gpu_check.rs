@@ -1,0 +1,178 @@
+//! `lacuna-worker gpu-check`: the checks, run on the CPU, and what it says without a GPU.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Far above the seconds that the checks take; a process that is not done by then hangs.
+const DEADLINE: Duration = Duration::from_secs(180);
+
+fn golden() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden")
+}
+
+/// A run of the checks on small slots.
+struct Run {
+    command: Command,
+    out: PathBuf,
+}
+
+impl Run {
+    fn new(dir: &Path, golden: &Path, device: &str) -> Self {
+        let out = dir.join("gpu-check.json");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
+        command.arg("gpu-check").arg("--golden").arg(golden).arg("--out").arg(&out);
+        command.args(["--device", device, "--model", "micro", "--images", "2,4", "--slots", "2"]);
+        command.env("OMP_NUM_THREADS", "1");
+        Run { command, out }
+    }
+
+    /// Runs to the end; returns exit code, standard output and error, and the file.
+    fn end(mut self) -> (i32, String, String, Value) {
+        let output = wait(self.command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+        let file = std::fs::read_to_string(&self.out).unwrap_or_else(|_| panic!("{stderr}"));
+        let file = serde_json::from_str(&file).unwrap();
+        (output.status.code().unwrap(), stdout, stderr, file)
+    }
+}
+
+fn wait(command: &mut Command) -> Output {
+    let child = command.spawn().unwrap();
+    let pid = child.id();
+    let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+    let waiter = std::thread::spawn(move || sender.send(child.wait_with_output()));
+    let start = Instant::now();
+    let Ok(output) = receiver.recv_timeout(DEADLINE) else {
+        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        panic!("gpu-check still ran after {:?}", start.elapsed());
+    };
+    waiter.join().unwrap().unwrap();
+    output.unwrap()
+}
+
+fn item<'a>(file: &'a Value, name: &str) -> &'a Value {
+    let items = file["items"].as_array().unwrap();
+    items.iter().find(|item| item["name"] == name).unwrap_or_else(|| panic!("no item `{name}`"))
+}
+
+#[test]
+fn everything_passes_on_a_cpu() {
+    let dir = tempfile::tempdir().unwrap();
+    let (code, stdout, stderr, file) = Run::new(dir.path(), &golden(), "cpu").end();
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert_eq!(file["format"], "lacuna-gpu-check/1");
+    assert_eq!((&file["passed"], &file["device"]), (&true.into(), &"cpu".into()));
+    assert!(file["error"].is_null() && file["cuda"].is_null());
+    for tag in ["micro", "rect", "mid"] {
+        for kind in ["f32", "f64"] {
+            for what in ["loss", "latent", "pred"] {
+                let item = item(&file, &format!("golden.{tag}.{kind}.{what}"));
+                let (off, most) = (&item["detail"]["off"], &item["detail"]["tolerance"]);
+                assert!(off.as_f64().unwrap() < most.as_f64().unwrap(), "{item}");
+            }
+        }
+    }
+    for name in ["golden.micro.f32.gradients", "golden.micro.f64.gradients", "order.micro.8"] {
+        assert_eq!(item(&file, name)["passed"], true);
+    }
+    let digests = item(&file, "repeat.micro.2")["detail"]["digests"].as_array().unwrap();
+    assert!(digests.len() > 1 && digests.iter().all(|digest| *digest == digests[0]));
+    // Two sizes, with and without deterministic kernels.
+    let timed = file["throughput"].as_array().unwrap();
+    assert_eq!(timed.len(), 4);
+    assert!(timed.iter().all(|timed| timed["images_per_second"].as_f64().unwrap() > 0.0));
+    assert!(stdout.lines().last().unwrap().contains("items passed"), "{stdout}");
+}
+
+#[test]
+fn a_wrong_value_fails_its_item_and_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let wrong = dir.path().join("golden");
+    std::fs::create_dir(&wrong).unwrap();
+    for entry in std::fs::read_dir(golden()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, wrong.join(path.file_name().unwrap())).unwrap();
+    }
+    let path = wrong.join("golden.json");
+    let mut values: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    // What the known mistake of mixed orders gives: 7e-5 off.
+    values["micro"]["loss"] = values["micro"]["loss_seed_bug"].clone();
+    std::fs::write(&path, values.to_string()).unwrap();
+    std::fs::remove_file(wrong.join("rect.io.safetensors")).unwrap();
+
+    let (code, stdout, _, file) = Run::new(dir.path(), &wrong, "cpu").end();
+    assert_eq!((code, &file["passed"]), (1, &false.into()), "{stdout}");
+    let failed: Vec<&str> = file["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|item| item["passed"] == false)
+        .map(|item| item["name"].as_str().unwrap())
+        .collect();
+    let want =
+        ["golden.micro.f32.loss", "golden.micro.f64.loss", "golden.rect.f32", "golden.rect.f64"];
+    assert_eq!(failed, want);
+    let text = item(&file, "golden.rect.f32")["text"].as_str().unwrap();
+    assert!(text.contains("rect.io.safetensors"), "{text}");
+}
+
+/// Tells whether this machine has a driver, so that its absence cannot be tested.
+fn has_driver() -> bool {
+    let here = Path::new("/dev/nvidia0").exists();
+    if here {
+        println!("skipped: this machine has an NVIDIA device");
+    }
+    here
+}
+
+#[test]
+fn without_cuda_it_says_what_is_missing() {
+    if has_driver() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (code, stdout, stderr, file) = Run::new(dir.path(), &golden(), "cuda").end();
+    assert_eq!((code, stdout.as_str()), (78, ""), "{stderr}");
+    let error = file["error"].as_str().unwrap();
+    assert!(error.starts_with("no CUDA library: ") || error.starts_with("no NVIDIA driver: "));
+    assert_eq!(stderr.lines().last(), Some(format!("error: gpu-check: {error}").as_str()));
+    assert_eq!((&file["passed"], file["items"].as_array().unwrap().len()), (&false.into(), 0));
+}
+
+#[test]
+fn with_the_library_alone_it_misses_the_driver() {
+    if has_driver() {
+        return;
+    }
+    // A library of the right name with nothing in it, found by the loader's path.
+    let dir = tempfile::tempdir().unwrap();
+    let library = dir.path().join("libtorch_cuda.so");
+    let source = dir.path().join("empty.c");
+    std::fs::write(&source, "int lacuna_nothing;\n").unwrap();
+    let compiled = wait(Command::new("cc").arg("-shared").arg("-o").arg(&library).arg(&source));
+    assert!(compiled.status.success(), "{compiled:?}");
+    let mut run = Run::new(dir.path(), &golden(), "cuda");
+    let mut paths: Vec<PathBuf> = vec![dir.path().to_path_buf()];
+    let known = std::env::var_os("LD_LIBRARY_PATH");
+    paths.extend(known.iter().flat_map(std::env::split_paths));
+    run.command.env("LD_LIBRARY_PATH", std::env::join_paths(paths).unwrap());
+    let (code, _, stderr, file) = run.end();
+    assert_eq!(code, 78);
+    let error = file["error"].as_str().unwrap();
+    assert!(error.starts_with("no NVIDIA driver: libcuda.so.1: "), "{error}");
+    assert!(stderr.contains(error), "{stderr}");
+}
+
+#[test]
+fn bad_arguments_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = Run::new(dir.path(), &dir.path().join("nowhere"), "cpu");
+    let output = wait(run.command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("read golden values"));
+}

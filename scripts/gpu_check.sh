@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Checks a GPU: golden values, equal bits, first numbers. One JSON file is the result.
+#
+#   gpu_check.sh          build; run if this machine has a GPU, else say how to run it elsewhere
+#   gpu_check.sh build    put all that a machine without Rust needs into target/gpu-check/
+#   gpu_check.sh run      run it here; arguments go to `lacuna-worker gpu-check`
+#
+# Running needs the CUDA libraries of torch 2.11.0: LIBTORCH=folder, or `make setup CUDA=1` in this
+# checkout, or the `torch` of python3. OUT=folder says where gpu-check.json goes (default: here).
+# Exit codes of `run`: 0 all passed, 1 something failed, 78 this machine cannot run it.
+set -euo pipefail
+
+torch_version=2.11.0
+# What a machine on loan accepts; the folder takes a tenth of it.
+bytes_max=$((64 * 1024 * 1024))
+golden_files=(golden.json micro.{grads.f64,io,weights.f32}.safetensors
+    rect.{io,weights.f32}.safetensors mid.{io,weights.f32}.safetensors)
+
+self=$(realpath "${BASH_SOURCE[0]}")
+here=$(dirname "$self")
+
+say() { echo "gpu-check: $*" >&2; }
+
+build() {
+    cd "$here/.."
+    local target=${CARGO_TARGET_DIR:-target} folder file
+    folder=$target/gpu-check
+    cargo build --release --package lacuna-mae --bin lacuna-worker
+    rm -rf "$folder"
+    mkdir -p "$folder/golden"
+    strip -o "$folder/lacuna-worker" "$target/release/lacuna-worker"
+    for file in "${golden_files[@]}"; do cp "tests/golden/$file" "$folder/golden/"; done
+    cp "$self" "$folder/gpu_check.sh"
+    cat > "$folder/run.sh" <<'RUN'
+#!/usr/bin/env bash
+exec "$(dirname "${BASH_SOURCE[0]}")/gpu_check.sh" run "$@"
+RUN
+    chmod +x "$folder/run.sh"
+    local n_bytes
+    n_bytes=$(du --bytes --summarize "$folder" | cut -f1)
+    if [ "$n_bytes" -ge "$bytes_max" ]; then
+        say "$folder takes $n_bytes bytes; it must stay below $bytes_max"
+        return 1
+    fi
+    say "$folder: $((n_bytes / 1024)) KiB;" \
+        "needs $(newest_symbol GLIBC) and $(newest_symbol GLIBCXX)"
+}
+
+# The newest version of a system library's symbols that the binary asks for.
+newest_symbol() { # prefix
+    objdump -T "$folder/lacuna-worker" 2>/dev/null | grep -o "$1_[0-9.]*" | sort -Vu | tail -n 1 ||
+        echo "$1 of unknown version"
+}
+
+# The folder of libtorch with the CUDA half: the user's, this checkout's, Python's.
+find_libtorch() {
+    if [ -n "${LIBTORCH:-}" ]; then
+        echo "$LIBTORCH"
+    elif [ -e "$here/../third_party/wheels/torch/lib/libtorch_cuda.so" ]; then
+        realpath "$here/../third_party/wheels/torch"
+    else
+        # Finds the package without importing it, which would load the libraries.
+        python3 - <<'PYTHON' 2>/dev/null || true
+import importlib.util
+print(importlib.util.find_spec("torch").submodule_search_locations[0])
+PYTHON
+    fi
+}
+
+check_libtorch() { # folder
+    if [ -z "$1" ] || [ ! -e "$1/lib/libtorch_cpu.so" ]; then
+        say "no libtorch${1:+ in $1}: set LIBTORCH to the folder of torch $torch_version" \
+            "(it holds lib/libtorch_cuda.so), run \`make setup CUDA=1\` in a checkout," \
+            "or install torch for python3"
+        return 78
+    fi
+    local found
+    found=$(cat "$1/build-version" 2>/dev/null ||
+        sed -n "s/^__version__ = '\(.*\)'/\1/p" "$1/version.py" 2>/dev/null || true)
+    if [ "${found%%+*}" != "$torch_version" ]; then
+        say "$1 is libtorch ${found:-of unknown version}; $torch_version is wanted"
+        return 78
+    fi
+}
+
+run() {
+    local folder=$here torch out code=0
+    [ -e "$folder/lacuna-worker" ] || folder=$(realpath -m "$here/..")/target/gpu-check
+    if [ ! -x "$folder/lacuna-worker" ]; then
+        say "no $folder/lacuna-worker: run \`scripts/gpu_check.sh build\` first"
+        return 78
+    fi
+    torch=$(find_libtorch)
+    check_libtorch "$torch" || return
+    out=${OUT:-.}/gpu-check.json
+    mkdir -p "${OUT:-.}"
+    say "libtorch of $torch"
+    # One CPU thread, as trainers have; cuBLAS then keeps one workspace and with it one algorithm.
+    LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torch \
+        OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
+        "$folder/lacuna-worker" gpu-check --golden "$folder/golden" --out "$out" "$@" || code=$?
+    case $code in
+        0) say "passed; the record is $out" ;;
+        1) say "FAILED; the record is $out" ;;
+        *) say "could not run (exit code $code)" ;;
+    esac
+    return "$code"
+}
+
+has_gpu() { [ -e /dev/nvidia0 ] || nvidia-smi --list-gpus >/dev/null 2>&1; }
+
+check() {
+    if [ -z "${LIBTORCH:-}" ] && [ ! -e "$here/../third_party/libtorch/build-version" ]; then
+        echo "gpu-check: skipped: no libtorch to build with (make setup)"
+        return
+    fi
+    build
+    if has_gpu; then
+        run
+        return
+    fi
+    cat <<EOT
+gpu-check: skipped: no GPU here. To run it on a machine that has one, with torch $torch_version for
+  python3 or LIBTORCH set (Rust is not needed there), copy the folder and start it:
+    scp -r ${CARGO_TARGET_DIR:-target}/gpu-check HOST: && ssh HOST gpu-check/run.sh
+EOT
+}
+
+case ${1:-check} in
+    check) check ;;
+    build) build ;;
+    run) shift; run "$@" ;;
+    *) say "unknown mode \`$1\`: build or run"; exit 2 ;;
+esac
