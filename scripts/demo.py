@@ -27,7 +27,7 @@ base = "preset:demo"
 shards = "data"
 
 [elastic]
-workers = "2:2"
+workers = "1:2"
 
 [checkpoint]
 to = "runs"
@@ -125,7 +125,8 @@ def curve(figures, lines):
     losses = [figures[s]["loss"] for s in steps]
     columns = []
     for x in range(width):
-        part = losses[x * len(losses) // width:max((x + 1) * len(losses) // width, x * len(losses) // width + 1)]
+        start, end = x * len(losses) // width, (x + 1) * len(losses) // width
+        part = losses[start:max(end, start + 1)]
         columns.append(sum(part) / len(part))
     top, bottom = max(max(columns[1:]), *lines.values()), min(columns)
     top = min(top, max(lines.values()) * 1.6)
@@ -153,7 +154,7 @@ def main():
     stats = run(BIN / "lacuna", "data", "stats", OUT / "data", "--patch-size", "4", "-o", "json",
                 stdout=subprocess.PIPE, text=True)
     baselines = json.loads(stats.stdout)["baselines"]
-    zero, mean = baselines["predict_zero"], baselines["mean_patch"]
+    zero, mean = baselines["zero"], baselines["mean_patch"]
     say(f"  what a model that learned nothing would lose: predicting zero {zero:.4f}, "
         f"predicting the mean patch {mean:.4f}")
     say()
@@ -172,15 +173,16 @@ def main():
     run(BIN / "lacuna", "ckpt", "export", OUT / "runs" / "demo", "--layout", "timm",
         "--to", OUT / "export-timm")
     say()
-    say(f"What happened: two workers pre-trained a masked autoencoder on {images} in {took:.0f} s.")
-    say(f"  {victim} was killed with SIGKILL on the way; the other worker went on from its own memory,")
-    say("  a new process joined and was healed by it, and no sample was lost or counted twice.")
-    say(f"  final loss {loss:.4f}, against {zero:.4f} for predicting zero and {mean:.4f} for the mean patch")
+    say(f"What happened: two workers pre-trained a masked autoencoder on {images}, {took:.0f} s.")
+    say(f"  {victim} was killed with SIGKILL on the way; the other went on from its own memory,")
+    say("  a new process joined and was healed by it; no sample was lost or counted twice.")
+    say(f"  final loss {loss:.4f}; predicting zero gives {zero:.4f}, the mean patch {mean:.4f}")
     say(f"  {end}")
     if loss >= min(zero, mean):
         sys.exit("the loss did not fall below the baselines")
     say("What to try next:")
-    say(f"  look at {picture.relative_to(ROOT)}: original | masked | reconstruction | by random weights")
+    say(f"  look at {picture.relative_to(ROOT)}:")
+    say("    original | masked | reconstruction | reconstruction by random weights")
     say("  run the same spec with one worker, undisturbed: the state digest is the same:")
     say("    target/release/lacuna train demo-out/demo.toml --set name=alone --workers 1"
         + (f" --set 'train.duration=\"{STEPS}step\"'" if STEPS else ""))

@@ -28,6 +28,7 @@ default_lane() {
 torch_lane() {
     # One thread: the bits of libtorch's results depend on the number of threads, and OpenMP's
     # spinning starves a machine that runs several workers. The release profile: see the Makefile.
+    cargo build --release --package lacuna-cli || return
     OMP_NUM_THREADS=1 cargo test --release --package lacuna-mae
 }
 

@@ -1,6 +1,7 @@
 //! Real processes under test: a coordinator, agents and their trainers, on this machine.
 //!
-//! Nothing here sleeps: a test waits for what the run's own stream of updates says, with a deadline.
+//! Nothing here sleeps: a test waits for what the run's own stream of updates says, with a
+//! deadline.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -57,7 +58,8 @@ impl Fixture {
         self.dir.path().join(name)
     }
 
-    /// Writes a run spec of the micro model under `name`; `extra` replaces or adds lines of sections.
+    /// Writes a run spec of the micro model under `name`; `extra` replaces or adds lines of
+    /// sections.
     pub fn spec(&self, name: &str, steps: u64, extra: &[(&str, &str)]) -> PathBuf {
         let mut keys: BTreeMap<&str, String> = BTreeMap::from([
             ("data.shards", "\"data\"".to_string()),

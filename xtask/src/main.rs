@@ -16,9 +16,8 @@ use anyhow::Context as _;
 const USAGE: &str = "usage: cargo xtask tidy | proto [--check] (needs the feature `codegen`)";
 
 fn main() -> anyhow::Result<ExitCode> {
-    let root: &Path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .context("find the root of the workspace")?;
+    let root: &Path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("find the root of the workspace")?;
     let command: Option<String> = std::env::args().nth(1);
     match command.as_deref() {
         Some("tidy") => tidy::run(root),

@@ -30,11 +30,7 @@ pub struct Finding {
 impl Finding {
     /// Builds a finding.
     pub fn new(path: &str, line: usize, message: impl Into<String>) -> Self {
-        Finding {
-            path: path.to_owned(),
-            line,
-            message: message.into(),
-        }
+        Finding { path: path.to_owned(), line, message: message.into() }
     }
 }
 
@@ -67,13 +63,6 @@ pub fn run(root: &Path) -> anyhow::Result<ExitCode> {
     }
     let n_files: usize = tree.files.len();
     let n_packages: usize = tree.packages.len();
-    println!(
-        "tidy: {} findings in {n_files} files, {n_packages} packages",
-        findings.len()
-    );
-    Ok(if findings.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    println!("tidy: {} findings in {n_files} files, {n_packages} packages", findings.len());
+    Ok(if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -1,4 +1,5 @@
-//! The wire: generated gRPC code, its mapping to the words of the other crates, and the typed client.
+//! The wire: generated gRPC code, its mapping to the words of the other crates, and the typed
+//! client.
 //!
 //! Nothing else in Lacuna names a generated type except the coordinator's and the worker's drivers,
 //! and they convert at once. Tensors never travel here.
@@ -14,6 +15,6 @@ pub mod v1 {
     include!("generated/lacuna.v1.rs");
 }
 
-/// Largest message either side accepts, 16 MiB: specs and receipts are far below it, and a larger one
-/// is a mistake or an attack.
+/// Largest message either side accepts, 16 MiB: specs and receipts are far below it, and a larger
+/// one is a mistake or an attack.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;

@@ -184,7 +184,10 @@ fn print_run(run: &v1::Run) {
     if run.workers.is_empty() {
         return;
     }
-    println!("{:<28} {:>4} {:>5} {:<10} {:<10} {:>9}", "WORKER", "RANK", "SLOTS", "STATE", "PHASE", "STEP");
+    println!(
+        "{:<28} {:>4} {:>5} {:<10} {:<10} {:>9}",
+        "WORKER", "RANK", "SLOTS", "STATE", "PHASE", "STEP"
+    );
     for worker in &run.workers {
         let v1::RunWorker { worker_id, rank, slots, state, phase, step, .. } = worker;
         let rank = rank.map_or("-".to_string(), |rank| rank.to_string());

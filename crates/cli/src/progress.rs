@@ -1,7 +1,6 @@
 //! What a person sees of a run: a bar on a terminal, plain lines elsewhere.
 
-use std::fmt::Write as _;
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -58,7 +57,8 @@ impl Progress {
         if self.mode == ProgressMode::Json
             && let Some(line) = json_line(&response)
         {
-            println!("{line}");
+            // A reader that went away must not end the run.
+            let _ = writeln!(std::io::stdout(), "{line}");
         }
         match response.update {
             Some(Update::Snapshot(run)) => self.run = run,
@@ -108,7 +108,10 @@ pub fn figures_line(run: &v1::Run, figures: &v1::Figures) -> String {
     let mut text = format!("step {}/{}", grouped(step), grouped(run.total_steps));
     if run.steps_per_epoch > 0 {
         let epochs = |steps: u64| steps as f64 / run.steps_per_epoch as f64;
-        write_all(&mut text, format_args!(" ep {:.2}/{:.0}", epochs(step), epochs(run.total_steps)));
+        write_all(
+            &mut text,
+            format_args!(" ep {:.2}/{:.0}", epochs(step), epochs(run.total_steps)),
+        );
     }
     write_all(
         &mut text,
@@ -131,7 +134,7 @@ pub fn figures_line(run: &v1::Run, figures: &v1::Figures) -> String {
 }
 
 fn write_all(text: &mut String, args: std::fmt::Arguments<'_>) {
-    text.write_fmt(args).expect("a string takes everything");
+    std::fmt::Write::write_fmt(text, args).expect("a string takes everything");
 }
 
 fn eta(run: &v1::Run, figures: &v1::Figures) -> Option<String> {
@@ -227,8 +230,8 @@ mod tests {
         };
         assert_eq!(
             figures_line(&run, &figures),
-            "step 1,240/249,600 ep 3.97/800 loss 0.9213 lr 2.4e-4 gnorm 0.41 img/s 24,310 data 1.2% \
-             eta 11h37m"
+            "step 1,240/249,600 ep 3.97/800 loss 0.9213 lr 2.4e-4 gnorm 0.41 img/s 24,310 \
+             data 1.2% eta 11h37m"
         );
     }
 

@@ -49,7 +49,7 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
     init_logs(if args.verbose { "info" } else { "error" });
     let mut spec = spec::read(&args.file, &args.overrides)?;
     let n = choose_workers(&args, &spec)?;
-    spec.elastic.workers = Workers { min: n, max: n };
+    spec.elastic.workers = Workers { min: spec.elastic.workers.min.min(n), max: n };
     let request = spec::request(&mut spec, true)?;
     let worker = find_worker()?;
     let place = Path::new(&spec.checkpoint.to).join(&spec.name);
@@ -93,13 +93,14 @@ fn find_worker() -> anyhow::Result<PathBuf> {
     let unfit = |text: String| Coded::error(exit::UNFIT, text);
     let path = locate_worker().ok_or_else(|| {
         unfit(
-            "`lacuna-worker` was not found: not in LACUNA_WORKER, not beside `lacuna`, not on PATH; \
-             `make setup` builds it"
+            "`lacuna-worker` was not found: not in LACUNA_WORKER, not beside `lacuna`, not on \
+             PATH; `make setup` builds it"
                 .to_string(),
         )
     })?;
     let output = std::process::Command::new(&path).arg("--version").output();
-    let output = output.map_err(|err| unfit(format!("failed to start `{}`: {err}", path.display())))?;
+    let output =
+        output.map_err(|err| unfit(format!("failed to start `{}`: {err}", path.display())))?;
     if !output.status.success() {
         let why = String::from_utf8_lossy(&output.stderr);
         return Err(unfit(format!(
@@ -112,7 +113,11 @@ fn find_worker() -> anyhow::Result<PathBuf> {
     let said = String::from_utf8_lossy(&output.stdout);
     let ours = BuildId::this().to_string();
     if !said.starts_with(&ours) {
-        let text = format!("`{}` is {}, this is {ours}: install the same build", path.display(), said.trim());
+        let text = format!(
+            "`{}` is {}, this is {ours}: install the same build",
+            path.display(),
+            said.trim()
+        );
         return Err(Coded::error(exit::VERSION, text));
     }
     Ok(path)
@@ -202,10 +207,11 @@ impl Training<'_> {
                 () = signals.next() => {
                     if stopping {
                         progress.finish();
-                        return Err(Coded::error(exit::INTERRUPTED, "interrupted twice; workers killed"));
+                        let text = "interrupted twice; workers killed";
+                        return Err(Coded::error(exit::INTERRUPTED, text));
                     }
                     stopping = true;
-                    progress.line("  stopping at the next boundary, with a checkpoint; again to stop at once");
+                    progress.line("  stopping at a boundary, with a checkpoint; again: at once");
                     client.stop_run(run, "stopped by Ctrl-C").await?;
                 }
                 status = agent.wait() => {
@@ -250,7 +256,9 @@ fn print_end(run: &v1::Run, place: &Path) {
             let digest = run.final_digest.map_or_else(String::new, |d| format!("{d:016x}"));
             println!("finished at step {}, state digest {digest}; {saved}", run.step);
         }
-        "stopped" => println!("stopped at step {}; {saved}; run the same command to go on", run.step),
+        "stopped" => {
+            println!("stopped at step {}; {saved}; run the same command to go on", run.step)
+        }
         state => println!("{state} at step {}: {}; {saved}", run.step, run.why),
     }
 }

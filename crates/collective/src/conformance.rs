@@ -126,7 +126,10 @@ pub fn a_late_rank_is_named(make_group: &impl Fn(usize) -> Members) {
         assert!(started.elapsed() < BRIEF + SLACK, "a deadline was missed");
         for error in &errors {
             assert!(
-                matches!(error, CollectiveError::Timeout { op_seq: 1, waiting_for } if *waiting_for == [2]),
+                matches!(
+                    error,
+                    CollectiveError::Timeout { op_seq: 1, waiting_for } if *waiting_for == [2]
+                ),
                 "expected a timeout that names rank 2, got: {error}"
             );
         }

@@ -1,14 +1,14 @@
 //! The coordinator's side of one run.
 //!
-//! [`Coordinator::handle`] takes one event and the time and returns what to do, in order. After every
-//! event [`Coordinator::settle`] looks at the whole state and starts whatever is due, so no event needs
-//! to know what else is going on.
+//! [`Coordinator::handle`] takes one event and the time and returns what to do, in order. After
+//! every event [`Coordinator::settle`] looks at the whole state and starts whatever is due, so no
+//! event needs to know what else is going on.
 //!
 //! ```text
 //! no group ── enough warm workers ──▶ Preparing ─ all prepared ─▶ Syncing ─ all synced ─▶ Running
 //!    ▲                                    ▲                                      │
-//!    │ fewer than min                     │ next generation                      │ all agreed to stop
-//!    └────────────────── failure ◀────────┴───────────────── Held ◀──────────────┘
+//!    │ fewer than min                     │ next generation                      │ all agreed to
+//!    stop └────────────────── failure ◀────────┴───────────────── Held ◀──────────────┘
 //! ```
 
 mod forming;
@@ -163,7 +163,8 @@ pub enum Command {
     },
     /// Draw the communicator's id and answer with [`Event::CommId`].
     DrawCommId(Generation),
-    /// Commit the checkpoint and answer with [`Event::CheckpointDone`] or [`Event::CheckpointFailed`].
+    /// Commit the checkpoint and answer with [`Event::CheckpointDone`] or
+    /// [`Event::CheckpointFailed`].
     Commit(CommitOrder),
     /// Tell people.
     Note(Note),

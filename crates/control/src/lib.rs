@@ -1,9 +1,9 @@
 //! The membership protocol as two sans-io state machines, one for each end.
 //!
-//! Events and the time go in, commands come out, in order; a [`coordinator::Command::Persist`] comes
-//! before whatever must not be seen before it is durable. There is no clock, no socket, no thread and
-//! no random source here, and no generated wire type. Everything that sends, waits or stores is a thin
-//! driver around these machines.
+//! Events and the time go in, commands come out, in order; a [`coordinator::Command::Persist`]
+//! comes before whatever must not be seen before it is durable. There is no clock, no socket, no
+//! thread and no random source here, and no generated wire type. Everything that sends, waits or
+//! stores is a thin driver around these machines.
 //!
 //! Start with [`message`] (what the two ends say), then [`coordinator::Coordinator::handle`], then
 //! [`worker::Session::handle`].

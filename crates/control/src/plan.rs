@@ -77,8 +77,8 @@ pub struct CheckpointRef {
 
 /// Chooses how many of `available` workers to use for steps of `n_slots` slots.
 ///
-/// A step takes as long as its busiest member has slots, `ceil(V / N)`: of the sizes up to `max` that
-/// make it shortest, the smallest is taken (not below `min`), and the others stay warm spares.
+/// A step takes as long as its busiest member has slots, `ceil(V / N)`: of the sizes up to `max`
+/// that make it shortest, the smallest is taken (not below `min`), and the others stay warm spares.
 pub fn group_size(n_slots: u32, available: usize, min: usize, max: usize) -> usize {
     let most = available.min(max).min(n_slots as usize);
     if most == 0 {

@@ -46,8 +46,8 @@ fn failed(error: impl std::error::Error + 'static) -> CatalogueError {
 }
 
 impl Catalogue {
-    /// Claims the run for this coordinator, with `epoch` or the first free one above it, and looks at
-    /// what is there.
+    /// Claims the run for this coordinator, with `epoch` or the first free one above it, and looks
+    /// at what is there.
     pub fn open(
         spec: RunSpec,
         n_samples: u64,

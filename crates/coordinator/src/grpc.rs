@@ -1,5 +1,8 @@
 //! The gRPC services: thin translations to the registry and the runs' tasks.
 
+mod messages;
+mod watch;
+
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,21 +16,20 @@ use lacuna_control::coordinator::{Ending, Event, Hello, Saved};
 use lacuna_spec::RunSpec;
 use lacuna_types::{BuildId, Incarnation, RunId, WorkerId, exit};
 use tokio::sync::mpsc;
+use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
+use self::messages::to_message;
+use self::watch::watch_loop;
 use crate::catalogue::Catalogue;
 use crate::registry::{RunHandle, Shared};
-use crate::run::{Input, SESSION_QUEUE, SessionSender, View, WATCH_QUEUE};
-use crate::store::{StoredRun, Update};
+use crate::run::{Input, SESSION_QUEUE, SessionSender, WATCH_QUEUE};
+use crate::store::StoredRun;
 
 /// How long a new stream may take to introduce itself.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
-/// Updates read from the store at once for a watcher.
-const PAGE: u64 = 256;
-
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// All services over one shared state.
@@ -392,7 +394,8 @@ impl Grpc {
             return Ok(Some(input));
         }
         let text = format!(
-            "run `{id}` exists and would give another result:\n  {}\ngive the changed run another name",
+            "run `{id}` exists and would give another result:\n  {}\n\
+             give the changed run another name",
             differences.join("\n  ")
         );
         Err(status(Reason::RunExists, text))
@@ -477,142 +480,4 @@ impl Grpc {
 
 fn not_found(id: &RunId) -> Status {
     status(Reason::RunNotFound, format!("there is no run `{id}`"))
-}
-
-fn to_message(id: &RunId, handle: &RunHandle) -> v1::Run {
-    let View { status, ending, figures, devices, last_seq } = handle.ends.view.borrow().clone();
-    let resolved = handle.spec.resolve(handle.n_samples).ok();
-    let (why, exit_code, final_digest) = match &ending {
-        None => (String::new(), None, None),
-        Some(Ending::Finished { digest, .. }) => (String::new(), Some(exit::OK), Some(*digest)),
-        Some(Ending::Failed { why, code }) => (why.clone(), Some(*code), None),
-        Some(Ending::Stopped { why, .. }) => (why.clone(), Some(exit::DRAINED), None),
-        Some(Ending::Paused { why }) => (why.clone(), Some(exit::FAILED), None),
-    };
-    let worker = |w: lacuna_control::coordinator::WorkerStatus| v1::RunWorker {
-        device: devices.get(&w.worker).cloned().unwrap_or_default(),
-        worker_id: w.worker.to_string(),
-        rank: w.rank.map(|rank| rank as u32),
-        slots: w.slots,
-        state: w.state.to_string(),
-        step: w.step.0,
-        phase: w.phase.to_string(),
-    };
-    v1::Run {
-        run_id: id.to_string(),
-        state: status.state.to_string(),
-        why,
-        generation: status.generation.0,
-        step: status.step.0,
-        total_steps: resolved.as_ref().map_or(0, |r| r.total_steps),
-        steps_per_epoch: resolved.as_ref().map_or(0, |r| r.geometry.steps_per_epoch()),
-        n_slots: handle.spec.n_slots(),
-        checkpoint_step: status.checkpoint.map(|c| c.step.0),
-        final_digest,
-        workers: status.workers.into_iter().map(worker).collect(),
-        figures: figures.and_then(figures_message),
-        spec: handle.spec.to_json().to_string(),
-        exit_code: exit_code.map(u32::from),
-        last_seq,
-    }
-}
-
-fn figures_message(update: Update) -> Option<v1::Figures> {
-    let Update::Figures {
-        generation,
-        step,
-        loss,
-        lr,
-        grad_norm,
-        images_per_second,
-        data_wait,
-        digest,
-        skipped,
-        redone,
-    } = update
-    else {
-        return None;
-    };
-    Some(v1::Figures {
-        step,
-        loss,
-        lr,
-        grad_norm,
-        images_per_second,
-        data_wait,
-        skipped,
-        redone,
-        generation,
-        digest,
-    })
-}
-
-fn update_message(seq: u64, update: Update) -> v1::WatchRunResponse {
-    use v1::watch_run_response::Update as U;
-    let update = match update {
-        Update::Event { kind, warning, text, at_ms } => {
-            Some(U::Event(v1::RunEvent { kind, warning, text, at_ms }))
-        }
-        figures => figures_message(figures).map(U::Figures),
-    };
-    v1::WatchRunResponse { update, seq }
-}
-
-type WatchSender = mpsc::Sender<Result<v1::WatchRunResponse, Status>>;
-
-/// Feeds one watcher until it goes: a snapshot, what is stored, then what happens; a snapshot again
-/// whenever the run's state changes.
-async fn watch_loop(grpc: Grpc, id: RunId, after: u64, out: WatchSender) {
-    let (mut view, updates) = {
-        let runs = grpc.0.runs();
-        let Some(handle) = runs.get(&id) else { return };
-        (handle.ends.view.clone(), handle.ends.updates.subscribe())
-    };
-    let mut live = tokio_stream::wrappers::BroadcastStream::new(updates);
-    let mut seen = after;
-    let mut last_state: Option<v1::Run> = None;
-    loop {
-        let Ok(snapshot) = grpc.run_message(&id) else { return };
-        if differs(last_state.as_ref(), &snapshot) {
-            last_state = Some(snapshot.clone());
-            let update = Some(v1::watch_run_response::Update::Snapshot(snapshot));
-            if out.send(Ok(v1::WatchRunResponse { update, seq: seen })).await.is_err() {
-                return;
-            }
-        }
-        loop {
-            let page = match grpc.0.store().updates(&id, seen, PAGE) {
-                Ok(page) => page,
-                Err(err) => return grpc.0.fail(err),
-            };
-            if page.is_empty() {
-                break;
-            }
-            for (seq, update) in page {
-                seen = seq;
-                if out.send(Ok(update_message(seq, update))).await.is_err() {
-                    return;
-                }
-            }
-        }
-        tokio::select! {
-            changed = view.changed() => if changed.is_err() { return },
-            next = live.next() => if next.is_none() { return },
-            () = out.closed() => return,
-        }
-    }
-}
-
-/// Tells whether a snapshot says something new beyond figures and steps, which come by themselves.
-fn differs(last: Option<&v1::Run>, next: &v1::Run) -> bool {
-    let Some(last) = last else { return true };
-    let key = |run: &v1::Run| {
-        let workers: Vec<(String, Option<u32>, u32, String)> = run
-            .workers
-            .iter()
-            .map(|w| (w.worker_id.clone(), w.rank, w.slots, w.state.clone()))
-            .collect();
-        (run.state.clone(), run.generation, run.checkpoint_step, workers)
-    };
-    key(last) != key(next)
 }

@@ -1,8 +1,8 @@
 //! The coordinator service: drives the control machines over gRPC, SQLite and timers.
 //!
 //! One task owns one run's machine ([`run`]); sessions and calls reach it through a bounded queue.
-//! What must be durable goes through [`store::Store`] before anything that depends on it is sent. It
-//! computes no tensors and is not on the path of a step.
+//! What must be durable goes through [`store::Store`] before anything that depends on it is sent.
+//! It computes no tensors and is not on the path of a step.
 //!
 //! Start with [`service::Service::open`] and [`service::Service::serve`].
 #![forbid(unsafe_code)]

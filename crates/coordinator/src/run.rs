@@ -23,8 +23,8 @@ use crate::store::{StoreError, StoredRun, Update};
 
 /// Bound of a run's queue: a few hundred workers may beat at once while the task writes to disk.
 pub(crate) const INPUT_QUEUE: usize = 1024;
-/// Bound of a worker's outgoing queue: a handful of messages are under way at any time, so a full one
-/// means a worker that does not read.
+/// Bound of a worker's outgoing queue: a handful of messages are under way at any time, so a full
+/// one means a worker that does not read.
 pub(crate) const SESSION_QUEUE: usize = 64;
 /// Updates a watcher may lag behind before it reads them from the store instead.
 pub(crate) const WATCH_QUEUE: usize = 256;
@@ -275,7 +275,7 @@ impl RunTask {
         };
         let leaves = matches!(message, ToWorker::Exit { .. });
         if session.out.try_send(Ok(wire::to_worker(message))).is_err() {
-            warn!(run_id = %self.id, worker_id = %to, "worker does not read its stream; closing it");
+            warn!(run_id = %self.id, worker_id = %to, "a worker does not read its stream");
             self.sessions.remove(to);
         } else if leaves {
             self.sessions.remove(to);

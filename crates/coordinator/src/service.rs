@@ -46,8 +46,8 @@ pub enum StartError {
     },
     /// Anybody on the network could use the service.
     #[error(
-        "refusing to listen on {addr}: without tokens or TLS the service is open to everybody who can \
-         reach it; listen on a loopback address"
+        "refusing to listen on {addr}: without tokens or TLS the service is open to everybody who \
+         can reach it; listen on a loopback address"
     )]
     Exposed {
         /// The address.

@@ -1,7 +1,7 @@
 //! What a coordinator remembers across its own restarts.
 //!
-//! One SQLite file in WAL mode with full sync: a call that returned is durable. Figures of steps and
-//! events are kept too, so that a watcher that reconnects misses nothing.
+//! One SQLite file in WAL mode with full sync: a call that returned is durable. Figures of steps
+//! and events are kept too, so that a watcher that reconnects misses nothing.
 
 use std::path::Path;
 
@@ -138,7 +138,10 @@ pub struct SqliteStore {
 }
 
 const SCHEMA: &str = "
-    CREATE TABLE IF NOT EXISTS coordinator (id INTEGER PRIMARY KEY CHECK (id = 1), epoch INTEGER NOT NULL);
+    CREATE TABLE IF NOT EXISTS coordinator (
+        id INTEGER PRIMARY KEY CHECK (id = 1),
+        epoch INTEGER NOT NULL
+    );
     CREATE TABLE IF NOT EXISTS runs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         run_id TEXT NOT NULL UNIQUE,

@@ -15,6 +15,9 @@ use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::state::Layout;
 use lacuna_spec::{RunSpec, parse_text};
 use lacuna_types::{SampleId, Step, exit};
+use lacuna_worker::engine::EngineSpec;
+
+use crate::backend::TorchBackend;
 
 /// `lacuna-worker reconstruct`.
 #[derive(Args, Debug)]
@@ -56,13 +59,33 @@ pub fn reconstruct(args: &ReconstructArgs) -> anyhow::Result<u8> {
     let picture = draw_rows(&model, &random, &pixels, &ids_shuffle);
     write_png(&picture, &args.out)?;
     println!(
-        "{}: {} rows of original | masked | reconstruction at step {step} | reconstruction by random \
-         weights; removed patches are shown with the brightness and contrast of visible patches near \
-         them, never with their own",
+        "{}: {} rows of original | masked | reconstruction at step {step} | reconstruction by \
+         random weights; removed patches are shown with the brightness and contrast of visible \
+         patches near them, never with their own",
         args.out.display(),
         args.images
     );
     Ok(exit::OK)
+}
+
+/// Runs the engine's conformance suite; panics where the contract is broken.
+pub fn conformance() -> u8 {
+    for (name, slot_batch) in [("micro", 3), ("demo", 2)] {
+        let model = ModelConfig::preset(name).expect("a preset");
+        let channels = model.channels as usize;
+        let spec = EngineSpec {
+            model,
+            seed: 5,
+            mean: vec![0.5; channels],
+            std: vec![0.25; channels],
+            slot_batch,
+            device: "cpu0".to_string(),
+        };
+        lacuna_worker::conformance::run(&spec, &TorchBackend);
+        println!("engine conformance: {name} with slots of {slot_batch}");
+    }
+    println!("engine conformance: passed");
+    exit::OK
 }
 
 fn run_dir(path: &Path) -> anyhow::Result<RunDir> {

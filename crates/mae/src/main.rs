@@ -30,6 +30,8 @@ struct Args {
 enum Command {
     #[command(flatten)]
     Worker(WorkerCommand),
+    /// Check that the engine keeps the contract that exactness needs, on this machine.
+    Conformance,
     /// Draw what the model of a checkpoint makes of masked images.
     Reconstruct(commands::ReconstructArgs),
     /// Check a device: golden values, equal bits, first numbers.
@@ -47,6 +49,10 @@ fn main() -> ExitCode {
         Some(Command::GpuCheck(args)) => {
             init_logs();
             finish(gpu_check::run(&args))
+        }
+        Some(Command::Conformance) => {
+            init_logs();
+            finish(Ok(commands::conformance()))
         }
         Some(Command::Worker(command)) => {
             dispatch(WorkerArgs { version, command: Some(command), agent }, TorchBackend)

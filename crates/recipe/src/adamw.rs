@@ -55,18 +55,11 @@ impl AdamW {
 macro_rules! adamw {
     ($real:ty, $update:ident, $apply:ident) => {
         impl AdamW {
-            /// Prepares update number `t` (1-based) at learning rate `lr`; `decays` is the tensor's group.
+            /// Prepares update number `t` (1-based) at learning rate `lr`; `decays` is the tensor's
+            /// group.
             pub fn $update(&self, lr: f64, t: u64, decays: bool) -> Update<$real> {
-                let [
-                    keep,
-                    beta1,
-                    one_minus_beta1,
-                    beta2,
-                    one_minus_beta2,
-                    size,
-                    root,
-                    eps,
-                ] = self.scalars(lr, t, decays).map(|x| x as $real);
+                let [keep, beta1, one_minus_beta1, beta2, one_minus_beta2, size, root, eps] =
+                    self.scalars(lr, t, decays).map(|x| x as $real);
                 Update {
                     keep,
                     beta1,
@@ -89,10 +82,7 @@ macro_rules! adamw {
             grad: &[$real],
         ) {
             let n = param.len();
-            assert!(
-                exp_avg.len() == n && exp_avg_sq.len() == n && grad.len() == n,
-                "one length"
-            );
+            assert!(exp_avg.len() == n && exp_avg_sq.len() == n && grad.len() == n, "one length");
             for (((p, m), v), g) in param.iter_mut().zip(exp_avg).zip(exp_avg_sq).zip(grad) {
                 *m = u.beta1 * *m + u.one_minus_beta1 * *g;
                 *v = u.beta2 * *v + u.one_minus_beta2 * (*g * *g);
@@ -110,12 +100,7 @@ adamw!(f64, update_f64, apply_f64);
 mod tests {
     use super::*;
 
-    const RECIPE: AdamW = AdamW {
-        beta1: 0.9,
-        beta2: 0.95,
-        eps: 1e-8,
-        weight_decay: 0.05,
-    };
+    const RECIPE: AdamW = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.05 };
 
     #[test]
     fn first_update_moves_by_the_learning_rate() {
@@ -130,13 +115,7 @@ mod tests {
     #[test]
     fn zero_learning_rate_moves_the_moments_alone() {
         let (mut p, mut m, mut v) = ([1.5f32], [0.0], [0.0]);
-        apply_f32(
-            &RECIPE.update_f32(0.0, 1, true),
-            &mut p,
-            &mut m,
-            &mut v,
-            &[3.0],
-        );
+        apply_f32(&RECIPE.update_f32(0.0, 1, true), &mut p, &mut m, &mut v, &[3.0]);
         assert_eq!(p, [1.5]);
         assert!(m[0] > 0.29 && v[0] > 0.44);
     }
@@ -144,13 +123,7 @@ mod tests {
     #[test]
     fn undecayed_tensors_do_not_shrink() {
         let (mut p, mut m, mut v) = ([1.0f32], [0.0], [0.0]);
-        apply_f32(
-            &RECIPE.update_f32(0.1, 1, false),
-            &mut p,
-            &mut m,
-            &mut v,
-            &[0.0],
-        );
+        apply_f32(&RECIPE.update_f32(0.1, 1, false), &mut p, &mut m, &mut v, &[0.0]);
         assert_eq!(p, [1.0]);
     }
 
@@ -161,16 +134,9 @@ mod tests {
         let mut p: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).fract() - 0.5).collect();
         let (mut m, mut v) = (vec![0.0; n], vec![0.0; n]);
         for t in 1..=5 {
-            let g: Vec<f32> = (0..n)
-                .map(|i| ((i as f32 * 0.11 + t as f32).fract() - 0.5) * 1e-2)
-                .collect();
-            apply_f32(
-                &RECIPE.update_f32(1e-3, t, true),
-                &mut p,
-                &mut m,
-                &mut v,
-                &g,
-            );
+            let g: Vec<f32> =
+                (0..n).map(|i| ((i as f32 * 0.11 + t as f32).fract() - 0.5) * 1e-2).collect();
+            apply_f32(&RECIPE.update_f32(1e-3, t, true), &mut p, &mut m, &mut v, &g);
         }
         let digest = crate::digest::Crc64::of_f32(&p).then(crate::digest::Crc64::of_f32(&v));
         expect_test::expect!["69e52f8e1ca163b9"].assert_eq(&crate::digest::hex(digest.value));

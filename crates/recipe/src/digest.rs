@@ -17,20 +17,12 @@ pub struct Crc64 {
 impl Crc64 {
     /// Computes the digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
-        Crc64 {
-            value: crc_fast::checksum(Crc64Nvme, bytes),
-            bytes: bytes.len() as u64,
-        }
+        Crc64 { value: crc_fast::checksum(Crc64Nvme, bytes), bytes: bytes.len() as u64 }
     }
 
     /// Computes the digest of the little-endian bytes of `values`.
     pub fn of_f32(values: &[f32]) -> Self {
-        const {
-            assert!(
-                cfg!(target_endian = "little"),
-                "digests are over little-endian bytes"
-            )
-        };
+        const { assert!(cfg!(target_endian = "little"), "digests are over little-endian bytes") };
         Crc64::of(bytemuck::cast_slice(values))
     }
 
@@ -69,11 +61,7 @@ mod tests {
         let text: Vec<u8> = (0..1000u32).map(|i| (i * 7) as u8).collect();
         let whole = Crc64::of(&text);
         for cut in [0, 1, 8, 511, 999, 1000] {
-            assert_eq!(
-                Crc64::of(&text[..cut]).then(Crc64::of(&text[cut..])),
-                whole,
-                "cut {cut}"
-            );
+            assert_eq!(Crc64::of(&text[..cut]).then(Crc64::of(&text[cut..])), whole, "cut {cut}");
         }
     }
 }

@@ -84,23 +84,13 @@ mod tests {
         for (name, bound) in rows {
             let v = values(&base, name);
             let max = v.iter().fold(0f32, |m, x| m.max(x.abs()));
-            assert!(
-                (f64::from(max) / bound - 1.0).abs() < 0.01,
-                "{name}: {max} against {bound}"
-            );
+            assert!((f64::from(max) / bound - 1.0).abs() < 0.01, "{name}: {max} against {bound}");
             let var = v.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / v.len() as f64;
             let want = bound * bound / 3.0;
             let slack = if v.len() < 10_000 { 0.1 } else { 0.01 };
-            assert!(
-                (var / want - 1.0).abs() < slack,
-                "{name}: variance {var} against {want}"
-            );
+            assert!((var / want - 1.0).abs() < slack, "{name}: variance {var} against {want}");
         }
-        for (name, want) in [
-            ("norm.weight", 1.0),
-            ("norm.bias", 0.0),
-            ("decoder_pred.bias", 0.0),
-        ] {
+        for (name, want) in [("norm.weight", 1.0), ("norm.bias", 0.0), ("decoder_pred.bias", 0.0)] {
             assert!(values(&base, name).iter().all(|&x| x == want), "{name}");
         }
     }
@@ -108,19 +98,13 @@ mod tests {
     #[test]
     fn tokens_are_normal() {
         // One token has too few elements for a tight bound, so a wide one is made up.
-        let wide = ParamSpec {
-            name: "cls_token".into(),
-            shape: vec![1, 1, 65536],
-            init: Init::Normal02,
-        };
+        let wide =
+            ParamSpec { name: "cls_token".into(), shape: vec![1, 1, 65536], init: Init::Normal02 };
         let mut v = vec![0.0; wide.numel()];
         fill(&wide, 3, &mut v);
         let n = v.len() as f64;
         let mean = v.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
-        let std = (v
-            .iter()
-            .map(|&x| (f64::from(x) - mean) * (f64::from(x) - mean))
-            .sum::<f64>()
+        let std = (v.iter().map(|&x| (f64::from(x) - mean) * (f64::from(x) - mean)).sum::<f64>()
             / n)
             .sqrt();
         assert!(

@@ -1,7 +1,7 @@
 //! Names of our tensors in timm and in Hugging Face's `ViTMAEForPreTraining`, and back.
 //!
-//! Our names are the reference's. The encoder part is the timm layout; Hugging Face splits the fused
-//! `attn.qkv` into three tensors, which are the thirds of its rows.
+//! Our names are the reference's. The encoder part is the timm layout; Hugging Face splits the
+//! fused `attn.qkv` into three tensors, which are the thirds of its rows.
 
 use std::ops::Range;
 

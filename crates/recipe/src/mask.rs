@@ -1,7 +1,8 @@
 //! Which patches the encoder sees.
 //!
-//! Noise is drawn per patch, patches are sorted by it, and the first [`len_keep`] are kept. It is done
-//! on the host and travels with the batch, so a sample's mask depends on (seed, epoch, sample) alone.
+//! Noise is drawn per patch, patches are sorted by it, and the first [`len_keep`] are kept. It is
+//! done on the host and travels with the batch, so a sample's mask depends on (seed, epoch, sample)
+//! alone.
 
 use crate::philox::{Draws, Tag};
 
@@ -27,10 +28,7 @@ impl MaskOrder {
         let mut ids_shuffle: Vec<u32> = (0..noise.len() as u32).collect();
         ids_shuffle.sort_by(|&a, &b| noise[a as usize].total_cmp(&noise[b as usize]));
         let ids_restore = invert(&ids_shuffle);
-        MaskOrder {
-            ids_shuffle,
-            ids_restore,
-        }
+        MaskOrder { ids_shuffle, ids_restore }
     }
 
     /// Draws the order of `n_patches` patches for one use of a sample.

@@ -67,7 +67,8 @@ pub enum ModelError {
     },
     /// The mask ratio leaves the encoder or the loss without patches.
     #[error(
-        "`mask_ratio` = {ratio} keeps {kept} of {patches} patches; at least one must be kept and one removed"
+        "`mask_ratio` = {ratio} keeps {kept} of {patches} patches; at least one must be kept and \
+         one removed"
     )]
     MaskRatio {
         /// The ratio, printed.
@@ -121,7 +122,8 @@ impl ParamSpec {
 
     /// Tells whether AdamW decays this tensor: matrices, convolutions and tokens, not vectors.
     ///
-    /// `decay_tokens` false leaves `cls_token` and `mask_token` undecayed, as some later code bases do.
+    /// `decay_tokens` false leaves `cls_token` and `mask_token` undecayed, as some later code bases
+    /// do.
     pub fn decays(&self, decay_tokens: bool) -> bool {
         let token = matches!(self.name.as_str(), "cls_token" | "mask_token");
         self.shape.len() > 1 && !self.name.ends_with(".bias") && (decay_tokens || !token)
@@ -154,46 +156,22 @@ impl ModelConfig {
             return out;
         }
         let divisors = [
-            (
-                "img_size[0]",
-                self.img_size[0],
-                self.patch_size,
-                "patch_size",
-            ),
-            (
-                "img_size[1]",
-                self.img_size[1],
-                self.patch_size,
-                "patch_size",
-            ),
+            ("img_size[0]", self.img_size[0], self.patch_size, "patch_size"),
+            ("img_size[1]", self.img_size[1], self.patch_size, "patch_size"),
             ("width", self.width, 4, "position table"),
             ("width", self.width, self.heads, "heads"),
             ("decoder_width", self.decoder_width, 4, "position table"),
-            (
-                "decoder_width",
-                self.decoder_width,
-                self.decoder_heads,
-                "decoder_heads",
-            ),
+            ("decoder_width", self.decoder_width, self.decoder_heads, "decoder_heads"),
         ];
         for (field, value, divisor, by) in divisors {
             if value % divisor != 0 {
-                out.push(ModelError::NotDivisible {
-                    field,
-                    value,
-                    divisor,
-                    by,
-                });
+                out.push(ModelError::NotDivisible { field, value, divisor, by });
             }
         }
         let (kept, patches) = (self.len_keep(), self.n_patches());
         if !self.mask_ratio.is_finite() || kept == 0 || kept >= patches {
             let ratio = self.mask_ratio.to_string();
-            out.push(ModelError::MaskRatio {
-                ratio,
-                kept,
-                patches,
-            });
+            out.push(ModelError::MaskRatio { ratio, kept, patches });
         }
         out
     }
@@ -221,12 +199,7 @@ impl ModelConfig {
 
     /// Lists the trainable parameter tensors in canonical order, which is sorted by name.
     pub fn params(&self) -> Vec<ParamSpec> {
-        let (d, dd, p, c) = (
-            self.width,
-            self.decoder_width,
-            self.patch_size,
-            self.channels,
-        );
+        let (d, dd, p, c) = (self.width, self.decoder_width, self.patch_size, self.channels);
         let patch = p * p * c;
         let mut out: Vec<ParamSpec> = vec![
             param("cls_token", &[1, 1, d], Init::Normal02),
@@ -234,16 +207,9 @@ impl ModelConfig {
             param(
                 "patch_embed.proj.weight",
                 &[d, c, p, p],
-                Init::XavierUniform {
-                    fan_in: patch,
-                    fan_out: d,
-                },
+                Init::XavierUniform { fan_in: patch, fan_out: d },
             ),
-            param(
-                "patch_embed.proj.bias",
-                &[d],
-                Init::ConvBias { fan_in: patch },
-            ),
+            param("patch_embed.proj.bias", &[d], Init::ConvBias { fan_in: patch }),
         ];
         for i in 0..self.depth {
             block(&mut out, &format!("blocks.{i}"), d, self.mlp_ratio);
@@ -285,17 +251,8 @@ impl ModelConfig {
     /// Looks a preset up by name; [`PRESETS`] lists them.
     pub fn preset(name: &str) -> Option<ModelConfig> {
         let (_, sizes) = PRESETS.iter().find(|(known, _)| *known == name)?;
-        let &[
-            side,
-            patch_size,
-            channels,
-            width,
-            depth,
-            heads,
-            dec_width,
-            dec_depth,
-            dec_heads,
-        ] = sizes;
+        let &[side, patch_size, channels, width, depth, heads, dec_width, dec_depth, dec_heads] =
+            sizes;
         Some(ModelConfig {
             img_size: [side, side],
             patch_size,
@@ -315,7 +272,8 @@ impl ModelConfig {
 
 /// Presets: image side, patch, channels, width, depth, heads, decoder width, depth, heads.
 ///
-/// `base`, `large` and `huge` are the reference's; `small` is CrossMAE's; `tiny`, `demo` and `micro` are ours.
+/// `base`, `large` and `huge` are the reference's; `small` is CrossMAE's; `tiny`, `demo` and
+/// `micro` are ours.
 pub const PRESETS: &[(&str, [u32; 9])] = &[
     ("micro", [8, 2, 3, 8, 2, 2, 8, 1, 2]),
     ("demo", [28, 4, 1, 192, 6, 3, 96, 2, 3]),
@@ -328,11 +286,7 @@ pub const PRESETS: &[(&str, [u32; 9])] = &[
 
 fn param(name: &str, shape: &[u32], init: Init) -> ParamSpec {
     let shape = shape.iter().map(|&n| n as usize).collect();
-    ParamSpec {
-        name: name.to_string(),
-        shape,
-        init,
-    }
+    ParamSpec { name: name.to_string(), shape, init }
 }
 
 fn linear(out: &mut Vec<ParamSpec>, name: &str, fan_out: u32, fan_in: u32) {

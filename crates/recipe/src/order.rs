@@ -6,8 +6,8 @@
 //! - `global`: one permutation of all samples. Truly uniform; reads are random.
 //! - `block`: chunks (runs of consecutive samples of one shard) are shuffled, the result is cut
 //!   into K lanes, and inside a lane blocks of about S samples are permuted. Reads stay near each
-//!   other; K · S samples are mixed at a time. Sample s of a batch belongs to lane s / (batch / K), so a
-//!   worker's neighbouring slots read few lanes.
+//!   other; K · S samples are mixed at a time. Sample s of a batch belongs to lane s / (batch / K),
+//!   so a worker's neighbouring slots read few lanes.
 //! - `sequential`: the order of the index, for tests and evaluation.
 //!
 //! Every mode maps the positions `0..N` one to one onto the samples. An epoch uses the positions

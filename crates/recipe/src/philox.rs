@@ -64,16 +64,9 @@ pub struct Draws {
 impl Draws {
     /// Addresses the draws of one `sample` (below 2^48) in one `epoch`.
     pub fn new(seed: u64, tag: Tag, epoch: u32, sample: u64) -> Self {
-        assert!(
-            sample < 1 << 48,
-            "sample id {sample} does not fit the counter's 48 bits"
-        );
+        assert!(sample < 1 << 48, "sample id {sample} does not fit the counter's 48 bits");
         let key = [seed as u32, (seed >> 32) as u32];
-        Draws {
-            key,
-            words: [sample as u32, ((sample >> 32) as u32) << 16, epoch],
-            tag,
-        }
+        Draws { key, words: [sample as u32, ((sample >> 32) as u32) << 16, epoch], tag }
     }
 
     /// Returns the same address for the sample's `occurrence`-th use in the epoch.
@@ -84,15 +77,9 @@ impl Draws {
 
     /// Returns the four words of draw block `block` (below [`DRAW_BLOCKS_MAX`]).
     pub fn block(&self, block: u32) -> [u32; 4] {
-        assert!(
-            block < DRAW_BLOCKS_MAX,
-            "draw block {block} does not fit the counter's 24 bits"
-        );
+        assert!(block < DRAW_BLOCKS_MAX, "draw block {block} does not fit the counter's 24 bits");
         let last: u32 = (self.tag as u32) << 24 | block;
-        philox4x32(
-            [self.words[0], self.words[1], self.words[2], last],
-            self.key,
-        )
+        philox4x32([self.words[0], self.words[1], self.words[2], last], self.key)
     }
 
     /// Returns 32-bit word number `index`: word `index % 4` of block `index / 4`.
@@ -112,7 +99,8 @@ impl Draws {
         unit53(pair[at], pair[at + 1])
     }
 
-    /// Returns a uniform integer in `0..n` (n > 0) from word `index`, by multiplication: the bias is below `n / 2^32`.
+    /// Returns a uniform integer in `0..n` (n > 0) from word `index`, by multiplication: the bias
+    /// is below `n / 2^32`.
     pub fn below(&self, index: u32, n: u32) -> u32 {
         assert!(n > 0, "an empty range has no draw");
         ((u64::from(self.word(index)) * u64::from(n)) >> 32) as u32
@@ -136,19 +124,13 @@ mod tests {
 
     #[test]
     fn known_answers_of_random123() {
-        assert_eq!(
-            philox4x32([0; 4], [0; 2]),
-            [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]
-        );
+        assert_eq!(philox4x32([0; 4], [0; 2]), [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
         assert_eq!(
             philox4x32([u32::MAX; 4], [u32::MAX; 2]),
             [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]
         );
         assert_eq!(
-            philox4x32(
-                [0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344],
-                [0xa4093822, 0x299f31d0]
-            ),
+            philox4x32([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
         );
     }
@@ -156,10 +138,8 @@ mod tests {
     #[test]
     fn counter_layout() {
         let draws = Draws::new(0x1122_3344_5566_7788, Tag::Mask, 9, 0xABCD_0123_4567).occurrence(3);
-        let direct = philox4x32(
-            [0x0123_4567, 0xABCD_0003, 9, 3 << 24 | 5],
-            [0x5566_7788, 0x1122_3344],
-        );
+        let direct =
+            philox4x32([0x0123_4567, 0xABCD_0003, 9, 3 << 24 | 5], [0x5566_7788, 0x1122_3344]);
         assert_eq!(draws.block(5), direct);
         assert_eq!(draws.word(22), direct[2]);
     }

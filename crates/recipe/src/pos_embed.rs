@@ -9,15 +9,11 @@
 ///
 /// Computed in f64 and rounded to f32 at the end.
 pub fn sincos_2d(width: usize, grid: [usize; 2]) -> Vec<f32> {
-    assert!(
-        width.is_multiple_of(4),
-        "position tables need a width that 4 divides, not {width}"
-    );
+    assert!(width.is_multiple_of(4), "position tables need a width that 4 divides, not {width}");
     let [rows, columns] = grid;
     let quarter = width / 4;
-    let omega: Vec<f64> = (0..quarter)
-        .map(|k| 1.0 / libm::pow(10000.0, k as f64 / quarter as f64))
-        .collect();
+    let omega: Vec<f64> =
+        (0..quarter).map(|k| 1.0 / libm::pow(10000.0, k as f64 / quarter as f64)).collect();
     let mut out: Vec<f32> = vec![0.0; width];
     out.reserve_exact(rows * columns * width);
     for i in 0..rows {
@@ -41,12 +37,7 @@ mod tests {
     }
 
     fn assert_near(got: &[f32], want: &serde_json::Value) {
-        let want: Vec<f64> = want
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|v| v.as_f64().unwrap())
-            .collect();
+        let want: Vec<f64> = want.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
         assert_eq!(got.len(), want.len());
         for (g, w) in got.iter().zip(want) {
             assert!((f64::from(*g) - w).abs() <= 1e-6, "{g} against {w}");

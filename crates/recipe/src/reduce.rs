@@ -1,10 +1,10 @@
 //! The exact reduction: why the gradient does not depend on who computed which slot.
 //!
-//! Every slot's gradient is rounded to fixed point with an exponent per tensor that all workers share,
-//! and fixed-point numbers are summed as i64. Integer addition is associative and commutative, so any
-//! map of slots to ranks, any order of arrival and any grouping give the same bytes. The last
-//! [`CONTROL_LANES`] numbers of the buffer are the control word, which everybody reads after the same
-//! step.
+//! Every slot's gradient is rounded to fixed point with an exponent per tensor that all workers
+//! share, and fixed-point numbers are summed as i64. Integer addition is associative and
+//! commutative, so any map of slots to ranks, any order of arrival and any grouping give the same
+//! bytes. The last [`CONTROL_LANES`] numbers of the buffer are the control word, which everybody
+//! reads after the same step.
 
 use crate::state::{Counters, Layout};
 use std::sync::Arc;
@@ -38,7 +38,8 @@ pub enum Lane {
     Slots = 3,
     /// Sum of a 40-bit mix of the slot indices: with [`Lane::Slots`], each slot was there once.
     SlotMix = 4,
-    /// Ranks that ask to stop at this step's end, with the sum and the sum of squares of their change ids.
+    /// Ranks that ask to stop at this step's end, with the sum and the sum of squares of their
+    /// change ids.
     Stop = 5,
     /// See [`Lane::Stop`].
     StopId = 6,
@@ -67,11 +68,9 @@ impl Request {
     fn lanes(self) -> [Lane; 3] {
         match self {
             Request::Stop => [Lane::Stop, Lane::StopId, Lane::StopIdSquared],
-            Request::Checkpoint => [
-                Lane::Checkpoint,
-                Lane::CheckpointId,
-                Lane::CheckpointIdSquared,
-            ],
+            Request::Checkpoint => {
+                [Lane::Checkpoint, Lane::CheckpointId, Lane::CheckpointIdSquared]
+            }
         }
     }
 }
@@ -90,9 +89,9 @@ pub struct SlotGrad<'a> {
 
 /// Sums the gradients of a step's slots.
 ///
-/// Use: [`begin`](Reducer::begin), then for each slot of this rank [`add`](Reducer::add) each tensor
-/// and [`end_slot`](Reducer::end_slot), then sum [`buffer`](Reducer::buffer) over the ranks, then
-/// [`finish`](Reducer::finish).
+/// Use: [`begin`](Reducer::begin), then for each slot of this rank [`add`](Reducer::add) each
+/// tensor and [`end_slot`](Reducer::end_slot), then sum [`buffer`](Reducer::buffer) over the ranks,
+/// then [`finish`](Reducer::finish).
 #[derive(Clone, Debug)]
 pub struct Reducer {
     layout: Arc<Layout>,
@@ -157,14 +156,7 @@ impl Reducer {
     pub fn new(layout: Arc<Layout>, n_slots: u32) -> Self {
         let exponents = vec![EXPONENT_START; layout.n_blocks()];
         let sums = vec![0; layout.numel() + CONTROL_LANES];
-        Reducer {
-            layout,
-            n_slots,
-            exponents,
-            sums,
-            overflow: false,
-            non_finite: false,
-        }
+        Reducer { layout, n_slots, exponents, sums, overflow: false, non_finite: false }
     }
 
     /// Starts a step whose exponents are `exponents`.
@@ -209,7 +201,8 @@ impl Reducer {
         }
     }
 
-    /// Returns this rank's sums with the control word at the end, to be added over the ranks in place.
+    /// Returns this rank's sums with the control word at the end, to be added over the ranks in
+    /// place.
     pub fn buffer(&mut self) -> &mut [i64] {
         let (overflow, non_finite) = (i64::from(self.overflow), i64::from(self.non_finite));
         *self.lane(Lane::Overflow) = overflow;
@@ -231,59 +224,37 @@ impl Reducer {
         let checkpoint = self.agreed(Request::Checkpoint, world);
         if *self.lane(Lane::NonFinite) > 0 {
             let (grad_norm, max_abs) = (0.0, Vec::new());
-            return Ok(Verdict::Skip(Summary {
-                loss,
-                grad_norm,
-                max_abs,
-                stop,
-                checkpoint,
-            }));
+            return Ok(Verdict::Skip(Summary { loss, grad_norm, max_abs, stop, checkpoint }));
         }
         let mut max_abs: Vec<f32> = Vec::with_capacity(self.layout.n_blocks());
         let mut square_sum = 0.0f64;
         for block in 0..self.layout.n_blocks() {
             let range = self.layout.range(block);
             let (exponent, n_slots) = (self.exponents[block], self.n_slots);
-            let (max, squares) = mean_of(
-                &self.sums[range.clone()],
-                exponent,
-                n_slots,
-                &mut mean[range],
-            );
+            let (max, squares) =
+                mean_of(&self.sums[range.clone()], exponent, n_slots, &mut mean[range]);
             max_abs.push(max);
             square_sum += squares;
         }
         let grad_norm = square_sum.sqrt();
-        Ok(Verdict::Apply(Summary {
-            loss,
-            grad_norm,
-            max_abs,
-            stop,
-            checkpoint,
-        }))
+        Ok(Verdict::Apply(Summary { loss, grad_norm, max_abs, stop, checkpoint }))
     }
 
     fn check(&mut self, world: usize) -> Result<(), ReduceError> {
         let ranks = *self.lane(Lane::Ranks);
         if ranks != world as i64 {
-            return Err(ReduceError::Ranks {
-                got: ranks,
-                want: world,
-            });
+            return Err(ReduceError::Ranks { got: ranks, want: world });
         }
         let (got, slot_mix) = (*self.lane(Lane::Slots), *self.lane(Lane::SlotMix));
         let want_mix = (0..self.n_slots).map(mix).sum::<i64>();
         if got != i64::from(self.n_slots) || slot_mix != want_mix {
-            return Err(ReduceError::Slots {
-                got,
-                want: self.n_slots,
-                mix: slot_mix,
-            });
+            return Err(ReduceError::Slots { got, want: self.n_slots, mix: slot_mix });
         }
         Ok(())
     }
 
-    /// Tells whether every rank raised `request` with one id: n equal numbers x have sums n·x and n·x².
+    /// Tells whether every rank raised `request` with one id: n equal numbers x have sums n·x and
+    /// n·x².
     fn agreed(&mut self, request: Request, world: usize) -> bool {
         let [count, sum, squares] = request.lanes().map(|lane| i128::from(*self.lane(lane)));
         let n = world as i128;
@@ -298,11 +269,7 @@ impl Reducer {
 
 /// Sets the exponents for the step after one whose mean gradient had magnitudes `max_abs`.
 pub fn advance_exponents(counters: &mut Counters, max_abs: &[f32], n_slots: u32) {
-    assert_eq!(
-        counters.exponents.len(),
-        max_abs.len(),
-        "one magnitude per tensor"
-    );
+    assert_eq!(counters.exponents.len(), max_abs.len(), "one magnitude per tensor");
     let before = counters.exponents.clone();
     let slot_bits = ceil_log2(n_slots);
     for (exponent, &max) in counters.exponents.iter_mut().zip(max_abs) {
@@ -338,9 +305,7 @@ fn quantise_into(grad: &[f32], exponent: i32, limit: f64, sums: &mut [i64]) -> Q
     let scale = exp2(exponent);
     let mut worst = Quantised::Fine;
     for (grad, sums) in grad.chunks(CHUNK).zip(sums.chunks_mut(CHUNK)) {
-        let max_bits = grad
-            .iter()
-            .fold(0i32, |m, g| m.max((g.to_bits() & 0x7FFF_FFFF) as i32));
+        let max_bits = grad.iter().fold(0i32, |m, g| m.max((g.to_bits() & 0x7FFF_FFFF) as i32));
         let max = f32::from_bits(max_bits as u32);
         if !max.is_finite() {
             return Quantised::NonFinite;
@@ -372,7 +337,8 @@ fn add_by_magic(grad: &[f32], scale: f64, sums: &mut [i64]) {
     }
 }
 
-/// Writes `f32(f64(sum) · 2^-exponent / n_slots)`; returns its largest magnitude and sum of squares.
+/// Writes `f32(f64(sum) · 2^-exponent / n_slots)`; returns its largest magnitude and sum of
+/// squares.
 fn mean_of(sums: &[i64], exponent: i32, n_slots: u32, mean: &mut [f32]) -> (f32, f64) {
     let scale = exp2(-exponent);
     let n = f64::from(n_slots);

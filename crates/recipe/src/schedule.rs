@@ -24,24 +24,14 @@ pub fn lr_at(place: f64, peak: f64, warmup: f64, total: f64, min_lr: f64) -> f64
         return peak * place / warmup;
     }
     let rest = total - warmup;
-    let along = if rest > 0.0 {
-        ((place - warmup) / rest).min(1.0)
-    } else {
-        1.0
-    };
+    let along = if rest > 0.0 { ((place - warmup) / rest).min(1.0) } else { 1.0 };
     min_lr + (peak - min_lr) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * along))
 }
 
 impl Schedule {
     /// Returns the learning rate of the update that step `step` makes; the first is exactly 0.
     pub fn lr(&self, step: u64) -> f64 {
-        lr_at(
-            step as f64,
-            self.peak,
-            self.warmup_steps,
-            self.total_steps,
-            self.min_lr,
-        )
+        lr_at(step as f64, self.peak, self.warmup_steps, self.total_steps, self.min_lr)
     }
 }
 
@@ -56,17 +46,12 @@ mod tests {
         let golden: serde_json::Value = serde_json::from_str(text).unwrap();
         for (key, epochs) in [("lr_800", 800.0), ("lr_1600", 1600.0)] {
             for (label, want) in golden[key].as_object().unwrap() {
-                let numbers: Vec<f64> = label
-                    .split([',', '='])
-                    .filter_map(|part| part.parse().ok())
-                    .collect();
+                let numbers: Vec<f64> =
+                    label.split([',', '=']).filter_map(|part| part.parse().ok()).collect();
                 let place = numbers[0] + numbers[1] / 312.0;
                 let got = lr_at(place, 2.4e-3, 40.0, epochs, 0.0);
                 let want = want.as_f64().unwrap();
-                assert!(
-                    (got - want).abs() <= 1e-15 + 1e-12 * want,
-                    "{key} {label}: {got} {want}"
-                );
+                assert!((got - want).abs() <= 1e-15 + 1e-12 * want, "{key} {label}: {got} {want}");
             }
         }
     }

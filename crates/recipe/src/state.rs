@@ -1,7 +1,7 @@
 //! What a run's state is, and its digest.
 //!
-//! State = parameters, both AdamW moments, exponents and a few counters. The data position is derived
-//! from the step.
+//! State = parameters, both AdamW moments, exponents and a few counters. The data position is
+//! derived from the step.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::digest::Crc64;
 use crate::model::ParamSpec;
 
-/// The trainable tensors of a model in canonical (sorted by name) order, laid out in one flat buffer.
+/// The trainable tensors of a model in canonical (sorted by name) order, laid out in one flat
+/// buffer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Layout {
     params: Vec<ParamSpec>,
@@ -21,10 +22,7 @@ pub struct Layout {
 impl Layout {
     /// Lays `params` out one after another; they must be sorted by name.
     pub fn new(params: Vec<ParamSpec>) -> Arc<Self> {
-        assert!(
-            params.windows(2).all(|pair| pair[0].name < pair[1].name),
-            "sorted, unique names"
-        );
+        assert!(params.windows(2).all(|pair| pair[0].name < pair[1].name), "sorted, unique names");
         let mut starts: Vec<usize> = vec![0];
         for param in &params {
             starts.push(starts[starts.len() - 1] + param.numel());
@@ -54,9 +52,7 @@ impl Layout {
 
     /// Returns the index of the tensor named `name`.
     pub fn find(&self, name: &str) -> Option<usize> {
-        self.params
-            .binary_search_by(|param| param.name.as_str().cmp(name))
-            .ok()
+        self.params.binary_search_by(|param| param.name.as_str().cmp(name)).ok()
     }
 }
 
@@ -129,11 +125,7 @@ impl Counters {
 
     /// Returns the digest of the counters that count: exponents, t, step, little-endian.
     fn digest(&self) -> Crc64 {
-        let mut bytes: Vec<u8> = self
-            .exponents
-            .iter()
-            .flat_map(|e| e.to_le_bytes())
-            .collect();
+        let mut bytes: Vec<u8> = self.exponents.iter().flat_map(|e| e.to_le_bytes()).collect();
         bytes.extend(self.updates.to_le_bytes());
         bytes.extend(self.step.to_le_bytes());
         Crc64::of(&bytes)
@@ -147,10 +139,7 @@ pub type TensorDigests = [Crc64; 3];
 ///
 /// CRC-64/NVME over, by sorted name, param ‖ exp_avg ‖ exp_avg_sq, then exponents, t and step.
 pub fn state_digest(tensors: &[TensorDigests], counters: &Counters) -> u64 {
-    let tensors = tensors
-        .iter()
-        .flatten()
-        .fold(Crc64::default(), |sum, next| sum.then(*next));
+    let tensors = tensors.iter().flatten().fold(Crc64::default(), |sum, next| sum.then(*next));
     tensors.then(counters.digest()).value
 }
 
@@ -164,26 +153,14 @@ mod tests {
         let layout = Layout::new(ModelConfig::preset("micro").unwrap().params());
         let values = |salt: f32| (0..layout.numel()).map(move |i| i as f32 + salt).collect();
         let sections: [Vec<f32>; 3] = [values(0.1), values(0.2), values(0.3)];
-        let counters = Counters {
-            step: 5,
-            updates: 4,
-            ..Counters::fresh(layout.n_blocks(), 32)
-        };
+        let counters = Counters { step: 5, updates: 4, ..Counters::fresh(layout.n_blocks(), 32) };
         let mut bytes: Vec<u8> = Vec::new();
         let mut digests: Vec<TensorDigests> = Vec::new();
         for block in 0..layout.n_blocks() {
             let slice = |s: &Vec<f32>| Crc64::of_f32(&s[layout.range(block)]);
-            digests.push([
-                slice(&sections[0]),
-                slice(&sections[1]),
-                slice(&sections[2]),
-            ]);
+            digests.push([slice(&sections[0]), slice(&sections[1]), slice(&sections[2])]);
             for section in &sections {
-                bytes.extend(
-                    section[layout.range(block)]
-                        .iter()
-                        .flat_map(|x| x.to_le_bytes()),
-                );
+                bytes.extend(section[layout.range(block)].iter().flat_map(|x| x.to_le_bytes()));
             }
         }
         bytes.extend(counters.exponents.iter().flat_map(|e| e.to_le_bytes()));

@@ -38,11 +38,7 @@ pub enum GeometryError {
 impl Geometry {
     /// Checks that slots tile the batch and that an epoch has at least one step.
     pub fn check(&self) -> Result<(), GeometryError> {
-        let Geometry {
-            n_samples,
-            batch,
-            slot_batch,
-        } = *self;
+        let Geometry { n_samples, batch, slot_batch } = *self;
         if batch == 0 || slot_batch == 0 || batch % slot_batch != 0 {
             return Err(GeometryError::Slots { batch, slot_batch });
         }
@@ -102,17 +98,11 @@ pub struct Normalize {
 impl Normalize {
     /// Builds the tables; `mean` and `std` have one value per channel, in units of full brightness.
     pub fn new(mean: &[f64], std: &[f64]) -> Self {
-        assert_eq!(
-            mean.len(),
-            std.len(),
-            "one mean and one deviation per channel"
-        );
+        assert_eq!(mean.len(), std.len(), "one mean and one deviation per channel");
         let channel = |(m, s): (&f64, &f64)| {
             std::array::from_fn(|byte| ((byte as f64 / 255.0 - m) / s) as f32)
         };
-        Normalize {
-            table: mean.iter().zip(std).map(channel).collect(),
-        }
+        Normalize { table: mean.iter().zip(std).map(channel).collect() }
     }
 
     /// Converts `pixels` `[b, h, w, c]` to `out` `[b, c, h, w]`, `plane` = h · w.
@@ -122,11 +112,7 @@ impl Normalize {
         assert_eq!(pixels.len() % (plane * channels), 0, "whole images");
         let images = pixels.chunks_exact(plane * channels);
         for (image, out) in images.zip(out.chunks_exact_mut(plane * channels)) {
-            for (c, (table, out)) in self
-                .table
-                .iter()
-                .zip(out.chunks_exact_mut(plane))
-                .enumerate()
+            for (c, (table, out)) in self.table.iter().zip(out.chunks_exact_mut(plane)).enumerate()
             {
                 let values = image[c..].iter().step_by(channels);
                 for (to, &byte) in out.iter_mut().zip(values) {
@@ -141,11 +127,7 @@ impl Normalize {
 mod tests {
     use super::*;
 
-    const GEOMETRY: Geometry = Geometry {
-        n_samples: 1003,
-        batch: 100,
-        slot_batch: 25,
-    };
+    const GEOMETRY: Geometry = Geometry { n_samples: 1003, batch: 100, slot_batch: 25 };
 
     #[test]
     fn slots_tile_an_epoch_without_its_tail() {
@@ -155,10 +137,7 @@ mod tests {
         for step in 10..20 {
             assert_eq!(GEOMETRY.place(Step(step)), (1, step - 10));
             for index in 0..4 {
-                seen.extend(GEOMETRY.positions(Slot {
-                    step: Step(step),
-                    index,
-                }));
+                seen.extend(GEOMETRY.positions(Slot { step: Step(step), index }));
             }
         }
         assert_eq!(seen, (0..1000).collect::<Vec<u64>>());
@@ -166,31 +145,11 @@ mod tests {
 
     #[test]
     fn geometries_without_steps_are_refused() {
-        let uneven = Geometry {
-            slot_batch: 33,
-            ..GEOMETRY
-        }
-        .check()
-        .unwrap_err();
-        assert!(
-            uneven.to_string().contains("`slot_batch` = 33 must divide"),
-            "{uneven}"
-        );
-        let few = Geometry {
-            n_samples: 99,
-            ..GEOMETRY
-        }
-        .check()
-        .unwrap_err();
+        let uneven = Geometry { slot_batch: 33, ..GEOMETRY }.check().unwrap_err();
+        assert!(uneven.to_string().contains("`slot_batch` = 33 must divide"), "{uneven}");
+        let few = Geometry { n_samples: 99, ..GEOMETRY }.check().unwrap_err();
         assert!(few.to_string().contains("99 samples"), "{few}");
-        assert!(
-            Geometry {
-                slot_batch: 0,
-                ..GEOMETRY
-            }
-            .check()
-            .is_err()
-        );
+        assert!(Geometry { slot_batch: 0, ..GEOMETRY }.check().is_err());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::fmt;
 
 use lacuna_recipe::order::{OrderMode, default_mode};
 
-use crate::run_spec::{Order, Reduce, ResolveError, Resolved, RunSpec, SLOTS_MAX};
+use crate::run_spec::{Order, ResolveError, Resolved, RunSpec, SLOTS_MAX};
 use crate::units::Length;
 
 /// Efficiency below which a number of workers is warned about: one in seven would be idle.
@@ -105,9 +105,6 @@ fn warnings(spec: &RunSpec, workers: &[WorkerRow], n_slots: u32) -> Vec<String> 
             text += &format!("; `train.slot_batch` = {slot_batch} avoids it, as another run");
         }
         out.push(text);
-    }
-    if spec.train.reduce == Reduce::Fast {
-        out.push("`train.reduce` = \"fast\": the result depends on the workers".to_string());
     }
     out
 }

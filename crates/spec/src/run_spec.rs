@@ -89,8 +89,6 @@ word! {
     Reduce {
         /// As integers: the sum does not depend on who computed what.
         Exact = "exact",
-        /// As floats, in the order that is fastest: the last bits depend on the workers.
-        Fast = "fast",
     }
 }
 

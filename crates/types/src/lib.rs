@@ -1,7 +1,8 @@
 //! Words every part of Lacuna shares: ids, steps, generations and time.
 //!
-//! Standard library only; no clock is read here. [`Timestamp`] is a value that drivers make and pure
-//! code receives.
+//! Standard library only; no clock is read here. [`Timestamp`] is a value that drivers make and
+//! pure code receives.
+#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::str::FromStr;
@@ -56,7 +57,8 @@ macro_rules! number {
 }
 
 number!(
-    /// A formation of the group that trains a run. Persisted before any message names it; never reused.
+    /// A formation of the group that trains a run. Persisted before any message names it; never
+    /// reused.
     Generation
 );
 number!(

@@ -1,7 +1,7 @@
 //! The agent: one per node. Starts a trainer per device, reports how they end, starts them again.
 //!
-//! It holds no device and computes nothing, so it outlives whatever its trainers die of. Trainers hold
-//! a pipe from it and end when it closes: a dead agent leaves no orphan.
+//! It holds no device and computes nothing, so it outlives whatever its trainers die of. Trainers
+//! hold a pipe from it and end when it closes: a dead agent leaves no orphan.
 
 use std::collections::VecDeque;
 use std::io::Read as _;
@@ -43,8 +43,8 @@ pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
     let devices = parse_devices(&args.devices).map_err(usage)?;
     if !args.bind_addr.ip().is_loopback() {
         let message = format!(
-            "refusing to listen on {}: without tokens or TLS the collective is open to everybody who \
-             can reach it; use a loopback `--bind-addr`",
+            "refusing to listen on {}: without tokens or TLS the collective is open to everybody \
+             who can reach it; use a loopback `--bind-addr`",
             args.bind_addr
         );
         return Err(usage(message).into());
@@ -266,8 +266,10 @@ impl Supervisor {
     }
 
     fn spawn(&self, incarnation: u64) -> std::io::Result<Child> {
-        let mut command = Command::new(std::env::current_exe()?);
+        // This very build, even if its file was replaced since.
+        let mut command = Command::new("/proc/self/exe");
         command
+            .arg0(std::env::args_os().next().unwrap_or_else(|| "lacuna-worker".into()))
             .arg("trainer")
             .args(["--coordinator", &self.args.coordinator])
             .args(["--worker-id", &self.worker_id])

@@ -49,7 +49,8 @@ pub struct AgentArgs {
     #[arg(long, default_value = "127.0.0.1:0")]
     pub bind_addr: SocketAddr,
 
-    /// Address that peers connect to, where it differs from the bound one; port 0 means the bound port.
+    /// Address that peers connect to, where it differs from the bound one; port 0 means the bound
+    /// port.
     #[arg(long)]
     pub advertise_addr: Option<SocketAddr>,
 

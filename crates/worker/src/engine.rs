@@ -49,8 +49,8 @@ pub struct UpdateScalars {
 /// Computes gradients of slots and applies updates; holds parameters and both moments.
 ///
 /// Guarantees every implementation gives (the conformance suite checks them):
-/// - **Purity**: a slot's loss and gradient are a function of the parameters and the batch alone: not of
-///   earlier calls, other slots, or the process.
+/// - **Purity**: a slot's loss and gradient are a function of the parameters and the batch alone:
+///   not of earlier calls, other slots, or the process.
 /// - [`slot`](Engine::slot) changes no state. [`apply`](Engine::apply) is elementwise and total.
 /// - A fresh engine holds the initial weights of the run's seed and zero moments.
 /// - What [`write`](Engine::write) stored, [`read`](Engine::read) returns bit for bit.
@@ -58,11 +58,11 @@ pub trait Engine: Send {
     /// Returns the tensors of the state in canonical order.
     fn layout(&self) -> &Arc<Layout>;
 
-    /// Computes one slot: calls `sink` once per tensor, in the order in which gradients complete, and
-    /// returns the slot's mean loss.
+    /// Computes one slot: calls `sink` once per tensor, in the order in which gradients complete,
+    /// and returns the slot's mean loss.
     ///
-    /// The gradient is the mean over the slot's samples; a sample of weight 0 adds nothing and still
-    /// counts in the divisor.
+    /// The gradient is the mean over the slot's samples; a sample of weight 0 adds nothing and
+    /// still counts in the divisor.
     fn slot(
         &mut self,
         batch: &SlotBatch,

@@ -39,7 +39,8 @@ fn layout(model: &ModelConfig) -> Arc<Layout> {
 }
 
 impl FakeEngine {
-    /// Builds the engine; a slot takes at least `slot_time`, so that there is a time to be killed in.
+    /// Builds the engine; a slot takes at least `slot_time`, so that there is a time to be killed
+    /// in.
     pub fn new(spec: EngineSpec, slot_time: Duration) -> Self {
         let state = CpuState::fresh(layout(&spec.model), spec.seed);
         let normalize = Normalize::new(&spec.mean, &spec.std);

@@ -42,9 +42,8 @@ fn places(tree: &Tree, file: &File, findings: &mut Vec<Finding>) {
 /// Finds the first `spec/….md` of a line.
 fn cited_page(line: &str) -> Option<&str> {
     let is_path = |c: char| c.is_alphanumeric() || "_-./".contains(c);
-    let (at, prefix) = line
-        .match_indices("spec/")
-        .find(|(at, _)| !line[..*at].ends_with(is_path))?;
+    let (at, prefix) =
+        line.match_indices("spec/").find(|(at, _)| !line[..*at].ends_with(is_path))?;
     let rest: &str = &line[at + prefix.len()..];
     let length: usize = rest.find(|c: char| !is_path(c)).unwrap_or(rest.len());
     let page: &str = line[at..at + prefix.len() + length].trim_end_matches('.');

@@ -14,12 +14,7 @@ struct Crate {
 }
 
 const fn row(name: &'static str, layer: u8, sideways: &'static [&'static str]) -> Crate {
-    Crate {
-        name,
-        layer,
-        sideways,
-        sideways_dev: &[],
-    }
+    Crate { name, layer, sideways, sideways_dev: &[] }
 }
 
 /// The layers: 0 words, 1 pure, 2 I/O, 3 libtorch, 4 tools. The same table as in ARCHITECTURE.md.
@@ -34,11 +29,7 @@ const CRATES: &[Crate] = &[
     row("lacuna-nccl", 2, &[]),
     row("lacuna-collective", 2, &["lacuna-nccl"]),
     row("lacuna-telemetry", 2, &[]),
-    row(
-        "lacuna-coordinator",
-        2,
-        &["lacuna-api", "lacuna-checkpoint", "lacuna-telemetry"],
-    ),
+    row("lacuna-coordinator", 2, &["lacuna-api", "lacuna-checkpoint", "lacuna-telemetry"]),
     row(
         "lacuna-worker",
         2,
@@ -62,12 +53,7 @@ const CRATES: &[Crate] = &[
             "lacuna-telemetry",
         ],
     ),
-    Crate {
-        name: "lacuna-mae",
-        layer: 3,
-        sideways: &[],
-        sideways_dev: &["lacuna-tests"],
-    },
+    Crate { name: "lacuna-mae", layer: 3, sideways: &[], sideways_dev: &["lacuna-tests"] },
     row("lacuna-sim", 4, &[]),
     row("lacuna-tests", 4, &["lacuna-sim"]),
     row("xtask", 4, &[]),
@@ -78,17 +64,8 @@ const TORCH_CRATE: &str = "lacuna-mae";
 const TORCH_PACKAGES: &[&str] = &["tch", "torch-sys"];
 
 /// What a pure crate must not get by a dependency either.
-const IMPURE_PACKAGES: &[&str] = &[
-    "rand",
-    "getrandom",
-    "tokio",
-    "tonic",
-    "rayon",
-    "chrono",
-    "time",
-    "rustix",
-    "libc",
-];
+const IMPURE_PACKAGES: &[&str] =
+    &["rand", "getrandom", "tokio", "tonic", "rayon", "chrono", "time", "rustix", "libc"];
 
 /// Tells whether a crate is pure: no clock, no randomness, no threads, no I/O.
 pub fn is_pure(package: &str) -> bool {
@@ -152,11 +129,7 @@ fn fault(package: &Package, dependency: &Dependency) -> Option<String> {
 /// Finds the line of a manifest that names a dependency.
 fn line_of(tree: &Tree, manifest: &str, name: &str) -> usize {
     let starts = |line: &str| {
-        line.trim_start()
-            .strip_prefix(name)
-            .is_some_and(|rest| rest.starts_with(['.', ' ', '=']))
+        line.trim_start().strip_prefix(name).is_some_and(|rest| rest.starts_with(['.', ' ', '=']))
     };
-    tree.file(manifest)
-        .and_then(|file| file.text.lines().position(starts))
-        .map_or(1, |idx| idx + 1)
+    tree.file(manifest).and_then(|file| file.text.lines().position(starts)).map_or(1, |idx| idx + 1)
 }

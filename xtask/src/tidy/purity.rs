@@ -35,9 +35,7 @@ pub fn check(tree: &Tree) -> Vec<Finding> {
     let mut findings: Vec<Finding> = Vec::new();
     for file in tree.files.iter().filter(|file| file.path.ends_with(".rs")) {
         let source = Source::parse(&file.path, &file.text);
-        let is_pure: bool = pure_dirs
-            .iter()
-            .any(|dir| file.path.starts_with(dir.as_str()));
+        let is_pure: bool = pure_dirs.iter().any(|dir| file.path.starts_with(dir.as_str()));
         let mut in_group: bool = false;
         for (line, code, is_test) in source.lines() {
             let mut report = |message: String| {
@@ -64,10 +62,7 @@ fn impure(code: &str, in_group: &mut bool, report: &mut impl FnMut(String)) {
         *in_group = true;
     }
     if *in_group {
-        for module in IMPURE_MODULES
-            .iter()
-            .filter(|module| has_word(code, module))
-        {
+        for module in IMPURE_MODULES.iter().filter(|module| has_word(code, module)) {
             report(format!("pure code names `std::{module}`"));
         }
         *in_group = !code.contains(';');

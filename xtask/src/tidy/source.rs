@@ -23,11 +23,7 @@ impl Source {
     /// Reads a file; `path` tells whether all of it is test code.
     pub fn parse(path: &str, text: &str) -> Source {
         let code: Vec<String> = blank(text).lines().map(str::to_owned).collect();
-        let tests_from: usize = if is_test_path(path) {
-            0
-        } else {
-            inline_tests(&code)
-        };
+        let tests_from: usize = if is_test_path(path) { 0 } else { inline_tests(&code) };
         Source { code, tests_from }
     }
 
@@ -87,11 +83,7 @@ fn blank(text: &str) -> String {
 
 /// Reads one token's worth of characters: how many, whether they are code, and what follows.
 fn step(chars: &[char], at: usize, state: State) -> (usize, bool, State) {
-    let starts = |word: &str| {
-        word.chars()
-            .enumerate()
-            .all(|(i, c)| chars.get(at + i) == Some(&c))
-    };
+    let starts = |word: &str| word.chars().enumerate().all(|(i, c)| chars.get(at + i) == Some(&c));
     match state {
         State::Code => code_step(chars, at),
         State::LineComment if starts("\n") => (1, true, State::Code),

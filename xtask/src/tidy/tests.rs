@@ -29,23 +29,12 @@ impl Made {
     fn file(&mut self, path: &str, text: &str) {
         self.0.files.retain(|file| file.path != path);
         self.0.paths.insert(path.to_owned());
-        self.0.files.push(File {
-            path: path.to_owned(),
-            text: text.to_owned(),
-        });
+        self.0.files.push(File { path: path.to_owned(), text: text.to_owned() });
     }
 
     fn depends(&mut self, from: &str, to: &str, kind: DependencyKind) {
-        let package = self
-            .0
-            .packages
-            .iter_mut()
-            .find(|package| package.name == from)
-            .unwrap();
-        package.dependencies.push(Dependency {
-            name: to.to_owned(),
-            kind,
-        });
+        let package = self.0.packages.iter_mut().find(|package| package.name == from).unwrap();
+        package.dependencies.push(Dependency { name: to.to_owned(), kind });
     }
 
     fn messages(&self) -> Vec<String> {
@@ -103,27 +92,15 @@ fn edges_point_down_or_are_in_the_table() {
 
 #[test]
 fn tests_may_depend_on_more() {
-    assert_eq!(
-        with_edge("lacuna-mae", "lacuna-tests", DependencyKind::Dev),
-        [""; 0]
-    );
-    assert_eq!(
-        with_edge("lacuna-mae", "lacuna-tests", DependencyKind::Normal).len(),
-        1
-    );
-    assert_eq!(
-        with_edge("lacuna-recipe", "rand", DependencyKind::Dev),
-        [""; 0]
-    );
+    assert_eq!(with_edge("lacuna-mae", "lacuna-tests", DependencyKind::Dev), [""; 0]);
+    assert_eq!(with_edge("lacuna-mae", "lacuna-tests", DependencyKind::Normal).len(), 1);
+    assert_eq!(with_edge("lacuna-recipe", "rand", DependencyKind::Dev), [""; 0]);
 }
 
 #[test]
 fn an_edge_is_found_on_its_line() {
     let mut made = Made::new();
-    made.file(
-        "crates/data/Cargo.toml",
-        &format!("{MANIFEST}lacuna-api.workspace = true\n"),
-    );
+    made.file("crates/data/Cargo.toml", &format!("{MANIFEST}lacuna-api.workspace = true\n"));
     made.depends("lacuna-data", "lacuna-api", DependencyKind::Normal);
     assert!(made.messages()[0].starts_with("crates/data/Cargo.toml:5: `lacuna-data` (layer 2)"));
 }
@@ -147,10 +124,7 @@ fn pure_code_names_no_clock() {
     );
     assert_eq!(with_file("crates/data/src/a.rs", code), [""; 0]);
     assert_eq!(with_file("crates/control/src/a/tests.rs", code), [""; 0]);
-    assert_eq!(
-        with_file("crates/control/src/a.rs", "// Instant\n"),
-        [""; 0]
-    );
+    assert_eq!(with_file("crates/control/src/a.rs", "// Instant\n"), [""; 0]);
 }
 
 #[test]
@@ -162,50 +136,24 @@ fn pure_code_names_no_io() {
         "pub async fn f() {}",
         "type M = HashMap<u8, u8>;",
     ] {
-        assert_eq!(
-            with_file("crates/control/src/a.rs", code).len(),
-            1,
-            "{code}"
-        );
+        assert_eq!(with_file("crates/control/src/a.rs", code).len(), 1, "{code}");
     }
-    for code in [
-        "use std::{fmt, ops};\nfn fs() {}",
-        "use std::time::Duration;",
-    ] {
-        assert_eq!(
-            with_file("crates/control/src/a.rs", code),
-            [""; 0],
-            "{code}"
-        );
+    for code in ["use std::{fmt, ops};\nfn fs() {}", "use std::time::Duration;"] {
+        assert_eq!(with_file("crates/control/src/a.rs", code), [""; 0], "{code}");
     }
 }
 
 #[test]
 fn crates_name_only_what_they_may_see() {
-    assert_eq!(
-        with_file("crates/data/src/a.rs", "fn f(x: &tch::Tensor) {}").len(),
-        1
-    );
-    assert_eq!(
-        with_file("crates/control/src/a.rs", "use lacuna_api::Hello;").len(),
-        1
-    );
-    assert_eq!(
-        with_file("crates/data/src/a.rs", "use lacuna_api::Hello;"),
-        [""; 0]
-    );
+    assert_eq!(with_file("crates/data/src/a.rs", "fn f(x: &tch::Tensor) {}").len(), 1);
+    assert_eq!(with_file("crates/control/src/a.rs", "use lacuna_api::Hello;").len(), 1);
+    assert_eq!(with_file("crates/data/src/a.rs", "use lacuna_api::Hello;"), [""; 0]);
 }
 
 #[test]
 fn shortcuts_are_found() {
-    assert_eq!(
-        with_file("crates/data/src/a.rs", "fn f() { todo!() }").len(),
-        1
-    );
-    assert_eq!(
-        with_file("crates/data/src/a/tests.rs", "#[ignore = \"slow\"]").len(),
-        1
-    );
+    assert_eq!(with_file("crates/data/src/a.rs", "fn f() { todo!() }").len(), 1);
+    assert_eq!(with_file("crates/data/src/a/tests.rs", "#[ignore = \"slow\"]").len(), 1);
     let sleep = "std::thread::sleep(d);";
     assert_eq!(with_file("crates/data/src/a/tests.rs", sleep).len(), 1);
     assert_eq!(with_file("crates/data/src/a.rs", sleep), [""; 0]);
@@ -239,15 +187,9 @@ fn crates_that_call_c_may_be_unsafe() {
 #[test]
 fn links_of_pages_lead_somewhere() {
     let page = |text: &str| with_file("docs/adr/0001.md", text);
-    assert_eq!(
-        page("[a](../../crates/data) [b](https://example.org/x) [c](#here)"),
-        [""; 0]
-    );
+    assert_eq!(page("[a](../../crates/data) [b](https://example.org/x) [c](#here)"), [""; 0]);
     assert_eq!(page("[a](../../crates/data/src/lib.rs#L1)"), [""; 0]);
-    assert_eq!(
-        page("`[a](nowhere.md)`\n```\n[b](nowhere.md)\n```\n"),
-        [""; 0]
-    );
+    assert_eq!(page("`[a](nowhere.md)`\n```\n[b](nowhere.md)\n```\n"), [""; 0]);
     assert_eq!(
         page("\n[a](nowhere.md)"),
         ["docs/adr/0001.md:2: link to `nowhere.md` leads nowhere"]
@@ -257,18 +199,9 @@ fn links_of_pages_lead_somewhere() {
 
 #[test]
 fn text_names_no_place_outside_the_repository() {
-    assert_eq!(
-        with_file("a.toml", concat!("path = \"/wo", "rk/main\"")).len(),
-        1
-    );
-    assert_eq!(
-        with_file("a.toml", "path = \"/network/x\" # a shared/exclusive lock"),
-        [""; 0]
-    );
-    assert_eq!(
-        with_file("a.toml", concat!("# spec/", "numerics.md §1")).len(),
-        1
-    );
+    assert_eq!(with_file("a.toml", concat!("path = \"/wo", "rk/main\"")).len(), 1);
+    assert_eq!(with_file("a.toml", "path = \"/network/x\" # a shared/exclusive lock"), [""; 0]);
+    assert_eq!(with_file("a.toml", concat!("# spec/", "numerics.md §1")).len(), 1);
     let mut made = Made::new();
     made.file("docs/spec/order.md", "order\n");
     made.file("a.toml", concat!("# spec/", "order.md.\n"));

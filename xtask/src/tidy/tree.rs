@@ -66,34 +66,19 @@ impl Tree {
     /// # Errors
     /// If `git` or `cargo metadata` fails, or a listed file cannot be read.
     pub fn read(root: &Path) -> anyhow::Result<Tree> {
-        let list: String = output(
-            root,
-            "git",
-            &[
-                "ls-files",
-                "-z",
-                "--cached",
-                "--others",
-                "--exclude-standard",
-            ],
-        )?;
+        let list: String =
+            output(root, "git", &["ls-files", "-z", "--cached", "--others", "--exclude-standard"])?;
         let mut tree = Tree::default();
         for path in list.split('\0').filter(|path| !path.is_empty()) {
             let file = root.join(path);
             // Deleted but still in the index, or a link, which has no text of its own.
-            if !file
-                .symlink_metadata()
-                .is_ok_and(|metadata| metadata.is_file())
-            {
+            if !file.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
                 continue;
             }
             tree.paths.insert(path.to_owned());
             let bytes: Vec<u8> = std::fs::read(&file).with_context(|| format!("read `{path}`"))?;
             if let Ok(text) = String::from_utf8(bytes) {
-                tree.files.push(File {
-                    path: path.to_owned(),
-                    text,
-                });
+                tree.files.push(File { path: path.to_owned(), text });
             }
         }
         tree.packages = packages(root)?;
@@ -110,40 +95,27 @@ impl Tree {
         let prefix = format!("{path}/");
         path.is_empty()
             || self.paths.contains(path)
-            || self
-                .paths
-                .range(prefix.clone()..)
-                .next()
-                .is_some_and(|p| p.starts_with(&prefix))
+            || self.paths.range(prefix.clone()..).next().is_some_and(|p| p.starts_with(&prefix))
     }
 }
 
 /// Asks cargo for the members of the workspace.
 fn packages(root: &Path) -> anyhow::Result<Vec<Package>> {
     let cargo: String = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let text: String = output(
-        root,
-        &cargo,
-        &["metadata", "--format-version", "1", "--no-deps"],
-    )?;
+    let text: String = output(root, &cargo, &["metadata", "--format-version", "1", "--no-deps"])?;
     let metadata: Value = serde_json::from_str(&text).context("parse cargo's metadata")?;
-    let list: &Vec<Value> = metadata["packages"]
-        .as_array()
-        .context("find packages in cargo's metadata")?;
+    let list: &Vec<Value> =
+        metadata["packages"].as_array().context("find packages in cargo's metadata")?;
     list.iter().map(|value| package(root, value)).collect()
 }
 
 fn package(root: &Path, value: &Value) -> anyhow::Result<Package> {
     let text = |key: &str| {
-        value[key]
-            .as_str()
-            .with_context(|| format!("find `{key}` in cargo's metadata"))
+        value[key].as_str().with_context(|| format!("find `{key}` in cargo's metadata"))
     };
     let manifest: &Path = Path::new(text("manifest_path")?);
     let dir: &Path = manifest.parent().unwrap_or(manifest);
-    let dir: &Path = dir
-        .strip_prefix(root)
-        .context("find a package in the workspace")?;
+    let dir: &Path = dir.strip_prefix(root).context("find a package in the workspace")?;
     let dependencies: Vec<Dependency> = value["dependencies"]
         .as_array()
         .into_iter()
@@ -160,9 +132,7 @@ fn package(root: &Path, value: &Value) -> anyhow::Result<Package> {
     Ok(Package {
         name: text("name")?.to_owned(),
         dir: dir.to_string_lossy().replace('\\', "/"),
-        has_description: value["description"]
-            .as_str()
-            .is_some_and(|text| !text.is_empty()),
+        has_description: value["description"].as_str().is_some_and(|text| !text.is_empty()),
         dependencies,
     })
 }
@@ -175,11 +145,7 @@ fn output(root: &Path, program: &str, args: &[&str]) -> anyhow::Result<String> {
         .output()
         .with_context(|| format!("run `{program}`"))?;
     if !done.status.success() {
-        bail!(
-            "`{program} {}` failed: {}",
-            args.join(" "),
-            String::from_utf8_lossy(&done.stderr)
-        );
+        bail!("`{program} {}` failed: {}", args.join(" "), String::from_utf8_lossy(&done.stderr));
     }
     String::from_utf8(done.stdout).with_context(|| format!("read what `{program}` printed"))
 }

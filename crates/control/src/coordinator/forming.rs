@@ -43,7 +43,8 @@ pub(super) enum Stage {
 }
 
 impl Coordinator {
-    /// Ends the generation because of a failure; the next one is formed after a short gathering time.
+    /// Ends the generation because of a failure; the next one is formed after a short gathering
+    /// time.
     pub(super) fn disturb(&mut self, now: Timestamp, why: &str) {
         let Some(group) = self.group.take() else {
             return;
@@ -214,7 +215,8 @@ impl Coordinator {
         }
     }
 
-    /// All members are prepared and the id is there: decide where the state comes from, and connect.
+    /// All members are prepared and the id is there: decide where the state comes from, and
+    /// connect.
     fn connect_if_ready(&mut self) {
         let Some(group) = self.group.as_mut().filter(|g| g.stage == Stage::Preparing) else {
             return;
@@ -343,7 +345,8 @@ impl Coordinator {
         }
     }
 
-    /// Everybody stands at one boundary: save first if this is an end, else go on with who is there.
+    /// Everybody stands at one boundary: save first if this is an end, else go on with who is
+    /// there.
     pub(super) fn consider_held(&mut self, now: Timestamp) {
         let Some(group) = &self.group else { return };
         if group.attempt.is_some() {

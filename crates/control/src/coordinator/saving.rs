@@ -81,8 +81,8 @@ impl Coordinator {
         let first = attempt.snapshots.values().next().expect("just inserted");
         if *first != (step, digest) {
             let why = format!(
-                "replicas differ at a checkpoint: {worker} has {digest:016x} at step {step}, another \
-                 member has {:016x} at step {}",
+                "replicas differ at a checkpoint: {worker} has {digest:016x} at step {step}, \
+                 another member has {:016x} at step {}",
                 first.1, first.0
             );
             self.end(Ending::Paused { why });
@@ -180,7 +180,8 @@ impl Coordinator {
         }
     }
 
-    /// Everybody stands still before any step carried the attempt's lane from all: it can never start.
+    /// Everybody stands still before any step carried the attempt's lane from all: it can never
+    /// start.
     ///
     /// (A member reports its snapshot before it reports that it stands, so none is on its way.)
     pub(super) fn withdraw_unstarted_attempt(&mut self) {

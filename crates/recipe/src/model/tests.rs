@@ -17,10 +17,7 @@ fn sizes_of_the_published_models() {
         let decay: Vec<&ParamSpec> = list.iter().filter(|p| p.decays(true)).collect();
         assert_eq!(decay.len(), decayed, "{name}");
         if decayed_params > 0 {
-            assert_eq!(
-                decay.iter().map(|p| p.numel()).sum::<usize>(),
-                decayed_params
-            );
+            assert_eq!(decay.iter().map(|p| p.numel()).sum::<usize>(), decayed_params);
         }
         for token in ["cls_token", "mask_token", "patch_embed.proj.weight"] {
             assert!(decay.iter().any(|p| p.name == token), "{token} is decayed");
@@ -31,17 +28,9 @@ fn sizes_of_the_published_models() {
 
 #[test]
 fn flops_agree_with_the_published_table() {
-    for (name, gflop) in [
-        ("base", 58.46),
-        ("large", 124.23),
-        ("huge", 290.99),
-        ("small", 15.39),
-    ] {
+    for (name, gflop) in [("base", 58.46), ("large", 124.23), ("huge", 290.99), ("small", 15.39)] {
         let got = ModelConfig::preset(name).unwrap().train_flops() / 1e9;
-        assert!(
-            (got - gflop).abs() / gflop < 2e-3,
-            "{name}: {got} against {gflop}"
-        );
+        assert!((got - gflop).abs() / gflop < 2e-3, "{name}: {got} against {gflop}");
     }
 }
 

@@ -43,10 +43,7 @@ fn reduce(
         for &slot in &ranks[rank] {
             for block in (0..layout.n_blocks()).rev() {
                 let values = gradient(layout, block, slot, salt);
-                reducer.add(SlotGrad {
-                    block,
-                    values: &values,
-                });
+                reducer.add(SlotGrad { block, values: &values });
             }
             reducer.end_slot(slot, 1.0 + slot as f32 * 0.125);
         }
@@ -54,10 +51,7 @@ fn reduce(
         total = Some(match total {
             None => reducer,
             Some(mut sum) => {
-                sum.sums
-                    .iter_mut()
-                    .zip(&reducer.sums)
-                    .for_each(|(a, b)| *a += b);
+                sum.sums.iter_mut().zip(&reducer.sums).for_each(|(a, b)| *a += b);
                 sum
             }
         });
@@ -104,11 +98,13 @@ proptest! {
         bits in prop::collection::vec(any::<u32>(), 1..2100),
         exponent in -60i32..=90,
     ) {
-        let grad: Vec<f32> = bits.iter().map(|&b| f32::from_bits(b)).filter(|g| g.is_finite()).collect();
+        let finite = bits.iter().map(|&b| f32::from_bits(b)).filter(|g| g.is_finite());
+        let grad: Vec<f32> = finite.collect();
         let limit = SUM_LIMIT / 4.0;
         let mut sums = vec![0i64; grad.len()];
         let got = quantise_into(&grad, exponent, limit, &mut sums);
-        let want: Vec<f64> = grad.iter().map(|&g| (f64::from(g) * exp2(exponent)).round_ties_even()).collect();
+        let exact = |&g: &f32| (f64::from(g) * exp2(exponent)).round_ties_even();
+        let want: Vec<f64> = grad.iter().map(exact).collect();
         let overflow = want.iter().any(|q| q.abs() > limit);
         prop_assert_eq!(got == Quantised::Overflow, overflow);
         if !overflow {
@@ -123,15 +119,11 @@ fn mean_is_close_to_the_real_mean() {
     let ranks = vec![vec![0, 1, 2], vec![3, 4], vec![5, 6, 7]];
     let done = reduce(&layout, &ranks, &[2, 0, 1], 9, &[47]);
     for i in 0..4096 {
-        let exact: f64 = (0..8)
-            .map(|s| f64::from(gradient(&layout, 0, s, 9)[i]))
-            .sum::<f64>()
-            / 8.0;
+        let exact: f64 =
+            (0..8).map(|s| f64::from(gradient(&layout, 0, s, 9)[i])).sum::<f64>() / 8.0;
         assert!((f64::from(done.mean[i]) - exact).abs() <= exact.abs() * 6e-8 + 1e-13);
     }
-    let Verdict::Apply(summary) = done.verdict else {
-        panic!("{:?}", done.verdict)
-    };
+    let Verdict::Apply(summary) = done.verdict else { panic!("{:?}", done.verdict) };
     assert_eq!(summary.loss, 1.0 + 0.125 * 3.5);
     assert!(summary.grad_norm > 0.0);
 }
@@ -156,10 +148,7 @@ fn flags_decide_the_verdict() {
     assert!(matches!(verdict(&[1.0, -2.0], 1.0), Verdict::Apply(_)));
     assert_eq!(verdict(&[1.0, 4e9], 1.0), Verdict::Redo);
     assert!(matches!(verdict(&[1.0, f32::NAN], 1.0), Verdict::Skip(_)));
-    assert!(matches!(
-        verdict(&[f32::NEG_INFINITY], 1.0),
-        Verdict::Skip(_)
-    ));
+    assert!(matches!(verdict(&[f32::NEG_INFINITY], 1.0), Verdict::Skip(_)));
     assert!(matches!(verdict(&[1.0], f32::NAN), Verdict::Skip(_)));
 }
 
@@ -167,10 +156,7 @@ fn flags_decide_the_verdict() {
 fn wrong_slots_and_ranks_are_caught() {
     let (mut reducer, mut mean) = one_rank(&[1.0], 1.0);
     reducer.buffer();
-    assert_eq!(
-        reducer.finish(2, &mut mean),
-        Err(ReduceError::Ranks { got: 1, want: 2 })
-    );
+    assert_eq!(reducer.finish(2, &mut mean), Err(ReduceError::Ranks { got: 1, want: 2 }));
     reducer.end_slot(0, 1.0);
     let twice = reducer.finish(1, &mut mean).unwrap_err();
     assert!(twice.to_string().contains("holds 2 slots"), "{twice}");
@@ -180,10 +166,7 @@ fn wrong_slots_and_ranks_are_caught() {
     reducer.end_slot(1, 0.0);
     reducer.end_slot(1, 0.0);
     reducer.buffer();
-    assert!(
-        reducer.finish(1, &mut [0.0]).is_err(),
-        "slot 1 twice and slot 0 never"
-    );
+    assert!(reducer.finish(1, &mut [0.0]).is_err(), "slot 1 twice and slot 0 never");
 }
 
 #[test]
@@ -198,10 +181,7 @@ fn requests_need_every_rank_and_one_id() {
     };
     assert!(agreed(&[Some(5), Some(5), Some(5)]));
     assert!(!agreed(&[Some(5), None, Some(5)]));
-    assert!(
-        !agreed(&[Some(4), Some(6), Some(5)]),
-        "the mean is right, the ids are not"
-    );
+    assert!(!agreed(&[Some(4), Some(6), Some(5)]), "the mean is right, the ids are not");
     assert!(agreed(&[Some(REQUEST_ID_MAX); 3]));
     assert!(!agreed(&[None]));
 }
@@ -215,15 +195,8 @@ fn exponents_follow_the_gradient() {
     advance_exponents(&mut counters, &[1.5, 0.0, 3e-3], 8);
     assert_eq!(counters.exponent_version, 1, "nothing changed");
     back_off_exponents(&mut counters);
-    assert_eq!(
-        (counters.exponents.as_slice(), counters.exponent_version),
-        (&[35, 18, 44][..], 2)
-    );
+    assert_eq!((counters.exponents.as_slice(), counters.exponent_version), (&[35, 18, 44][..], 2));
     advance_exponents(&mut counters, &[1e-38, 1e38, 1.0], 9);
     assert_eq!(counters.exponents, [90, -60, 46]);
-    assert_eq!(
-        exponent_of(f32::from_bits(1)),
-        -149,
-        "subnormal numbers too"
-    );
+    assert_eq!(exponent_of(f32::from_bits(1)), -149, "subnormal numbers too");
 }

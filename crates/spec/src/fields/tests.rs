@@ -54,8 +54,9 @@ fn differences_are_listed_with_their_marks() {
     let lines: Vec<String> = diff(&spec(&[]), &new).iter().map(ToString::to_string).collect();
     expect![[r#"
         data.shards: "d" -> "elsewhere" [placement]
-        train.duration: "600step" -> "10ep" [maths]
-        train.batch: 256 -> 512 [maths]
+        data.lanes: 64 -> 256 [maths]
+        train.duration: "700step" -> "10ep" [maths]
+        train.batch: 64 -> 512 [maths]
         optim.betas: [0.9, 0.95] -> [0.9, 0.99] [maths]
         checkpoint.keep.every: unset -> "1ep" [placement]
         track.every: "20step" -> "1min" [display]"#]]

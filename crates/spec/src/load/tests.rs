@@ -194,6 +194,6 @@ fn order_is_pinned_once() {
     let spec = parse_text("t", DEMO, &[]).unwrap().spec;
     assert_eq!(
         spec.order(100_000_000, 1_000_000),
-        OrderParams::default_for(100_000_000, 1_000_000, 256)
+        OrderParams::default_for(100_000_000, 1_000_000, 64)
     );
 }

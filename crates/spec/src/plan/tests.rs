@@ -19,13 +19,13 @@ fn the_paper() {
 #[test]
 fn the_demo_before_its_data() {
     let want = expect_file!["../../transcripts/plan_demo.txt"];
-    check("demo", &["elastic.workers=6:10"], None, want);
+    check("demo", &["elastic.workers=6:10", "train.slot_batch=8"], None, want);
 }
 
 #[test]
 fn epochs_need_the_data() {
     let want = expect_file!["../../transcripts/plan_no_data.txt"];
-    check("huge", &["elastic.workers=8:8", "train.reduce=fast"], None, want);
+    check("huge", &["elastic.workers=8:8"], None, want);
 }
 
 #[test]

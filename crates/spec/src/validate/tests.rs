@@ -118,7 +118,7 @@ fn ranges() {
         "optim.base_lr = 1e400",
         "optim.betas = [0.9, 0.99999999999]",
         "optim.min_lr = 0.1",
-        "optim.warmup = \"601step\"",
+        "optim.warmup = \"701step\"",
         "checkpoint.keep.last = 0",
     ];
     check(START, &cases, expect_file!["../../transcripts/ranges.txt"]);

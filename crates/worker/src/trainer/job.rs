@@ -50,8 +50,8 @@ pub enum JobError {
     },
     /// The data is not what the run was created with.
     #[error(
-        "data set `{path}` has fingerprint {found}, the run was created with {want}: it was changed or \
-         is another one"
+        "data set `{path}` has fingerprint {found}, the run was created with {want}: it was \
+         changed or is another one"
     )]
     OtherData {
         /// Where.
@@ -148,7 +148,8 @@ impl Job {
     }
 }
 
-/// Loader threads of one trainer: its share of the cores without the one that computes, at least one.
+/// Loader threads of one trainer: its share of the cores without the one that computes, at least
+/// one.
 fn threads(wanted: AutoOr<u32>, local_world: usize) -> usize {
     match wanted {
         AutoOr::Is(n) => n as usize,

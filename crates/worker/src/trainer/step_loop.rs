@@ -1,5 +1,5 @@
-//! The step loop: load, compute, reduce, apply. It knows no protocol; the session gives it orders and
-//! takes its reports.
+//! The step loop: load, compute, reduce, apply. It knows no protocol; the session gives it orders
+//! and takes its reports.
 
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
@@ -314,8 +314,8 @@ impl StepLoop {
         Ok(batches)
     }
 
-    /// Computes this worker's slots, sums over the group, and applies what comes out: again with lower
-    /// exponents after an overflow.
+    /// Computes this worker's slots, sums over the group, and applies what comes out: again with
+    /// lower exponents after an overflow.
     fn reduce_step(
         &mut self,
         group: &mut Membership,

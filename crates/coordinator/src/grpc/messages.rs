@@ -1,0 +1,90 @@
+//! Runs and updates as they stand on the wire.
+
+use lacuna_api::v1;
+use lacuna_control::coordinator::Ending;
+use lacuna_types::{RunId, exit};
+
+use crate::registry::RunHandle;
+use crate::run::View;
+use crate::store::Update;
+
+/// Describes a run.
+pub(super) fn to_message(id: &RunId, handle: &RunHandle) -> v1::Run {
+    let View { status, ending, figures, devices, last_seq } = handle.ends.view.borrow().clone();
+    let resolved = handle.spec.resolve(handle.n_samples).ok();
+    let (why, exit_code, final_digest) = match &ending {
+        None => (String::new(), None, None),
+        Some(Ending::Finished { digest, .. }) => (String::new(), Some(exit::OK), Some(*digest)),
+        Some(Ending::Failed { why, code }) => (why.clone(), Some(*code), None),
+        Some(Ending::Stopped { why, .. }) => (why.clone(), Some(exit::DRAINED), None),
+        Some(Ending::Paused { why }) => (why.clone(), Some(exit::FAILED), None),
+    };
+    let worker = |w: lacuna_control::coordinator::WorkerStatus| v1::RunWorker {
+        device: devices.get(&w.worker).cloned().unwrap_or_default(),
+        worker_id: w.worker.to_string(),
+        rank: w.rank.map(|rank| rank as u32),
+        slots: w.slots,
+        state: w.state.to_string(),
+        step: w.step.0,
+        phase: w.phase.to_string(),
+    };
+    v1::Run {
+        run_id: id.to_string(),
+        state: status.state.to_string(),
+        why,
+        generation: status.generation.0,
+        step: status.step.0,
+        total_steps: resolved.as_ref().map_or(0, |r| r.total_steps),
+        steps_per_epoch: resolved.as_ref().map_or(0, |r| r.geometry.steps_per_epoch()),
+        n_slots: handle.spec.n_slots(),
+        checkpoint_step: status.checkpoint.map(|c| c.step.0),
+        final_digest,
+        workers: status.workers.into_iter().map(worker).collect(),
+        figures: figures.and_then(figures_message),
+        spec: handle.spec.to_json().to_string(),
+        exit_code: exit_code.map(u32::from),
+        last_seq,
+    }
+}
+
+fn figures_message(update: Update) -> Option<v1::Figures> {
+    let Update::Figures {
+        generation,
+        step,
+        loss,
+        lr,
+        grad_norm,
+        images_per_second,
+        data_wait,
+        digest,
+        skipped,
+        redone,
+    } = update
+    else {
+        return None;
+    };
+    Some(v1::Figures {
+        step,
+        loss,
+        lr,
+        grad_norm,
+        images_per_second,
+        data_wait,
+        skipped,
+        redone,
+        generation,
+        digest,
+    })
+}
+
+/// Describes something that happened.
+pub(super) fn update_message(seq: u64, update: Update) -> v1::WatchRunResponse {
+    use v1::watch_run_response::Update as U;
+    let update = match update {
+        Update::Event { kind, warning, text, at_ms } => {
+            Some(U::Event(v1::RunEvent { kind, warning, text, at_ms }))
+        }
+        figures => figures_message(figures).map(U::Figures),
+    };
+    v1::WatchRunResponse { update, seq }
+}

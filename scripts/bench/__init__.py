@@ -1,0 +1,1 @@
+"""Measurements against other software, and what their tests import."""
