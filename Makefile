@@ -1,6 +1,6 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test check fmt clippy tidy deny ci bench gpu-check clean clean-all
+.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data gpu-check clean clean-all
 
 # The crate that links libtorch. It is always built with the release profile: `make demo` needs that
 # build anyway, and libtorch's two large C++ files are then compiled once and not per profile.
@@ -14,8 +14,8 @@ setup: ## check the tools, fetch libtorch, build (CUDA=1 fetches the CUDA librar
 	@python3 scripts/setup.py
 build: ## build `lacuna` and `lacuna-worker` into target/release
 	@cargo build --release --package lacuna-cli --package lacuna-mae
-demo: ## train on this machine, kill and add workers, compare the results (DATA_DIR=folder)
-	@scripts/demo.sh
+demo: build ## pack images, train with two workers, kill one, look at the result (DATA_DIR=folder)
+	@python3 scripts/demo.py
 test: ## run every test that needs no GPU
 	@scripts/test.sh
 check: fmt clippy tidy deny ## check format, lints, layers and licences
@@ -32,9 +32,13 @@ ci: ## what continuous integration runs: prepare, check, test
 	@python3 scripts/setup.py --no-build
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory test
-bench: ## measure the data path on this machine (BENCH="--help" for more)
+proto: ## generate the gRPC code from proto/ anew
+	@cargo run --quiet --package xtask --features codegen -- proto
+bench: ## time a training step here and in PyTorch (BENCH="--python v/bin/python", "--help")
+	@python3 scripts/bench/step.py $(BENCH)
+bench-data: ## measure the data path on this machine (BENCH="--help" for more)
 	@cargo run --release --package lacuna-cli -- data bench $(BENCH)
-gpu-check: ## run the tests and measurements that need a GPU
+gpu-check: ## build the check for a machine with a GPU; run it if one is here
 	@scripts/gpu_check.sh
 clean: ## remove what was built
 	@cargo clean

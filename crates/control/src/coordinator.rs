@@ -495,7 +495,8 @@ impl Coordinator {
         let (code, why) = match &ending {
             Ending::Finished { step, .. } => (Some(exit::OK), format!("finished at step {step}")),
             Ending::Failed { why, code } => (Some(*code), why.clone()),
-            Ending::Stopped { why, .. } => (Some(exit::DRAINED), why.clone()),
+            // The workers did nothing wrong and may serve another run.
+            Ending::Stopped { why, .. } => (Some(exit::OK), why.clone()),
             Ending::Paused { why } => (None, why.clone()),
         };
         let (kind, warning) = match &ending {

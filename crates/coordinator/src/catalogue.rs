@@ -32,6 +32,8 @@ pub struct Found {
     pub newest: Option<CheckpointRef>,
     /// Highest generation that any attempt names.
     pub generation: Generation,
+    /// Probe class of the machines that made the newest checkpoint.
+    pub probe: Option<u64>,
     /// Manifests that cannot be used, with the reason.
     pub damaged: Vec<String>,
 }
@@ -64,13 +66,15 @@ impl Catalogue {
             step: manifest.step(),
             manifest: manifest.seal.clone(),
         });
+        let probe = catalog::newest_good(&entries)
+            .and_then(|manifest| u64::from_str_radix(&manifest.state.facts.probe_class, 16).ok());
         let reason = |entry: &Entry| match &entry.status {
             Status::Damaged { reason } => Some(reason.clone()),
             Status::Good(_) => None,
         };
         let damaged = entries.iter().filter_map(reason).collect();
         let generation = highest_generation(&dir).map_err(|err| failed(Box::new(err)))?;
-        let found = Found { newest, generation, damaged };
+        let found = Found { newest, generation, probe, damaged };
         Ok((Catalogue { dir, spec, n_samples, fingerprint, epoch }, found))
     }
 

@@ -455,7 +455,8 @@ impl Grpc {
             );
             return Err(status(Reason::RunExists, text));
         }
-        let saved = Saved { generation: found.generation, probe: None, checkpoint: found.newest };
+        let saved =
+            Saved { generation: found.generation, probe: found.probe, checkpoint: found.newest };
         let stored = StoredRun {
             run_id: id.clone(),
             spec: spec.to_json().to_string(),

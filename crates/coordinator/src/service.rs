@@ -202,6 +202,7 @@ fn open_run(shared: &Arc<Shared>, mut run: StoredRun, spec: RunSpec) {
         }
     };
     run.saved.generation = run.saved.generation.max(found.generation);
+    run.saved.probe = run.saved.probe.or(found.probe);
     run.saved.checkpoint = found.newest;
     found.damaged.iter().for_each(|damaged| warn!(run_id = %id, "{damaged}"));
     if let Err(err) = shared.start_run(run, spec, catalogue) {

@@ -228,7 +228,9 @@ impl Supervisor {
         match code {
             Some(exit::USAGE | exit::VERSION | exit::UNAUTHORISED | exit::UNFIT) => code,
             Some(exit::UNREACHABLE | exit::INTERRUPTED) => code,
-            Some(exit::OK | exit::DRAINED) if stopping || self.args.once => code,
+            // Drained: taken out on purpose, so it stays out.
+            Some(exit::DRAINED) => code,
+            Some(exit::OK) if stopping || self.args.once => code,
             Some(exit::IO | exit::FAILED) if self.args.once => code,
             _ if stopping => Some(code.unwrap_or(exit::DRAINED)),
             _ => None,

@@ -48,8 +48,8 @@ impl Coordinator {
             let (code, why) = match ending {
                 Ending::Finished { .. } => (exit::OK, "the run is finished".to_string()),
                 Ending::Failed { why, code } => (*code, why.clone()),
-                Ending::Stopped { why, .. } => (exit::DRAINED, why.clone()),
-                Ending::Paused { why } => (exit::DRAINED, format!("the run is paused: {why}")),
+                Ending::Stopped { why, .. } => (exit::OK, why.clone()),
+                Ending::Paused { why } => (exit::OK, format!("the run is paused: {why}")),
             };
             self.send_to(&worker, incarnation, ToWorker::Exit { code, why });
             return;
@@ -221,11 +221,12 @@ impl Coordinator {
 
     /// Strikes a worker off and, if it was a member, ends the generation.
     pub(super) fn lose(&mut self, now: Timestamp, worker: &WorkerId, how: &str) {
-        let Some(record) = self.workers.remove(worker) else {
-            return;
+        let Some(record) = self.workers.remove(worker) else { return };
+        let was_member = match &self.group {
+            Some(group) => group.plan.rank(worker, record.incarnation).is_some(),
+            // A peer's report came first: the group is gone, and this is the reason for it.
+            None => self.reform.is_some() && self.order.contains(worker),
         };
-        let group = self.group.as_ref();
-        let was_member = group.is_some_and(|g| g.plan.rank(worker, record.incarnation).is_some());
         if !was_member {
             return;
         }
@@ -233,7 +234,10 @@ impl Coordinator {
         let text =
             format!("worker {worker} lost at step {} ({how}; last phase {phase})", self.progress);
         self.note("lost", true, text.clone());
-        self.disturb(now, &text);
+        match &mut self.reform {
+            Some((_, why)) if self.group.is_none() => *why = text,
+            _ => self.disturb(now, &text),
+        }
     }
 
     pub(super) fn expire_workers(&mut self, now: Timestamp) {
