@@ -90,6 +90,7 @@ def train(spec):
     say("$ lacuna train demo-out/demo.toml")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     figures, victim, total, last_said, end = {}, None, None, 0.0, ""
+    told = []
     for line in process.stdout:
         try:
             update = json.loads(line)
@@ -99,6 +100,7 @@ def train(spec):
         if "total_steps" in update:
             total = update["total_steps"]
         elif "event" in update:
+            told.append(update)
             say(("! " if update["warning"] else "  ") + update["text"])
         elif "loss" in update:
             figures[update["step"]] = update
@@ -108,13 +110,23 @@ def train(spec):
                     f"  {update['images_per_second']:,.0f} img/s")
             if victim is None and total and update["step"] >= total // 3:
                 victim = "local:cpu1"
-                for pid in trainer_pids(victim):
-                    say(f"$ kill -9 {pid}        # worker {victim}, in the middle of a step")
-                    os.kill(pid, signal.SIGKILL)
+                pids = trainer_pids(victim)
+                if len(pids) != 1:
+                    process.terminate()
+                    sys.exit(f"expected one process of {victim}, found {pids}")
+                say(f"$ kill -9 {pids[0]}        # worker {victim}, in the middle of a step")
+                os.kill(pids[0], signal.SIGKILL)
     code = process.wait()
     if code != 0:
         say(end)
         sys.exit(code)
+    # What the summary says must have happened.
+    lost = [e for e in told if e["event"] == "lost" and victim and victim in e["text"]]
+    healed = [e for e in told if victim and f"{victim} healed from" in e["text"]]
+    if not lost or not healed:
+        sys.exit(f"the run did not lose {victim} and take it back: {[e['text'] for e in told]}")
+    if sorted(figures) != list(range(10, total + 1, 10)):
+        sys.exit(f"steps were not reported once each: {sorted(figures)}")
     return figures, victim, end
 
 

@@ -7,19 +7,26 @@ use crate::fixture;
 
 const STEPS: u64 = 120;
 
+/// Long enough for a worker to be evicted and to come back.
+const LONG: u64 = 500;
+
 /// The digest of an undisturbed run with `n` workers.
 fn undisturbed(fixture: &Fixture, n: usize) -> u64 {
+    undisturbed_steps(fixture, n, STEPS)
+}
+
+fn undisturbed_steps(fixture: &Fixture, n: usize, steps: u64) -> u64 {
     let mut cluster = Cluster::start(fixture);
     let workers = format!("\"{n}:{n}\"");
-    let spec = fixture.spec(&format!("quiet-{n}"), STEPS, &[("elastic.workers", &workers)]);
+    let spec = fixture.spec(&format!("quiet-{n}"), steps, &[("elastic.workers", &workers)]);
     let run = cluster.submit(&spec);
     cluster.add("a", n);
     let seen = cluster.wait_end(&run);
     assert_eq!(seen.run.state, "finished", "{}", seen.text());
-    assert_eq!(seen.run.step, STEPS);
-    assert_eq!(seen.run.checkpoint_step, Some(STEPS));
+    assert_eq!(seen.run.step, steps);
+    assert_eq!(seen.run.checkpoint_step, Some(steps));
     assert_eq!(seen.count("formed"), 1, "one generation: {}", seen.text());
-    assert_eq!(seen.figures.len() as u64, STEPS, "every step was reported once");
+    assert_eq!(seen.figures.len() as u64, steps, "every step was reported once");
     seen.run.final_digest.expect("a finished run has a digest")
 }
 
@@ -62,9 +69,9 @@ fn a_sigkill_and_a_joiner_change_no_bit_and_restart_no_survivor() {
 #[test]
 fn a_stopped_process_is_evicted_and_its_return_changes_no_bit() {
     let fixture = fixture();
-    let want = undisturbed(&fixture, 2);
+    let want = undisturbed_steps(&fixture, 2, LONG);
     let mut cluster = Cluster::start(&fixture);
-    let spec = fixture.spec("stopped", STEPS, &[("elastic.workers", "\"1:2\"")]);
+    let spec = fixture.spec("stopped", LONG, &[("elastic.workers", "\"1:2\"")]);
     let run = cluster.submit(&spec);
     cluster.add("a", 1);
     cluster.add("b", 1);
@@ -74,6 +81,11 @@ fn a_stopped_process_is_evicted_and_its_return_changes_no_bit() {
     let seen = cluster.wait(&run, "the lease runs out", |seen| seen.count("lost") == 1);
     assert!(seen.text().contains("no beat for 3."), "{}", seen.text());
     send_signal(pid, Signal::CONT);
+    let back = |seen: &lacuna_tests::Seen| {
+        seen.run.workers.iter().filter(|w| w.rank.is_some()).count() == 2
+    };
+    cluster.wait(&run, "it is a member again", back);
+    assert_eq!(cluster.pid("b:cpu0"), pid, "the same process");
     let seen = cluster.wait_end(&run);
     assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
 }
@@ -96,6 +108,20 @@ fn a_killed_coordinator_comes_back_and_the_run_goes_on() {
     let from = seen.events.iter().rfind(|e| e.kind == "formed").expect("formed");
     let from_disk = from.text.contains("checkpoint") || from.text.contains("from the seed");
     assert!(!from_disk, "the state stayed in memory: {}", from.text);
+}
+
+#[test]
+fn a_stalled_coordinator_does_not_hold_it_against_the_workers() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start(&fixture);
+    let spec = fixture.spec("stalled", LONG, &[("elastic.workers", "\"2:2\"")]);
+    let run = cluster.submit(&spec);
+    cluster.add("a", 2);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 20);
+    cluster.stall_coordinator(std::time::Duration::from_secs(4));
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    assert_eq!(seen.count("lost"), 0, "{}", seen.text());
 }
 
 #[test]

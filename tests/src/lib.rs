@@ -216,6 +216,16 @@ impl<'a> Cluster<'a> {
         self.coordinator = None;
     }
 
+    /// Stops the coordinator for a while, as a laptop's lid or a stuck disk would.
+    pub fn stall_coordinator(&self, time: Duration) {
+        let coordinator = self.coordinator.as_ref().expect("it runs");
+        coordinator.signal(Signal::STOP);
+        let (_never, wait) = std::sync::mpsc::channel::<()>();
+        // Nothing is sent: the time itself is what this is for.
+        let _ = wait.recv_timeout(time);
+        coordinator.signal(Signal::CONT);
+    }
+
     fn log(&self, name: &str) -> Stdio {
         let path = self.fixture.path(&format!("{name}.log"));
         let file = std::fs::File::options().create(true).append(true).open(path);

@@ -20,7 +20,7 @@ pub enum ClientError {
         url: String,
         /// What the parser said.
         #[source]
-        source: tonic::transport::Error,
+        source: Option<tonic::transport::Error>,
     },
     /// Nobody answers there.
     #[error("no coordinator answers at {url}")]
@@ -48,8 +48,11 @@ const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::fro
 /// Opens a channel to `url` within `timeout`; streams on it are kept alive and checked.
 pub async fn connect(url: &str, timeout: Duration) -> Result<Channel, ClientError> {
     let address = |source| ClientError::Address { url: url.to_string(), source };
+    if !url.starts_with("http://") && !url.starts_with("https://") {
+        return Err(address(None));
+    }
     let endpoint = Endpoint::from_shared(url.to_string())
-        .map_err(address)?
+        .map_err(|err| address(Some(err)))?
         .connect_timeout(timeout)
         .http2_keep_alive_interval(KEEP_ALIVE.0)
         .keep_alive_timeout(KEEP_ALIVE.1)

@@ -345,6 +345,14 @@ impl Coordinator {
         std::mem::take(&mut self.out)
     }
 
+    /// Forgives workers a time in which this process could not listen.
+    pub fn excuse(&mut self, paused: Duration) {
+        for worker in self.workers.values_mut() {
+            worker.last_seen = worker.last_seen + paused;
+            worker.stream_lost = worker.stream_lost.map(|at| at + paused);
+        }
+    }
+
     /// Returns when [`Event::Tick`] is due at the latest, and for what.
     pub fn next_deadline(&self) -> Option<(Timestamp, &'static str)> {
         if self.ended.is_some() {
@@ -493,11 +501,12 @@ impl Coordinator {
     fn end(&mut self, ending: Ending) {
         self.out.push(Command::Persist(Record::Ended(ending.clone())));
         let (code, why) = match &ending {
-            Ending::Finished { step, .. } => (Some(exit::OK), format!("finished at step {step}")),
-            Ending::Failed { why, code } => (Some(*code), why.clone()),
+            Ending::Finished { step, .. } => (exit::OK, format!("finished at step {step}")),
+            Ending::Failed { why, code } => (*code, why.clone()),
             // The workers did nothing wrong and may serve another run.
-            Ending::Stopped { why, .. } => (Some(exit::OK), why.clone()),
-            Ending::Paused { why } => (None, why.clone()),
+            Ending::Stopped { why, .. } => (exit::OK, why.clone()),
+            // What is in memory may be what differs: the next group starts from a checkpoint.
+            Ending::Paused { why } => (exit::OK, why.clone()),
         };
         let (kind, warning) = match &ending {
             Ending::Finished { .. } => ("finished", false),
@@ -510,12 +519,10 @@ impl Coordinator {
             let generation = group.plan.generation;
             self.broadcast(&group, &ToWorker::Revoke { generation, why: why.clone() });
         }
-        if let Some(code) = code {
-            let everybody: Vec<(WorkerId, Incarnation)> =
-                self.workers.iter().map(|(id, w)| (id.clone(), w.incarnation)).collect();
-            for (worker, incarnation) in everybody {
-                self.send_to(&worker, incarnation, ToWorker::Exit { code, why: why.clone() });
-            }
+        let everybody: Vec<(WorkerId, Incarnation)> =
+            self.workers.iter().map(|(id, w)| (id.clone(), w.incarnation)).collect();
+        for (worker, incarnation) in everybody {
+            self.send_to(&worker, incarnation, ToWorker::Exit { code, why: why.clone() });
         }
         self.reform = None;
         self.ended = Some(ending);

@@ -74,6 +74,7 @@ impl Catalogue {
         };
         let damaged = entries.iter().filter_map(reason).collect();
         let generation = highest_generation(&dir).map_err(|err| failed(Box::new(err)))?;
+        lacuna_checkpoint::retain::collect_garbage(&dir, generation.next(), &[]).map_err(failed)?;
         let found = Found { newest, generation, probe, damaged };
         Ok((Catalogue { dir, spec, n_samples, fingerprint, epoch }, found))
     }
@@ -126,8 +127,9 @@ impl Catalogue {
             .then(|| CheckpointRef { step: order.step, manifest: manifest.seal.clone() })
     }
 
-    /// Deletes checkpoints that no rule keeps; returns their steps.
-    pub fn retain(&self) -> Result<Vec<Step>, CatalogueError> {
+    /// Deletes checkpoints that no rule keeps, and what is left of attempts from before
+    /// `generation`; returns the steps.
+    pub fn retain(&self, generation: Generation) -> Result<Vec<Step>, CatalogueError> {
         let keep = &self.spec.checkpoint.keep;
         let Some(last) = NonZeroUsize::new(keep.last as usize) else { return Ok(Vec::new()) };
         let entries = catalog::list(&self.dir).map_err(failed)?;
@@ -135,6 +137,7 @@ impl Catalogue {
         let kept = |step: &Step| every.is_some_and(|every| step.0.is_multiple_of(every));
         let in_use: Vec<Step> = entries.iter().map(|e| e.step).filter(kept).collect();
         let done = lacuna_checkpoint::retain::retain(&self.dir, last, &in_use).map_err(failed)?;
+        lacuna_checkpoint::retain::collect_garbage(&self.dir, generation, &[]).map_err(failed)?;
         Ok(done.delete)
     }
 

@@ -25,7 +25,7 @@ use self::messages::to_message;
 use self::watch::watch_loop;
 use crate::catalogue::Catalogue;
 use crate::registry::{RunHandle, Shared};
-use crate::run::{Input, SESSION_QUEUE, SessionSender, WATCH_QUEUE};
+use crate::run::{Gone, Input, SESSION_QUEUE, SessionSender, WATCH_QUEUE};
 use crate::store::StoredRun;
 
 /// How long a new stream may take to introduce itself.
@@ -208,12 +208,23 @@ impl Session {
         }
         let session = self.shared.next_session();
         let (worker, incarnation) = (self.intro.worker.clone(), self.intro.incarnation);
-        let attach = Input::Attach { session, hello: self.intro, device: self.device, out };
+        let gone = Gone::default();
+        let attach = Input::Attach {
+            session,
+            hello: self.intro,
+            device: self.device,
+            out,
+            gone: gone.clone(),
+        };
         if input.send(attach).await.is_err() {
             return;
         }
         loop {
-            let request = match inbound.message().await {
+            let message = tokio::select! {
+                message = inbound.message() => message,
+                () = gone.notified() => return,
+            };
+            let request = match message {
                 Ok(Some(request)) => request,
                 Ok(None) => break,
                 Err(err) => {
@@ -249,6 +260,7 @@ impl Session {
             spec: handle.spec.to_json().to_string(),
             n_samples: handle.n_samples,
             fingerprint: handle.fingerprint.clone(),
+            spec_digest: handle.spec.maths_digest().to_hex().to_string(),
         };
         let message = Some(v1::session_response::Message::Welcome(welcome));
         Some(v1::SessionResponse { message })
@@ -390,11 +402,17 @@ impl Grpc {
                 handle.n_samples, handle.fingerprint
             ));
         }
+        if let Some(handle) = self.0.runs().get(id)
+            && handle.spec.checkpoint.to != spec.checkpoint.to
+        {
+            let (old, new) = (&handle.spec.checkpoint.to, &spec.checkpoint.to);
+            differences.push(format!("checkpoint.to: {old} -> {new} [fixed while the run exists]"));
+        }
         if differences.is_empty() {
             return Ok(Some(input));
         }
         let text = format!(
-            "run `{id}` exists and would give another result:\n  {}\n\
+            "run `{id}` exists and differs:\n  {}\n\
              give the changed run another name",
             differences.join("\n  ")
         );

@@ -29,13 +29,19 @@ pub(crate) const SESSION_QUEUE: usize = 64;
 /// Updates a watcher may lag behind before it reads them from the store instead.
 pub(crate) const WATCH_QUEUE: usize = 256;
 
+/// A pause of the task longer than this is no fault of the workers: a slow disk, a stopped process.
+const STALL: Duration = Duration::from_millis(500);
+
 /// The sender of a session's stream.
 pub(crate) type SessionSender = mpsc::Sender<Result<v1::SessionResponse, tonic::Status>>;
+
+/// Ends a session's stream when the machine gives its worker up.
+pub(crate) type Gone = Arc<tokio::sync::Notify>;
 
 /// What reaches a run's task.
 pub(crate) enum Input {
     /// A trainer's stream is up.
-    Attach { session: u64, hello: Hello, device: String, out: SessionSender },
+    Attach { session: u64, hello: Hello, device: String, out: SessionSender, gone: Gone },
     /// A trainer said something.
     Message { worker: WorkerId, incarnation: Incarnation, message: ToCoordinator },
     /// A trainer's stream is gone.
@@ -63,6 +69,7 @@ struct Attached {
     incarnation: Incarnation,
     device: String,
     out: SessionSender,
+    gone: Gone,
 }
 
 /// The state of a run's task.
@@ -158,25 +165,35 @@ impl RunTask {
 
     /// Runs until the service goes down or its store fails.
     pub(crate) async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+        let mut last_woke = self.shared.now();
         loop {
-            let deadline = self.machine.next_deadline().map(|(at, _)| self.shared.instant(at));
-            let tick = async {
-                match deadline {
-                    Some(at) => tokio::time::sleep_until(at.into()).await,
-                    None => std::future::pending().await,
-                }
-            };
+            // At least every beat, so that a pause of this process shows as a gap.
+            let beat = self.shared.options.timing.beat;
+            let due = self.machine.next_deadline().map_or(last_woke + beat, |(at, _)| at);
+            let at = self.shared.instant(due.min(last_woke + beat));
             let input = tokio::select! {
                 input = inputs.recv() => match input {
                     Some(input) => input,
                     None => return,
                 },
-                () = tick => Input::Event(Event::Tick),
+                () = tokio::time::sleep_until(at.into()) => Input::Event(Event::Tick),
             };
+            let woke = self.shared.now();
+            self.excuse(woke.since(last_woke + beat));
+            last_woke = woke;
             if let Err(err) = self.take(input) {
                 self.shared.fail(err);
                 return;
             }
+        }
+    }
+
+    /// Does not hold a pause of this process against the workers, whose beats were waiting.
+    fn excuse(&mut self, late: Duration) {
+        if late > STALL {
+            let paused = late + self.shared.options.timing.beat;
+            warn!(run_id = %self.id, ?paused, "the coordinator was stalled");
+            self.machine.excuse(paused);
         }
     }
 
@@ -187,10 +204,10 @@ impl RunTask {
             Input::Message { worker, incarnation, message } => {
                 Event::Message { worker, incarnation, message }
             }
-            Input::Attach { session, hello, device, out } => {
+            Input::Attach { session, hello, device, out, gone } => {
                 let incarnation = hello.incarnation;
                 info!(run_id = %self.id, worker_id = %hello.worker, %device, "worker joined");
-                let attached = Attached { session, incarnation, device, out };
+                let attached = Attached { session, incarnation, device, out, gone };
                 self.sessions.insert(hello.worker.clone(), attached);
                 Event::Hello(hello)
             }
@@ -244,7 +261,7 @@ impl RunTask {
             Command::Send { to, incarnation, message } => self.send(&to, incarnation, message),
             Command::Disconnect { worker, incarnation } => {
                 if self.sessions.get(&worker).is_some_and(|s| s.incarnation == incarnation) {
-                    self.sessions.remove(&worker);
+                    self.close(&worker);
                 }
             }
             Command::DrawCommId(generation) => {
@@ -268,6 +285,13 @@ impl RunTask {
         });
     }
 
+    /// Ends a session: its worker notices, and says hello again if it lives.
+    fn close(&mut self, worker: &WorkerId) {
+        if let Some(session) = self.sessions.remove(worker) {
+            session.gone.notify_one();
+        }
+    }
+
     fn send(&mut self, to: &WorkerId, incarnation: Incarnation, message: ToWorker) {
         let Some(session) = self.sessions.get(to).filter(|s| s.incarnation == incarnation) else {
             debug!(run_id = %self.id, worker_id = %to, ?message, "no stream to send on");
@@ -276,7 +300,7 @@ impl RunTask {
         let leaves = matches!(message, ToWorker::Exit { .. });
         if session.out.try_send(Ok(wire::to_worker(message))).is_err() {
             warn!(run_id = %self.id, worker_id = %to, "a worker does not read its stream");
-            self.sessions.remove(to);
+            self.close(to);
         } else if leaves {
             self.sessions.remove(to);
         }
@@ -300,7 +324,7 @@ impl RunTask {
             if queue.blocking_send(Input::Event(event)).is_err() || !saved {
                 return;
             }
-            let remark = match catalogue.retain() {
+            let remark = match catalogue.retain(generation) {
                 Ok(deleted) if deleted.is_empty() => return,
                 Ok(deleted) => {
                     let steps: Vec<String> = deleted.iter().map(ToString::to_string).collect();

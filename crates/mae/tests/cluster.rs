@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use lacuna_tests::{Binaries, Cluster, Fixture, send_signal};
 use rustix::process::Signal;
 
-const STEPS: u64 = 40;
+const STEPS: u64 = 250;
 
 fn fixture() -> Fixture {
     let worker = PathBuf::from(env!("CARGO_BIN_EXE_lacuna-worker"));
@@ -50,6 +50,8 @@ fn one_two_and_three_workers_and_a_kill_give_the_same_bits() {
     let seen = cluster.wait_end(&run);
     assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
     assert_eq!(seen.count("lost"), 1, "{}", seen.text());
+    let healed = seen.events.iter().any(|e| e.text.contains("b:cpu0 healed from"));
+    assert!(healed, "its replacement joined: {}", seen.text());
 }
 
 #[test]

@@ -72,7 +72,9 @@ fn sizes(tree: &Tree, exceptions: &[Exception]) -> Vec<Finding> {
             }
         }
     }
-    for (exception, _) in exceptions.iter().zip(&used).filter(|(_, used)| !**used) {
+    let stale = exceptions.iter().zip(&used).filter(|(_, used)| !**used);
+    let there = |e: &Exception| tree.files.iter().any(|file| file.path == e.path);
+    for (exception, _) in stale.filter(|(exception, _)| there(exception)) {
         let message = format!("exception from {:?} is not needed", exception.limit);
         findings.push(Finding::new(exception.path, 1, message));
     }

@@ -1488,6 +1488,9 @@ pub struct Welcome {
     /// Fingerprint of the data set when the run was created.
     #[prost(string, tag = "7")]
     pub fingerprint: ::prost::alloc::string::String,
+    /// Digest of the maths fields of the spec.
+    #[prost(string, tag = "8")]
+    pub spec_digest: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Member {

@@ -60,6 +60,10 @@ impl Coordinator {
             known.stream_lost = None;
             known.endpoint = endpoint;
             known.state = state;
+            if known.member {
+                // Messages of either side may be lost with the old stream: agree anew.
+                self.disturb(now, &format!("{worker} came back on a new stream"));
+            }
             return;
         }
         if let Some(old) = self.workers.get(&worker) {

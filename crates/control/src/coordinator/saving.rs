@@ -171,6 +171,10 @@ impl Coordinator {
         let message =
             ToWorker::AbortAttempt { generation, attempt: attempt.seq, why: why.to_string() };
         self.broadcast(&group, &message);
+        if group.stage != Stage::Held {
+            self.note("not-saved", true, format!("checkpoint given up, training goes on: {why}"));
+            return;
+        }
         self.failed_attempts += 1;
         let n = self.failed_attempts;
         self.note("not-saved", true, format!("checkpoint attempt {n} in a row failed: {why}"));

@@ -34,7 +34,8 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the connection tells the session.
 enum Net {
-    Up { welcome: Box<v1::Welcome>, requests: mpsc::Sender<v1::SessionRequest> },
+    Open { requests: mpsc::Sender<v1::SessionRequest> },
+    Welcome(Box<v1::Welcome>),
     Message(ToWorker),
     Down { why: String, fatal: Option<u8> },
 }
@@ -66,6 +67,8 @@ pub struct Driver {
     beat: Duration,
     /// Exit code of an end that no command asked for.
     exit: Option<u8>,
+    /// Run, maths and data of the first welcome.
+    working_for: Option<String>,
 }
 
 impl Driver {
@@ -96,6 +99,7 @@ impl Driver {
             facts: watch::Sender::new(HelloFacts::default()),
             beat: Duration::from_millis(500),
             exit: None,
+            working_for: None,
             args,
         }
     }
@@ -156,19 +160,18 @@ impl Driver {
     /// Turns news of the connection into an event; `None` ends the process.
     fn on_net(&mut self, net: Net) -> Option<Event> {
         match net {
-            Net::Up { welcome, requests } => {
-                self.beat = Duration::from_millis(welcome.beat_ms.max(10));
+            Net::Open { requests } => {
                 self.requests = Some(requests);
-                if self.orders.is_none()
-                    && let Err((code, why)) = self.start_loop(&welcome)
-                {
-                    error!("{why}");
-                    self.facts.send_modify(|facts| facts.run = None);
-                    self.exit = Some(code);
-                    return None;
-                }
                 Some(Event::Connected)
             }
+            Net::Welcome(welcome) => match self.on_welcome(&welcome) {
+                Ok(()) => Some(Event::Tick),
+                Err((code, why)) => {
+                    error!("{why}");
+                    self.exit = Some(code);
+                    None
+                }
+            },
             Net::Message(message) => Some(Event::Received(message)),
             Net::Down { why, fatal } => {
                 self.requests = None;
@@ -179,6 +182,24 @@ impl Driver {
                 }
                 info!(why, "not connected to the coordinator");
                 Some(Event::Disconnected)
+            }
+        }
+    }
+
+    /// The first welcome says what to do; a later one must say the same.
+    fn on_welcome(&mut self, welcome: &v1::Welcome) -> Result<(), (u8, String)> {
+        let said = format!("{} {} {}", welcome.run_id, welcome.spec_digest, welcome.fingerprint);
+        match &self.working_for {
+            None => {
+                self.beat = Duration::from_millis(welcome.beat_ms.max(10));
+                self.working_for = Some(said);
+                self.start_loop(welcome)
+            }
+            Some(known) if *known == said => Ok(()),
+            Some(_) => {
+                let text =
+                    format!("told to work for another run, {}: starting anew", welcome.run_id);
+                Err((exit::FAILED, text))
             }
         }
     }
@@ -208,7 +229,13 @@ impl Driver {
                 let _ = reports.blocking_send(Report::Fault { generation, kind, detail });
             }
         };
-        let spawned = std::thread::Builder::new().name("step-loop".to_string()).spawn(work);
+        let guarded = move || {
+            // The panic is printed already; a process without its loop must not live on.
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+                std::process::exit(exit::INTERNAL.into());
+            }
+        };
+        let spawned = std::thread::Builder::new().name("step-loop".to_string()).spawn(guarded);
         spawned
             .map(|_| ())
             .map_err(|err| (exit::FAILED, format!("failed to start a thread: {err}")))
@@ -432,7 +459,9 @@ impl Uplink {
             Ok(response) => response.into_inner(),
             Err(status) => return refused(&status),
         };
-        let mut requests = Some(requests);
+        if self.events.send(Net::Open { requests }).await.is_err() {
+            return ("the session is gone".into(), None, false);
+        }
         let mut was_up = false;
         loop {
             let response = match answers.message().await {
@@ -442,10 +471,9 @@ impl Uplink {
                 Err(status) => return refused(&status),
             };
             let event = match response.message {
-                Some(v1::session_response::Message::Welcome(welcome)) => match requests.take() {
-                    Some(requests) => Net::Up { welcome: Box::new(welcome), requests },
-                    None => return ("a second welcome on one stream".into(), None, was_up),
-                },
+                Some(v1::session_response::Message::Welcome(welcome)) => {
+                    Net::Welcome(Box::new(welcome))
+                }
                 _ => match wire::from_coordinator(response) {
                     Ok(message) => Net::Message(message),
                     Err(err) => return (err.to_string(), None, was_up),

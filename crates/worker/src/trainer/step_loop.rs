@@ -13,7 +13,7 @@ use lacuna_collective::{
     AbortHandle, Collective, CollectiveError, Group, TcpCollective, TrainerListener,
 };
 use lacuna_control::message::{FaultKind, Phase, StepMark};
-use lacuna_control::plan::{Plan, Sync};
+use lacuna_control::plan::{Origin as SyncOrigin, Plan, Sync};
 use lacuna_control::worker::Report;
 use lacuna_data::loader::{LoadError, Loader, SlotStream};
 use lacuna_recipe::reduce::{
@@ -218,7 +218,10 @@ impl StepLoop {
             }
         };
         self.shared.enter_generation(generation, comm.ledger());
-        let before = self.counters.clone();
+        // A state that is overwritten is none until it is whole again; the others stay what they are.
+        let kept =
+            matches!(&sync.origin, SyncOrigin::Memory { healed, .. } if !healed.contains(&rank));
+        let before = if kept { self.counters.clone() } else { self.counters.take() };
         match synchronise(&self.job, self.engine.as_mut(), before, &mut comm, sync) {
             Ok(counters) => {
                 let step = Step(counters.step);
@@ -237,8 +240,6 @@ impl StepLoop {
                     }
                     SyncError::Engine(_) | SyncError::Peer(_) => FaultKind::Local,
                 };
-                // What is in memory may be half one state and half another.
-                self.counters = None;
                 self.fault(generation, kind, &err);
             }
         }
@@ -325,9 +326,11 @@ impl StepLoop {
         deadline: Duration,
         meter: &mut Meter,
     ) -> Result<Summary, StepError> {
+        // Lowered exponents count from the step that is applied with them: until then a group that
+        // forms anew starts from the state as it was.
+        let mut counters = self.counters.clone().expect("there is a state");
+        let step = counters.step;
         loop {
-            let mut counters = self.counters.clone().expect("there is a state");
-            let step = counters.step;
             self.shared.enter(step, Phase::Compute);
             reducer.begin(&counters.exponents);
             let mut suspects: Vec<String> = Vec::new();
@@ -349,7 +352,6 @@ impl StepLoop {
                 Verdict::Redo => {
                     back_off_exponents(&mut counters);
                     meter.redone += 1;
-                    self.counters = Some(counters);
                 }
                 Verdict::Skip(summary) => {
                     counters.step += 1;
