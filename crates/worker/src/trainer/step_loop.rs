@@ -218,7 +218,7 @@ impl StepLoop {
             }
         };
         self.shared.enter_generation(generation, comm.ledger());
-        // A state that is overwritten is none until it is whole again; the others stay what they are.
+        // A state that is overwritten is none until it is whole; the others stay what they are.
         let kept =
             matches!(&sync.origin, SyncOrigin::Memory { healed, .. } if !healed.contains(&rank));
         let before = if kept { self.counters.clone() } else { self.counters.take() };
