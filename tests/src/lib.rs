@@ -13,13 +13,15 @@ use std::time::{Duration, Instant};
 use lacuna_api::client::Client;
 use lacuna_api::v1;
 use lacuna_api::v1::watch_run_response::Update;
+use lacuna_checkpoint::catalog;
+use lacuna_checkpoint::layout::RunDir;
 use lacuna_data::ImageShape;
 use lacuna_data::pack::{Existing, PackConfig, PackSource, SHARD_BYTES_DEFAULT, pack};
 use lacuna_data::synthetic::SyntheticSpec;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Longest wait for anything in a test: far above what it takes, below a hung build's patience.
-pub const DEADLINE: Duration = Duration::from_secs(40);
+pub const DEADLINE: Duration = Duration::from_secs(120);
 
 /// The binaries under test.
 #[derive(Clone, Debug)]
@@ -87,6 +89,14 @@ impl Fixture {
         let path = self.path(&format!("{name}.toml"));
         std::fs::write(&path, text).expect("the spec is written");
         path
+    }
+
+    /// Returns the probe class that a run's newest checkpoint was made in.
+    pub fn probe_class(&self, run: &str) -> String {
+        let dir = RunDir::new(self.path("ckpt"), run.parse().expect("a run's name"));
+        let entries = catalog::list(&dir).expect("checkpoints are listed");
+        let newest = catalog::newest_good(&entries).expect("there is a checkpoint");
+        newest.state.facts.probe_class.clone()
     }
 
     /// Prepares a `lacuna` command in the folder, with the worker under test.

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use lacuna_tests::{Binaries, Cluster, Fixture, send_signal};
+use lacuna_tests::{Binaries, Cluster, Fixture, Seen, send_signal};
 use rustix::process::Signal;
 
 const STEPS: u64 = 250;
@@ -14,6 +14,38 @@ fn fixture() -> Fixture {
     let lacuna = worker.with_file_name("lacuna");
     assert!(lacuna.is_file(), "{} is missing: `make build` makes it", lacuna.display());
     Fixture::new(Binaries { lacuna, worker }, 256, 8)
+}
+
+/// Loss of every tenth step of the run with one worker, keyed by the probe class that gave it.
+const GOLDEN: &str = "../../tests/golden/loss_cpu.txt";
+
+/// Compares with the committed curve: bit for bit on machines of its probe class, to 1e-5 elsewhere.
+/// `UPDATE_GOLDEN=1` writes it anew; a commit that does must say why the numbers moved.
+fn compare_with_golden(fixture: &Fixture, run: &str, seen: &Seen) {
+    let losses: Vec<(u64, f64)> =
+        (10..=STEPS).step_by(10).map(|step| (step, seen.figures[&step].loss)).collect();
+    let class = fixture.probe_class(run);
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(GOLDEN);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        let lines: Vec<String> = losses.iter().map(|(s, l)| format!("{s} {l:?}")).collect();
+        std::fs::write(&path, format!("{class}\n{}\n", lines.join("\n"))).expect("it is written");
+    }
+    let text = std::fs::read_to_string(&path).expect("the golden curve is there");
+    let (golden_class, lines) = text.split_once('\n').expect("a class, then losses");
+    let same = golden_class == class;
+    if !same {
+        println!(
+            "golden losses are of probe class {golden_class}, this machine's is {class}: 1e-5"
+        );
+    }
+    assert_eq!(lines.lines().count(), losses.len(), "one line per tenth step");
+    for (line, (step, loss)) in lines.lines().zip(losses) {
+        let (golden_step, golden) = line.split_once(' ').expect("step and loss");
+        let golden: f64 = golden.parse().expect("a loss");
+        assert_eq!(golden_step, step.to_string());
+        let near = (golden - loss).abs() <= 1e-5 * golden;
+        assert!(if same { golden == loss } else { near }, "step {step}: {loss}, golden {golden}");
+    }
 }
 
 /// The digest of an undisturbed run with `n` workers.
@@ -27,6 +59,9 @@ fn undisturbed(fixture: &Fixture, n: usize) -> u64 {
     assert_eq!(seen.run.state, "finished", "{}", seen.text());
     let (first, last) = (&seen.figures[&1], &seen.figures[&STEPS]);
     assert!(last.loss < first.loss, "it learns: {} to {}", first.loss, last.loss);
+    if n == 1 {
+        compare_with_golden(fixture, &run, &seen);
+    }
     seen.run.final_digest.expect("a finished run has a digest")
 }
 
