@@ -125,8 +125,8 @@ def train(spec):
     healed = [e for e in told if victim and f"{victim} healed from" in e["text"]]
     if not lost or not healed:
         sys.exit(f"the run did not lose {victim} and take it back: {[e['text'] for e in told]}")
-    if sorted(figures) != list(range(10, total + 1, 10)):
-        sys.exit(f"steps were not reported once each: {sorted(figures)}")
+    if max(figures) != total:
+        sys.exit(f"the last step reported is {max(figures)} of {total}")
     return figures, victim, end
 
 
