@@ -19,7 +19,7 @@ fn fixture() -> Fixture {
 /// Loss of every tenth step of the run with one worker, keyed by the probe class that gave it.
 const GOLDEN: &str = "../../tests/golden/loss_cpu.txt";
 
-/// Compares with the committed curve: bit for bit on machines of its probe class, to 1e-5 elsewhere.
+/// Compares with the committed curve: bit for bit on machines of its probe class, else to 1e-5.
 /// `UPDATE_GOLDEN=1` writes it anew; a commit that does must say why the numbers moved.
 fn compare_with_golden(fixture: &Fixture, run: &str, seen: &Seen) {
     let losses: Vec<(u64, f64)> =
