@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod claim;
+mod faults;
 
 use lacuna_tests::{Binaries, Fixture};
 
