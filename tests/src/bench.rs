@@ -1,0 +1,1 @@
+//! What recovering from faults costs.
