@@ -75,9 +75,8 @@ mod tests {
     #[test]
     fn times_between_events_have_their_mean() {
         let mut dice = Dice::new(1);
-        let sum: f64 = (0..20_000)
-            .map(|_| dice.exponential(Duration::from_secs(15)).as_secs_f64())
-            .sum();
+        let sum: f64 =
+            (0..20_000).map(|_| dice.exponential(Duration::from_secs(15)).as_secs_f64()).sum();
         // The standard error of the mean is 15 s / sqrt(20,000) = 0.11 s.
         assert!((sum / 20_000.0 - 15.0).abs() < 0.5, "{}", sum / 20_000.0);
     }

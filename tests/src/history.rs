@@ -78,7 +78,8 @@ impl Heard {
     /// Returns the last `n` events as text.
     pub fn text(&self, n: usize) -> String {
         let from = self.told.len().saturating_sub(n);
-        let mut text = format!("run is {} {}, step {}\n", self.run.state, self.run.why, self.step());
+        let mut text =
+            format!("run is {} {}, step {}\n", self.run.state, self.run.why, self.step());
         for told in &self.told[from..] {
             text += &format!("  {}: {}\n", told.event.kind, told.event.text);
         }
@@ -182,11 +183,7 @@ impl History {
 
     /// Waits until `found` finds something in what was heard; `None` once `limit` has passed or the
     /// run has come to rest without it.
-    pub fn until<T>(
-        &self,
-        limit: Duration,
-        found: impl FnMut(&Heard) -> Option<T>,
-    ) -> Option<T> {
+    pub fn until<T>(&self, limit: Duration, found: impl FnMut(&Heard) -> Option<T>) -> Option<T> {
         self.until_or(limit, found, |heard| heard.run.exit_code.is_some())
     }
 

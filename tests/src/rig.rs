@@ -60,6 +60,8 @@ pub struct RunSpec {
     pub checkpoint_steps: u64,
     /// Digest of the state every so many steps.
     pub digest_every: u64,
+    /// Figures every so many steps.
+    pub track_every: u64,
 }
 
 impl RunSpec {
@@ -73,7 +75,7 @@ impl RunSpec {
              optim.base_lr = 0.01\noptim.warmup = \"10step\"\n\
              elastic.workers = \"{min}:{max}\"\n\
              checkpoint.to = \"ckpt\"\ncheckpoint.every = [\"{checkpoint}step\"]\n\
-             track.every = \"1step\"\n",
+             track.every = \"{track}step\"\n",
             name = self.name,
             data = data.display(),
             steps = self.steps,
@@ -82,6 +84,7 @@ impl RunSpec {
             min = self.workers.0,
             max = self.workers.1,
             checkpoint = self.checkpoint_steps,
+            track = self.track_every,
         )
     }
 }
@@ -215,7 +218,8 @@ impl<'a> Rig<'a> {
 
     fn free_port(&mut self) -> anyhow::Result<SocketAddr> {
         for _ in PORTS {
-            self.next_port = if self.next_port + 1 < PORTS.end { self.next_port + 1 } else { PORTS.start };
+            self.next_port =
+                if self.next_port + 1 < PORTS.end { self.next_port + 1 } else { PORTS.start };
             let addr = SocketAddr::from(([127, 0, 0, 1], self.next_port));
             if TcpListener::bind(addr).is_ok() {
                 return Ok(addr);
@@ -281,7 +285,8 @@ impl<'a> Rig<'a> {
     /// Submits a run and follows it.
     pub fn submit(&self, spec: &RunSpec) -> anyhow::Result<History> {
         let path = self.path(&format!("{}.toml", spec.name));
-        std::fs::write(&path, spec.text(&self.bench.fixture.path("data"))).context("write a spec")?;
+        std::fs::write(&path, spec.text(&self.bench.fixture.path("data")))
+            .context("write a spec")?;
         let path = path.to_str().context("a path in UTF-8")?;
         let output = self.lacuna(&["submit", path, "--coordinator", &self.url()])?;
         let (code, out, err) = crate::said(&output);
@@ -290,7 +295,12 @@ impl<'a> Rig<'a> {
     }
 
     /// Waits until a run ends and everything was heard of it.
-    pub fn wait_end(&self, history: &History, run: &str, limit: Duration) -> anyhow::Result<v1::Run> {
+    pub fn wait_end(
+        &self,
+        history: &History,
+        run: &str,
+        limit: Duration,
+    ) -> anyhow::Result<v1::Run> {
         // The wait ends with the run; what it finds is asked for below.
         let _ = history.until(limit, |heard| heard.run.exit_code);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

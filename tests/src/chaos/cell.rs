@@ -69,6 +69,7 @@ fn spec(steps: u64, most: usize) -> RunSpec {
         workers: (1, most),
         checkpoint_steps: 25,
         digest_every: 5,
+        track_every: 1,
     }
 }
 

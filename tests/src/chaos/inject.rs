@@ -79,7 +79,8 @@ impl Injector<'_, '_> {
             Row::Stops => self.stop(),
             Row::Partitions => self.partition(),
             Row::Mixed => {
-                let rows = [Row::Kills, Row::Coordinator, Row::JoinDrain, Row::Stops, Row::Partitions];
+                let rows =
+                    [Row::Kills, Row::Coordinator, Row::JoinDrain, Row::Stops, Row::Partitions];
                 let row = rows[self.dice.below(rows.len())];
                 self.fault(row)
             }

@@ -64,7 +64,11 @@ pub fn run(bench: &Bench, matrix: &Matrix) -> anyhow::Result<usize> {
 }
 
 fn add(entry: &mut Entry, outcome: &Outcome) {
-    if outcome.problems.is_empty() { entry.passed += 1 } else { entry.failed += 1 }
+    if outcome.problems.is_empty() {
+        entry.passed += 1
+    } else {
+        entry.failed += 1
+    }
     entry.faults += outcome.faults.len();
     entry.generations += outcome.tally.generations;
     entry.redone += outcome.tally.redone;

@@ -109,8 +109,7 @@ mod tests {
             text: (*text).to_string(),
             ..Default::default()
         };
-        let figures =
-            |&(generation, step)| v1::Figures { generation, step, ..Default::default() };
+        let figures = |&(generation, step)| v1::Figures { generation, step, ..Default::default() };
         Heard {
             told: formed.iter().map(|text| Told { at, event: event(text) }).collect(),
             applied: steps.iter().map(|it| Applied { at, figures: figures(it) }).collect(),
@@ -134,7 +133,10 @@ mod tests {
     fn gaps_repeats_and_lost_steps_are_found() {
         let gap = heard(&[FIRST], &[(1, 1), (1, 3)]);
         assert_eq!(judge(&gap, Marks::Complete).0, ["generation 1: step 3 came, 2 was due"]);
-        assert_eq!(judge(&gap, Marks::Sparse), (vec![], Tally { unheard: 1, generations: 1, redone: 0 }));
+        assert_eq!(
+            judge(&gap, Marks::Sparse),
+            (vec![], Tally { unheard: 1, generations: 1, redone: 0 })
+        );
         let twice = heard(&[FIRST], &[(1, 1), (1, 1)]);
         assert_eq!(judge(&twice, Marks::Sparse).0.len(), 1);
         let lost = heard(&[FIRST, SECOND], &[(1, 1), (1, 2), (1, 3), (2, 3)]);
