@@ -1,7 +1,7 @@
 //! What recovering from faults costs: seconds, steps, goodput, and the price of being able to.
 //!
-//! [`recovery`] times single faults, [`goodput`] whole runs under Poisson kills against a group that
-//! restarts from checkpoints, [`overhead`] the undisturbed case.
+//! [`recovery`] times single faults, [`goodput`] whole runs under Poisson kills against a group
+//! that restarts from checkpoints, [`overhead`] the undisturbed case.
 
 pub mod goodput;
 pub mod overhead;

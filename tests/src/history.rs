@@ -44,7 +44,8 @@ pub struct Heard {
     pub told: Vec<Told>,
     /// Highest generation that had all its members and started, and its members.
     pub formed: (u64, usize),
-    seq: u64,
+    /// Highest sequence number.
+    pub seq: u64,
 }
 
 impl Heard {

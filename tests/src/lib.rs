@@ -1,8 +1,8 @@
 //! Real processes under test: a coordinator, agents and their trainers, on this machine.
 //!
 //! A test does not sleep: it waits for what the run's own stream of updates says, with a deadline.
-//! Tests of one situation use [`Cluster`]; [`chaos`] and [`bench`] put whole runs under faults, on a
-//! [`rig::Rig`] whose network obeys too.
+//! Tests of one situation use [`Cluster`]; [`chaos`] and [`bench`] put whole runs under faults, on
+//! a [`rig::Rig`] whose network obeys too.
 #![forbid(unsafe_code)]
 
 pub mod bench;

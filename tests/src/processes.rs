@@ -6,10 +6,9 @@ use std::process::{Child, Command, ExitStatus};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
-
-/// How often a process is asked whether it has ended, where nothing tells.
-const POLL: Duration = Duration::from_millis(5);
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// Process ids of living children, for the thread that ends them on a signal.
 static LIVING: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
@@ -48,14 +47,7 @@ impl Guarded {
 
     /// Waits for the end, not longer than `limit`.
     pub fn wait(&mut self, limit: Duration) -> io::Result<Option<ExitStatus>> {
-        let until = Instant::now() + limit;
-        loop {
-            let status = self.0.try_wait()?;
-            if status.is_some() || Instant::now() >= until {
-                return Ok(status);
-            }
-            std::thread::sleep(POLL);
-        }
+        if wait_for_end(self.pid(), limit) { self.0.wait().map(Some) } else { Ok(None) }
     }
 }
 
@@ -74,6 +66,29 @@ pub fn send(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         // Fails only where it has ended.
         let _ = kill_process(pid, signal);
+    }
+}
+
+/// Waits until a process has ended, not longer than `limit`; says whether it has.
+pub fn wait_for_end(pid: u32, limit: Duration) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let open = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+    // There is no such process: it has ended.
+    let Some(Ok(pidfd)) = open else { return true };
+    let until = Instant::now() + limit;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(n) if n > 0 => return true,
+            Err(err) if err != Errno::INTR => return false,
+            _ if left.is_zero() => return false,
+            _ => {}
+        }
     }
 }
 

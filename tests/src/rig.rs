@@ -327,14 +327,13 @@ impl<'a> Rig<'a> {
         }
         self.nodes.clear();
         let until = Instant::now() + END;
-        loop {
-            let left = processes::find(|arg| self.urls.contains(arg));
-            if left.is_empty() || Instant::now() >= until {
-                left.iter().for_each(|&pid| processes::send(pid, Signal::KILL));
-                return left;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        let mut left = processes::find(|arg| self.urls.contains(arg));
+        left.retain(|&pid| {
+            let limit = until.saturating_duration_since(Instant::now());
+            !processes::wait_for_end(pid, limit)
+        });
+        left.iter().for_each(|&pid| processes::send(pid, Signal::KILL));
+        left
     }
 
     /// Returns the ends of all logs.

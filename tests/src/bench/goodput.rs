@@ -1,5 +1,5 @@
-//! Useful progress under Poisson kills: a group that goes on, against one that starts again from its
-//! newest checkpoint.
+//! Useful progress under Poisson kills: a group that goes on, against one that starts again from
+//! its newest checkpoint.
 
 use std::time::{Duration, Instant};
 
@@ -49,7 +49,7 @@ pub struct Config {
     pub world: usize,
     /// More processes that wait warm; for the elastic group only.
     pub spares: usize,
-    /// Slots of a step.
+    /// Slots of a step; with spares so many that they would not make it shorter.
     pub slots: u64,
     /// Least time of a slot.
     pub slot: Duration,
@@ -118,18 +118,18 @@ fn start<'b>(
     policy: Policy,
 ) -> anyhow::Result<(Rig<'b>, History)> {
     let mut rig = Rig::start(bench, config.slot)?;
+    let spares = if policy == Policy::Elastic { config.spares } else { 0 };
     let least = if policy == Policy::Restart { config.world } else { 1 };
     let spec = RunSpec {
         name: RUN.into(),
         steps: ENDLESS,
         slots: config.slots,
-        workers: (least, config.world),
+        workers: (least, config.world + spares),
         checkpoint_steps: config.checkpoint_steps,
         digest_every: 100,
         track_every: 1,
     };
     let history = rig.submit(&spec)?;
-    let spares = if policy == Policy::Elastic { config.spares } else { 0 };
     for k in 0..config.world + spares {
         rig.add(&format!("n{k}"))?;
     }
@@ -197,7 +197,7 @@ fn run_cell(
     Ok(cell)
 }
 
-/// What an agent of a static group does: ends everybody and starts everybody again, without a pause.
+/// What the agents of a static group do: end everybody and start everybody again, at once.
 fn restart_all(rig: &mut Rig<'_>) -> anyhow::Result<()> {
     let names = rig.node_names();
     for name in &names {
@@ -257,8 +257,8 @@ fn tally(heard: &Heard, config: &Config, from: (Instant, u64), kills: &[Instant]
 /// Returns the table of the cells, Markdown.
 pub fn table(cells: &[Cell]) -> String {
     let mut out = String::from(
-        "| a kill each | group | kills | useful steps | lost steps | goodput | noticed (p50) | formed \
-         (p50) | full strength (p50) |\n|---|---|---|---|---|---|---|---|---|\n",
+        "| a kill each | group | kills | useful steps | lost steps | goodput | noticed (p50) | \
+         formed (p50) | full strength (p50) |\n|---|---|---|---|---|---|---|---|---|\n",
     );
     for cell in cells {
         let p50 = |samples: &Samples| {

@@ -1,7 +1,7 @@
 //! What being able to recover costs while nothing happens: beats, marks, the ledger, digests.
 //!
 //! The time of a step tells little on a busy machine: what is looked for is below a thousandth of
-//! it. So the threads of trainers are read instead: how long each computed, by the kernel's account.
+//! it. So the threads of trainers are read instead: how long each computed, says the kernel.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ const WAIT: Duration = Duration::from_secs(60);
 const RUN: &str = "overhead";
 const ENDLESS: u64 = 100_000_000;
 /// Never, for something that happens every so many steps.
-const NEVER: u64 = 10_000_000;
+const NEVER: u64 = 1_000_000;
 /// Name of the thread that computes; all others talk, load or write.
 const STEP_LOOP: &str = "step-loop";
 /// Operations that the ledger's cost is averaged over.
@@ -69,7 +69,7 @@ fn measure(bench: &Bench, variant: Variant, time: Duration) -> anyhow::Result<Co
     history.wait("two workers", WAIT, |h| (h.full(2) && h.step() > 0).then_some(()))?;
     let pid = rig.trainer("n0").context("there is a trainer")?;
     let next_figures = |after: usize| {
-        let come = |heard: &Heard| (heard.applied.len() > after).then(|| heard.applied.len());
+        let come = |heard: &Heard| (heard.applied.len() > after).then_some(());
         history.wait("figures", WAIT, come)
     };
     let read = || -> anyhow::Result<(Instant, u64, [Duration; 2])> {

@@ -74,7 +74,8 @@ impl Scale {
             let (seconds, steps) = (share * self.seconds, share * self.steps);
             let (x, y) = (self.x(seconds), self.y(steps));
             out += &format!(
-                "<path d=\"M{x:.1} {:.1}V{bottom:.1}M{:.1} {y:.1}H{right:.1}\" stroke=\"#e3e3e3\"/>\n\
+                "<path d=\"M{x:.1} {:.1}V{bottom:.1}M{:.1} {y:.1}H{right:.1}\" stroke=\"#e3e3e3\"/>\
+                 \n\
                  <text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{seconds:.0}</text>\n\
                  <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{steps:.0}</text>\n",
                 MARGIN.1,

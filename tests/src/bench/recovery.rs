@@ -25,7 +25,7 @@ const ENDLESS: u64 = 100_000_000;
 pub struct Config {
     /// Members of the group.
     pub world: usize,
-    /// Slots of a step.
+    /// Slots of a step; so many that one worker more would not make it shorter.
     pub slots: u64,
     /// Least time of a slot.
     pub slot: Duration,
@@ -99,7 +99,8 @@ impl<'b> Field<'b> {
             name: RUN.into(),
             steps: ENDLESS,
             slots: config.slots,
-            workers: (1, config.world),
+            // Spares are workers that would not make a step shorter: see `Config::slots`.
+            workers: (1, config.world + spares),
             checkpoint_steps: 500,
             digest_every: 100,
             track_every: 1,
@@ -135,14 +136,10 @@ impl<'b> Field<'b> {
     /// Replaces a node, since an agent waits ever longer before it restarts a trainer that keeps
     /// dying.
     fn replace(&mut self, name: &str, spares: usize) -> anyhow::Result<()> {
-        self.add()?;
-        let more = move |heard: &Heard| {
-            (heard.run.workers.iter().filter(|w| w.state == "spare").count() > spares).then_some(())
-        };
-        self.history.wait("a fresh node", WAIT, more)?;
         let mut node = self.rig.take(name).context("the node is there")?;
         node.agent.signal(Signal::TERM);
         ensure!(node.agent.wait(WAIT)?.is_some(), "{name} does not leave");
+        self.add()?;
         self.await_full(spares)
     }
 
@@ -334,9 +331,9 @@ pub fn run(bench: &Bench, config: &Config) -> anyhow::Result<(String, Value)> {
     page += &format!("| join | stall beyond a usual step | {}\n", stalls[0].cells());
     page += &format!("| drain | stall beyond a usual step | {}\n", stalls[1].cells());
     page += &format!(
-        "\nCoordinator killed, first figures again after {:.1} s: {} steps went on (a step each {:?} \
-         makes {:.0}), {} redone, {} new generations, longest gap between steps after its return \
-         {:.3} s.\n",
+        "\nCoordinator killed, first figures again after {:.1} s: {} steps meanwhile (a step each \
+         {:?} makes {:.0}), {} redone, {} new generations, longest gap between steps after its \
+         return {:.3} s.\n",
         outage.away.as_secs_f64(),
         outage.steps,
         config.step(),

@@ -108,11 +108,11 @@ struct RecoveryArgs {
     world: usize,
 
     /// Slots of a step.
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 9)]
     slots: u64,
 
     /// Milliseconds of a slot.
-    #[arg(long, default_value_t = 25)]
+    #[arg(long, default_value_t = 35)]
     slot_ms: u64,
 
     /// SIGKILLs, with and without a warm spare each.

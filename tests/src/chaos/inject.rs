@@ -96,7 +96,8 @@ impl Injector<'_, '_> {
     fn kill(&mut self) -> anyhow::Result<()> {
         if self.dice.chance(0.3) {
             self.ask_for_checkpoint()?;
-            self.rest(self.dice.clone().millis(0, 60));
+            let pause = self.dice.millis(0, 60);
+            self.rest(pause);
         }
         self.kill_one()?;
         if self.dice.chance(0.4) {

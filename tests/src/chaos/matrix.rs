@@ -113,8 +113,8 @@ fn table(matrix: &Matrix, entries: &BTreeMap<(Row, usize), Entry>) -> String {
                 entries.get(&(row, world)).copied().unwrap_or_default();
             let n = passed + failed;
             out += &format!(
-                " {passed} of {n} equal; {faults} faults, {generations} generations, {redone} steps \
-                 redone |"
+                " {passed} of {n} equal; {faults} faults, {generations} generations, {redone} \
+                 steps redone |"
             );
         }
         out += "\n";
