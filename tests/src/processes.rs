@@ -131,7 +131,8 @@ pub fn find(wanted: impl Fn(&str) -> bool) -> Vec<u32> {
     found
 }
 
-/// Returns the nanoseconds that each thread of a process computed, by thread name.
+/// Returns the nanoseconds that each thread of a process computed, by thread name; the first thread
+/// is called `main`.
 pub fn thread_times(pid: u32) -> Vec<(String, u64)> {
     let mut times = Vec::new();
     let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return times };
@@ -139,7 +140,9 @@ pub fn thread_times(pid: u32) -> Vec<(String, u64)> {
         let read = |name: &str| std::fs::read_to_string(entry.path().join(name));
         let (Ok(name), Ok(stat)) = (read("comm"), read("schedstat")) else { continue };
         let time = stat.split_whitespace().next().and_then(|text| text.parse().ok());
-        times.push((name.trim().to_string(), time.unwrap_or(0)));
+        let main = entry.file_name().to_string_lossy() == pid.to_string();
+        let name = if main { "main" } else { name.trim() };
+        times.push((name.to_string(), time.unwrap_or(0)));
     }
     times
 }

@@ -18,6 +18,8 @@ const START: Duration = Duration::from_secs(60);
 const CALM_STEPS: u64 = 5;
 /// Steps of an undisturbed group that give the step's time.
 const REFERENCE_STEPS: u64 = 100;
+/// Least time between two points of a curve, unless it goes back.
+const POINT_MS: f64 = 500.0;
 /// Name of the runs.
 const RUN: &str = "goodput";
 /// More steps than any cell sees.
@@ -88,8 +90,8 @@ pub struct Cell {
     pub form: Samples,
     /// Kill to full strength.
     pub full: Samples,
-    /// Progress: milliseconds, generation, step.
-    pub curve: Vec<(f64, u64, u64)>,
+    /// Progress.
+    pub curve: Vec<Point>,
 }
 
 /// Measures the undisturbed step and every cell; returns the step's time and the cells.
@@ -227,24 +229,14 @@ fn tally(heard: &Heard, config: &Config, from: (Instant, u64), kills: &[Instant]
             full.add(strong.at - kill);
         }
     }
-    let mut curve: Vec<(f64, u64, u64)> = Vec::new();
-    let mut lost = 0;
-    for applied in heard.applied.iter().filter(|it| it.at >= started) {
-        let at = millis(applied.at - started);
-        let (generation, step) =
-            (applied.figures.generation, applied.figures.step - first.min(applied.figures.step));
-        if let Some((_, _, before)) = curve.last() {
-            lost += (before + 1).saturating_sub(step);
-        }
-        curve.push((at, generation, step));
-    }
+    let (curve, steps, lost) = progress(heard, started, first);
     Cell {
         policy: Policy::Elastic,
         mean: Duration::ZERO,
         kills: kills.len(),
         void: 0,
         time: end - started,
-        steps: curve.last().map_or(0, |(_, _, step)| *step),
+        steps,
         lost,
         goodput: 0.0,
         detect,
@@ -252,6 +244,32 @@ fn tally(heard: &Heard, config: &Config, from: (Instant, u64), kills: &[Instant]
         full,
         curve,
     }
+}
+
+/// Milliseconds, generation, step.
+pub type Point = (f64, u64, u64);
+
+/// Progress since `started` at step `first`: its curve, the steps that count in the end, and those
+/// that were lost.
+fn progress(heard: &Heard, started: Instant, first: u64) -> (Vec<Point>, u64, u64) {
+    let mut curve: Vec<Point> = Vec::new();
+    let (mut before, mut lost) = ((0.0, 0, 0), 0);
+    for applied in heard.applied.iter().filter(|it| it.at >= started) {
+        let step = applied.figures.step.saturating_sub(first);
+        let point = (millis(applied.at - started), applied.figures.generation, step);
+        let back = (before.2 + 1).saturating_sub(step);
+        lost += if curve.is_empty() { 0 } else { back };
+        let old = curve.last().is_none_or(|last| point.0 - last.0 >= POINT_MS);
+        if back > 0 && !curve.is_empty() {
+            curve.push(before);
+        }
+        if back > 0 || old {
+            curve.push(point);
+        }
+        before = point;
+    }
+    curve.push(before);
+    (curve, before.2, lost)
 }
 
 /// Returns the table of the cells, Markdown.
