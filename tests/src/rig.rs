@@ -126,7 +126,10 @@ impl<'a> Rig<'a> {
     pub fn start(bench: &'a Bench, slot: Duration) -> anyhow::Result<Self> {
         let mut rig = Rig {
             bench,
-            dir: tempfile::tempdir().context("make a folder")?,
+            dir: tempfile::Builder::new()
+                .prefix("lacuna-chaos-")
+                .tempdir()
+                .context("make a folder")?,
             slot,
             network: Network::new().context("start the proxies' thread")?,
             listen: "127.0.0.1:0".into(),

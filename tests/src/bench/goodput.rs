@@ -253,7 +253,7 @@ pub type Point = (f64, u64, u64);
 /// that were lost.
 fn progress(heard: &Heard, started: Instant, first: u64) -> (Vec<Point>, u64, u64) {
     let mut curve: Vec<Point> = Vec::new();
-    let (mut before, mut lost) = ((0.0, 0, 0), 0);
+    let (mut before, mut lost): (Point, u64) = ((0.0, 0, 0), 0);
     for applied in heard.applied.iter().filter(|it| it.at >= started) {
         let step = applied.figures.step.saturating_sub(first);
         let point = (millis(applied.at - started), applied.figures.generation, step);
