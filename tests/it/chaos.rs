@@ -29,7 +29,8 @@ fn drawn_faults_change_no_bit() {
         let problems = outcome.problems.join("\n  ");
         assert!(
             outcome.problems.is_empty(),
-            "{row} with {world} workers:\n  {problems}\nfaults:\n  {faults}\n{}",
+            "{row} with {world} workers:\n  {problems}\nfaults:\n  {faults}\n{}\n{}",
+            outcome.events,
             outcome.tail
         );
         println!("{row} with {world} workers: {:?}", outcome.took);

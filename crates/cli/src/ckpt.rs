@@ -384,7 +384,7 @@ fn verify(args: &VerifyArgs) -> anyhow::Result<u8> {
     Ok(if is_clean { exit::OK } else { exit::IO })
 }
 
-/// Checks one checkpoint; `None` if it was deleted meanwhile, as retention of a run that trains does.
+/// Checks one checkpoint; `None` if retention deleted it meanwhile.
 fn check(dir: &RunDir, entry: &Entry) -> Option<Checked> {
     let step = entry.step;
     let (bytes, problems) = match &entry.status {

@@ -96,6 +96,10 @@ struct RunArgs {
     /// Most faults of a run.
     #[arg(long, default_value_t = 6)]
     faults: usize,
+
+    /// Print faults and events of runs that passed too.
+    #[arg(long)]
+    verbose: bool,
 }
 
 #[derive(Args, Debug)]
@@ -233,6 +237,7 @@ fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         time: Duration::from_secs(60 * args.minutes),
         steps: args.steps,
         faults: args.faults,
+        verbose: args.verbose,
     };
     let failed = matrix::run(&bench, &matrix)?;
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })

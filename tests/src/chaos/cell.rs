@@ -20,7 +20,7 @@ const RUN: &str = "chaos";
 /// Longest time for a cell without its faults: forming may take two minutes until it is given up.
 const LIMIT: Duration = Duration::from_secs(240);
 /// Events in a report.
-const EVENTS: usize = 40;
+const EVENTS: usize = 60;
 
 /// A cell.
 #[derive(Clone, Debug)]
@@ -48,7 +48,9 @@ pub struct Outcome {
     pub tally: Tally,
     /// Time it took.
     pub took: Duration,
-    /// Last events and ends of logs, if something is wrong.
+    /// The last events.
+    pub events: String,
+    /// Ends of logs, if something is wrong.
     pub tail: String,
 }
 
@@ -119,8 +121,9 @@ fn run_inner(bench: &Bench, cell: &Cell, want: u64, outcome: &mut Outcome) -> an
         outcome.problems.push(format!("processes {left:?} outlived their agents"));
     }
     check_logs(&rig, outcome);
+    outcome.events = history.look(|heard| heard.text(EVENTS));
     if !outcome.problems.is_empty() {
-        outcome.tail = format!("{}\n{}", history.look(|h| h.text(EVENTS)), rig.tails());
+        outcome.tail = rig.tails();
     }
     Ok(())
 }

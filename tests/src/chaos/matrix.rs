@@ -22,6 +22,8 @@ pub struct Matrix {
     pub steps: u64,
     /// Most faults of a run.
     pub faults: usize,
+    /// Whether faults and events of cells that passed are printed too.
+    pub verbose: bool,
 }
 
 /// What was seen of one cell over all rounds.
@@ -51,7 +53,7 @@ pub fn run(bench: &Bench, matrix: &Matrix) -> anyhow::Result<usize> {
                 let Matrix { steps, faults, .. } = *matrix;
                 let cell = Cell { row, world, seed, steps, faults };
                 let outcome = cell::run(bench, &cell, want);
-                report(&cell, &outcome);
+                report(&cell, &outcome, matrix.verbose);
                 add(entries.entry((row, world)).or_default(), &outcome);
             }
         }
@@ -74,7 +76,7 @@ fn add(entry: &mut Entry, outcome: &Outcome) {
     entry.redone += outcome.tally.redone;
 }
 
-fn report(cell: &Cell, outcome: &Outcome) {
+fn report(cell: &Cell, outcome: &Outcome, verbose: bool) {
     let word = if outcome.problems.is_empty() { "ok" } else { "FAILED" };
     eprintln!(
         "{word}: {} with {} workers, seed {}: {} faults, {} generations, {} steps redone, {} not \
@@ -88,8 +90,12 @@ fn report(cell: &Cell, outcome: &Outcome) {
         outcome.tally.unheard,
         outcome.took.as_secs_f64()
     );
-    if !outcome.problems.is_empty() {
+    let failed = !outcome.problems.is_empty();
+    if verbose || failed {
         eprintln!("faults:\n  {}", outcome.faults.join("\n  "));
+        eprintln!("{}", outcome.events);
+    }
+    if failed {
         eprintln!("problems:\n  {}", outcome.problems.join("\n  "));
         eprintln!("{}", outcome.tail);
         eprintln!(
