@@ -27,19 +27,22 @@ pub enum Row {
     Stops,
     /// Cut, one-way cut, slow and reset connections: to the coordinator, between workers.
     Partitions,
-    /// All of these.
+    /// Peers cut for so long that the group must be seen to hang, while all of them beat.
+    Hangs,
+    /// All of these but hangs.
     Mixed,
 }
 
 impl Row {
     /// The rows of the matrix.
-    pub const ALL: [Row; 7] = [
+    pub const ALL: [Row; 8] = [
         Row::Quiet,
         Row::Kills,
         Row::Coordinator,
         Row::JoinDrain,
         Row::Stops,
         Row::Partitions,
+        Row::Hangs,
         Row::Mixed,
     ];
 
@@ -52,6 +55,7 @@ impl Row {
             Row::JoinDrain => "join-drain",
             Row::Stops => "stops",
             Row::Partitions => "partitions",
+            Row::Hangs => "hangs",
             Row::Mixed => "mixed",
         }
     }
@@ -65,7 +69,8 @@ impl Row {
             Row::JoinDrain => "join and drain",
             Row::Stops => "SIGSTOP",
             Row::Partitions => "partitions",
-            Row::Mixed => "all of these",
+            Row::Hangs => "peers cut for long",
+            Row::Mixed => "all of these but that",
         }
     }
 }

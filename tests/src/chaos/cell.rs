@@ -141,7 +141,7 @@ fn check_end(run: &lacuna_api::v1::Run, cell: &Cell, want: u64, outcome: &mut Ou
 fn check_history(heard: &Heard, cell: &Cell, outcome: &mut Outcome) {
     let marks = match cell.row {
         Row::Quiet | Row::Kills | Row::JoinDrain => Marks::Complete,
-        Row::Coordinator | Row::Stops | Row::Partitions | Row::Mixed => Marks::Sparse,
+        Row::Coordinator | Row::Stops | Row::Partitions | Row::Hangs | Row::Mixed => Marks::Sparse,
     };
     let (problems, tally) = judge(heard, marks);
     outcome.problems.extend(problems);

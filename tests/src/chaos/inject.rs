@@ -20,6 +20,8 @@ const DRAIN: Duration = Duration::from_secs(40);
 /// Bounds of what the lease (3 s) forgives, and of what it does not, in milliseconds.
 const SHORT: (u64, u64) = (200, 2200);
 const LONG: (u64, u64) = (3600, 5000);
+/// Bounds of a time in which a group must not stand still unnoticed, in milliseconds.
+const HANG: (u64, u64) = (8000, 20_000);
 
 /// Does faults to a rig and remembers them.
 pub(super) struct Injector<'r, 'b> {
@@ -78,6 +80,7 @@ impl Injector<'_, '_> {
             Row::JoinDrain => self.join_or_drain(),
             Row::Stops => self.stop(),
             Row::Partitions => self.partition(),
+            Row::Hangs => self.hang(),
             Row::Mixed => {
                 let rows =
                     [Row::Kills, Row::Coordinator, Row::JoinDrain, Row::Stops, Row::Partitions];
@@ -202,6 +205,17 @@ impl Injector<'_, '_> {
         self.note(format!("trainer of {name} stopped for {time:?} (there: {there})"));
         self.rest(time);
         self.rig.signal_trainer(&name, Signal::CONT);
+        Ok(())
+    }
+
+    /// Parts a node from its peers while it talks to the coordinator.
+    fn hang(&mut self) -> anyhow::Result<()> {
+        let Some(name) = self.some_node() else { return Ok(()) };
+        let time = self.dice.millis(HANG.0, HANG.1);
+        let Some(node) = self.rig.node(&name) else { return Ok(()) };
+        node.mesh.obey(Order::Cut(Way::Both));
+        self.note(format!("peers' connections to {name} cut for {time:?}"));
+        self.rest(time);
         Ok(())
     }
 
