@@ -1,6 +1,7 @@
 //! Useful progress under Poisson kills: a group that goes on, against one that starts again from
 //! its newest checkpoint.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -90,6 +91,8 @@ pub struct Cell {
     pub form: Samples,
     /// Kill to full strength.
     pub full: Samples,
+    /// Steps of groups at full strength: far from the undisturbed one, the machine was busier.
+    pub step: Samples,
     /// Progress.
     pub curve: Vec<Point>,
 }
@@ -242,8 +245,26 @@ fn tally(heard: &Heard, config: &Config, from: (Instant, u64), kills: &[Instant]
         detect,
         form,
         full,
+        step: full_steps(heard, config.world, started),
         curve,
     }
+}
+
+/// Times between two steps of one generation of full strength.
+fn full_steps(heard: &Heard, world: usize, started: Instant) -> Samples {
+    let mut full: BTreeSet<u64> = BTreeSet::new();
+    for told in heard.kind("formed") {
+        let formed = parse_formed(&told.event.text).filter(|it| it.world == world);
+        full.extend(formed.map(|it| it.generation));
+    }
+    let mut steps = Samples::default();
+    for pair in heard.applied.windows(2).filter(|pair| pair[0].at >= started) {
+        let [before, after] = [&pair[0].figures, &pair[1].figures];
+        if before.generation == after.generation && full.contains(&after.generation) {
+            steps.add(pair[1].at - pair[0].at);
+        }
+    }
+    steps
 }
 
 /// Milliseconds, generation, step.
@@ -276,14 +297,15 @@ fn progress(heard: &Heard, started: Instant, first: u64) -> (Vec<Point>, u64, u6
 pub fn table(cells: &[Cell]) -> String {
     let mut out = String::from(
         "| a kill each | group | kills | useful steps | lost steps | goodput | noticed (p50) | \
-         formed (p50) | full strength (p50) |\n|---|---|---|---|---|---|---|---|---|\n",
+         formed (p50) | full strength (p50) | step at full strength (p50) |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
     );
     for cell in cells {
         let p50 = |samples: &Samples| {
             samples.quantile(0.5).map_or("–".into(), |t| format!("{:.2} s", t.as_secs_f64()))
         };
         out += &format!(
-            "| {} s | {} | {} | {} | {} | {:.1} % | {} | {} | {} |\n",
+            "| {} s | {} | {} | {} | {} | {:.1} % | {} | {} | {} | {:.1} ms |\n",
             cell.mean.as_secs(),
             cell.policy.word(),
             cell.kills,
@@ -292,7 +314,8 @@ pub fn table(cells: &[Cell]) -> String {
             100.0 * cell.goodput,
             p50(&cell.detect),
             p50(&cell.form),
-            p50(&cell.full)
+            p50(&cell.full),
+            millis(cell.step.quantile(0.5).unwrap_or_default())
         );
     }
     out
@@ -305,7 +328,8 @@ pub fn to_json(config: &Config, step: Duration, cells: &[Cell]) -> Value {
             "policy": cell.policy.word(), "mean_ms": millis(cell.mean), "kills": cell.kills,
             "void": cell.void, "time_ms": millis(cell.time), "steps": cell.steps,
             "lost": cell.lost, "goodput": cell.goodput, "detect_ms": cell.detect.to_json(),
-            "form_ms": cell.form.to_json(), "full_ms": cell.full.to_json(), "curve": cell.curve,
+            "form_ms": cell.form.to_json(), "full_ms": cell.full.to_json(),
+            "full_step_p50_ms": cell.step.quantile(0.5).map(millis), "curve": cell.curve,
         })
     };
     json!({
