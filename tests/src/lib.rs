@@ -1,8 +1,17 @@
 //! Real processes under test: a coordinator, agents and their trainers, on this machine.
 //!
-//! Nothing here sleeps: a test waits for what the run's own stream of updates says, with a
-//! deadline.
+//! A test does not sleep: it waits for what the run's own stream of updates says, with a deadline.
+//! Tests of one situation use [`Cluster`]; [`chaos`] and [`bench`] put whole runs under faults, on
+//! a [`rig::Rig`] whose network obeys too.
 #![forbid(unsafe_code)]
+
+pub mod bench;
+pub mod chaos;
+pub mod dice;
+pub mod history;
+pub mod processes;
+pub mod proxy;
+pub mod rig;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
