@@ -1,5 +1,5 @@
-//! Devices that hang, lie, die or slow down; machines that are taken away: who is named, and that no
-//! bit changes.
+//! Devices that hang, lie, die or slow down; machines that are taken away: who is named, and that
+//! no bit changes.
 
 use lacuna_tests::{Cluster, Fixture, Seen, said};
 use rustix::process::Signal;

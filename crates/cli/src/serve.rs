@@ -28,8 +28,8 @@ pub struct CoordinatorArgs {
     #[arg(long)]
     local: bool,
 
-    /// Change one wait of the protocol, like `lease=5s` or `failure_window=200ms`; docs/operations.md
-    /// lists them.
+    /// Change one wait of the protocol, like `lease=5s` or `failure_window=200ms`;
+    /// docs/operations.md lists them.
     #[arg(long = "set", value_name = "WAIT=TIME")]
     waits: Vec<String>,
 }
