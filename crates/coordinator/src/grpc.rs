@@ -29,6 +29,8 @@ use crate::registry::{RunHandle, Shared};
 use crate::run::{Gone, Input, SESSION_QUEUE, SessionSender, WATCH_QUEUE};
 use crate::store::StoredRun;
 
+/// Longest piece of a process's last line that goes into an event.
+const LAST_WORDS_MAX: usize = 200;
 /// How long a run may take to write a wish down.
 const ASK_DEADLINE: Duration = Duration::from_secs(10);
 /// Bound of an agent's outgoing queue: a kill for each of its devices, and the welcome.
@@ -128,6 +130,7 @@ async fn agent_loop(
             continue;
         };
         debug!(%node, %worker, how = exited.how, stderr = exited.stderr_tail, "trainer ended");
+        let how = with_last_words(&exited.how, &exited.stderr_tail);
         let incarnation = exited.incarnation.map(Incarnation);
         if let Some(incarnation) = incarnation {
             shared.leave(&worker, incarnation);
@@ -135,7 +138,7 @@ async fn agent_loop(
         let inputs: Vec<mpsc::Sender<Input>> =
             shared.runs().values().map(|h| h.ends.input.clone()).collect();
         for input in inputs {
-            let how = exited.how.clone();
+            let how = how.clone();
             let event = Event::TrainerExited { worker: worker.clone(), incarnation, how };
             // Fails only when that run's task is gone.
             let _ = input.send(Input::Event(event)).await;
@@ -143,6 +146,18 @@ async fn agent_loop(
     }
     shared.leave_agent(&node, &out);
     info!(%node, "node left");
+}
+
+/// Adds the end of what a process wrote to how it ended, where it ended by itself and not well.
+fn with_last_words(how: &str, stderr: &str) -> String {
+    let failed = how.starts_with("exit code") && how != "exit code 0";
+    match stderr.lines().rfind(|line| !line.trim().is_empty()) {
+        Some(line) if failed => {
+            let line: String = line.trim().chars().take(LAST_WORDS_MAX).collect();
+            format!("{how}: {line}")
+        }
+        _ => how.to_string(),
+    }
 }
 
 /// One trainer's stream, from its hello to its end.
@@ -542,4 +557,18 @@ impl Grpc {
 
 fn not_found(id: &RunId) -> Status {
     status(Reason::RunNotFound, format!("there is no run `{id}`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_words_go_with_failures_only() {
+        let stderr = "loading\nerror: no such device\n\n";
+        assert_eq!(with_last_words("exit code 1", stderr), "exit code 1: error: no such device");
+        assert_eq!(with_last_words("exit code 0", stderr), "exit code 0");
+        assert_eq!(with_last_words("killed by signal 9", stderr), "killed by signal 9");
+        assert_eq!(with_last_words("exit code 1", ""), "exit code 1");
+    }
 }
