@@ -1,6 +1,6 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data gpu-check clean clean-all
+.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data bench-scale gpu-check clean clean-all
 
 # The crate that links libtorch. It is always built with the release profile: `make demo` needs that
 # build anyway, and libtorch's two large C++ files are then compiled once and not per profile.
@@ -38,6 +38,9 @@ bench: ## time a training step here and in PyTorch (BENCH="--python v/bin/python
 	@python3 scripts/bench/step.py $(BENCH)
 bench-data: ## measure the data path on this machine (BENCH="--help" for more)
 	@cargo run --release --package lacuna-cli -- data bench $(BENCH)
+bench-scale: ## load one coordinator with 1,024 stub workers, and with 100 runs (BENCH="--help")
+	@cargo build --release --package lacuna-tests
+	@target/release/lacuna-scale $(BENCH)
 gpu-check: ## build the check for a machine with a GPU; run it if one is here
 	@scripts/gpu_check.sh
 clean: ## remove what was built
