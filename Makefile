@@ -1,6 +1,6 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data chaos bench-recovery bench-goodput bench-overhead gpu-check clean clean-all
+.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data chaos bench-recovery bench-goodput bench-overhead bench-scale gpu-check clean clean-all
 
 # The crate that links libtorch. It is always built with the release profile: `make demo` needs that
 # build anyway, and libtorch's two large C++ files are then compiled once and not per profile.
@@ -50,6 +50,9 @@ bench-goodput: ## progress under Poisson kills, against restarts from checkpoint
 bench-overhead: ## what beats, marks, ledger and digests cost (BENCH="--help" for more)
 	@cargo build --release --quiet --package lacuna-tests --bins
 	@target/release/lacuna-chaos overhead $(BENCH)
+bench-scale: ## load one coordinator with 1,024 stub workers, and with 100 runs (BENCH="--help")
+	@cargo build --release --package lacuna-tests
+	@target/release/lacuna-scale $(BENCH)
 gpu-check: ## build the check for a machine with a GPU; run it if one is here
 	@scripts/gpu_check.sh
 clean: ## remove what was built

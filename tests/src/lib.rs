@@ -16,7 +16,7 @@ pub mod rig;
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use lacuna_api::client::Client;
@@ -147,6 +147,11 @@ impl Process {
         self.0.id()
     }
 
+    /// Takes what it writes to stdout, where that is a pipe.
+    pub fn take_stdout(&mut self) -> Option<ChildStdout> {
+        self.0.stdout.take()
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         send_signal(self.pid(), signal);
@@ -238,7 +243,7 @@ impl<'a> Cluster<'a> {
         }
         command.arg("--state").arg(state).stdout(Stdio::piped()).stderr(self.log("coordinator"));
         let mut process = Process::start(&mut command);
-        let stdout = process.0.stdout.take().expect("stdout is a pipe");
+        let stdout = process.take_stdout().expect("stdout is a pipe");
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line).expect("the coordinator says its address");
         let url = line.trim().strip_prefix("listening on ").expect("its address").to_string();

@@ -121,6 +121,7 @@ impl Coordinator {
     /// Takes one event and returns what to do, in order. Remote input never makes it fail.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Vec<Command> {
         let quiet = self.is_quiet(&event);
+        let stage = self.group.as_ref().map(|group| group.stage);
         match event {
             Event::Tick => {}
             Event::Hello(hello) => self.on_hello(now, hello),
@@ -150,22 +151,38 @@ impl Coordinator {
             Event::Checkpoint => self.record(Record::CheckpointAsked),
             Event::Force => self.on_force(),
         }
-        if !(quiet && self.due.is_some_and(|(at, _)| now < at)) {
+        let moved = self.group.as_ref().map(|group| group.stage) != stage;
+        let caused = self.out.iter().any(|command| !matches!(command, Command::Mark(_)));
+        let early = self.due.is_some_and(|(at, _)| now < at);
+        if !(quiet && early) || moved || caused {
             self.settle(now);
             self.due = self.compute_due(now);
         }
         std::mem::take(&mut self.out)
     }
 
-    /// Tells whether an event is a sign of life that can start nothing before the next deadline.
+    /// Tells whether an event is a sign of life, or one of the answers that a group gathers from
+    /// all its members: such can start nothing before the next deadline, unless a group goes to
+    /// another stage by it, or it causes a command.
     ///
     /// With a thousand workers almost every event is one.
     fn is_quiet(&self, event: &Event) -> bool {
-        let Event::Message { message: ToCoordinator::Beat(beat), .. } = event else {
+        let Event::Message { message, .. } = event else {
             return false;
         };
-        let by_steps = |every: u64| beat.step.0 >= self.checkpoint_base.0.0 + every;
-        !self.config.checkpoint_steps.is_some_and(by_steps)
+        let by_steps = |step: Step, every: u64| step.0 >= self.checkpoint_base.0.0 + every;
+        let saves = |step: Step| self.config.checkpoint_steps.is_some_and(|n| by_steps(step, n));
+        match message {
+            ToCoordinator::Beat(beat) => !saves(beat.step),
+            ToCoordinator::StepMark(mark) => !saves(mark.step),
+            ToCoordinator::Held { step, .. } | ToCoordinator::Snapshotted { step, .. } => {
+                self.group.is_some() && !saves(*step)
+            }
+            ToCoordinator::Prepared { .. }
+            | ToCoordinator::Synced { .. }
+            | ToCoordinator::PartDone { .. } => self.group.is_some(),
+            _ => false,
+        }
     }
 
     /// Forgives workers a time in which this process could not listen.

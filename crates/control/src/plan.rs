@@ -1,6 +1,9 @@
 //! Who computes what: members in rank order, their slots, and where the state comes from.
 
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::fmt;
+use std::sync::Arc;
 
 use lacuna_types::{Generation, Incarnation, Step, WorkerId};
 
@@ -63,6 +66,24 @@ impl fmt::Display for Plan {
             Communicator::New => "new communicator",
         };
         write!(f, "generation {generation}: slots {} ({how}; {why})", slots.join(", "))
+    }
+}
+
+/// The ranks of a plan's members by name: asked for with every message of every member.
+#[derive(Clone, Debug)]
+pub struct Ranks(Arc<BTreeMap<WorkerId, (Incarnation, usize)>>);
+
+impl Ranks {
+    /// Indexes a plan.
+    pub fn of(plan: &Plan) -> Self {
+        let by_name = |(rank, m): (usize, &Member)| (m.worker.clone(), (m.incarnation, rank));
+        Ranks(Arc::new(plan.members.iter().enumerate().map(by_name).collect()))
+    }
+
+    /// Returns the rank of one life of a worker, as [`Plan::rank`] does.
+    pub fn get(&self, worker: &WorkerId, incarnation: Incarnation) -> Option<usize> {
+        let (life, rank) = self.0.get(worker)?;
+        (*life == incarnation).then_some(*rank)
     }
 }
 
@@ -131,10 +152,14 @@ pub fn even_shares(n_slots: u32, world: usize) -> Vec<u32> {
 pub fn balanced_shares(n_slots: u32, slot_us: &[u64]) -> Vec<u32> {
     assert!(slot_us.len() <= n_slots as usize, "at least one slot a rank");
     let mut shares: Vec<u32> = vec![1; slot_us.len()];
+    // When each rank would be done with one slot more, soonest first, the lowest of equal ranks
+    // before the others.
+    let mut next: BinaryHeap<Reverse<(u64, usize)>> =
+        slot_us.iter().enumerate().map(|(rank, us)| Reverse((2 * us, rank))).collect();
     for _ in slot_us.len() as u32..n_slots {
-        let done_with_one_more = |rank: &usize| u64::from(shares[*rank] + 1) * slot_us[*rank];
-        let next = (0..shares.len()).min_by_key(done_with_one_more).expect("a group has members");
-        shares[next] += 1;
+        let Reverse((_, rank)) = next.pop().expect("a group has members");
+        shares[rank] += 1;
+        next.push(Reverse((u64::from(shares[rank] + 1) * slot_us[rank], rank)));
     }
     shares
 }

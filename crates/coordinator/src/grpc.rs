@@ -279,7 +279,7 @@ impl Session {
             beat_ms: beat.as_millis() as u64,
             lease_ms: lease.as_millis() as u64,
             run_id: run.to_string(),
-            spec: handle.spec.to_json().to_string(),
+            spec: handle.spec_json.clone(),
             n_samples: handle.n_samples,
             fingerprint: handle.fingerprint.clone(),
             spec_digest: handle.spec.maths_digest().to_hex().to_string(),
@@ -482,6 +482,7 @@ impl Grpc {
         let view = match self.0.runs().get_mut(id) {
             Some(handle) => {
                 handle.spec = spec.clone();
+                handle.spec_json = spec.to_json().to_string();
                 handle.ends.view.clone()
             }
             None => return Err(not_found(id)),

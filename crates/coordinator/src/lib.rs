@@ -11,6 +11,7 @@ pub mod catalogue;
 mod grpc;
 mod registry;
 pub mod run;
+mod scribe;
 pub mod service;
 pub mod store;
 

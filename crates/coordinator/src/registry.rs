@@ -15,6 +15,7 @@ use tracing::warn;
 
 use crate::catalogue::Catalogue;
 use crate::run::{Input, RunEnds, RunTask, SessionSender};
+use crate::scribe::Scribe;
 use crate::service::Options;
 use crate::store::{Store, StoreError, StoredRun, Update};
 
@@ -22,6 +23,8 @@ use crate::store::{Store, StoreError, StoredRun, Update};
 pub(crate) struct RunHandle {
     pub ends: RunEnds,
     pub spec: RunSpec,
+    /// The same as JSON: asked for by every session and every call.
+    pub spec_json: String,
     pub n_samples: u64,
     pub fingerprint: String,
     /// Place in order of creation: older runs get workers first.
@@ -35,7 +38,8 @@ pub(crate) struct Shared {
     pub options: Options,
     pub epoch: CoordEpoch,
     pub tasks: AtomicUsize,
-    store: Mutex<Box<dyn Store>>,
+    store: Arc<Mutex<Box<dyn Store>>>,
+    pub scribe: Scribe,
     runs: Mutex<BTreeMap<RunId, RunHandle>>,
     live: Mutex<BTreeMap<WorkerId, (Incarnation, SessionSender)>>,
     /// Streams of agents by node.
@@ -50,7 +54,7 @@ pub(crate) struct Shared {
 pub(crate) type AgentSender = mpsc::Sender<Result<v1::AgentResponse, Status>>;
 
 /// Locks a mutex; a poisoned one is as good, nothing here leaves data half-changed.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -59,13 +63,16 @@ impl Shared {
         options: Options,
         store: Box<dyn Store>,
         epoch: CoordEpoch,
-    ) -> (Arc<Self>, mpsc::Receiver<StoreError>) {
+    ) -> std::io::Result<(Arc<Self>, mpsc::Receiver<StoreError>)> {
         let (fatal, failures) = mpsc::channel(1);
+        let store = Arc::new(Mutex::new(store));
+        let scribe = Scribe::start(store.clone(), fatal.clone())?;
         let shared = Shared {
             options,
             epoch,
             tasks: AtomicUsize::new(0),
-            store: Mutex::new(store),
+            store,
+            scribe,
             runs: Mutex::new(BTreeMap::new()),
             live: Mutex::new(BTreeMap::new()),
             agents: Mutex::new(BTreeMap::new()),
@@ -74,7 +81,7 @@ impl Shared {
             fatal,
             started: Instant::now(),
         };
-        (Arc::new(shared), failures)
+        Ok((Arc::new(shared), failures))
     }
 
     pub(crate) fn now(&self) -> Timestamp {
@@ -125,13 +132,16 @@ impl Shared {
         catalogue: Catalogue,
     ) -> Result<(), String> {
         let (n_samples, fingerprint) = (stored.n_samples, stored.fingerprint.clone());
+        let spec_json = spec.to_json().to_string();
         let id = stored.run_id.clone();
         let (task, ends, inputs) = RunTask::create(self, stored, spec.clone(), catalogue)?;
         self.tasks.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(task.run(inputs));
         let mut runs = self.runs();
         let order = runs.len();
-        runs.insert(id, RunHandle { ends, spec, n_samples, fingerprint, order, attached: 0 });
+        let handle =
+            RunHandle { ends, spec, spec_json, n_samples, fingerprint, order, attached: 0 };
+        runs.insert(id, handle);
         drop(runs);
         self.runs_changed();
         Ok(())

@@ -20,7 +20,8 @@ use tracing::{debug, info, warn};
 
 use crate::catalogue::{Catalogue, cadence_steps};
 use crate::registry::Shared;
-use crate::store::{StoreError, StoredRun, Update};
+use crate::scribe::Down;
+use crate::store::{Entry, StoredRun, Update};
 
 /// Bound of a run's queue: a few hundred workers may beat at once while the task writes to disk.
 pub(crate) const INPUT_QUEUE: usize = 1024;
@@ -92,6 +93,8 @@ pub(crate) struct RunTask {
     /// The newest plan, encoded: all members get the same.
     plan: Option<(Generation, prost::bytes::Bytes)>,
     last_published: Timestamp,
+    /// Whether something happened since that others should see at once.
+    unpublished: bool,
     input: mpsc::Sender<Input>,
     view: watch::Sender<View>,
     updates: broadcast::Sender<(u64, Update)>,
@@ -161,6 +164,7 @@ impl RunTask {
             last_seq,
             plan: None,
             last_published: now,
+            unpublished: false,
             input,
             view,
             updates,
@@ -186,9 +190,15 @@ impl RunTask {
             let woke = self.shared.now();
             self.excuse(woke.since(last_woke + beat));
             last_woke = woke;
-            if let Err(err) = self.take(input) {
-                self.shared.fail(err);
+            if self.take(input).await.is_err() {
                 return;
+            }
+            // In a burst the last of many states is enough.
+            let news = self.unpublished && inputs.is_empty();
+            if news || woke.since(self.last_published) > PUBLISH_EVERY {
+                self.unpublished = false;
+                self.last_published = woke;
+                self.publish();
             }
         }
     }
@@ -202,7 +212,7 @@ impl RunTask {
         }
     }
 
-    fn take(&mut self, input: Input) -> Result<(), StoreError> {
+    async fn take(&mut self, input: Input) -> Result<(), Down> {
         let now: Timestamp = self.shared.now();
         let mut asked: Option<oneshot::Sender<()>> = None;
         let event = match input {
@@ -229,48 +239,60 @@ impl RunTask {
                 Event::StreamLost { worker, incarnation }
             }
             Input::Resume(spec) => {
-                self.resume(*spec)?;
+                self.resume(*spec).await?;
                 Event::Tick
             }
             Input::Remark { warning, text } => {
-                self.tell(Note { kind: "remark", warning, text })?;
-                return Ok(());
+                return self.tell(Note { kind: "remark", warning, text }).await;
             }
         };
         let commands = self.machine.handle(now, event);
-        let quiet = commands.is_empty();
-        self.carry_out_all(commands)?;
+        self.unpublished |= !commands.is_empty();
+        self.carry_out_all(commands).await?;
         if let Some(done) = asked {
             // Nobody waits any more if it fails.
             let _ = done.send(());
         }
-        if !quiet || now.since(self.last_published) > PUBLISH_EVERY {
-            self.last_published = now;
-            self.publish();
-        }
         Ok(())
     }
 
-    /// Carries commands out in order. Facts that follow each other become durable together, before
-    /// anything that follows them.
-    fn carry_out_all(&mut self, commands: Vec<Command>) -> Result<(), StoreError> {
-        let mut facts: Vec<Record> = Vec::new();
+    /// Carries commands out in order. What is written becomes durable together, before anything
+    /// that follows it.
+    async fn carry_out_all(&mut self, commands: Vec<Command>) -> Result<(), Down> {
+        let mut entries: Vec<Entry> = Vec::new();
         for command in commands {
             match command {
-                Command::Persist(record) => facts.push(record),
+                Command::Persist(record) => entries.push(Entry::Fact(record)),
+                Command::Note(note) => entries.push(self.note(note)),
+                Command::Mark(mark) => entries.push(self.mark(mark)),
+                Command::NameSamples(step) => {
+                    let note = self.name_samples(step);
+                    entries.push(self.note(note));
+                }
                 other => {
-                    self.persist(&mut facts)?;
-                    self.carry_out(other)?;
+                    self.write(&mut entries).await?;
+                    self.carry_out(other);
                 }
             }
         }
-        self.persist(&mut facts)
+        self.write(&mut entries).await
     }
 
-    fn persist(&mut self, facts: &mut Vec<Record>) -> Result<(), StoreError> {
-        if !facts.is_empty() {
-            self.shared.store().record(&self.id, facts)?;
-            facts.clear();
+    /// Writes entries, and passes the updates among them on to watchers.
+    async fn write(&mut self, entries: &mut Vec<Entry>) -> Result<(), Down> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let update = |entry: &Entry| match entry {
+            Entry::Update(update) => Some(update.clone()),
+            Entry::Fact(_) => None,
+        };
+        let updates: Vec<Update> = entries.iter().filter_map(update).collect();
+        let numbers = self.shared.scribe.write(&self.id, std::mem::take(entries)).await?;
+        for (seq, update) in numbers.into_iter().zip(updates) {
+            self.last_seq = seq;
+            // Without watchers there is nobody to send to.
+            let _ = self.updates.send((seq, update));
         }
         Ok(())
     }
@@ -291,9 +313,8 @@ impl RunTask {
         }
     }
 
-    fn carry_out(&mut self, command: Command) -> Result<(), StoreError> {
+    fn carry_out(&mut self, command: Command) {
         match command {
-            Command::Persist(record) => self.persist(&mut vec![record])?,
             Command::Send { to, incarnation, message } => self.send(&to, incarnation, message),
             Command::Disconnect { worker, incarnation } => {
                 if self.sessions.get(&worker).is_some_and(|s| s.incarnation == incarnation) {
@@ -308,12 +329,11 @@ impl RunTask {
             Command::Kill { worker, incarnation, why } => {
                 self.shared.kill(&worker, incarnation, &why);
             }
-            Command::NameSamples(step) => self.name_samples(step)?,
             Command::Commit(order) => self.commit(order),
-            Command::Note(note) => self.tell(note)?,
-            Command::Mark(mark) => self.mark(mark)?,
+            Command::Persist(_) | Command::Note(_) | Command::Mark(_) | Command::NameSamples(_) => {
+                unreachable!("written by `carry_out_all`")
+            }
         }
-        Ok(())
     }
 
     /// Queues an input for this task itself. Commands never wait for the queue they feed.
@@ -390,7 +410,13 @@ impl RunTask {
         });
     }
 
-    fn tell(&mut self, note: Note) -> Result<(), StoreError> {
+    async fn tell(&mut self, note: Note) -> Result<(), Down> {
+        let mut entries = vec![self.note(note)];
+        self.write(&mut entries).await
+    }
+
+    /// Logs a note, and makes it an update.
+    fn note(&self, note: Note) -> Entry {
         let Note { kind, warning, text } = note;
         if warning {
             warn!(run_id = %self.id, kind, "{text}");
@@ -399,10 +425,10 @@ impl RunTask {
         }
         let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
         let kind = kind.to_string();
-        self.append(Update::Event { kind, warning, text, at_ms: at_ms as u64 })
+        Entry::Update(Update::Event { kind, warning, text, at_ms: at_ms as u64 })
     }
 
-    fn mark(&mut self, mark: StepMark) -> Result<(), StoreError> {
+    fn mark(&mut self, mark: StepMark) -> Entry {
         let figures = Update::Figures {
             generation: mark.generation.0,
             step: mark.step.0,
@@ -416,31 +442,27 @@ impl RunTask {
             redone: mark.redone,
         };
         self.figures = Some(figures.clone());
-        self.append(figures)
-    }
-
-    fn append(&mut self, update: Update) -> Result<(), StoreError> {
-        let seq = self.shared.store().append(&self.id, &update)?;
-        self.last_seq = seq;
-        // Without watchers there is nobody to send to.
-        let _ = self.updates.send((seq, update));
-        Ok(())
+        Entry::Update(figures)
     }
 
     /// Starts the machine again from what is stored.
-    fn resume(&mut self, spec: RunSpec) -> Result<(), StoreError> {
+    async fn resume(&mut self, spec: RunSpec) -> Result<(), Down> {
         if self.machine.ended().is_none() {
             return Ok(());
         }
         let config = match run_config(&spec, self.stored.n_samples) {
             Ok(config) => config,
-            Err(why) => return self.tell(Note { kind: "refused", warning: true, text: why }),
+            Err(text) => return self.tell(Note { kind: "refused", warning: true, text }).await,
         };
         self.catalogue.set_spec(spec.clone());
         self.stored.spec = spec.to_json().to_string();
-        self.shared.store().put_run(&self.stored)?;
+        let put = self.shared.store().put_run(&self.stored);
+        if let Err(err) = put {
+            self.shared.fail(err);
+            return Err(Down);
+        }
         let mut saved = self.machine.saved().clone();
-        self.persist(&mut vec![Record::Resumed])?;
+        self.write(&mut vec![Entry::Fact(Record::Resumed)]).await?;
         saved.apply(&Record::Resumed);
         let text = match &saved.checkpoint {
             Some(checkpoint) => {
@@ -450,11 +472,11 @@ impl RunTask {
         };
         let timing = self.shared.options.timing.clone();
         self.machine = Coordinator::new(config, timing, saved, self.shared.now());
-        self.tell(Note { kind: "resumed", warning: false, text })
+        self.tell(Note { kind: "resumed", warning: false, text }).await
     }
 
     /// Says which samples a step holds, where the order is one permutation of all of them.
-    fn name_samples(&mut self, step: Step) -> Result<(), StoreError> {
+    fn name_samples(&self, step: Step) -> Note {
         let text = match self.samples_of(step) {
             Some(samples) => {
                 let samples: Vec<String> = samples.iter().map(ToString::to_string).collect();
@@ -462,7 +484,7 @@ impl RunTask {
             }
             None => format!("`lacuna data show-order` lists the samples of step {step}"),
         };
-        self.tell(Note { kind: "samples", warning: true, text })
+        Note { kind: "samples", warning: true, text }
     }
 
     fn samples_of(&self, step: Step) -> Option<Vec<SampleId>> {

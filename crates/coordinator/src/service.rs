@@ -114,7 +114,7 @@ impl Service {
         let stored = parse_runs(store.runs()?)?;
         let epoch = store.next_epoch()?;
         info!(%addr, %epoch, runs = stored.len(), "coordinator started");
-        let (shared, failures) = Shared::new(options, Box::new(store), epoch);
+        let (shared, failures) = Shared::new(options, Box::new(store), epoch).map_err(state)?;
         for (run, spec) in stored {
             open_run(&shared, run, spec);
         }

@@ -113,8 +113,26 @@ pub enum Update {
     },
 }
 
+/// Something to write of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Entry {
+    /// A line of its journal.
+    Fact(Record),
+    /// Something for people.
+    Update(Update),
+}
+
+/// Entries of one run, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Batch {
+    /// The run.
+    pub run: RunId,
+    /// The entries.
+    pub entries: Vec<Entry>,
+}
+
 /// Durable memory of a coordinator. A call that returned `Ok` survives a crash of process and
-/// machine; of `append`, a crash of the machine may undo the last ones.
+/// machine; where updates alone were written, a crash of the machine may undo the last ones.
 pub trait Store: Send {
     /// Counts a coordinator start and returns its number, 1 for the first.
     fn next_epoch(&mut self) -> Result<CoordEpoch, StoreError>;
@@ -125,14 +143,18 @@ pub trait Store: Send {
     /// Creates a run, or replaces the spec of the one with its name.
     fn put_run(&mut self, run: &StoredRun) -> Result<(), StoreError>;
 
+    /// Appends entries of any number of runs, all or none. Returns for each batch the sequence
+    /// numbers of its updates, 1 for a run's first.
+    fn write(&mut self, batches: &[Batch]) -> Result<Vec<Vec<u64>>, StoreError>;
+
     /// Appends facts to a run's journal, all or none.
-    fn record(&mut self, run: &RunId, records: &[Record]) -> Result<(), StoreError>;
+    fn record(&mut self, run: &RunId, records: &[Record]) -> Result<(), StoreError> {
+        let entries = records.iter().cloned().map(Entry::Fact).collect();
+        self.write(&[Batch { run: run.clone(), entries }]).map(|_| ())
+    }
 
     /// Returns a run's journal.
     fn journal(&self, run: &RunId) -> Result<Vec<JournalLine>, StoreError>;
-
-    /// Appends what happened and returns its sequence number, 1 for a run's first.
-    fn append(&mut self, run: &RunId, update: &Update) -> Result<u64, StoreError>;
 
     /// Returns up to `limit` updates of a run after sequence number `after`, in order.
     fn updates(
@@ -154,6 +176,8 @@ pub trait Store: Send {
 pub struct SqliteStore {
     db: Connection,
     epoch: CoordEpoch,
+    /// Whether a commit is synced at once.
+    synced: bool,
 }
 
 /// Layout of the file; a file of another one is refused.
@@ -211,7 +235,7 @@ impl SqliteStore {
         check_layout(&db, path)?;
         db.execute_batch(SCHEMA).map_err(failed)?;
         db.pragma_update(None, "user_version", LAYOUT).map_err(failed)?;
-        Ok(SqliteStore { db, epoch: CoordEpoch(0) })
+        Ok(SqliteStore { db, epoch: CoordEpoch(0), synced: true })
     }
 
     /// Opens the file at `path` to look at it, also while a coordinator has it.
@@ -221,7 +245,7 @@ impl SqliteStore {
         let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY);
         let db = db.map_err(failed)?;
         check_layout(&db, path)?;
-        Ok(SqliteStore { db, epoch: CoordEpoch(0) })
+        Ok(SqliteStore { db, epoch: CoordEpoch(0), synced: true })
     }
 
     /// Creates a store that lives as long as the value; for tests.
@@ -229,8 +253,46 @@ impl SqliteStore {
         let failed = |source| StoreError::Open { path: ":memory:".to_string(), source };
         let db = Connection::open_in_memory().map_err(failed)?;
         db.execute_batch(SCHEMA).map_err(failed)?;
-        Ok(SqliteStore { db, epoch: CoordEpoch(0) })
+        Ok(SqliteStore { db, epoch: CoordEpoch(0), synced: true })
     }
+}
+
+impl SqliteStore {
+    /// Has commits synced, or not: a crash may take the last updates, which are for people, and
+    /// nothing is decided by them.
+    fn sync_commits(&mut self, synced: bool) -> Result<(), StoreError> {
+        if self.synced != synced {
+            let mode = if synced { "FULL" } else { "NORMAL" };
+            self.db
+                .pragma_update(None, "synchronous", mode)
+                .map_err(query("set how commits are synced"))?;
+            self.synced = synced;
+        }
+        Ok(())
+    }
+}
+
+fn insert_fact(
+    db: &Connection,
+    run: &RunId,
+    record: &Record,
+    at_ms: i64,
+    epoch: i64,
+) -> rusqlite::Result<()> {
+    let sql = "INSERT INTO journal (run_id, seq, at_ms, epoch, body) VALUES (?1,
+               (SELECT coalesce(max(seq), 0) + 1 FROM journal WHERE run_id = ?1), ?2, ?3, ?4)";
+    let values = params![run.as_str(), at_ms, epoch, text::render(record)];
+    db.prepare_cached(sql)?.execute(values).map(|_| ())
+}
+
+fn insert_update(db: &Connection, run: &RunId, update: &Update) -> rusqlite::Result<u64> {
+    let sql = "INSERT INTO updates (run_id, seq, figures, body) VALUES (?1,
+               (SELECT coalesce(max(seq), 0) + 1 FROM updates WHERE run_id = ?1), ?2, ?3)
+               RETURNING seq";
+    let figures = matches!(update, Update::Figures { .. });
+    let body = serde_json::to_string(update).expect("plain structs are JSON");
+    let values = params![run.as_str(), figures, body];
+    db.prepare_cached(sql)?.query_row(values, |row| row.get(0)).map(unsigned)
 }
 
 /// Refuses a file that another version of this crate wrote; 0 is a file without any.
@@ -255,6 +317,7 @@ fn check_layout(db: &Connection, path: &Path) -> Result<(), StoreError> {
 
 impl Store for SqliteStore {
     fn next_epoch(&mut self) -> Result<CoordEpoch, StoreError> {
+        self.sync_commits(true)?;
         let sql = "INSERT INTO coordinator (id, epoch) VALUES (1, 1)
                    ON CONFLICT (id) DO UPDATE SET epoch = epoch + 1 RETURNING epoch";
         let epoch: i64 =
@@ -287,6 +350,7 @@ impl Store for SqliteStore {
     }
 
     fn put_run(&mut self, run: &StoredRun) -> Result<(), StoreError> {
+        self.sync_commits(true)?;
         let sql = "INSERT INTO runs (run_id, spec, n_samples, fingerprint) VALUES (?1, ?2, ?3, ?4)
                    ON CONFLICT (run_id) DO UPDATE SET spec = ?2, n_samples = ?3, fingerprint = ?4";
         let values = params![run.run_id.as_str(), run.spec, signed(run.n_samples), run.fingerprint];
@@ -294,20 +358,31 @@ impl Store for SqliteStore {
         Ok(())
     }
 
-    fn record(&mut self, run: &RunId, records: &[Record]) -> Result<(), StoreError> {
-        let failed = query("record a fact of a run");
+    fn write(&mut self, batches: &[Batch]) -> Result<Vec<Vec<u64>>, StoreError> {
+        let failed = query("write what happened to a run");
+        let mut entries = batches.iter().flat_map(|batch| &batch.entries);
+        self.sync_commits(entries.any(|entry| matches!(entry, Entry::Fact(_))))?;
         let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
-        let sql = "INSERT INTO journal (run_id, seq, at_ms, epoch, body) VALUES (?1,
-                   (SELECT coalesce(max(seq), 0) + 1 FROM journal WHERE run_id = ?1), ?2, ?3, ?4)";
+        let at_ms = signed(at_ms as u64);
+        let epoch = signed(self.epoch.0);
         let all = self.db.transaction().map_err(&failed)?;
-        for record in records {
-            let body = text::render(record);
-            let values = params![run.as_str(), signed(at_ms as u64), signed(self.epoch.0), body];
-            all.prepare_cached(sql)
-                .and_then(|mut statement| statement.execute(values))
-                .map_err(&failed)?;
+        let mut written: Vec<Vec<u64>> = Vec::new();
+        for Batch { run, entries } in batches {
+            let mut numbers: Vec<u64> = Vec::new();
+            for entry in entries {
+                match entry {
+                    Entry::Fact(record) => {
+                        insert_fact(&all, run, record, at_ms, epoch).map_err(&failed)?;
+                    }
+                    Entry::Update(update) => {
+                        numbers.push(insert_update(&all, run, update).map_err(&failed)?);
+                    }
+                }
+            }
+            written.push(numbers);
         }
-        all.commit().map_err(&failed)
+        all.commit().map_err(&failed)?;
+        Ok(written)
     }
 
     fn journal(&self, run: &RunId) -> Result<Vec<JournalLine>, StoreError> {
@@ -331,24 +406,6 @@ impl Store for SqliteStore {
             });
         }
         Ok(out)
-    }
-
-    fn append(&mut self, run: &RunId, update: &Update) -> Result<u64, StoreError> {
-        let sql = "INSERT INTO updates (run_id, seq, figures, body) VALUES (?1,
-                   (SELECT coalesce(max(seq), 0) + 1 FROM updates WHERE run_id = ?1), ?2, ?3)
-                   RETURNING seq";
-        let failed = query("append an update");
-        let figures = matches!(update, Update::Figures { .. });
-        let body = serde_json::to_string(update).expect("plain structs are JSON");
-        // A crash may take the last ones: they are for people, and nothing is decided by them.
-        self.db.pragma_update(None, "synchronous", "NORMAL").map_err(&failed)?;
-        let seq: i64 = self
-            .db
-            .prepare_cached(sql)
-            .and_then(|mut s| s.query_row(params![run.as_str(), figures, body], |row| row.get(0)))
-            .map_err(&failed)?;
-        self.db.pragma_update(None, "synchronous", "FULL").map_err(&failed)?;
-        Ok(unsigned(seq))
     }
 
     fn updates(

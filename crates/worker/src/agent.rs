@@ -24,7 +24,8 @@ use tracing::{error, info, warn};
 use crate::args::{AgentArgs, parse_devices};
 use crate::engine::Backend;
 use crate::entry::CodedError;
-use crate::trainer::session::{Signals, refused};
+use crate::trainer::session::Signals;
+use crate::trainer::uplink::refused;
 
 /// First and longest pause before a trainer that died is started again.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));

@@ -6,6 +6,7 @@ pub mod session;
 pub mod shared;
 pub mod step_loop;
 mod sync;
+pub mod uplink;
 
 use std::sync::Arc;
 

@@ -12,8 +12,8 @@ use super::{Command, Coordinator, Ending};
 use crate::journal::{Record, Saved};
 use crate::message::{Phase, ToWorker};
 use crate::plan::{
-    Communicator, Member, Origin, Plan, Sync, balanced_shares, busiest_us, choose_sync, efficiency,
-    even_shares, group_size, slot_map,
+    Communicator, Member, Origin, Plan, Ranks, Sync, balanced_shares, busiest_us, choose_sync,
+    efficiency, even_shares, group_size, slot_map,
 };
 use crate::timing::Timing;
 
@@ -24,6 +24,7 @@ const EFFICIENCY_MIN: f64 = 0.85;
 #[derive(Clone, Debug)]
 pub(super) struct Group {
     pub plan: Arc<Plan>,
+    pub ranks: Ranks,
     pub stage: Stage,
     /// Since when it exists.
     pub formed: Timestamp,
@@ -104,6 +105,7 @@ impl Group {
             longest: std::time::Duration::ZERO,
             suspected: BTreeMap::new(),
             uneven_since: None,
+            ranks: Ranks::of(&plan),
             plan,
         }
     }
@@ -169,11 +171,13 @@ impl Coordinator {
             self.end(Ending::Stopped { step: self.progress, why });
             return;
         }
-        let candidates = self.candidates();
-        if candidates.len() < self.config.workers_min.max(1) {
-            self.say_waiting(candidates.len());
+        let usable = |(id, w): &(&WorkerId, &Worker)| w.usable() && self.is_free(id);
+        let ready = self.workers.iter().filter(usable).count();
+        if ready < self.config.workers_min.max(1) {
+            self.say_waiting(ready);
             return;
         }
+        let candidates = self.candidates();
         if let Some(why) = self.zombie_in_the_way(now, &candidates) {
             self.say_once(why);
             return;
@@ -231,10 +235,10 @@ impl Coordinator {
         self.order = members.to_vec();
         self.record(Record::Planned(plan.clone()));
         self.note("forming", false, self.describe_forming(&plan, spares.len(), why));
-        for (id, worker) in &mut self.workers {
-            worker.member = plan.rank(id, worker.incarnation).is_some();
-        }
         let group = Group::new(plan.clone(), now, now + self.timing.forming);
+        for (id, worker) in &mut self.workers {
+            worker.member = group.ranks.get(id, worker.incarnation).is_some();
+        }
         self.broadcast(&group, &ToWorker::Prepare(plan));
         self.group = Some(group);
         self.consider_preparing();
@@ -314,7 +318,7 @@ impl Coordinator {
     ) -> Option<(&mut Group, usize)> {
         let incarnation: Incarnation = self.workers.get(worker)?.incarnation;
         let group = self.group.as_mut().filter(|g| g.plan.generation == generation)?;
-        let rank = group.plan.rank(worker, incarnation)?;
+        let rank = group.ranks.get(worker, incarnation)?;
         Some((group, rank))
     }
 

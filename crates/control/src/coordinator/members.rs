@@ -84,7 +84,7 @@ impl Coordinator {
             stream_lost: None,
             warm: None,
             state,
-            member: group.is_some_and(|g| g.plan.rank(&worker, incarnation).is_some()),
+            member: group.is_some_and(|g| g.ranks.get(&worker, incarnation).is_some()),
             leaving: self.saved.draining.get(&worker).cloned(),
             unfit: None,
             beat: None,
@@ -281,7 +281,7 @@ impl Coordinator {
         self.awaited.0.remove(worker);
         let record = self.workers.remove(worker);
         let was_member = match (&self.group, &record) {
-            (Some(group), Some(record)) => group.plan.rank(worker, record.incarnation).is_some(),
+            (Some(group), Some(record)) => group.ranks.get(worker, record.incarnation).is_some(),
             (Some(group), None) => group.plan.members.iter().any(|m| m.worker == *worker),
             // A peer's report came first: the group is gone, and this is the reason for it.
             (None, _) => self.reform.is_some() && self.order.contains(worker) && record.is_some(),

@@ -6,7 +6,7 @@ use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId};
 use super::Coordinator;
 use super::forming::{CommId, Group, Stage};
 use crate::message::ToWorker;
-use crate::plan::Communicator;
+use crate::plan::{Communicator, Ranks};
 
 /// The newest group that trained. Until one of its members is known to have left it, its members
 /// may train on without this coordinator.
@@ -14,6 +14,7 @@ use crate::plan::Communicator;
 pub(super) struct LastStarted {
     generation: Generation,
     members: Vec<(WorkerId, Incarnation)>,
+    ranks: Ranks,
     /// First step that it computed.
     pub resume_step: Step,
     /// A member is gone, or has left: the group can never complete another sum.
@@ -28,6 +29,7 @@ impl LastStarted {
         LastStarted {
             generation: group.plan.generation,
             members: members.iter().map(|m| (m.worker.clone(), m.incarnation)).collect(),
+            ranks: group.ranks.clone(),
             resume_step,
             over: false,
             seen: now,
@@ -35,7 +37,7 @@ impl LastStarted {
     }
 
     fn has(&self, worker: &WorkerId, incarnation: Incarnation) -> bool {
-        self.members.iter().any(|(id, i)| id == worker && *i == incarnation)
+        self.ranks.get(worker, incarnation).is_some()
     }
 }
 
@@ -119,7 +121,7 @@ impl Coordinator {
     ) {
         let Some(incarnation) = self.workers.get(worker).map(|w| w.incarnation) else { return };
         let group = self.group.clone();
-        let rank = group.as_ref().and_then(|g| g.plan.rank(worker, incarnation));
+        let rank = group.as_ref().and_then(|g| g.ranks.get(worker, incarnation));
         let (Some(group), Some(rank)) = (group, rank) else {
             self.revoke_old(worker, incarnation, theirs, up);
             return;

@@ -89,10 +89,10 @@ impl Coordinator {
         };
         let attempt = group.attempt.as_mut().expect("just seen");
         attempt.snapshots.insert(rank, (step, digest));
-        let said = attempt.snapshots.clone();
-        if said.len() < group.plan.world() {
+        if attempt.snapshots.len() < group.plan.world() {
             return;
         }
+        let said = attempt.snapshots.clone();
         let first = (step, digest);
         if said.values().any(|other| *other != first) {
             self.dispute(now, &said);

@@ -37,7 +37,7 @@ impl Coordinator {
 
     fn worker_status(&self, id: &WorkerId, worker: &Worker) -> WorkerStatus {
         let group = self.group.as_ref().filter(|_| worker.member);
-        let rank = group.and_then(|g| g.plan.rank(id, worker.incarnation));
+        let rank = group.and_then(|g| g.ranks.get(id, worker.incarnation));
         let slots = group.zip(rank).map_or(0, |(g, rank)| g.plan.members[rank].slots.len() as u32);
         let word = worker.word();
         let kept_out = word == "spare" && !self.is_free(id);

@@ -41,7 +41,7 @@ pub(super) fn to_message(id: &RunId, handle: &RunHandle) -> v1::Run {
         final_digest,
         workers: status.workers.into_iter().map(worker).collect(),
         figures: figures.and_then(figures_message),
-        spec: handle.spec.to_json().to_string(),
+        spec: handle.spec_json.clone(),
         exit_code: exit_code.map(u32::from),
         last_seq,
     }

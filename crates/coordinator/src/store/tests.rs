@@ -20,6 +20,27 @@ fn event(text: &str) -> Update {
     Update::Event { kind: "k".into(), warning: false, text: text.into(), at_ms: 1 }
 }
 
+fn append(store: &mut SqliteStore, run: &RunId, text: &str) -> u64 {
+    let entries = vec![Entry::Update(event(text))];
+    store.write(&[Batch { run: run.clone(), entries }]).unwrap()[0][0]
+}
+
+#[test]
+fn many_runs_write_at_once() {
+    let mut store = SqliteStore::in_memory().unwrap();
+    let (a, b): (RunId, RunId) = ("a".parse().unwrap(), "b".parse().unwrap());
+    let [one, two] = ["one", "two"].map(|text| Entry::Update(event(text)));
+    let fact = Entry::Fact(Record::Probe(7));
+    let batches = [
+        Batch { run: a.clone(), entries: vec![fact.clone(), one.clone(), fact.clone(), two] },
+        Batch { run: b.clone(), entries: vec![one] },
+        Batch { run: b.clone(), entries: vec![fact] },
+    ];
+    assert_eq!(store.write(&batches).unwrap(), [vec![1, 2], vec![1], vec![]]);
+    assert_eq!(store.journal(&a).unwrap().len(), 2);
+    assert_eq!(store.journal(&b).unwrap().len(), 1);
+}
+
 #[test]
 fn what_was_said_is_there_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
@@ -101,9 +122,9 @@ fn a_file_of_another_layout_is_refused() {
 fn updates_are_numbered_by_run_and_read_from_anywhere() {
     let mut store = SqliteStore::in_memory().unwrap();
     let (a, b): (RunId, RunId) = ("a".parse().unwrap(), "b".parse().unwrap());
-    assert_eq!(store.append(&a, &event("one")).unwrap(), 1);
-    assert_eq!(store.append(&b, &event("other")).unwrap(), 1);
-    assert_eq!(store.append(&a, &event("two")).unwrap(), 2);
+    assert_eq!(append(&mut store, &a, "one"), 1);
+    assert_eq!(append(&mut store, &b, "other"), 1);
+    assert_eq!(append(&mut store, &a, "two"), 2);
     let got = store.updates(&a, 1, 10).unwrap();
     assert_eq!(got, vec![(2, event("two"))]);
     assert_eq!(store.updates(&a, 0, 1).unwrap(), vec![(1, event("one"))]);

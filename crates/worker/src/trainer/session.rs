@@ -5,51 +5,25 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use lacuna_api::client::connect;
-use lacuna_api::error::{Reason, reason};
-use lacuna_api::v1::worker_service_client::WorkerServiceClient;
-use lacuna_api::{MESSAGE_BYTES_MAX, v1, wire};
+use lacuna_api::{v1, wire};
 use lacuna_checkpoint::chain;
 use lacuna_collective::{AbortHandle, TrainerListener};
-use lacuna_control::message::{FaultKind, ToCoordinator, ToWorker};
+use lacuna_control::message::{FaultKind, ToCoordinator};
 use lacuna_control::worker::{Command, Event, Patience, Report, Session};
-use lacuna_types::{BuildId, Generation, Incarnation, RunId, Step, Timestamp, WorkerId, exit};
+use lacuna_types::{Generation, Incarnation, Timestamp, WorkerId, exit};
 use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
 use tracing::{error, info, warn};
 
 use super::job::Job;
 use super::saver::Saver;
 use super::shared::{Order, Shared, SharedHandle};
 use super::step_loop::StepLoop;
+use super::uplink::{HelloFacts, Net, QUEUE, Uplink};
 use crate::args::TrainerArgs;
 use crate::engine::Backend;
 
-/// Bound of every queue here: a few messages a second pass.
-const QUEUE: usize = 64;
-/// First and longest pause between attempts to reach the coordinator.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Longest time for the last message to arrive before the process ends.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_millis(500);
-/// Longest time to open a connection.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
-
-/// What the connection tells the session.
-enum Net {
-    Open { requests: mpsc::Sender<v1::SessionRequest> },
-    Welcome(Box<v1::Welcome>),
-    Message(ToWorker),
-    Down { why: String, fatal: Option<u8> },
-}
-
-/// What the next hello says; the connection reads it whenever it (re)connects.
-#[derive(Clone, Debug, Default)]
-struct HelloFacts {
-    run: Option<RunId>,
-    state: Option<Step>,
-    generation: Generation,
-    up: bool,
-}
 
 /// Runs the session of one trainer.
 pub struct Driver {
@@ -467,101 +441,5 @@ impl Signals {
             _ = self.user_1.recv() => "SIGUSR1",
             _ = self.user_2.recv() => "SIGUSR2",
         }
-    }
-}
-
-/// Keeps a stream to the coordinator open, and opens it again whenever it breaks.
-struct Uplink {
-    url: String,
-    worker: WorkerId,
-    incarnation: Incarnation,
-    endpoint: String,
-    device: String,
-    facts: watch::Receiver<HelloFacts>,
-    events: mpsc::Sender<Net>,
-}
-
-impl Uplink {
-    async fn run(self) {
-        let mut pause = RETRY.0;
-        loop {
-            let (why, fatal, was_up) = self.once().await;
-            if self.events.send(Net::Down { why, fatal }).await.is_err() {
-                return;
-            }
-            pause = if was_up { RETRY.0 } else { (pause * 2).min(RETRY.1) };
-            tokio::time::sleep(pause).await;
-        }
-    }
-
-    /// One connection, from opening to its end: why it ended, whether for good, whether it was up.
-    async fn once(&self) -> (String, Option<u8>, bool) {
-        let channel = match connect(&self.url, CONNECT_DEADLINE).await {
-            Ok(channel) => channel,
-            Err(err @ lacuna_api::client::ClientError::Address { .. }) => {
-                return (chain(&err), Some(exit::USAGE), false);
-            }
-            Err(err) => return (chain(&err), None, false),
-        };
-        let mut client =
-            WorkerServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let (requests, outgoing) = mpsc::channel(QUEUE);
-        // The queue is new and has room.
-        let _ = requests.try_send(self.hello());
-        let mut answers = match client.session(ReceiverStream::new(outgoing)).await {
-            Ok(response) => response.into_inner(),
-            Err(status) => return refused(&status),
-        };
-        if self.events.send(Net::Open { requests }).await.is_err() {
-            return ("the session is gone".into(), None, false);
-        }
-        let mut was_up = false;
-        loop {
-            let response = match answers.message().await {
-                Ok(Some(response)) => response,
-                Ok(None) => return ("the coordinator closed the stream".into(), None, was_up),
-                Err(status) if was_up => return (status.to_string(), None, was_up),
-                Err(status) => return refused(&status),
-            };
-            let event = match response.message {
-                Some(v1::session_response::Message::Welcome(welcome)) => {
-                    Net::Welcome(Box::new(welcome))
-                }
-                _ => match wire::from_coordinator(response) {
-                    Ok(message) => Net::Message(message),
-                    Err(err) => return (err.to_string(), None, was_up),
-                },
-            };
-            was_up = true;
-            if self.events.send(event).await.is_err() {
-                return ("the session is gone".into(), None, was_up);
-            }
-        }
-    }
-
-    fn hello(&self) -> v1::SessionRequest {
-        let facts = self.facts.borrow().clone();
-        let hello = v1::Hello {
-            worker_id: self.worker.to_string(),
-            incarnation: self.incarnation.0,
-            endpoint: self.endpoint.clone(),
-            build: Some(BuildId::this().into()),
-            device: self.device.clone(),
-            run_id: facts.run.map(|run| run.to_string()).unwrap_or_default(),
-            state_step: facts.state.map(|step| step.0),
-            generation: facts.generation.0,
-            up: facts.up,
-        };
-        v1::SessionRequest { message: Some(v1::session_request::Message::Hello(hello)) }
-    }
-}
-
-/// Decides whether a refusal is final.
-pub(crate) fn refused(status: &tonic::Status) -> (String, Option<u8>, bool) {
-    let text = format!("refused by the coordinator: {}", status.message());
-    match reason(status) {
-        Some(Reason::VersionSkew) => (text, Some(exit::VERSION), false),
-        Some(Reason::Malformed) => (text, Some(exit::USAGE), false),
-        _ => (text, None, false),
     }
 }
