@@ -391,17 +391,6 @@ impl Coordinator {
     /// Returns what the run is doing, for people.
     pub fn status(&self) -> Status {
         let group = self.group.as_ref();
-        let state = match (&self.ended, group.map(|g| g.stage)) {
-            (Some(Ending::Finished { .. }), _) => "finished",
-            (Some(Ending::Failed { .. }), _) => "failed",
-            (Some(Ending::Stopped { .. }), _) => "stopped",
-            (Some(Ending::Paused { .. }), _) => "paused",
-            (None, None) => "waiting",
-            (None, Some(Stage::Preparing)) => "forming",
-            (None, Some(Stage::Syncing)) => "syncing",
-            (None, Some(Stage::Running)) => "running",
-            (None, Some(Stage::Held)) => "held",
-        };
         let worker = |(id, worker): (&WorkerId, &Worker)| WorkerStatus {
             worker: id.clone(),
             rank: group.and_then(|g| g.plan.rank(id, worker.incarnation)),
@@ -415,11 +404,26 @@ impl Coordinator {
             phase: worker.beat.as_ref().map_or("idle", |b| b.phase.word()),
         };
         Status {
-            state,
+            state: self.stage_word(),
             generation: self.generation,
             step: self.progress,
             checkpoint: self.checkpoint.clone(),
             workers: self.workers.iter().map(worker).collect(),
+        }
+    }
+
+    /// Returns what the run is doing in one word, as [`Status::state`] has it.
+    pub fn stage_word(&self) -> &'static str {
+        match (&self.ended, self.group.as_ref().map(|g| g.stage)) {
+            (Some(Ending::Finished { .. }), _) => "finished",
+            (Some(Ending::Failed { .. }), _) => "failed",
+            (Some(Ending::Stopped { .. }), _) => "stopped",
+            (Some(Ending::Paused { .. }), _) => "paused",
+            (None, None) => "waiting",
+            (None, Some(Stage::Preparing)) => "forming",
+            (None, Some(Stage::Syncing)) => "syncing",
+            (None, Some(Stage::Running)) => "running",
+            (None, Some(Stage::Held)) => "held",
         }
     }
 

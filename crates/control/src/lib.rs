@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod coordinator;
+pub mod invariants;
 pub mod message;
 pub mod plan;
 pub mod timing;

@@ -215,6 +215,16 @@ impl Session {
         self.generation
     }
 
+    /// Returns where the session stands in one word, for people and tests.
+    pub fn stage_word(&self) -> &'static str {
+        match (self.step_loop, &self.plan) {
+            (Loop::Down, None) => "idle",
+            (Loop::Down, Some(_)) => "prepared",
+            (Loop::Leaving, _) => "leaving",
+            (Loop::Up, _) => "up",
+        }
+    }
+
     /// Returns when [`Event::Tick`] is due at the latest.
     pub fn next_deadline(&self) -> Option<Timestamp> {
         (!self.connected).then(|| self.alone_since + self.give_up)

@@ -1,0 +1,178 @@
+//! Doing to the cluster what an action says.
+
+use lacuna_control::coordinator::Event;
+use lacuna_control::worker;
+use lacuna_types::WorkerId;
+
+use crate::action::Action;
+use crate::catalogue::Disk;
+use crate::net::COORDINATOR;
+use crate::setup::MS;
+use crate::world::{Ev, Pid, World};
+
+/// Times that a run may give up after everything was repaired: what came before still counts
+/// against it.
+const EXCUSES: u32 = 2;
+
+fn id(name: &str) -> WorkerId {
+    name.parse().expect("names were checked when they were read")
+}
+
+impl World {
+    /// Does it, at once.
+    pub fn perform(&mut self, action: &Action) {
+        use Action as A;
+        self.say(|| format!("> {action}"));
+        match action {
+            A::Spawn(w) => self.spawn(&id(w)),
+            A::Twin(w) => self.spawn_twin(&id(w)),
+            A::Kill(w) => self.each(w, |world, pid| world.end_process(pid, None, false)),
+            A::KillAgent(n) => {
+                let node = self.node(n);
+                self.end_agent(node, false);
+            }
+            A::Lose(n) => {
+                let node = self.node(n);
+                self.end_agent(node, true);
+            }
+            A::Respawn(n, on) => {
+                let node = self.node(n);
+                self.agents[node - 1].respawns = *on;
+            }
+            A::Probe(n, probe) => {
+                let node = self.node(n);
+                self.agents[node - 1].probe = *probe;
+            }
+            A::Stop(w) => self.each(w, |world, pid| world.procs[pid].stopped = true),
+            A::Continue(w) => self.each(w, World::go_on),
+            A::Hang(w) => self.each(w, |world, pid| world.hang(pid)),
+            A::Stick(w) => self.each(w, |world, pid| world.procs[pid].step_loop.stuck = true),
+            A::Unhang(w) => self.each(w, World::unhang),
+            A::Slow(w, tenths) => {
+                self.each(w, |world, pid| world.procs[pid].step_loop.slow = *tenths);
+            }
+            A::Corrupt(w) => self.each(w, World::corrupt),
+            A::Unfit(w, on) => self.each(w, |world, pid| world.procs[pid].step_loop.unfit = *on),
+            A::Notice(w) => self.each(w, |world, pid| {
+                world.feed(pid, worker::Event::Drain { why: "SIGTERM".to_string() });
+            }),
+            A::Drain(w) => {
+                let why = "operator".to_string();
+                self.host_input(Event::Drain { worker: id(w), why });
+            }
+            A::Disk(w, disk) => self.set_disk(w, *disk),
+            A::Cut(from, to) => {
+                let (from, to) = (self.node(from), self.node(to));
+                self.cut(from, to);
+            }
+            A::Uncut(from, to) => {
+                let (from, to) = (self.node(from), self.node(to));
+                self.uncut(from, to);
+            }
+            A::Break(w) => self.each(w, World::break_stream),
+            A::Jump(w, ms) => self.jump(w, *ms),
+            A::Crash { zombie } => {
+                self.host.zombie = zombie.then_some(self.host.life);
+                self.crash_host(None);
+            }
+            A::At(trap, back_after) => {
+                self.host.trap = Some(*trap);
+                self.host.back_after = back_after * MS;
+            }
+            A::Restart => self.start_host(),
+            A::Stall(ms) => self.stall_host(*ms),
+            A::Rest => self.host_input(Event::Stop { why: "asked to rest".to_string() }),
+            A::Resume => self.resume(),
+            A::Checkpoint => self.host_input(Event::Checkpoint),
+            A::Repair => self.repair(),
+        }
+    }
+
+    fn each(&mut self, worker: &str, mut act: impl FnMut(&mut World, Pid)) {
+        for pid in self.lives(worker) {
+            act(self, pid);
+        }
+    }
+
+    fn go_on(&mut self, pid: Pid) {
+        self.procs[pid].stopped = false;
+        for ev in std::mem::take(&mut self.procs[pid].waiting) {
+            self.happen(ev);
+        }
+    }
+
+    fn corrupt(&mut self, pid: Pid) {
+        if let Some(state) = &mut self.procs[pid].step_loop.state {
+            state.digest ^= 0xBAD;
+            state.tainted = true;
+            self.tainted = true;
+        }
+    }
+
+    fn set_disk(&mut self, whose: &str, disk: Disk) {
+        match whose {
+            "journal" => self.host.disk = disk,
+            "manifests" => self.store.disk = disk,
+            _ => self.each(whose, |world, pid| world.procs[pid].disk = disk),
+        }
+    }
+
+    fn jump(&mut self, whose: &str, ms: u64) {
+        if whose == "coordinator" {
+            self.host.clock.jump(ms * MS);
+            self.host_input(Event::Tick);
+        }
+        self.each(whose, |world, pid| world.procs[pid].clock.jump(ms * MS));
+    }
+
+    fn stall_host(&mut self, ms: u64) {
+        if self.host.is_up() {
+            self.host.stalled = true;
+            let life = self.host.life;
+            self.later(ms * MS, Ev::HostAwake { life });
+        }
+    }
+
+    fn repair(&mut self) {
+        self.uncut_all();
+        self.host.disk = Disk::Fine;
+        self.host.trap = None;
+        self.host.zombie = None;
+        self.store.disk = Disk::Fine;
+        self.host.excuses = EXCUSES;
+        for pid in 0..self.procs.len() {
+            self.procs[pid].disk = Disk::Fine;
+            self.procs[pid].step_loop.slow = 0;
+            self.procs[pid].step_loop.unfit = false;
+            if self.procs[pid].alive && self.procs[pid].unwatched {
+                self.end_process(pid, None, false);
+            }
+            if self.procs[pid].alive {
+                self.go_on(pid);
+                self.unhang(pid);
+            }
+        }
+        for agent in &mut self.agents {
+            agent.probe = 7;
+            agent.respawns = true;
+        }
+        self.later(10 * MS, Ev::HostStart);
+        for device in 0..self.setup.min.max(1) {
+            let name = format!("repair:{device}");
+            if self.living() < self.setup.min.max(1) + device {
+                self.spawn(&id(&name));
+            }
+        }
+    }
+
+    /// Workers that run or will be started again.
+    pub(crate) fn living(&self) -> usize {
+        let alive = |a: &&crate::agent::Agent| a.alive && a.respawns;
+        self.agents.iter().filter(alive).map(|a| a.devices.len()).sum()
+    }
+
+    /// Returns whether a way between a node and the coordinator is cut.
+    pub(crate) fn is_away(&self, node: usize) -> bool {
+        self.net.is_cut(node, COORDINATOR) || self.net.is_cut(COORDINATOR, node)
+    }
+}

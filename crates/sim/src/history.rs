@@ -1,0 +1,224 @@
+//! Histories by number: a seed is a topology, a run, and a schedule of faults.
+
+use lacuna_control::invariants::Violation;
+
+use crate::action::Action;
+use crate::bugs::Bug;
+use crate::catalogue::Disk;
+use crate::coverage::Coverage;
+use crate::host::{Trap, Write};
+use crate::rng::Rng;
+use crate::script::{Condition, Line, Script};
+use crate::setup::Setup;
+use crate::world::{Counts, World};
+
+/// What became of a history.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// What went wrong, if anything did.
+    pub violation: Option<Violation>,
+    /// Where the machines were.
+    pub coverage: Coverage,
+    /// Figures.
+    pub counts: Counts,
+    /// What happened, if it was asked for.
+    pub transcript: Vec<String>,
+}
+
+/// Plays a script to its end.
+pub fn play(script: &Script, with_transcript: bool) -> Outcome {
+    let mut world = World::new(&script.setup, with_transcript);
+    world.play(script);
+    Outcome {
+        violation: world.violation.clone(),
+        coverage: world.coverage.clone(),
+        counts: world.counts().clone(),
+        transcript: world.lines().to_vec(),
+    }
+}
+
+const NODES: [&str; 5] = ["a", "b", "c", "d", "e"];
+
+/// Draws the history of a seed, with a planted bug or without.
+pub fn draw(seed: u64, plant: Bug) -> Script {
+    let mut rng = Rng::new(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    let setup = draw_setup(&mut rng, seed, plant);
+    let n_nodes = rng.range(1, 5) as usize;
+    let mut lines: Vec<Line> = Vec::new();
+    for node in &NODES[..n_nodes] {
+        lines.push(Line::At(rng.below(400), Action::Spawn(format!("{node}:0"))));
+    }
+    // Now and then a second device on the first node.
+    if rng.one_in(6) {
+        lines.push(Line::At(rng.below(400), Action::Spawn("a:1".to_string())));
+    }
+    let n_faults = rng.below(9);
+    let span = setup.steps * setup.step_ms / 2 + 3_000;
+    let mut faults: Vec<(u64, Action)> = Vec::new();
+    for _ in 0..n_faults {
+        let at = 700 + rng.below(span);
+        draw_fault(&mut rng, n_nodes, at, &mut faults);
+    }
+    lines.extend(faults.into_iter().map(|(at, action)| Line::At(at, action)));
+    lines.sort_by_key(|line| match line {
+        Line::At(ms, _) => *ms,
+        _ => 0,
+    });
+    let last = lines.iter().map(|line| if let Line::At(ms, _) = line { *ms } else { 0 }).max();
+    let rest = last.unwrap_or(0) + rng.below(4_000);
+    lines.push(Line::At(rest, Action::Repair));
+    lines.push(Line::Until(Condition::Ended("finished".to_string())));
+    Script { setup, lines }
+}
+
+fn draw_setup(rng: &mut Rng, seed: u64, plant: Bug) -> Setup {
+    let slots = rng.range(2, 10) as u32;
+    let max = rng.range(1, 5) as usize;
+    Setup {
+        seed,
+        slots,
+        steps: rng.range(10, 60),
+        min: rng.range(1, max.min(3) as u64) as usize,
+        max,
+        checkpoint: *pick(rng, &[0, 5, 10, 20]),
+        step_ms: rng.range(80, 400),
+        mark_every: rng.range(1, 8),
+        digest_every: rng.range(2, 12),
+        latency_ms: *pick(rng, &[2, 4, 20, 60]),
+        duplicate_in: *pick(rng, &[0, 0, 0, 20]),
+        sync_ms: *pick(rng, &[1, 1, 10]),
+        skew_ppm: *pick(rng, &[0, 200, 20_000]),
+        give_up_ms: *pick(rng, &[600_000, 600_000, 15_000]),
+        plant,
+        ..Setup::default()
+    }
+}
+
+fn pick<'a, T>(rng: &mut Rng, from: &'a [T]) -> &'a T {
+    &from[rng.below(from.len() as u64) as usize]
+}
+
+/// Draws one fault, and where it does not pass by itself, its end.
+fn draw_fault(rng: &mut Rng, n_nodes: usize, at: u64, out: &mut Vec<(u64, Action)>) {
+    use Action as A;
+    let node = pick(rng, &NODES[..n_nodes]).to_string();
+    let worker = format!("{node}:0");
+    let until = at + *pick(rng, &[300, 1_500, 4_000, 10_000, 16_000]) * rng.range(80, 120) / 100;
+    match rng.below(33) {
+        0..=5 => out.push((at, A::Kill(worker))),
+        6 => {
+            out.push((at, A::KillAgent(node)));
+            out.push((until, A::Spawn(worker)));
+        }
+        7 => {
+            out.push((at, A::Lose(node)));
+            out.push((until, A::Spawn(worker)));
+        }
+        8 | 9 => {
+            out.push((at, A::Stop(worker.clone())));
+            out.push((until, A::Continue(worker)));
+        }
+        10 => {
+            out.push((at, A::Hang(worker.clone())));
+            out.push((until, A::Unhang(worker)));
+        }
+        11 => {
+            out.push((at, A::Stick(worker.clone())));
+            out.push((until, A::Unhang(worker)));
+        }
+        12 => out.push((at, A::Slow(worker, rng.below(60)))),
+        13 => {
+            out.push((at, A::Notice(worker.clone())));
+            out.push((until, A::Spawn(worker)));
+        }
+        14 => {
+            out.push((at, A::Drain(worker.clone())));
+            out.push((until, A::Spawn(worker)));
+        }
+        15..=17 => draw_cut(rng, n_nodes, (at, until), &node, out),
+        18 | 19 => out.push((at, A::Break(worker))),
+        20 => {
+            let whose = if rng.one_in(2) { "coordinator".to_string() } else { worker };
+            out.push((at, A::Jump(whose, rng.range(100, 5_000))));
+        }
+        21..=23 => {
+            out.push((at, A::Crash { zombie: rng.one_in(3) }));
+            out.push((until, A::Restart));
+        }
+        24 | 25 => out.push((at, A::At(draw_trap(rng), rng.range(100, 5_000)))),
+        26 => out.push((at, A::Stall(rng.range(200, 6_000)))),
+        27 => draw_disk(rng, (at, until), worker, out),
+        28 => {
+            out.push((at, A::Rest));
+            out.push((until, A::Resume));
+        }
+        29 => out.push((at, A::Checkpoint)),
+        30 => out.push((at, A::Twin(worker))),
+        31 => {
+            out.push((at, A::Unfit(worker.clone(), true)));
+            out.push((until, A::Kill(worker)));
+        }
+        _ => {
+            if rng.one_in(3) {
+                out.push((at, A::Corrupt(worker)));
+            } else {
+                out.push((at, A::Probe(node, rng.range(7, 9))));
+                out.push((at + 1, A::Kill(worker)));
+            }
+        }
+    }
+}
+
+fn draw_trap(rng: &mut Rng) -> Trap {
+    if rng.one_in(2) {
+        Trap::Command(rng.below(30))
+    } else {
+        let write = if rng.one_in(2) { Write::Lost } else { Write::Kept };
+        Trap::Persist(rng.below(3), write)
+    }
+}
+
+fn draw_cut(
+    rng: &mut Rng,
+    n_nodes: usize,
+    (at, until): (u64, u64),
+    node: &str,
+    out: &mut Vec<(u64, Action)>,
+) {
+    let other = match rng.below(2) {
+        0 => "coordinator".to_string(),
+        _ => pick(rng, &NODES[..n_nodes]).to_string(),
+    };
+    if other == node {
+        return;
+    }
+    let both = rng.one_in(2);
+    let mut pairs = vec![(node.to_string(), other.clone())];
+    if both || rng.one_in(2) {
+        pairs.push((other, node.to_string()));
+    }
+    if !both {
+        pairs.swap_remove(0);
+    }
+    for (from, to) in pairs {
+        out.push((at, Action::Cut(from.clone(), to.clone())));
+        out.push((until, Action::Uncut(from, to)));
+    }
+}
+
+fn draw_disk(
+    rng: &mut Rng,
+    (at, until): (u64, u64),
+    worker: String,
+    out: &mut Vec<(u64, Action)>,
+) {
+    let whose = match rng.below(4) {
+        0 => "manifests".to_string(),
+        1 => "journal".to_string(),
+        _ => worker,
+    };
+    let slow = Disk::Slow(rng.range(100, 12_000));
+    let disk = if whose != "journal" && rng.one_in(2) { Disk::Full } else { slow };
+    out.push((at, Action::Disk(whose.clone(), disk)));
+    out.push((until, Action::Disk(whose, Disk::Fine)));
+}
