@@ -54,7 +54,10 @@ pub enum Action {
     /// A clock jumps forward by so many milliseconds.
     Jump(String, u64),
     /// The coordinator ends at once, with commits that are still carried out if it is a zombie.
-    Crash { zombie: bool },
+    Crash {
+        /// Whether its commits are still carried out.
+        zombie: bool,
+    },
     /// A crash is set; the coordinator is back after so many milliseconds.
     At(Trap, u64),
     /// The coordinator starts again.

@@ -70,8 +70,13 @@ impl World {
         agent.devices.retain(|(known, ..)| known != worker);
         agent.devices.push((worker.clone(), BACK_OFF.0, now));
         let probe = agent.probe;
-        if self.lives(worker.as_str()).is_empty() {
-            self.start_process(node, worker, probe);
+        // An agent that starts again starts all that it had.
+        let all: Vec<WorkerId> = agent.devices.iter().map(|(known, ..)| known.clone()).collect();
+        for worker in all {
+            let own = |pid: &Pid| self.procs[*pid].node == node;
+            if !self.lives(worker.as_str()).iter().any(own) {
+                self.start_process(node, &worker, probe);
+            }
         }
     }
 

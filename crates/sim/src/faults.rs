@@ -1,18 +1,19 @@
 //! Doing to the cluster what an action says.
 
-use lacuna_control::coordinator::Event;
+use lacuna_control::coordinator::{Ending, Event};
 use lacuna_control::worker;
 use lacuna_types::WorkerId;
 
 use crate::action::Action;
 use crate::catalogue::Disk;
-use crate::net::COORDINATOR;
 use crate::setup::MS;
 use crate::world::{Ev, Pid, World};
 
 /// Times that a run may give up after everything was repaired: what came before still counts
 /// against it.
 const EXCUSES: u32 = 2;
+/// How often an operator looks.
+const TEND: u64 = 2_000 * MS;
 
 fn id(name: &str) -> WorkerId {
     name.parse().expect("names were checked when they were read")
@@ -153,14 +154,26 @@ impl World {
             }
         }
         for agent in &mut self.agents {
-            agent.probe = 7;
             agent.respawns = true;
         }
         self.later(10 * MS, Ev::HostStart);
+        self.later(0, Ev::Tend);
+    }
+
+    /// An operator looks after the run: lets it go on, and adds workers where there are too few.
+    pub(crate) fn tend(&mut self) {
+        self.later(TEND, Ev::Tend);
+        let probe = self.host.probe().unwrap_or(7);
+        for agent in &mut self.agents {
+            agent.probe = probe;
+        }
+        let resting = |e: &Ending| !matches!(e, Ending::Finished { .. });
+        if self.host.ending().is_some_and(resting) {
+            self.resume();
+        }
         for device in 0..self.setup.min.max(1) {
-            let name = format!("repair:{device}");
-            if self.living() < self.setup.min.max(1) + device {
-                self.spawn(&id(&name));
+            if self.living() < self.setup.min.max(1) {
+                self.spawn(&id(&format!("repair:{device}")));
             }
         }
     }
@@ -169,10 +182,5 @@ impl World {
     pub(crate) fn living(&self) -> usize {
         let alive = |a: &&crate::agent::Agent| a.alive && a.respawns;
         self.agents.iter().filter(alive).map(|a| a.devices.len()).sum()
-    }
-
-    /// Returns whether a way between a node and the coordinator is cut.
-    pub(crate) fn is_away(&self, node: usize) -> bool {
-        self.net.is_cut(node, COORDINATOR) || self.net.is_cut(COORDINATOR, node)
     }
 }

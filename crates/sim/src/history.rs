@@ -52,8 +52,8 @@ pub fn draw(seed: u64, plant: Bug) -> Script {
     if rng.one_in(6) {
         lines.push(Line::At(rng.below(400), Action::Spawn("a:1".to_string())));
     }
-    let n_faults = rng.below(9);
-    let span = setup.steps * setup.step_ms / 2 + 3_000;
+    let n_faults = *pick(&mut rng, &[0, 2, 4, 8, 14]) + rng.below(4);
+    let span = setup.steps * setup.step_ms + 3_000;
     let mut faults: Vec<(u64, Action)> = Vec::new();
     for _ in 0..n_faults {
         let at = 700 + rng.below(span);

@@ -113,6 +113,11 @@ impl Host {
         self.ending.as_ref()
     }
 
+    /// Returns the run's probe class, as far as the disk knows.
+    pub(crate) fn probe(&self) -> Option<u64> {
+        self.saved.probe
+    }
+
     fn save(&mut self, record: &Record) {
         match record {
             Record::Generation(generation) => self.saved.generation = *generation,

@@ -21,6 +21,7 @@ mod host;
 mod net;
 mod process;
 mod rng;
+pub mod shrink;
 pub mod script;
 pub mod setup;
 mod steps;

@@ -257,29 +257,11 @@ impl World {
 
     fn wait_for(&mut self, condition: &Condition) {
         let until = self.now + PATIENCE_MS * MS;
-        let mut rested = None;
-        loop {
-            // After a repair an operator lets a run go on that gave up before.
-            let excused = self.host.excuses <= 8;
-            let came = self.run_until(until, |world| {
-                let resting = matches!(
-                    world.host.ending(),
-                    Some(Ending::Paused { .. } | Ending::Failed { .. } | Ending::Stopped { .. })
-                );
-                !world.holds(condition) && !(excused && resting && world.host.is_up())
-            });
-            if self.violation.is_some() || self.holds(condition) {
-                self.rest_if_ended();
-                return;
-            }
-            if !came || rested == Some(self.now) {
-                self.failed_expectation(&format!("until {condition}"));
-                return;
-            }
-            let soon = self.now + 1_500 * MS;
-            self.run_until(soon, |_| true);
-            rested = Some(self.now);
-            self.resume();
+        let came = self.run_until(until, |world| !world.holds(condition));
+        if came {
+            self.rest_if_ended();
+        } else if self.violation.is_none() {
+            self.failed_expectation(&format!("until {condition}"));
         }
     }
 

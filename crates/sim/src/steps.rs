@@ -22,11 +22,24 @@ pub enum Order {
     /// Drop the communicator and report.
     Leave,
     /// Connect and synchronise.
-    Connect { plan: Plan, sync: Sync },
+    Connect {
+        /// With whom.
+        plan: Plan,
+        /// From where the state comes.
+        sync: Sync,
+    },
     /// Train.
-    Start { generation: Generation },
+    Start {
+        /// In which generation.
+        generation: Generation,
+    },
     /// Save the state now.
-    Save { generation: Generation, attempt: AttemptSeq },
+    Save {
+        /// In which generation.
+        generation: Generation,
+        /// For which attempt.
+        attempt: AttemptSeq,
+    },
 }
 
 /// What the loop does.

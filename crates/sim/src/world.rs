@@ -25,6 +25,7 @@ pub type Pid = usize;
 
 /// Something that is going to happen.
 #[derive(Debug)]
+#[allow(missing_docs, reason = "fields are named for what they are")]
 pub enum Ev {
     /// A hello arrives at the coordinator.
     Opening { conn: usize },
@@ -70,6 +71,8 @@ pub enum Ev {
     HostAwake { life: u64 },
     /// The coordinator starts.
     HostStart,
+    /// An operator looks after the run.
+    Tend,
 }
 
 struct Entry {
@@ -148,8 +151,6 @@ pub struct World {
     pub(crate) observer: Observer,
     /// Some state was corrupted: other digests and pauses are to be expected.
     pub(crate) tainted: bool,
-    /// Faults that excuse a run for giving up.
-    pub(crate) excused: bool,
     /// What went wrong first.
     pub violation: Option<Violation>,
     /// What happened, line by line, where somebody wants to read it.
@@ -202,7 +203,6 @@ impl World {
             reference: Reference::new(setup.slots, setup.steps),
             observer: Observer::new(setup.slots),
             tainted: false,
-            excused: false,
             violation: None,
             transcript: with_transcript.then(Vec::new),
             coverage: Coverage::default(),
@@ -294,6 +294,7 @@ impl World {
             Ev::Commit { life, epoch, order } => self.on_commit(life, epoch, *order),
             Ev::HostAwake { life } => self.on_host_awake(life),
             Ev::HostStart => self.start_host(),
+            Ev::Tend => self.tend(),
         }
     }
 
