@@ -15,6 +15,8 @@ pub enum Action {
     Twin(String),
     /// Kill a trainer; its agent sees it.
     Kill(String),
+    /// A trainer ends by itself with an error.
+    Fail(String),
     /// Kill an agent; its trainers end when they notice.
     KillAgent(String),
     /// A node loses power: nothing is heard of it any more.
@@ -74,6 +76,24 @@ pub enum Action {
     Repair,
 }
 
+impl Action {
+    /// Tells whether it does no harm: nothing may fail because of it.
+    pub fn is_harmless(&self) -> bool {
+        use Action as A;
+        matches!(
+            self,
+            A::Spawn(_)
+                | A::Notice(_)
+                | A::Drain(_)
+                | A::Rest
+                | A::Resume
+                | A::Checkpoint
+                | A::Slow(..)
+                | A::Repair
+        )
+    }
+}
+
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use Action as A;
@@ -82,6 +102,7 @@ impl fmt::Display for Action {
             A::Spawn(w) => write!(f, "spawn {w}"),
             A::Twin(w) => write!(f, "twin {w}"),
             A::Kill(w) => write!(f, "kill {w}"),
+            A::Fail(w) => write!(f, "fail {w}"),
             A::KillAgent(n) => write!(f, "kill-agent {n}"),
             A::Lose(n) => write!(f, "lose {n}"),
             A::Respawn(n, on) => write!(f, "respawn {n} {}", switch(on)),
@@ -147,6 +168,7 @@ impl FromStr for Action {
             ["spawn", w] => A::Spawn(one(w)),
             ["twin", w] => A::Twin(one(w)),
             ["kill", w] => A::Kill(one(w)),
+            ["fail", w] => A::Fail(one(w)),
             ["kill-agent", n] => A::KillAgent(one(n)),
             ["lose", n] => A::Lose(one(n)),
             ["respawn", n, on @ ("on" | "off")] => A::Respawn(one(n), on == "on"),

@@ -38,10 +38,12 @@ pub enum Bug {
     ApplyTorn,
     /// A member that computes a step again applies it on top of itself.
     ApplyTwice,
-    /// A member keeps computing in a communicator that it was told to leave.
-    IgnoreRevoke,
-    /// The coordinator's answers about exits are lost: no agent says anything, no stream breaks.
-    DeafDriver,
+    /// What a member gave to a communicator that is over counts in the next one.
+    StaleGift,
+    /// A member computes the slots of another rank.
+    RankMixup,
+    /// The driver does not write that the run came to rest.
+    SkipEnding,
     /// The record of the newest checkpoint goes back when an older one comes late.
     CheckpointGoesBack,
 }
@@ -62,8 +64,9 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::HalfHeal, "half-heal"),
     (Bug::ApplyTorn, "apply-torn"),
     (Bug::ApplyTwice, "apply-twice"),
-    (Bug::IgnoreRevoke, "ignore-revoke"),
-    (Bug::DeafDriver, "deaf-driver"),
+    (Bug::StaleGift, "stale-gift"),
+    (Bug::RankMixup, "rank-mixup"),
+    (Bug::SkipEnding, "skip-ending"),
     (Bug::CheckpointGoesBack, "checkpoint-goes-back"),
 ];
 

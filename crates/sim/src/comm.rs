@@ -72,6 +72,8 @@ pub struct Comm {
     members: Vec<Option<Pid>>,
     gone: Vec<Gone>,
     gifts: Vec<Option<Gift>>,
+    /// What the communicator before it still held; only a planted bug looks.
+    leftovers: Vec<Option<Gift>>,
     kind: Kind,
     /// Ranks that wait for what a cut holds back.
     stalled: Vec<(usize, Outcome)>,
@@ -93,6 +95,7 @@ impl Comm {
             members: vec![None; world],
             gone: vec![Gone::No; world],
             gifts: vec![None; world],
+            leftovers: Vec::new(),
             kind: Kind::Connect,
             stalled: Vec::new(),
         }
@@ -125,7 +128,11 @@ impl World {
     pub(crate) fn join_comm(&mut self, pid: Pid, generation: u64, rank: usize, world: usize) {
         let known = self.comms.iter().rposition(|comm| comm.generation == generation);
         let at = known.unwrap_or_else(|| {
-            self.comms.push(Comm::new(generation, world));
+            let mut comm = Comm::new(generation, world);
+            if let Some(last) = self.comms.last().filter(|last| last.kind == Kind::Reduce) {
+                comm.leftovers.clone_from(&last.gifts);
+            }
+            self.comms.push(comm);
             self.comms.len() - 1
         });
         self.comms[at].members[rank] = Some(pid);
@@ -144,6 +151,11 @@ impl World {
         let comm = &mut self.comms[at];
         comm.kind = kind;
         comm.gifts[rank] = Some(gift);
+        if self.setup.plant == Bug::StaleGift && kind == Kind::Reduce {
+            for (gift, old) in comm.gifts.iter_mut().zip(std::mem::take(&mut comm.leftovers)) {
+                *gift = gift.take().or(old);
+            }
+        }
         if comm.gifts.iter().all(Option::is_some) {
             self.complete(at);
         }

@@ -24,10 +24,14 @@ impl World {
     pub fn perform(&mut self, action: &Action) {
         use Action as A;
         self.say(|| format!("> {action}"));
+        self.harmed |= !action.is_harmless() || self.setup.poison > 0;
         match action {
             A::Spawn(w) => self.spawn(&id(w)),
             A::Twin(w) => self.spawn_twin(&id(w)),
             A::Kill(w) => self.each(w, |world, pid| world.end_process(pid, None, false)),
+            A::Fail(w) => self.each(w, |world, pid| {
+                world.end_process(pid, Some(lacuna_types::exit::FAILED), false);
+            }),
             A::KillAgent(n) => {
                 let node = self.node(n);
                 self.end_agent(node, false);
@@ -55,6 +59,8 @@ impl World {
             A::Corrupt(w) => self.each(w, World::corrupt),
             A::Unfit(w, on) => self.each(w, |world, pid| world.procs[pid].step_loop.unfit = *on),
             A::Notice(w) => self.each(w, |world, pid| {
+                // The second one ends it at once.
+                world.harmed |= std::mem::replace(&mut world.procs[pid].noticed, true);
                 world.feed(pid, worker::Event::Drain { why: "SIGTERM".to_string() });
             }),
             A::Drain(w) => {
@@ -136,6 +142,7 @@ impl World {
 
     fn repair(&mut self) {
         self.uncut_all();
+        self.setup.poison = 0;
         self.host.disk = Disk::Fine;
         self.host.trap = None;
         self.host.zombie = None;

@@ -364,7 +364,11 @@ impl World {
             Input::Event(event) => event,
             Input::Attach { conn } => {
                 let hello = self.conns[conn].hello.clone();
-                self.host.sessions.insert(hello.worker.clone(), (hello.incarnation, conn));
+                let session = (hello.incarnation, conn);
+                // A session that is replaced is dropped, which ends its stream.
+                if let Some((_, old)) = self.host.sessions.insert(hello.worker.clone(), session) {
+                    self.close_down(old);
+                }
                 Event::Hello(hello)
             }
             Input::Detach { conn } => {
@@ -452,7 +456,12 @@ impl World {
             self.host.generation = *generation;
         }
         let plant = self.setup.plant;
-        if plant == Bug::SkipPersist && matches!(record, Record::Generation(_)) {
+        let skipped = match record {
+            Record::Generation(_) => plant == Bug::SkipPersist,
+            Record::Ended(_) => plant == Bug::SkipEnding,
+            _ => false,
+        };
+        if skipped {
             return;
         }
         let life = self.host.life;

@@ -17,6 +17,8 @@ usage:
   lacuna-sim play FILE
 ";
 
+/// Lines of a long transcript that are shown of its beginning, and of its end.
+const SHOWN: usize = 150;
 /// Seeds that a thread takes at once.
 const CHUNK: u64 = 64;
 
@@ -163,8 +165,13 @@ fn show(script: &Script) -> bool {
     print!("{script}");
     println!("----");
     let outcome = play(script, true);
-    for line in &outcome.transcript {
-        println!("{line}");
+    let hidden = outcome.transcript.len().saturating_sub(2 * SHOWN);
+    for (at, line) in outcome.transcript.iter().enumerate() {
+        if hidden == 0 || at < SHOWN || at >= SHOWN + hidden {
+            println!("{line}");
+        } else if at == SHOWN {
+            println!("         … {hidden} lines …");
+        }
     }
     outcome.violation.is_none()
 }

@@ -49,6 +49,8 @@ pub struct Process {
     pub probe: u64,
     /// Whether its device is ready.
     pub warm: bool,
+    /// It was asked to leave.
+    pub noticed: bool,
     /// Its agent does not watch it: another agent started it.
     pub unwatched: bool,
     /// How writing parts goes.
@@ -93,6 +95,7 @@ impl World {
             tries: 0,
             probe,
             warm: false,
+            noticed: false,
             unwatched: false,
             disk: Disk::Fine,
         });

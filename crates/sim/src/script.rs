@@ -26,7 +26,7 @@ pub enum Line {
     /// Let so many milliseconds pass.
     Wait(u64),
     /// Let time pass until this is so.
-    Until(Condition),
+    Until(Condition, Option<u64>),
     /// This is so now.
     Expect(Condition),
     /// Nothing, for people.
@@ -46,6 +46,10 @@ pub enum Condition {
     Generations(u64),
     /// The worker's state and place in the group is this word.
     Worker(String, String),
+    /// The worker's step loop is in this phase.
+    Phase(String, String),
+    /// At least so many parts were begun.
+    Parts(u64),
     /// The worker's process has, or has not, a life.
     Alive(String, bool),
     /// At most so many steps were applied again.
@@ -73,6 +77,8 @@ impl fmt::Display for Condition {
             C::World(n) => write!(f, "world {n}"),
             C::Generations(n) => write!(f, "generations {n}"),
             C::Worker(w, word) => write!(f, "worker {w} {word}"),
+            C::Phase(w, word) => write!(f, "phase {w} {word}"),
+            C::Parts(n) => write!(f, "parts {n}"),
             C::Alive(w, true) => write!(f, "alive {w}"),
             C::Alive(w, false) => write!(f, "dead {w}"),
             C::Redone(n) => write!(f, "redone {n}"),
@@ -102,6 +108,8 @@ fn parse_condition(text: &str) -> Result<Condition, String> {
         ["world", n] => C::World(number(n)? as usize),
         ["generations", n] => C::Generations(number(n)?),
         ["worker", w, word] => C::Worker(w.to_string(), word.to_string()),
+        ["phase", w, word] => C::Phase(w.to_string(), word.to_string()),
+        ["parts", n] => C::Parts(number(n)?),
         ["alive", w] => C::Alive(w.to_string(), true),
         ["dead", w] => C::Alive(w.to_string(), false),
         ["redone", n] => C::Redone(number(n)?),
@@ -119,7 +127,8 @@ impl fmt::Display for Line {
             Line::At(ms, action) => write!(f, "at {ms}ms {action}"),
             Line::Now(action) => write!(f, "{action}"),
             Line::Wait(ms) => write!(f, "wait {ms}ms"),
-            Line::Until(condition) => write!(f, "until {condition}"),
+            Line::Until(condition, None) => write!(f, "until {condition}"),
+            Line::Until(condition, Some(ms)) => write!(f, "until {condition} within {ms}ms"),
             Line::Expect(condition) => write!(f, "expect {condition}"),
             Line::Remark(text) => write!(f, "{text}"),
         }
@@ -175,7 +184,10 @@ fn read_line(setup: &mut Setup, line: &str) -> Result<Option<Line>, String> {
         return Ok(Some(Line::Wait(millis(rest.trim())?)));
     }
     if let Some(rest) = line.strip_prefix("until ") {
-        return Ok(Some(Line::Until(parse_condition(rest)?)));
+        return Ok(Some(match rest.rsplit_once(" within ") {
+            Some((rest, time)) => Line::Until(parse_condition(rest)?, Some(millis(time)?)),
+            None => Line::Until(parse_condition(rest)?, None),
+        }));
     }
     if let Some(rest) = line.strip_prefix("expect ") {
         return Ok(Some(Line::Expect(parse_condition(rest)?)));
@@ -204,8 +216,14 @@ impl World {
             }
             C::Generations(n) => self.host.generation.0 == *n,
             C::Worker(name, word) => status().is_some_and(|s| {
-                s.workers.iter().any(|w| w.worker.as_str() == name && w.state == word)
+                let found = s.workers.iter().find(|w| w.worker.as_str() == name);
+                found.map_or("absent", |w| w.state) == word
             }),
+            C::Phase(name, word) => {
+                let lives = self.lives(name);
+                lives.iter().any(|pid| self.procs[*pid].step_loop.phase().word() == word)
+            }
+            C::Parts(n) => self.counts.parts >= *n,
             C::Alive(name, alive) => self.lives(name).is_empty() != *alive,
             C::Redone(n) => self.counts.redone <= *n,
             C::Commits(n) => self.counts.commits >= *n,
@@ -230,7 +248,9 @@ impl World {
                     let until = self.now + ms * MS;
                     self.run_until(until, |_| true);
                 }
-                Line::Until(condition) => self.wait_for(condition),
+                Line::Until(condition, limit) => {
+                    self.wait_for(condition, limit.unwrap_or(PATIENCE_MS));
+                }
                 Line::Expect(condition) => {
                     if self.violation.is_none() && !self.holds(condition) {
                         self.failed_expectation(&format!("expect {condition}"));
@@ -255,8 +275,8 @@ impl World {
         }
     }
 
-    fn wait_for(&mut self, condition: &Condition) {
-        let until = self.now + PATIENCE_MS * MS;
+    fn wait_for(&mut self, condition: &Condition, limit_ms: u64) {
+        let until = self.now + limit_ms * MS;
         let came = self.run_until(until, |world| !world.holds(condition));
         if came {
             self.rest_if_ended();

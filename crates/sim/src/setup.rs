@@ -52,6 +52,8 @@ pub struct Setup {
     pub deadline_ms: u64,
     /// A worker ends that was without a coordinator for so long.
     pub give_up_ms: u64,
+    /// Whoever computes the first slot of this step dies of it, 0 for none.
+    pub poison: u64,
     /// The bug that is planted, if any.
     pub plant: Bug,
 }
@@ -78,6 +80,7 @@ impl Default for Setup {
             skew_ppm: 0,
             deadline_ms: 6_000,
             give_up_ms: 600_000,
+            poison: 0,
             plant: Bug::None,
         }
     }
@@ -105,7 +108,7 @@ impl Setup {
         }
     }
 
-    fn fields(&mut self) -> [(&'static str, &mut u64); 16] {
+    fn fields(&mut self) -> [(&'static str, &mut u64); 17] {
         [
             ("seed", &mut self.seed),
             ("steps", &mut self.steps),
@@ -123,6 +126,7 @@ impl Setup {
             ("skew_ppm", &mut self.skew_ppm),
             ("deadline_ms", &mut self.deadline_ms),
             ("give_up_ms", &mut self.give_up_ms),
+            ("poison", &mut self.poison),
         ]
     }
 

@@ -112,5 +112,5 @@ impl Shrinker {
 
 /// Without its end a history proves nothing.
 fn is_needed(line: &Line) -> bool {
-    matches!(line, Line::Until(_) | Line::At(_, Action::Repair))
+    matches!(line, Line::Until(..) | Line::At(_, Action::Repair))
 }

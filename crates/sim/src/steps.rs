@@ -153,17 +153,15 @@ impl World {
     /// Wakes a loop that waits in its communicator, and orders it to leave.
     pub(crate) fn abort(&mut self, pid: Pid) {
         let now = self.now;
-        let ignores = self.setup.plant == Bug::IgnoreRevoke;
         let step_loop = &mut self.procs[pid].step_loop;
-        step_loop.aborting = !ignores;
+        step_loop.aborting = true;
         step_loop.orders.push_back(Order::Leave);
         let busy = match &step_loop.doing {
             Doing::Idle | Doing::Leaving => false,
             Doing::Computing if step_loop.hung => true,
-            Doing::Computing | Doing::Waiting if ignores => true,
             Doing::Waiting if step_loop.stuck => true,
             // An update that has begun is finished.
-            Doing::Completing { at, outcome: Outcome::Sum(_) } => *at <= now || ignores,
+            Doing::Completing { at, outcome: Outcome::Sum(_) } => *at <= now,
             _ => false,
         };
         if !busy && step_loop.doing != Doing::Leaving {
@@ -218,7 +216,11 @@ impl World {
         }
         let (plan, _) = step_loop.plan.as_ref().expect("a member has a plan");
         let (_, rank) = step_loop.comm.expect("a member is in a communicator");
-        let n = plan.members[rank].slots.len() as u64;
+        let slots = &plan.members[rank].slots;
+        let n = slots.len() as u64;
+        if self.setup.poison > 0 && state.step == self.setup.poison && slots.contains(&0) {
+            return self.end_process(pid, None, false);
+        }
         let slot = self.setup.step_ms * MS / u64::from(self.setup.slots);
         let time = n * slot * (10 + step_loop.slow) / 10 * self.rng.range(90, 110) / 100;
         if self.procs[pid].step_loop.hung {
@@ -259,7 +261,8 @@ impl World {
         let (plan, _) = step_loop.plan.as_ref().expect("a member has a plan");
         let (_, rank) = step_loop.comm.expect("a member is in a communicator");
         let state = step_loop.state.expect("it computes");
-        let mut slots = plan.members[rank].slots.clone();
+        let at = if plant == Bug::RankMixup && plan.world() > 3 { rank.max(1) } else { rank };
+        let mut slots = plan.members[at].slots.clone();
         if strange && plant == Bug::CountSlotTwice {
             slots.extend(slots.last().copied());
         } else if strange {
@@ -454,6 +457,7 @@ impl World {
             Disk::Slow(ms) => ms * MS,
             _ => 0,
         };
+        self.counts.parts += 1;
         let after = self.setup.part_ms * MS * self.rng.range(50, 300) / 100 + extra;
         let writer = (self.procs[pid].worker.clone(), self.procs[pid].incarnation);
         let part = Part { writer, state, rank, world };
@@ -484,6 +488,10 @@ impl World {
 
     fn fault(&mut self, pid: Pid, kind: FaultKind, detail: &str) {
         let generation = self.generation_of(pid);
+        if !self.harmed {
+            let text = format!("{} failed without any cause: {detail}", self.procs[pid].worker);
+            self.breach(Invariant::Liveness, &text);
+        }
         self.enter(pid, Doing::Idle);
         self.report(pid, Report::Fault { generation, kind, detail: detail.to_string() });
     }

@@ -151,6 +151,8 @@ pub struct World {
     pub(crate) observer: Observer,
     /// Some state was corrupted: other digests and pauses are to be expected.
     pub(crate) tainted: bool,
+    /// Something was done to the cluster that excuses a fault.
+    pub(crate) harmed: bool,
     /// What went wrong first.
     pub violation: Option<Violation>,
     /// What happened, line by line, where somebody wants to read it.
@@ -178,6 +180,8 @@ pub struct Counts {
     pub generations: u64,
     /// Checkpoints committed.
     pub commits: u64,
+    /// Parts that members began to write.
+    pub parts: u64,
     /// Commits that a claim refused.
     pub fenced: u64,
     /// Messages answered with Stale.
@@ -203,6 +207,7 @@ impl World {
             reference: Reference::new(setup.slots, setup.steps),
             observer: Observer::new(setup.slots),
             tainted: false,
+            harmed: false,
             violation: None,
             transcript: with_transcript.then(Vec::new),
             coverage: Coverage::default(),
