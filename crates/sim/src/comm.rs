@@ -234,8 +234,7 @@ impl World {
         }
         for other in 0..comm.members.len() {
             let Some(peer) = self.comms[at].members[other] else { continue };
-            if self.procs[peer].step_loop.comm == Some((at, other))
-                && self.reaches(at, rank, other)
+            if self.procs[peer].step_loop.comm == Some((at, other)) && self.reaches(at, rank, other)
             {
                 self.peer_closed(peer);
             }

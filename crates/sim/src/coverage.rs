@@ -5,9 +5,8 @@ use lacuna_control::message::{ToCoordinator, ToWorker};
 use lacuna_control::worker::{self, Report, Session};
 
 /// Stages of the coordinator.
-pub const STAGES: [&str; 9] = [
-    "waiting", "forming", "syncing", "running", "held", "finished", "failed", "stopped", "paused",
-];
+pub const STAGES: [&str; 9] =
+    ["waiting", "forming", "syncing", "running", "held", "finished", "failed", "stopped", "paused"];
 /// Events of the coordinator.
 pub const EVENTS: [&str; 21] = [
     "Tick",
@@ -194,7 +193,9 @@ impl Coverage {
             match (count, reason) {
                 (0, None) => out.push(format!("never met: {machine} {stage} {event}")),
                 (1.., Some(Explained { never: true, .. })) => {
-                    out.push(format!("said to be impossible, met {count} times: {machine} {stage} {event}"));
+                    out.push(format!(
+                        "said to be impossible, met {count} times: {machine} {stage} {event}"
+                    ));
                 }
                 _ => {}
             }

@@ -44,8 +44,7 @@ impl Reference {
         let mut state = State::seed();
         let mut chain = vec![state.digest];
         for _ in 0..steps {
-            let sum =
-                (0..n_slots).fold(0u64, |sum, slot| sum.wrapping_add(slot_sum(&state, slot)));
+            let sum = (0..n_slots).fold(0u64, |sum, slot| sum.wrapping_add(slot_sum(&state, slot)));
             state = state.after(sum, false);
             chain.push(state.digest);
         }

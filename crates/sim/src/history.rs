@@ -213,12 +213,7 @@ fn draw_cut(
     }
 }
 
-fn draw_disk(
-    rng: &mut Rng,
-    (at, until): (u64, u64),
-    worker: String,
-    out: &mut Vec<(u64, Action)>,
-) {
+fn draw_disk(rng: &mut Rng, (at, until): (u64, u64), worker: String, out: &mut Vec<(u64, Action)>) {
     let whose = match rng.below(4) {
         0 => "manifests".to_string(),
         1 => "journal".to_string(),

@@ -437,7 +437,8 @@ impl World {
             Command::DrawCommId(generation) => {
                 let life = self.host.life;
                 let event = Event::CommId { generation, comm_id: vec![7; 32] };
-                let after = self.rng.range(100_000, 2 * MS);
+                let slow = if self.rng.one_in(20) { 300 * MS } else { 0 };
+                let after = self.rng.range(100_000, 2 * MS) + slow;
                 self.later(after, Ev::HostAnswer { life, event: Box::new(event) });
             }
             Command::Commit(order) => self.begin_commit(order),
@@ -672,9 +673,9 @@ fn generation_of(message: &mut ToCoordinator) -> Option<&mut Generation> {
         | ToCoordinator::PartDone { generation, .. }
         | ToCoordinator::PartFailed { generation, .. } => Some(generation),
         // What is wrong with a process is wrong in every generation.
-        ToCoordinator::Fault { .. } | ToCoordinator::Warm { .. } | ToCoordinator::Leaving { .. } => {
-            None
-        }
+        ToCoordinator::Fault { .. }
+        | ToCoordinator::Warm { .. }
+        | ToCoordinator::Leaving { .. } => None,
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use lacuna_sim::bugs::Bug;
 use lacuna_sim::coverage::Coverage;
+use lacuna_sim::goodput::{Measured, estimate};
 use lacuna_sim::history::{draw, play};
 use lacuna_sim::script::Script;
 use lacuna_sim::shrink::shrink;
@@ -15,6 +16,9 @@ usage:
   lacuna-sim run --seeds A..B [--plant BUG] [--keep-going] [--coverage]
   lacuna-sim replay SEED [--plant BUG] [--shrink]
   lacuna-sim play FILE
+  lacuna-sim goodput [--workers N] [--slots V] [--mtbf S] [--step S] [--detect S] [--reform S]
+      [--heal S] [--respawn S] [--checkpoint S] [--pause S] [--restart S] [--load S] [--wall S]
+      [--seed N]
 ";
 
 /// Lines of a long transcript that are shown of its beginning, and of its end.
@@ -27,6 +31,7 @@ fn main() -> ExitCode {
     let done = match args.first().map(String::as_str) {
         Some("run") => run(&args[1..]),
         Some("replay") => replay(&args[1..]),
+        Some("goodput") => goodput(&args[1..]),
         Some("play") => play_file(&args[1..]),
         _ => Err(USAGE.to_string()),
     };
@@ -66,9 +71,9 @@ struct Found {
 
 fn run(args: &[String]) -> Result<bool, String> {
     let bad = || "`--seeds` takes A..B".to_string();
-    let (from, to) = value(args, "--seeds").unwrap_or("0..1000").split_once("..").ok_or_else(bad)?;
-    let (from, to): (u64, u64) =
-        (from.parse().map_err(|_| bad())?, to.parse().map_err(|_| bad())?);
+    let (from, to) =
+        value(args, "--seeds").unwrap_or("0..1000").split_once("..").ok_or_else(bad)?;
+    let (from, to): (u64, u64) = (from.parse().map_err(|_| bad())?, to.parse().map_err(|_| bad())?);
     let plant = planted(args)?;
     let keep_going = has(args, "--keep-going");
     let started = Instant::now();
@@ -158,6 +163,16 @@ fn play_file(args: &[String]) -> Result<bool, String> {
     let text = std::fs::read_to_string(path).map_err(|err| format!("{path}: {err}"))?;
     let commands = text.split("\n----").next().unwrap_or_default();
     Ok(show(&commands.parse().map_err(|why| format!("{path}: {why}"))?))
+}
+
+fn goodput(args: &[String]) -> Result<bool, String> {
+    let mut measured = Measured::default();
+    for pair in args.chunks(2) {
+        let [flag, value] = pair else { return Err(USAGE.to_string()) };
+        measured.set(flag, value)?;
+    }
+    print!("{}", estimate(&measured));
+    Ok(true)
 }
 
 /// Prints a script with what happens; tells whether all invariants held.

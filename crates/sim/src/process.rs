@@ -115,7 +115,8 @@ impl World {
         }
         self.coverage.worker(process.place, &event);
         let stale = stale_for(&process.session, &event);
-        let before = stale.is_some().then(|| (process.session.generation(), process.session.state()));
+        let before =
+            stale.is_some().then(|| (process.session.generation(), process.session.state()));
         let now = process.clock.show(self.now);
         let commands = process.session.handle(now, event);
         let process = &mut self.procs[pid];

@@ -211,7 +211,8 @@ impl World {
             C::Step(n) => status().is_some_and(|s| s.step.0 >= *n),
             C::Stage(word) => machine.is_some_and(|m| m.stage_word() == word),
             C::World(n) => {
-                let members = status().map(|s| s.workers.iter().filter(|w| w.rank.is_some()).count());
+                let members =
+                    status().map(|s| s.workers.iter().filter(|w| w.rank.is_some()).count());
                 members == Some(*n)
             }
             C::Generations(n) => self.host.generation.0 == *n,

@@ -337,7 +337,8 @@ impl World {
             }
             Origin::Memory { healed, .. } if healed.is_empty() => self.synced(pid),
             Origin::Memory { source, .. } => {
-                let gift = Gift { state: before.filter(|_| !self.is_healed(pid)), ..Gift::default() };
+                let gift =
+                    Gift { state: before.filter(|_| !self.is_healed(pid)), ..Gift::default() };
                 self.contribute(pid, Kind::Heal { source }, gift);
             }
         }

@@ -323,9 +323,8 @@ impl World {
 
     /// Returns the living processes of a worker that its agent watches, oldest first.
     pub(crate) fn lives(&self, worker: &str) -> Vec<Pid> {
-        let is = |(_, p): &(usize, &Process)| {
-            p.alive && !p.unwatched && p.worker.as_str() == worker
-        };
+        let is =
+            |(_, p): &(usize, &Process)| p.alive && !p.unwatched && p.worker.as_str() == worker;
         self.procs.iter().enumerate().filter(is).map(|(pid, _)| pid).collect()
     }
 
