@@ -11,7 +11,7 @@
 set -euo pipefail
 
 torch_version=2.11.0
-# What a machine on loan accepts; the folder takes a tenth of it.
+# A guard against growth; the folder takes a fifth of it.
 bytes_max=$((64 * 1024 * 1024))
 golden_files=(golden.json micro.{grads.f64,io,weights.f32}.safetensors
     rect.{io,weights.f32}.safetensors mid.{io,weights.f32}.safetensors)

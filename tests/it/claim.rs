@@ -107,9 +107,9 @@ fn a_killed_coordinator_comes_back_and_the_run_goes_on() {
     let seen = cluster.wait_end(&run);
     assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
     assert!(seen.run.step == STEPS && pids[0] != pids[1]);
-    let from = seen.events.iter().rfind(|e| e.kind == "formed").expect("formed");
-    let from_disk = from.text.contains("checkpoint") || from.text.contains("from the seed");
-    assert!(!from_disk, "the state stayed in memory: {}", from.text);
+    assert_eq!(seen.count("formed"), 1, "no new generation: {}", seen.text());
+    assert_eq!(seen.count("recovered"), 1, "{}", seen.text());
+    assert_eq!(seen.run.generation, 1);
 }
 
 #[test]

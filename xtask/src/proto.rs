@@ -21,6 +21,7 @@ pub fn run(root: &Path, check: bool) -> Result<ExitCode> {
     let descriptors = protox::compile(files, [&proto]).context("compile the protos")?;
     tonic_prost_build::configure()
         .out_dir(&fresh)
+        .bytes(".lacuna.v1.Prepare.plan")
         .compile_fds(descriptors)
         .context("generate the code")?;
     let name = "lacuna.v1.rs";

@@ -148,4 +148,18 @@ impl Client {
         self.admin.drain_worker(request).await?;
         Ok(())
     }
+
+    /// Lets a worker back in that was kept out.
+    pub async fn release_worker(&mut self, worker_id: &str) -> Result<(), ClientError> {
+        let request = self.request(v1::ReleaseWorkerRequest { worker_id: worker_id.to_string() });
+        self.admin.release_worker(request).await?;
+        Ok(())
+    }
+
+    /// Gives silent members of a run up, so that others can begin.
+    pub async fn force_run(&mut self, run_id: &str) -> Result<(), ClientError> {
+        let request = self.request(v1::ForceRunRequest { run_id: run_id.to_string() });
+        self.runs.force_run(request).await?;
+        Ok(())
+    }
 }

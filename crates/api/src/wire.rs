@@ -1,9 +1,12 @@
 //! Between generated types and the words of `control`.
 
+use std::sync::Arc;
+
 use lacuna_control::coordinator::Hello;
 use lacuna_control::message::{Beat, FaultKind, Phase, StepMark, ToCoordinator, ToWorker};
-use lacuna_control::plan::{Member, Origin, Plan, Sync};
+use lacuna_control::plan::{Communicator, Member, Origin, Plan, Sync};
 use lacuna_types::{AttemptSeq, BuildId, Generation, Incarnation, NameError, Step};
+use prost::Message as _;
 
 use crate::v1;
 
@@ -54,6 +57,8 @@ pub fn hello(hello: &v1::Hello) -> Result<Hello, WireError> {
         incarnation: Incarnation(hello.incarnation),
         endpoint: hello.endpoint.clone(),
         state: hello.state_step.map(Step),
+        generation: Generation(hello.generation),
+        up: hello.up,
     })
 }
 
@@ -141,20 +146,27 @@ pub fn to_coordinator(message: ToCoordinator) -> v1::SessionRequest {
             phase: phase_to_wire(beat.phase).into(),
             phase_ms: beat.phase_ms,
             op_seq: beat.op_seq,
+            in_op: beat.in_op,
+            slot_us: beat.slot_us,
         }),
         ToCoordinator::Warm { probe } => M::Warm(v1::Warm { probe }),
-        ToCoordinator::Prepared { generation, state } => M::Prepared(v1::Prepared {
+        ToCoordinator::Prepared { generation, state, kept } => M::Prepared(v1::Prepared {
             generation: generation.0,
             state_step: state.map(|step| step.0),
+            kept,
         }),
         ToCoordinator::Synced { generation, step, digest } => {
             M::Synced(v1::Synced { generation: generation.0, step: step.0, digest })
         }
-        ToCoordinator::Fault { generation, kind, detail } => M::Fault(v1::Fault {
+        ToCoordinator::Fault { generation, kind, suspects, detail } => M::Fault(v1::Fault {
             generation: generation.0,
             kind: kind_to_wire(kind).into(),
             detail,
+            suspects: suspects.into_iter().map(|rank| rank as u32).collect(),
         }),
+        ToCoordinator::Audited { generation, probe } => {
+            M::Audited(v1::Audited { generation: generation.0, probe })
+        }
         ToCoordinator::StepMark(mark) => M::StepMark(mark_to_wire(mark)),
         ToCoordinator::Held { generation, step, digest } => {
             M::Held(v1::Held { generation: generation.0, step: step.0, digest })
@@ -189,11 +201,14 @@ pub fn from_worker(request: v1::SessionRequest) -> Result<ToCoordinator, WireErr
             phase: phase_from_wire(beat.phase)?,
             phase_ms: beat.phase_ms,
             op_seq: beat.op_seq,
+            in_op: beat.in_op,
+            slot_us: beat.slot_us,
         }),
         M::Warm(warm) => ToCoordinator::Warm { probe: warm.probe },
         M::Prepared(m) => ToCoordinator::Prepared {
             generation: Generation(m.generation),
             state: m.state_step.map(Step),
+            kept: m.kept,
         },
         M::Synced(m) => ToCoordinator::Synced {
             generation: Generation(m.generation),
@@ -203,8 +218,12 @@ pub fn from_worker(request: v1::SessionRequest) -> Result<ToCoordinator, WireErr
         M::Fault(m) => ToCoordinator::Fault {
             generation: Generation(m.generation),
             kind: kind_from_wire(m.kind)?,
+            suspects: m.suspects.into_iter().map(|rank| rank as usize).collect(),
             detail: m.detail,
         },
+        M::Audited(m) => {
+            ToCoordinator::Audited { generation: Generation(m.generation), probe: m.probe }
+        }
         M::StepMark(mark) => ToCoordinator::StepMark(mark_from_wire(mark)),
         M::Held(m) => ToCoordinator::Held {
             generation: Generation(m.generation),
@@ -231,18 +250,30 @@ pub fn from_worker(request: v1::SessionRequest) -> Result<ToCoordinator, WireErr
     })
 }
 
-fn plan_to_wire(plan: Plan) -> v1::Plan {
-    let member = |m: Member| v1::Member {
+/// Encodes a plan as it stands in a message to its members.
+pub fn encode_plan(plan: &Plan) -> prost::bytes::Bytes {
+    let member = |m: &Member| v1::Member {
         worker_id: m.worker.to_string(),
         incarnation: m.incarnation.0,
-        endpoint: m.endpoint,
-        slots: m.slots,
+        endpoint: m.endpoint.clone(),
+        slots: m.slots.clone(),
     };
-    let members = plan.members.into_iter().map(member).collect();
-    v1::Plan { generation: plan.generation.0, members, why: plan.why }
+    let communicator = match plan.communicator {
+        Communicator::Keep => v1::Communicator::Keep,
+        Communicator::New => v1::Communicator::New,
+    };
+    let plan = v1::Plan {
+        generation: plan.generation.0,
+        members: plan.members.iter().map(member).collect(),
+        why: plan.why.clone(),
+        communicator: communicator.into(),
+    };
+    plan.encode_to_vec().into()
 }
 
-fn plan_from_wire(plan: v1::Plan) -> Result<Plan, WireError> {
+/// Decodes what [`encode_plan`] gave.
+pub fn decode_plan(bytes: &[u8]) -> Result<Plan, WireError> {
+    let plan = v1::Plan::decode(bytes).map_err(|_| WireError::Missing("plan"))?;
     let member = |m: v1::Member| {
         Ok(Member {
             worker: m.worker_id.parse()?,
@@ -252,7 +283,20 @@ fn plan_from_wire(plan: v1::Plan) -> Result<Plan, WireError> {
         })
     };
     let members = plan.members.into_iter().map(member).collect::<Result<Vec<_>, WireError>>()?;
-    Ok(Plan { generation: Generation(plan.generation), members, why: plan.why })
+    let communicator = match v1::Communicator::try_from(plan.communicator) {
+        Ok(v1::Communicator::Keep) => Communicator::Keep,
+        Ok(v1::Communicator::New) => Communicator::New,
+        Ok(v1::Communicator::Unspecified) | Err(_) => {
+            return Err(WireError::Unknown { field: "communicator", value: plan.communicator });
+        }
+    };
+    Ok(Plan { generation: Generation(plan.generation), members, communicator, why: plan.why })
+}
+
+/// Puts an encoded plan into the message that makes its members prepare.
+pub fn prepare(plan: prost::bytes::Bytes) -> v1::SessionResponse {
+    let message = v1::session_response::Message::Prepare(v1::Prepare { plan });
+    v1::SessionResponse { message: Some(message) }
 }
 
 fn sync_to_wire(sync: Sync) -> v1::Sync {
@@ -285,7 +329,8 @@ fn sync_from_wire(sync: v1::Sync) -> Result<Sync, WireError> {
 pub fn to_worker(message: ToWorker) -> v1::SessionResponse {
     use v1::session_response::Message as M;
     let message = match message {
-        ToWorker::Prepare(plan) => M::Prepare(v1::Prepare { plan: Some(plan_to_wire(plan)) }),
+        ToWorker::Prepare(plan) => return prepare(encode_plan(&plan)),
+        ToWorker::Audit { generation } => M::Audit(v1::Audit { generation: generation.0 }),
         ToWorker::Connect { generation, comm_id, sync } => M::Connect(v1::Connect {
             generation: generation.0,
             comm_id,
@@ -320,7 +365,8 @@ pub fn from_coordinator(response: v1::SessionResponse) -> Result<ToWorker, WireE
     use v1::session_response::Message as M;
     Ok(match need(response.message, "message")? {
         M::Welcome(_) => return Err(WireError::Order("a second welcome on one stream")),
-        M::Prepare(m) => ToWorker::Prepare(plan_from_wire(need(m.plan, "plan")?)?),
+        M::Prepare(m) => ToWorker::Prepare(Arc::new(decode_plan(&m.plan)?)),
+        M::Audit(m) => ToWorker::Audit { generation: Generation(m.generation) },
         M::Connect(m) => ToWorker::Connect {
             generation: Generation(m.generation),
             comm_id: m.comm_id,

@@ -5,15 +5,17 @@
 //! at one state, whatever happens on the way.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use lacuna_types::{AttemptSeq, Generation, Incarnation, Step, Timestamp, WorkerId};
 
-use crate::coordinator::{self, Coordinator, Ending, Hello, RunConfig, Saved};
+use crate::coordinator::{self, Coordinator, Ending, Hello, RunConfig};
+use crate::journal::{Record, Saved};
 use crate::message::{Beat, FaultKind, Phase, ToCoordinator, ToWorker};
 use crate::plan::{CheckpointRef, Origin, Plan, Sync};
 use crate::timing::Timing;
-use crate::worker::{self, Report, Session};
+use crate::worker::{self, Patience, Report, Session};
 
 const MS: Duration = Duration::from_millis(1);
 const STEP_TIME: Duration = Duration::from_millis(20);
@@ -22,7 +24,7 @@ const STEP_TIME: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 struct Trainer {
     state: Option<u64>,
-    plan: Option<Plan>,
+    plan: Option<Arc<Plan>>,
     /// Ready to train: (generation, running).
     training: bool,
     stop: bool,
@@ -111,7 +113,10 @@ impl Cluster {
         let worker: WorkerId = name.parse().unwrap();
         self.incarnations += 1;
         let incarnation = Incarnation(self.incarnations);
-        let session = Session::new(Duration::from_secs(600), self.now);
+        let session = Session::new(
+            Patience { orphan: Duration::from_secs(60), give_up: Duration::from_secs(600) },
+            self.now,
+        );
         let trainer = Trainer::default();
         let process = Process { session, incarnation, trainer, connected: false, stopped: false };
         self.processes.insert(worker.clone(), process);
@@ -143,12 +148,9 @@ impl Cluster {
             .collect();
         for (worker, incarnation) in hit {
             let kind = FaultKind::Communicator;
-            let detail = "peer lost".to_string();
-            self.post(Wire::Report(
-                worker,
-                incarnation,
-                Report::Fault { generation, kind, detail },
-            ));
+            let (detail, suspects) = ("peer lost".to_string(), vec![]);
+            let fault = Report::Fault { generation, kind, suspects, detail };
+            self.post(Wire::Report(worker, incarnation, fault));
         }
     }
 
@@ -160,19 +162,15 @@ impl Cluster {
     }
 
     fn carry_out(&mut self, command: coordinator::Command) {
-        use coordinator::{Command, Event, Record};
+        use coordinator::{Command, Event};
         match command {
-            Command::Persist(Record::Generation(g)) => {
-                assert!(g > self.saved.generation, "I1: generations strictly increase");
-                self.saved.generation = g;
+            Command::Persist(record) => {
+                if let Record::Planned(plan) = &record {
+                    assert!(plan.generation > self.saved.generation, "I1: generations grow");
+                }
+                self.saved.apply(&record);
             }
-            Command::Persist(Record::Probe(p)) => self.saved.probe = Some(p),
-            Command::Persist(Record::Checkpoint(c)) => {
-                let before = self.saved.checkpoint.as_ref().map(|c| c.step);
-                assert!(before <= Some(c.step), "I5: the newest checkpoint never goes back");
-                self.saved.checkpoint = Some(c);
-            }
-            Command::Persist(Record::Ended(_)) | Command::Mark(_) => {}
+            Command::Mark(_) | Command::NameSamples(_) | Command::Kill { .. } => {}
             Command::Send { to, incarnation, message } => {
                 self.post(Wire::ToWorker(to, incarnation, message));
             }
@@ -234,6 +232,16 @@ impl Cluster {
                 self.post(wire);
             }
             Command::Start { .. } => p.trainer.training = true,
+            Command::Adopt { plan } => {
+                let generation = plan.generation;
+                p.trainer =
+                    Trainer { state: p.trainer.state, plan: Some(plan), ..Trainer::default() };
+                let state = Step(p.trainer.state.unwrap());
+                self.post(report(Report::Adopted { generation, state }));
+            }
+            Command::Audit { generation } => {
+                self.post(report(Report::Audited { generation, probe: 7 }));
+            }
             Command::RaiseStop { .. } => p.trainer.stop = true,
             Command::Save { attempt, held: false, .. } => p.trainer.save = Some(attempt),
             Command::Save { attempt, held: true, .. } => {
@@ -329,7 +337,15 @@ impl Cluster {
             .map(|(id, p)| {
                 let generation = p.session.generation();
                 let step = Step(p.trainer.state.unwrap_or(0));
-                let beat = Beat { generation, step, phase: Phase::Compute, phase_ms: 0, op_seq: 0 };
+                let beat = Beat {
+                    generation,
+                    step,
+                    phase: Phase::Compute,
+                    phase_ms: 0,
+                    op_seq: 0,
+                    in_op: false,
+                    slot_us: 0,
+                };
                 (id.clone(), p.incarnation, beat)
             })
             .collect();
@@ -372,9 +388,12 @@ impl Cluster {
                 };
                 p.connected = true;
                 let (endpoint, state) = ("127.0.0.1:1".to_string(), p.session.state());
-                let hello = Hello { worker: worker.clone(), incarnation, endpoint, state };
+                let (generation, up) = (p.session.taking_part_in(), p.session.is_up());
+                let hello =
+                    Hello { worker: worker.clone(), incarnation, endpoint, state, generation, up };
                 self.feed_coordinator(Event::Hello(hello));
                 self.feed_worker(&worker, incarnation, worker::Event::Connected);
+                self.feed_worker(&worker, incarnation, worker::Event::Welcomed);
             }
             Wire::Report(id, incarnation, report) => {
                 self.feed_worker(&id, incarnation, worker::Event::Report(report));
@@ -436,7 +455,7 @@ impl Cluster {
 /// Models heal, load and init: afterwards the state is the plan's.
 fn synchronise(
     trainer: &mut Trainer,
-    plan: Plan,
+    plan: Arc<Plan>,
     sync: &Sync,
     worker: &WorkerId,
     incarnation: Incarnation,

@@ -6,316 +6,121 @@
 //!
 //! ```text
 //! no group ── enough warm workers ──▶ Preparing ─ all prepared ─▶ Syncing ─ all synced ─▶ Running
-//!    ▲                                    ▲                                      │
-//!    │ fewer than min                     │ next generation                      │ all agreed to
-//!    stop └────────────────── failure ◀────────┴───────────────── Held ◀──────────────┘
+//!    ▲                                    ▲                                   ▲  │
+//!    │ fewer than min                     │ next generation        all back   │  │ all agreed to
+//!    │                                    │                     Recovering ───┘  │ stop
+//!    └────────────────── failure ◀────────┴───────────────── Held ◀──────────────┘
 //! ```
+//!
+//! A machine made from a journal whose group was running starts in Recovering.
 
+mod conduct;
+mod dispute;
 mod forming;
+mod hang;
 mod members;
+mod returning;
+mod running;
 mod saving;
+mod status;
+mod words;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use lacuna_types::{AttemptSeq, Generation, Incarnation, Step, Timestamp, WorkerId, exit};
+use lacuna_types::{Incarnation, Step, Timestamp, WorkerId, exit};
 
-use crate::message::{StepMark, ToCoordinator, ToWorker};
-use crate::plan::CheckpointRef;
+use crate::journal::{Record, Saved};
+use crate::message::{ToCoordinator, ToWorker};
 use crate::timing::Timing;
+use conduct::{Conduct, Deaths};
+use dispute::Dispute;
 use forming::{Group, Stage};
 use members::Worker;
-
-/// What the machine has to know of a run. Fixed when the run is created.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RunConfig {
-    /// V, the slots of a step.
-    pub n_slots: u32,
-    /// Steps of the whole run.
-    pub total_steps: u64,
-    /// Fewest workers that train.
-    pub workers_min: usize,
-    /// Most workers that train; others stay spares.
-    pub workers_max: usize,
-    /// Checkpoint whenever this many steps have passed.
-    pub checkpoint_steps: Option<u64>,
-    /// Checkpoint whenever this much time has passed.
-    pub checkpoint_interval: Option<Duration>,
-}
-
-/// What is known of a run from before: all zero for a new one.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Saved {
-    /// Highest generation that was ever named.
-    pub generation: Generation,
-    /// Probe class of the run, once a worker has set it.
-    pub probe: Option<u64>,
-    /// Newest committed checkpoint.
-    pub checkpoint: Option<CheckpointRef>,
-}
-
-/// What happens to a run.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// Time passed; nothing else.
-    Tick,
-    /// A trainer opened its stream for this run.
-    Hello(Hello),
-    /// A trainer said something.
-    Message {
-        /// Who.
-        worker: WorkerId,
-        /// Which life of it.
-        incarnation: Incarnation,
-        /// What.
-        message: ToCoordinator,
-    },
-    /// A trainer's stream broke.
-    StreamLost {
-        /// Who.
-        worker: WorkerId,
-        /// Which life of it.
-        incarnation: Incarnation,
-    },
-    /// The agent of a trainer saw it end.
-    TrainerExited {
-        /// Who.
-        worker: WorkerId,
-        /// Which life of it; `None` if it ended before it said.
-        incarnation: Option<Incarnation>,
-        /// Exit status or signal, for people.
-        how: String,
-    },
-    /// The driver drew the communicator's id.
-    CommId {
-        /// For this generation.
-        generation: Generation,
-        /// Key or unique id.
-        comm_id: Vec<u8>,
-    },
-    /// The manifest is durable.
-    CheckpointDone {
-        /// Generation of the attempt.
-        generation: Generation,
-        /// The attempt.
-        attempt: AttemptSeq,
-        /// The checkpoint.
-        checkpoint: CheckpointRef,
-    },
-    /// The manifest could not be committed.
-    CheckpointFailed {
-        /// Generation of the attempt.
-        generation: Generation,
-        /// The attempt.
-        attempt: AttemptSeq,
-        /// Why, for people.
-        why: String,
-    },
-    /// Take one worker out at the next boundary.
-    Drain {
-        /// Who.
-        worker: WorkerId,
-        /// Why, for people.
-        why: String,
-    },
-    /// Stop the run at the next boundary, with a checkpoint, so that it can go on later.
-    Stop {
-        /// Why, for people.
-        why: String,
-    },
-    /// Checkpoint at the next boundary.
-    Checkpoint,
-}
-
-/// How a trainer introduces itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hello {
-    /// Who.
-    pub worker: WorkerId,
-    /// Which life of it.
-    pub incarnation: Incarnation,
-    /// Where peers reach its collective.
-    pub endpoint: String,
-    /// Step of the state in its memory, if there is one.
-    pub state: Option<Step>,
-}
-
-/// What the driver must do, in order.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Command {
-    /// Make durable before carrying out anything that follows.
-    Persist(Record),
-    /// Send to one life of a worker; dropped if its stream is gone.
-    Send {
-        /// To whom.
-        to: WorkerId,
-        /// To which life of it.
-        incarnation: Incarnation,
-        /// What.
-        message: ToWorker,
-    },
-    /// Close the stream of one life of a worker.
-    Disconnect {
-        /// Whose.
-        worker: WorkerId,
-        /// Which life.
-        incarnation: Incarnation,
-    },
-    /// Draw the communicator's id and answer with [`Event::CommId`].
-    DrawCommId(Generation),
-    /// Commit the checkpoint and answer with [`Event::CheckpointDone`] or
-    /// [`Event::CheckpointFailed`].
-    Commit(CommitOrder),
-    /// Tell people.
-    Note(Note),
-    /// Record the figures of a step.
-    Mark(StepMark),
-}
-
-/// A durable fact of a run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Record {
-    /// The highest generation that was ever named.
-    Generation(Generation),
-    /// The run's probe class.
-    Probe(u64),
-    /// The newest committed checkpoint.
-    Checkpoint(CheckpointRef),
-    /// The run is over, or rests.
-    Ended(Ending),
-}
-
-/// How a run came to rest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// All steps are done and saved.
-    Finished {
-        /// Steps done.
-        step: Step,
-        /// Digest of the final state.
-        digest: u64,
-    },
-    /// Cannot go on.
-    Failed {
-        /// Why, for people.
-        why: String,
-        /// Exit code for whoever waits.
-        code: u8,
-    },
-    /// Stopped on request after a checkpoint; can go on.
-    Stopped {
-        /// Steps done.
-        step: Step,
-        /// Why, for people.
-        why: String,
-    },
-    /// Waits for an operator.
-    Paused {
-        /// Why, for people.
-        why: String,
-    },
-}
-
-/// A checkpoint that is complete but for its manifest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CommitOrder {
-    /// Generation of the attempt.
-    pub generation: Generation,
-    /// The attempt.
-    pub attempt: AttemptSeq,
-    /// Step of the state.
-    pub step: Step,
-    /// Digest of the state, equal on all members.
-    pub digest: u64,
-    /// Receipts by rank.
-    pub receipts: Vec<String>,
-}
-
-/// Something people want to know. One value for logs, status and tests.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Note {
-    /// Short machine-readable word: `lost`, `formed`, `joined`, `saved`, …
-    pub kind: &'static str,
-    /// Whether a person should look.
-    pub warning: bool,
-    /// One sentence.
-    pub text: String,
-}
+use returning::LastStarted;
+pub use words::{
+    Command, CommitOrder, Ending, Event, Hello, Note, RunConfig, Status, WorkerStatus,
+};
 
 /// The machine. One for each run.
 #[derive(Debug)]
 pub struct Coordinator {
     config: RunConfig,
     timing: Timing,
-    generation: Generation,
-    probe: Option<u64>,
-    checkpoint: Option<CheckpointRef>,
+    /// Everything that a crash must not lose; changed by [`Coordinator::record`] alone.
+    saved: Saved,
     checkpoint_base: (Step, Timestamp),
     workers: BTreeMap<WorkerId, Worker>,
+    conduct: BTreeMap<WorkerId, Conduct>,
     group: Option<Group>,
     /// Rank order of the newest group: survivors keep it.
     order: Vec<WorkerId>,
     /// When to form the next generation, and why.
     reform: Option<(Timestamp, String)>,
-    changes: u64,
+    /// After a restart: members that have not come back, and until when to wait for them.
+    awaited: (BTreeSet<WorkerId>, Timestamp),
+    last_started: Option<LastStarted>,
+    dispute: Option<Dispute>,
     last_change: Option<Timestamp>,
     /// Steps known to be applied.
     progress: Step,
     fruitless: u32,
     failed_attempts: u32,
-    checkpoint_asked: bool,
-    stopping: Option<String>,
-    ended: Option<Ending>,
+    /// Times in a row that the group was stuck and no member was to blame.
+    network_hangs: u32,
+    deaths: Deaths,
     last_waiting: String,
+    /// When something may be due next; never later than it is.
+    due: Option<(Timestamp, &'static str)>,
     out: Vec<Command>,
 }
 
 impl Coordinator {
-    /// Creates the machine of a run, new or from before, at `now`.
+    /// Creates the machine of a run, new or from its journal, at `now`.
+    ///
+    /// One whose group was forming says the same plan again; one whose group was training waits
+    /// for its members, and goes on with them if all come back. One that came to rest answers, and
+    /// does nothing.
     pub fn new(config: RunConfig, timing: Timing, saved: Saved, now: Timestamp) -> Self {
         let base = saved.checkpoint.as_ref().map_or(Step(0), |c| c.step);
+        let progress = match &saved.ending {
+            Some(Ending::Finished { step, .. } | Ending::Stopped { step, .. }) => *step,
+            _ => base.max(saved.started.unwrap_or_default()),
+        };
+        let until = now + 2 * timing.lease;
+        let group = saved.plan.clone().map(|plan| Group::recovered(plan, &saved, &timing, now));
+        let order: Vec<WorkerId> =
+            group.iter().flat_map(|g| &g.plan.members).map(|m| m.worker.clone()).collect();
+        let last_started =
+            group.as_ref().zip(saved.started).map(|(g, step)| LastStarted::of(g, step, now));
         Coordinator {
             config,
             timing,
-            generation: saved.generation,
-            probe: saved.probe,
-            checkpoint: saved.checkpoint,
             checkpoint_base: (base, now),
             workers: BTreeMap::new(),
-            group: None,
-            order: Vec::new(),
+            conduct: BTreeMap::new(),
+            group,
+            awaited: (order.iter().cloned().collect(), until),
+            order,
             reform: None,
-            changes: 0,
+            last_started,
+            dispute: None,
             last_change: None,
-            progress: base,
+            progress,
             fruitless: 0,
             failed_attempts: 0,
-            checkpoint_asked: false,
-            stopping: None,
-            ended: None,
+            network_hangs: 0,
+            deaths: Deaths::default(),
             last_waiting: String::new(),
+            due: Some((now, "start")),
             out: Vec::new(),
+            saved,
         }
-    }
-
-    /// Creates the machine of a run that came to rest: it answers, and does nothing.
-    pub fn at_rest(
-        config: RunConfig,
-        timing: Timing,
-        saved: Saved,
-        ending: Ending,
-        now: Timestamp,
-    ) -> Self {
-        let mut machine = Coordinator::new(config, timing, saved, now);
-        if let Ending::Finished { step, .. } | Ending::Stopped { step, .. } = &ending {
-            machine.progress = *step;
-        }
-        machine.ended = Some(ending);
-        machine
     }
 
     /// Takes one event and returns what to do, in order. Remote input never makes it fail.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Vec<Command> {
+        let quiet = self.is_quiet(&event);
         match event {
             Event::Tick => {}
             Event::Hello(hello) => self.on_hello(now, hello),
@@ -328,7 +133,7 @@ impl Coordinator {
             Event::TrainerExited { worker, incarnation, how } => {
                 self.on_exited(now, &worker, incarnation, &how);
             }
-            Event::CommId { generation, comm_id } => self.on_comm_id(generation, comm_id),
+            Event::CommId { generation, comm_id } => self.on_comm_id(now, generation, comm_id),
             Event::CheckpointDone { generation, attempt, checkpoint } => {
                 self.on_checkpoint_done(now, generation, attempt, checkpoint);
             }
@@ -337,12 +142,30 @@ impl Coordinator {
                     self.attempt_failed(&why);
                 }
             }
-            Event::Drain { worker, why } => self.on_leaving(&worker, &why),
-            Event::Stop { why } => self.stopping = Some(why),
-            Event::Checkpoint => self.checkpoint_asked = true,
+            Event::Release { worker } => self.on_release(&worker),
+            // What follows asks something of a run; one that rests has nothing to give.
+            _ if self.saved.ending.is_some() => {}
+            Event::Drain { worker, why } => self.on_drain(worker, why),
+            Event::Stop { why } => self.record(Record::Stopping { why }),
+            Event::Checkpoint => self.record(Record::CheckpointAsked),
+            Event::Force => self.on_force(),
         }
-        self.settle(now);
+        if !(quiet && self.due.is_some_and(|(at, _)| now < at)) {
+            self.settle(now);
+            self.due = self.compute_due(now);
+        }
         std::mem::take(&mut self.out)
+    }
+
+    /// Tells whether an event is a sign of life that can start nothing before the next deadline.
+    ///
+    /// With a thousand workers almost every event is one.
+    fn is_quiet(&self, event: &Event) -> bool {
+        let Event::Message { message: ToCoordinator::Beat(beat), .. } = event else {
+            return false;
+        };
+        let by_steps = |every: u64| beat.step.0 >= self.checkpoint_base.0.0 + every;
+        !self.config.checkpoint_steps.is_some_and(by_steps)
     }
 
     /// Forgives workers a time in which this process could not listen.
@@ -351,11 +174,81 @@ impl Coordinator {
             worker.last_seen = worker.last_seen + paused;
             worker.stream_lost = worker.stream_lost.map(|at| at + paused);
         }
+        if let Some(group) = &mut self.group {
+            group.deadline = group.deadline + paused;
+            group.moved = group.moved + paused;
+        }
+        self.awaited.1 = self.awaited.1 + paused;
     }
 
     /// Returns when [`Event::Tick`] is due at the latest, and for what.
     pub fn next_deadline(&self) -> Option<(Timestamp, &'static str)> {
-        if self.ended.is_some() {
+        self.due
+    }
+
+    /// Returns how the run came to rest, if it did.
+    pub fn ended(&self) -> Option<&Ending> {
+        self.saved.ending.as_ref()
+    }
+
+    /// Returns what a crash must not lose: what the records so far add up to.
+    pub fn saved(&self) -> &Saved {
+        &self.saved
+    }
+
+    /// Makes a fact part of the state, and has it made durable before what follows is carried out.
+    fn record(&mut self, record: Record) {
+        self.saved.apply(&record);
+        self.out.push(Command::Persist(record));
+    }
+
+    /// Starts everything that is due.
+    fn settle(&mut self, now: Timestamp) {
+        let ended = |c: &Coordinator| c.saved.ending.is_some();
+        let expiries: [fn(&mut Coordinator, Timestamp); 5] = [
+            Self::expire_workers,
+            Self::expire_forming,
+            Self::expire_attempt,
+            Self::expire_dispute,
+            Self::expire_stall,
+        ];
+        for expire in expiries {
+            if ended(self) {
+                return;
+            }
+            expire(self, now);
+        }
+        if ended(self) {
+            return;
+        }
+        let nothing_begun = self.reform.is_none() && self.dispute.is_none();
+        if self.group.is_none() && nothing_begun {
+            self.consider_first_group(now);
+        }
+        match self.group.as_ref().map(|g| g.stage) {
+            Some(Stage::Preparing) => self.consider_preparing(),
+            Some(Stage::Running) => self.consider_running(now),
+            Some(Stage::Held) => self.consider_held(now),
+            _ => {}
+        }
+        if !ended(self) && self.reform_is_due(now) {
+            let (_, why) = self.reform.take().expect("just seen");
+            self.form(now, &why);
+            if self.group.is_none() && self.reform.is_none() && !ended(self) {
+                self.consider_first_group(now);
+            }
+        }
+        self.dismiss_leavers();
+    }
+
+    fn reform_is_due(&self, now: Timestamp) -> bool {
+        let waits = !self.awaited.0.is_empty() && now < self.awaited.1;
+        let due = self.reform.as_ref().is_some_and(|(at, _)| *at <= now);
+        due && self.dispute.is_none() && !waits
+    }
+
+    fn compute_due(&self, now: Timestamp) -> Option<(Timestamp, &'static str)> {
+        if self.saved.ending.is_some() {
             return None;
         }
         let mut all: Vec<(Timestamp, &'static str)> = Vec::new();
@@ -366,94 +259,17 @@ impl Coordinator {
             }
         }
         if let Some((at, _)) = &self.reform {
-            all.push((*at, "form"));
+            let waits = !self.awaited.0.is_empty() && now < self.awaited.1;
+            all.push((if waits { self.awaited.1 } else { *at }, "form"));
         }
+        all.extend(self.dispute.as_ref().map(|d| (d.deadline, "audit")));
+        let quarantines = self.conduct.values().filter_map(|c| c.until);
+        all.extend(quarantines.filter(|at| *at > now).map(|at| (at, "quarantine")));
+        all.extend(self.zombie_until().filter(|at| *at > now).map(|at| (at, "disjoint")));
         if let Some(group) = &self.group {
-            if matches!(group.stage, Stage::Preparing | Stage::Syncing) {
-                all.push((group.deadline, "forming"));
-            }
-            if let Some(attempt) = &group.attempt {
-                all.push((attempt.deadline, "attempt"));
-            }
-            if group.stage == Stage::Running {
-                all.extend(self.checkpoint_time().map(|at| (at, "checkpoint")));
-                all.extend(self.join_time().map(|at| (at, "join")));
-            }
+            self.group_due(group, now, &mut all);
         }
         all.into_iter().min()
-    }
-
-    /// Returns how the run came to rest, if it did.
-    pub fn ended(&self) -> Option<&Ending> {
-        self.ended.as_ref()
-    }
-
-    /// Returns what the run is doing, for people.
-    pub fn status(&self) -> Status {
-        let group = self.group.as_ref();
-        let worker = |(id, worker): (&WorkerId, &Worker)| WorkerStatus {
-            worker: id.clone(),
-            rank: group.and_then(|g| g.plan.rank(id, worker.incarnation)),
-            slots: group.map_or(0, |g| {
-                g.plan
-                    .rank(id, worker.incarnation)
-                    .map_or(0, |rank| g.plan.members[rank].slots.len() as u32)
-            }),
-            state: worker.word(),
-            step: worker.beat.as_ref().map_or(Step(0), |b| b.step),
-            phase: worker.beat.as_ref().map_or("idle", |b| b.phase.word()),
-        };
-        Status {
-            state: self.stage_word(),
-            generation: self.generation,
-            step: self.progress,
-            checkpoint: self.checkpoint.clone(),
-            workers: self.workers.iter().map(worker).collect(),
-        }
-    }
-
-    /// Returns what the run is doing in one word, as [`Status::state`] has it.
-    pub fn stage_word(&self) -> &'static str {
-        match (&self.ended, self.group.as_ref().map(|g| g.stage)) {
-            (Some(Ending::Finished { .. }), _) => "finished",
-            (Some(Ending::Failed { .. }), _) => "failed",
-            (Some(Ending::Stopped { .. }), _) => "stopped",
-            (Some(Ending::Paused { .. }), _) => "paused",
-            (None, None) => "waiting",
-            (None, Some(Stage::Preparing)) => "forming",
-            (None, Some(Stage::Syncing)) => "syncing",
-            (None, Some(Stage::Running)) => "running",
-            (None, Some(Stage::Held)) => "held",
-        }
-    }
-
-    /// Starts everything that is due.
-    fn settle(&mut self, now: Timestamp) {
-        if self.ended.is_some() {
-            return;
-        }
-        self.expire_workers(now);
-        self.expire_forming(now);
-        self.expire_attempt(now);
-        if self.ended.is_some() {
-            return;
-        }
-        if self.group.is_none() && self.reform.is_none() {
-            self.consider_first_group(now);
-        }
-        match self.group.as_ref().map(|g| g.stage) {
-            Some(Stage::Running) => self.consider_running(now),
-            Some(Stage::Held) => self.consider_held(now),
-            _ => {}
-        }
-        if self.ended.is_none() && self.reform.as_ref().is_some_and(|(at, _)| *at <= now) {
-            let (_, why) = self.reform.take().expect("just seen");
-            self.form(now, &why);
-            if self.group.is_none() && self.ended.is_none() {
-                self.consider_first_group(now);
-            }
-        }
-        self.dismiss_leavers();
     }
 
     fn on_message(
@@ -463,31 +279,37 @@ impl Coordinator {
         incarnation: Incarnation,
         message: ToCoordinator,
     ) {
+        if self.saved.ending.is_some() {
+            return;
+        }
         let Some(record) = self.workers.get_mut(worker).filter(|w| w.incarnation == incarnation)
         else {
-            let message = ToWorker::Stale { current: self.generation };
+            let message = ToWorker::Stale { current: self.saved.generation };
             self.send_to(worker, incarnation, message);
             return;
         };
         record.last_seen = now;
         match message {
-            ToCoordinator::Beat(beat) => self.on_beat(worker, beat),
+            ToCoordinator::Beat(beat) => self.on_beat(now, worker, beat),
             ToCoordinator::Warm { probe } => self.on_warm(now, worker, probe),
-            ToCoordinator::Prepared { generation, state } => {
-                self.on_prepared(worker, generation, state);
+            ToCoordinator::Prepared { generation, state, kept } => {
+                self.on_prepared(now, worker, generation, state, kept);
             }
             ToCoordinator::Synced { generation, step, digest } => {
                 self.on_synced(now, worker, generation, step, digest);
             }
-            ToCoordinator::Fault { generation, kind, detail } => {
-                self.on_fault(now, worker, generation, kind, &detail);
+            ToCoordinator::Fault { generation, kind, suspects, detail } => {
+                self.on_fault(now, worker, generation, kind, &suspects, &detail);
             }
-            ToCoordinator::StepMark(mark) => self.on_mark(worker, mark),
+            ToCoordinator::Audited { generation, probe } => {
+                self.on_audited(now, worker, generation, probe);
+            }
+            ToCoordinator::StepMark(mark) => self.on_mark(now, worker, mark),
             ToCoordinator::Held { generation, step, digest } => {
-                self.on_held(worker, generation, step, digest);
+                self.on_held(now, worker, generation, step, digest);
             }
             ToCoordinator::Snapshotted { generation, attempt, step, digest } => {
-                self.on_snapshotted(worker, generation, attempt, step, digest);
+                self.on_snapshotted(now, worker, generation, attempt, step, digest);
             }
             ToCoordinator::PartDone { generation, attempt, receipt } => {
                 self.on_part_done(worker, generation, attempt, receipt);
@@ -503,7 +325,6 @@ impl Coordinator {
 
     /// Comes to rest: tells everybody, and says so durably first.
     fn end(&mut self, ending: Ending) {
-        self.out.push(Command::Persist(Record::Ended(ending.clone())));
         let (code, why) = match &ending {
             Ending::Finished { step, .. } => (exit::OK, format!("finished at step {step}")),
             Ending::Failed { why, code } => (*code, why.clone()),
@@ -518,6 +339,7 @@ impl Coordinator {
             Ending::Stopped { .. } => ("stopped", false),
             Ending::Paused { .. } => ("paused", true),
         };
+        self.record(Record::Ended(ending));
         self.note(kind, warning, why.clone());
         if let Some(group) = self.group.take() {
             let generation = group.plan.generation;
@@ -529,7 +351,7 @@ impl Coordinator {
             self.send_to(&worker, incarnation, ToWorker::Exit { code, why: why.clone() });
         }
         self.reform = None;
-        self.ended = Some(ending);
+        self.dispute = None;
     }
 
     fn note(&mut self, kind: &'static str, warning: bool, text: String) {
@@ -545,38 +367,6 @@ impl Coordinator {
             self.send_to(&member.worker, member.incarnation, message.clone());
         }
     }
-}
-
-/// What a run is doing, for people.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status {
-    /// One word.
-    pub state: &'static str,
-    /// Newest generation.
-    pub generation: Generation,
-    /// Steps known to be applied.
-    pub step: Step,
-    /// Newest committed checkpoint.
-    pub checkpoint: Option<CheckpointRef>,
-    /// Workers of the run, by name.
-    pub workers: Vec<WorkerStatus>,
-}
-
-/// What a worker is doing, for people.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WorkerStatus {
-    /// Who.
-    pub worker: WorkerId,
-    /// Its rank, if it is a member.
-    pub rank: Option<usize>,
-    /// Slots it computes of every step.
-    pub slots: u32,
-    /// One word: registered, spare, member, leaving, unfit.
-    pub state: &'static str,
-    /// Steps behind its state, as of its newest beat.
-    pub step: Step,
-    /// What it does, as of its newest beat.
-    pub phase: &'static str,
 }
 
 #[cfg(test)]

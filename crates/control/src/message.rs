@@ -2,6 +2,8 @@
 //!
 //! Every message belongs to a generation; a receiver drops what belongs to a lower one.
 
+use std::sync::Arc;
+
 use lacuna_types::{AttemptSeq, Generation, Step};
 
 use crate::plan::{Plan, Sync};
@@ -10,7 +12,7 @@ use crate::plan::{Plan, Sync};
 #[derive(Clone, Debug, PartialEq)]
 pub enum ToWorker {
     /// Leave the old communicator and get ready for this plan.
-    Prepare(Plan),
+    Prepare(Arc<Plan>),
     /// Everybody is prepared: connect with these bytes and synchronise the state so.
     Connect {
         /// Generation of the plan.
@@ -75,6 +77,11 @@ pub enum ToWorker {
         /// Why, for people.
         why: String,
     },
+    /// Compute the probe again: states differ, and it must be known who computes other bits.
+    Audit {
+        /// The generation whose states differ.
+        generation: Generation,
+    },
     /// A message came from a generation that is over, or from a worker that was given up.
     Stale {
         /// The generation that counts.
@@ -98,6 +105,8 @@ pub enum ToCoordinator {
         generation: Generation,
         /// Step of the state in memory, if there is one.
         state: Option<Step>,
+        /// Whether the communicator of the generation before is still up, with that state.
+        kept: bool,
     },
     /// Communicator up and state synchronised.
     Synced {
@@ -114,8 +123,17 @@ pub enum ToCoordinator {
         generation: Generation,
         /// What kind of trouble.
         kind: FaultKind,
+        /// Ranks that the error speaks of; empty where none is to blame.
+        suspects: Vec<usize>,
         /// The error with its causes.
         detail: String,
+    },
+    /// The probe, computed again.
+    Audited {
+        /// The generation whose states differ.
+        generation: Generation,
+        /// Digest of the probe.
+        probe: u64,
     },
     /// A step was applied; sent every few steps.
     StepMark(StepMark),
@@ -224,6 +242,10 @@ pub struct Beat {
     pub phase_ms: u64,
     /// Number of its newest collective operation.
     pub op_seq: u64,
+    /// Whether that operation is in progress.
+    pub in_op: bool,
+    /// Time that one slot takes it to compute, in microseconds, of late; 0 before the first.
+    pub slot_us: u64,
 }
 
 /// Figures of one applied step; everything but the rates is equal on every rank.

@@ -15,13 +15,26 @@ pub struct Member {
     pub slots: Vec<u32>,
 }
 
-/// One generation of a run.
+/// Whether a generation's members connect anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Communicator {
+    /// The members are those of the generation before, standing at one boundary: they keep their
+    /// communicator and their states.
+    Keep,
+    /// Members leave whatever they are in, connect and synchronise.
+    New,
+}
+
+/// One generation of a run. Every change of a group is one: who comes, goes, or computes other
+/// slots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// Number of the generation.
     pub generation: Generation,
     /// Members in rank order.
     pub members: Vec<Member>,
+    /// Whether they connect anew.
+    pub communicator: Communicator,
     /// Why this generation was formed.
     pub why: String,
 }
@@ -88,10 +101,50 @@ pub fn group_size(n_slots: u32, available: usize, min: usize, max: usize) -> usi
     (n_slots as usize).div_ceil(fastest).max(min.min(most))
 }
 
-/// Cuts slots `0..n_slots` into `world` contiguous runs whose lengths differ by at most one.
-pub fn slot_map(n_slots: u32, world: usize) -> Vec<Vec<u32>> {
+/// Cuts slots `0..n_slots` among `world` ranks, in numbers that differ by at most one.
+pub fn even_shares(n_slots: u32, world: usize) -> Vec<u32> {
     let bound = |rank: usize| (u64::from(n_slots) * rank as u64 / world as u64) as u32;
-    (0..world).map(|rank| (bound(rank)..bound(rank + 1)).collect()).collect()
+    (0..world).map(|rank| bound(rank + 1) - bound(rank)).collect()
+}
+
+/// Shares slots out so that the busiest rank is done soonest, given each rank's time for one slot.
+///
+/// Every rank gets at least one slot: a member without work would still hold the sum up.
+///
+/// # Panics
+/// If there are fewer slots than ranks.
+pub fn balanced_shares(n_slots: u32, slot_us: &[u64]) -> Vec<u32> {
+    assert!(slot_us.len() <= n_slots as usize, "at least one slot a rank");
+    let mut shares: Vec<u32> = vec![1; slot_us.len()];
+    for _ in slot_us.len() as u32..n_slots {
+        let done_with_one_more = |rank: &usize| u64::from(shares[*rank] + 1) * slot_us[*rank];
+        let next = (0..shares.len()).min_by_key(done_with_one_more).expect("a group has members");
+        shares[next] += 1;
+    }
+    shares
+}
+
+/// Returns how long the busiest rank computes, in the unit of `slot_us`.
+pub fn busiest_us(shares: &[u32], slot_us: &[u64]) -> u64 {
+    shares.iter().zip(slot_us).map(|(n, us)| u64::from(*n) * us).max().unwrap_or(0)
+}
+
+/// Turns shares into a slot map: contiguous runs in rank order.
+pub fn slot_map(shares: &[u32]) -> Vec<Vec<u32>> {
+    let mut first = 0;
+    let mut run = |n: &u32| {
+        let slots: Vec<u32> = (first..first + n).collect();
+        first += n;
+        slots
+    };
+    shares.iter().map(&mut run).collect()
+}
+
+/// Returns the share of the members' time that is not spent waiting for the busiest one, if all
+/// are equally fast: `V / (N * ceil(V / N))`.
+pub fn efficiency(n_slots: u32, world: usize) -> f64 {
+    let busiest = (n_slots as usize).div_ceil(world);
+    f64::from(n_slots) / (world * busiest) as f64
 }
 
 /// Decides where the state comes from, given each member's own (by rank) and the newest checkpoint.
@@ -121,7 +174,7 @@ mod tests {
     fn slots_are_covered_once() {
         for n_slots in 1..40u32 {
             for world in 1..=n_slots as usize {
-                let map = slot_map(n_slots, world);
+                let map = slot_map(&even_shares(n_slots, world));
                 let all: Vec<u32> = map.iter().flatten().copied().collect();
                 assert_eq!(all, (0..n_slots).collect::<Vec<u32>>());
                 let longest = map.iter().map(Vec::len).max().unwrap();
@@ -129,6 +182,22 @@ mod tests {
                 assert!(map.iter().all(|slots| longest - slots.len() <= 1));
             }
         }
+    }
+
+    #[test]
+    fn a_slow_rank_gets_fewer_slots() {
+        assert_eq!(balanced_shares(8, &[10, 10]), [4, 4]);
+        assert_eq!(balanced_shares(8, &[10, 30]), [6, 2]);
+        assert_eq!(balanced_shares(3, &[10, 1000, 10]), [1, 1, 1]);
+        let (even, fair) = (even_shares(8, 2), balanced_shares(8, &[10, 30]));
+        assert_eq!((busiest_us(&even, &[10, 30]), busiest_us(&fair, &[10, 30])), (120, 60));
+        assert_eq!(slot_map(&fair), [vec![0, 1, 2, 3, 4, 5], vec![6, 7]]);
+    }
+
+    #[test]
+    fn uneven_numbers_cost_what_the_formula_says() {
+        assert!((efficiency(32, 31) - 0.516).abs() < 1e-3);
+        assert!((efficiency(32, 16) - 1.0).abs() < 1e-9);
     }
 
     #[test]

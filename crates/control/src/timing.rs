@@ -21,6 +21,23 @@ pub struct Timing {
     pub forming: Duration,
     /// Longest time for a checkpoint attempt, from its proposal to its commit.
     pub attempt: Duration,
+    /// How long a member may take to leave its old communicator before its process is killed. Time
+    /// in which it computes does not count.
+    pub revoke: Duration,
+    /// A running group that gets no further for this long, or for five times its longest step, is
+    /// stuck: whoever holds it up is found and left out.
+    pub stall: Duration,
+    /// How long to watch uneven members before slots are shared out anew.
+    pub straggler_window: Duration,
+    /// How long workers may take to compute the probe again when their states differ.
+    pub audit: Duration,
+    /// A worker without its coordinator for this long stands still at the next boundary.
+    pub orphan: Duration,
+    /// How long members that fell silent all at once may train on unseen: before it is over, no
+    /// group is formed without any of them, unless an operator says so.
+    pub disjoint: Duration,
+    /// First time-out of a worker that did harm; it doubles each time, up to [`QUARANTINE_MAX`].
+    pub quarantine: Duration,
     /// Generations in a row without an applied step before the run pauses.
     pub fruitless_generations: u32,
     /// Checkpoint attempts in a row that may fail before a run that needs one gives up.
@@ -39,6 +56,13 @@ impl Timing {
             voluntary_gap: Duration::from_secs(60),
             forming: Duration::from_secs(120),
             attempt: Duration::from_secs(600),
+            revoke: Duration::from_secs(5),
+            stall: Duration::from_secs(30),
+            straggler_window: Duration::from_secs(10),
+            audit: Duration::from_secs(60),
+            orphan: Duration::from_secs(15 * 60),
+            disjoint: Duration::from_secs(16 * 60),
+            quarantine: Duration::from_secs(10),
             fruitless_generations: 5,
             failed_attempts: 3,
         }
@@ -49,6 +73,8 @@ impl Timing {
         Timing {
             join_window: Duration::from_millis(500),
             voluntary_gap: Duration::from_secs(1),
+            // Nothing can fall silent here and train on: there is no network to lose.
+            disjoint: Duration::from_secs(10),
             ..Timing::cluster()
         }
     }
@@ -74,9 +100,68 @@ impl Timing {
                 self.stream_grace, self.lease
             ));
         }
+        if self.stall < 2 * self.lease {
+            out.push(format!(
+                "stall {:?} is shorter than two leases of {:?}",
+                self.stall, self.lease
+            ));
+        }
+        if self.disjoint < 2 * self.lease {
+            out.push(format!(
+                "disjoint {:?} is shorter than two leases of {:?}",
+                self.disjoint, self.lease
+            ));
+        }
         out
     }
+
+    /// Returns the beat and the lease for a coordinator with `n` workers: it takes some 5,000 beats
+    /// a second.
+    pub fn at_scale(&self, n: usize) -> (Duration, Duration) {
+        let beat = self.beat.max(Duration::from_micros(200) * n as u32);
+        (beat, self.lease.max(6 * beat))
+    }
+
+    /// Changes one duration by its name.
+    ///
+    /// # Errors
+    /// The names there are, if `name` is none of them.
+    pub fn set(&mut self, name: &str, value: Duration) -> Result<(), String> {
+        let Some((_, cell)) = self.durations().into_iter().find(|(known, _)| *known == name) else {
+            let names: Vec<&str> = self.durations().into_iter().map(|(name, _)| name).collect();
+            return Err(format!("`{name}` is none of {}", names.join(", ")));
+        };
+        *cell = value;
+        Ok(())
+    }
+
+    fn durations(&mut self) -> Vec<(&'static str, &mut Duration)> {
+        vec![
+            ("beat", &mut self.beat),
+            ("lease", &mut self.lease),
+            ("stream_grace", &mut self.stream_grace),
+            ("failure_window", &mut self.failure_window),
+            ("join_window", &mut self.join_window),
+            ("voluntary_gap", &mut self.voluntary_gap),
+            ("forming", &mut self.forming),
+            ("attempt", &mut self.attempt),
+            ("revoke", &mut self.revoke),
+            ("stall", &mut self.stall),
+            ("straggler_window", &mut self.straggler_window),
+            ("audit", &mut self.audit),
+            ("orphan", &mut self.orphan),
+            ("disjoint", &mut self.disjoint),
+            ("quarantine", &mut self.quarantine),
+        ]
+    }
 }
+
+/// Longest time-out of a worker.
+pub const QUARANTINE_MAX: Duration = Duration::from_secs(30 * 60);
+/// Strikes count for this long.
+pub const STRIKE_MEMORY: Duration = Duration::from_secs(60 * 60);
+/// So many strikes within [`STRIKE_MEMORY`] keep a worker out until an operator releases it.
+pub const STRIKES_MAX: usize = 3;
 
 #[cfg(test)]
 mod tests {
@@ -88,5 +173,21 @@ mod tests {
         assert_eq!(Timing::one_machine().problems(), Vec::<String>::new());
         let hasty = Timing { lease: Duration::from_secs(1), ..Timing::cluster() };
         assert_eq!(hasty.problems(), ["lease 1s is shorter than three beats of 500ms"]);
+    }
+
+    #[test]
+    fn durations_are_set_by_name() {
+        let mut timing = Timing::cluster();
+        timing.set("lease", Duration::from_secs(9)).unwrap();
+        assert_eq!(timing.lease, Duration::from_secs(9));
+        let err = timing.set("leese", Duration::from_secs(9)).unwrap_err();
+        assert!(err.contains("`leese`") && err.contains("lease"), "{err}");
+    }
+
+    #[test]
+    fn many_workers_beat_less_often() {
+        let second = Duration::from_secs(1);
+        assert_eq!(Timing::cluster().at_scale(1000), (second / 2, 3 * second));
+        assert_eq!(Timing::cluster().at_scale(5000), (second, 6 * second));
     }
 }

@@ -1,13 +1,19 @@
 //! The worker's side: what a trainer's control session does about messages, reports and signals.
 //!
 //! The step loop is elsewhere and knows no protocol: it gets [`Command`]s as orders and gives
-//! [`Report`]s. A worker that loses its coordinator trains on.
+//! [`Report`]s. A worker that loses its coordinator trains on; what it had to say of its generation
+//! it says again when it is back, since nobody can know which of it arrived.
+
+mod answers;
+
+use std::sync::Arc;
+use std::time::Duration;
 
 use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, exit};
 
 use crate::message::{FaultKind, StepMark, ToCoordinator, ToWorker};
-use crate::plan::{Plan, Sync};
-use std::time::Duration;
+use crate::plan::{Communicator, Plan, Sync};
+use answers::Answers;
 
 /// What the step loop reports.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +27,20 @@ pub enum Report {
     Down {
         /// Step of the state in memory, if there is one.
         state: Option<Step>,
+    },
+    /// Goes on in the communicator it is in; answers [`Command::Adopt`].
+    Adopted {
+        /// The generation it is in from here on.
+        generation: Generation,
+        /// Step of the state.
+        state: Step,
+    },
+    /// The probe, computed again; answers [`Command::Audit`].
+    Audited {
+        /// The generation whose states differ.
+        generation: Generation,
+        /// Digest of the probe.
+        probe: u64,
     },
     /// Connected and synchronised.
     Synced {
@@ -77,6 +97,8 @@ pub enum Report {
         generation: Generation,
         /// What kind of trouble.
         kind: FaultKind,
+        /// Ranks that the error speaks of; empty where none is to blame.
+        suspects: Vec<usize>,
         /// The error with its causes.
         detail: String,
     },
@@ -85,8 +107,10 @@ pub enum Report {
 /// What happens to a session.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// The stream is up and the coordinator has said welcome.
+    /// The stream is up.
     Connected,
+    /// The coordinator has said welcome: it listens.
+    Welcomed,
     /// The stream broke or could not be opened.
     Disconnected,
     /// The coordinator said something.
@@ -114,10 +138,21 @@ pub enum Command {
         /// Newest generation to leave.
         up_to: Generation,
     },
+    /// Go on in the communicator of the generation before, with this plan; answer with
+    /// [`Report::Adopted`].
+    Adopt {
+        /// The plan.
+        plan: Arc<Plan>,
+    },
+    /// Compute the probe again; answer with [`Report::Audited`].
+    Audit {
+        /// The generation whose states differ.
+        generation: Generation,
+    },
     /// Connect to the plan's members and synchronise.
     Connect {
         /// The plan.
-        plan: Plan,
+        plan: Arc<Plan>,
         /// Key or unique id.
         comm_id: Vec<u8>,
         /// Where the state comes from.
@@ -169,40 +204,71 @@ enum Loop {
     Down,
     /// Told to leave; has not answered.
     Leaving,
-    /// Connecting, training or standing.
+    /// Connecting or synchronised, and not told to train.
     Up,
+    /// Told to train.
+    Training,
+    /// Stands at a boundary.
+    Held,
+    /// Told to go on in the communicator it is in, by the newest plan; has not answered.
+    Adopting,
 }
+
+/// How long a worker tries without its coordinator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// After this time it stands still at the next boundary.
+    pub orphan: Duration,
+    /// After this time it ends.
+    pub give_up: Duration,
+}
+
+/// Number of the change that workers without a coordinator stop for: above any that one gives, and
+/// small enough that its square can be summed.
+pub const ORPHAN_CHANGE: u64 = 1 << 24;
 
 /// The machine. One for each trainer process.
 #[derive(Debug)]
 pub struct Session {
-    give_up: Duration,
+    patience: Patience,
     generation: Generation,
-    plan: Option<Plan>,
+    plan: Option<Arc<Plan>>,
     step_loop: Loop,
     state: Option<Step>,
     probe: Option<u64>,
+    answers: Answers,
+    /// Newest attempt of this generation that the step loop was told of.
+    attempt: AttemptSeq,
     connected: bool,
     alone_since: Timestamp,
+    orphaned: bool,
     draining: Option<String>,
     out: Vec<Command>,
 }
 
 impl Session {
-    /// Creates the machine at `now`; without a coordinator for `give_up` it ends the process.
-    pub fn new(give_up: Duration, now: Timestamp) -> Self {
+    /// Creates the machine at `now`.
+    pub fn new(patience: Patience, now: Timestamp) -> Self {
         Session {
-            give_up,
+            patience,
             generation: Generation(0),
             plan: None,
             step_loop: Loop::Down,
             state: None,
             probe: None,
+            answers: Answers::default(),
+            attempt: AttemptSeq(0),
             connected: false,
             alone_since: now,
+            orphaned: false,
             draining: None,
             out: Vec::new(),
         }
+    }
+
+    /// Changes how long to try without a coordinator, as the newest welcome says.
+    pub fn set_patience(&mut self, patience: Patience) {
+        self.patience = patience;
     }
 
     /// Returns the step of the state in memory, for the next hello.
@@ -215,52 +281,93 @@ impl Session {
         self.generation
     }
 
-    /// Returns where the session stands in one word, for people and tests.
-    pub fn stage_word(&self) -> &'static str {
-        match (self.step_loop, &self.plan) {
-            (Loop::Down, None) => "idle",
-            (Loop::Down, Some(_)) => "prepared",
-            (Loop::Leaving, _) => "leaving",
-            (Loop::Up, _) => "up",
+    /// Returns the generation that this worker takes part in, for the next hello; 0 for none.
+    pub fn taking_part_in(&self) -> Generation {
+        self.plan.as_ref().map_or(Generation(0), |plan| plan.generation)
+    }
+
+    /// Tells, for the next hello, whether it is connected to that generation's members, or
+    /// connecting.
+    pub fn is_up(&self) -> bool {
+        !matches!(self.step_loop, Loop::Down | Loop::Leaving)
+    }
+
+    /// Returns the state's word, for coverage reports.
+    pub fn state_word(&self) -> &'static str {
+        match self.step_loop {
+            Loop::Down if self.probe.is_none() => "warming",
+            Loop::Down if self.plan.is_some() => "prepared",
+            Loop::Down => "spare",
+            Loop::Leaving => "leaving",
+            Loop::Up => "syncing",
+            Loop::Training => "training",
+            Loop::Held => "held",
+            Loop::Adopting => "adopting",
         }
     }
 
     /// Returns when [`Event::Tick`] is due at the latest.
     pub fn next_deadline(&self) -> Option<Timestamp> {
-        (!self.connected).then(|| self.alone_since + self.give_up)
+        let wait = match self.orphaned {
+            true => self.patience.give_up,
+            false => self.patience.orphan.min(self.patience.give_up),
+        };
+        (!self.connected).then(|| self.alone_since + wait)
     }
 
     /// Takes one event and returns what to do, in order.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Vec<Command> {
         match event {
-            Event::Connected => self.on_connected(),
-            Event::Disconnected => {
-                if self.connected {
-                    self.alone_since = now;
-                }
-                self.connected = false;
-                if let Some(why) = self.draining.clone() {
-                    self.exit(exit::DRAINED, why);
-                }
+            Event::Connected => {
+                self.connected = true;
+                self.orphaned = false;
             }
+            Event::Welcomed => self.on_welcomed(),
+            Event::Disconnected => self.on_disconnected(now),
             Event::Received(message) => self.on_received(message),
             Event::Report(report) => self.on_report(report),
             Event::Drain { why } => self.on_drain(why),
             Event::Tick => {}
         }
-        if !self.connected && now.since(self.alone_since) >= self.give_up {
-            self.exit(exit::UNREACHABLE, "the coordinator could not be reached".to_string());
+        if !self.connected {
+            self.wait_alone(now.since(self.alone_since));
         }
         std::mem::take(&mut self.out)
     }
 
-    fn on_connected(&mut self) {
-        self.connected = true;
+    /// A coordinator that listens is told everything that it may have missed.
+    fn on_welcomed(&mut self) {
         if let Some(probe) = self.probe {
             self.say(ToCoordinator::Warm { probe });
         }
+        let answers = self.answers.clone();
+        answers.in_order().for_each(|answer| self.say(answer.clone()));
         if let Some(why) = self.draining.clone() {
             self.say(ToCoordinator::Leaving { why });
+        }
+    }
+
+    fn on_disconnected(&mut self, now: Timestamp) {
+        if self.connected {
+            self.alone_since = now;
+        }
+        self.connected = false;
+        if let Some(why) = self.draining.clone() {
+            self.exit(exit::DRAINED, why);
+        }
+    }
+
+    fn wait_alone(&mut self, alone: Duration) {
+        if alone >= self.patience.give_up {
+            self.exit(exit::UNREACHABLE, "the coordinator could not be reached".to_string());
+        } else if alone >= self.patience.orphan && !self.orphaned {
+            self.orphaned = true;
+            if self.step_loop == Loop::Training {
+                let text = "no coordinator for long: standing still at the next boundary";
+                self.out.push(Command::Note(text.to_string()));
+                let generation = self.generation;
+                self.out.push(Command::RaiseStop { generation, change: ORPHAN_CHANGE });
+            }
         }
     }
 
@@ -277,49 +384,82 @@ impl Session {
 
     fn on_received(&mut self, message: ToWorker) {
         match message {
-            ToWorker::Prepare(plan) if plan.generation > self.generation => {
-                self.generation = plan.generation;
-                self.plan = Some(plan);
-                self.leave();
-                self.prepared_if_down();
-            }
+            ToWorker::Prepare(plan) => self.on_prepare(plan),
             ToWorker::Connect { generation, comm_id, sync } if generation == self.generation => {
                 if let Some(plan) = self.plan.clone().filter(|_| self.step_loop == Loop::Down) {
                     self.step_loop = Loop::Up;
                     self.out.push(Command::Connect { plan, comm_id, sync });
                 }
             }
-            ToWorker::Start { generation, .. } if self.is_up(generation) => {
-                self.out.push(Command::Start { generation });
+            ToWorker::Start { generation, .. } if self.is_in(generation) => {
+                if self.step_loop == Loop::Up {
+                    self.step_loop = Loop::Training;
+                    self.answers = Answers::default();
+                    self.out.push(Command::Start { generation });
+                }
             }
             ToWorker::Revoke { generation, why } if generation == self.generation => {
-                self.out.push(Command::Note(format!("generation {generation} is over: {why}")));
-                self.plan = None;
-                self.leave();
+                if self.plan.is_some() {
+                    let text = format!("generation {generation} is over: {why}");
+                    self.out.push(Command::Note(text));
+                }
+                self.drop_out();
             }
-            ToWorker::Hold { generation, change, .. } if self.is_up(generation) => {
-                self.out.push(Command::RaiseStop { generation, change });
+            ToWorker::Hold { generation, change, .. } if self.is_in(generation) => {
+                if self.step_loop == Loop::Training {
+                    self.out.push(Command::RaiseStop { generation, change });
+                }
             }
-            ToWorker::Propose { generation, attempt, held } if self.is_up(generation) => {
-                self.out.push(Command::Save { generation, attempt, held });
+            ToWorker::Propose { generation, attempt, held } if self.is_in(generation) => {
+                if attempt > self.attempt {
+                    self.attempt = attempt;
+                    self.answers.snapshotted = None;
+                    self.answers.part = None;
+                    self.out.push(Command::Save { generation, attempt, held });
+                }
             }
-            ToWorker::AbortAttempt { generation, attempt, why } if self.is_up(generation) => {
-                self.out
-                    .push(Command::Note(format!("checkpoint attempt {attempt} given up: {why}")));
+            ToWorker::AbortAttempt { generation, attempt, why } if self.is_in(generation) => {
+                let text = format!("checkpoint attempt {attempt} given up: {why}");
+                self.out.push(Command::Note(text));
                 self.out.push(Command::AbortAttempt { generation, attempt });
+            }
+            ToWorker::Audit { generation } if generation == self.generation => {
+                self.out.push(Command::Audit { generation });
             }
             ToWorker::Exit { code, why } => self.exit(code, why),
             ToWorker::Stale { current } => {
                 self.out.push(Command::Note(format!(
                     "given up by the coordinator, which is at generation {current}; joining again"
                 )));
-                self.plan = None;
-                self.leave();
+                self.drop_out();
                 self.connected = false;
                 self.out.push(Command::Reconnect);
             }
             // Committed needs nothing; everything else is of a generation that is over.
             _ => {}
+        }
+    }
+
+    /// A plan: new, or said again because the stream broke.
+    fn on_prepare(&mut self, plan: Arc<Plan>) {
+        if plan.generation < self.generation {
+            return;
+        }
+        if plan.generation == self.generation {
+            // Whoever is past preparing has answered, and says so again on each stream.
+            return self.prepared_if_down();
+        }
+        let keeps = plan.communicator == Communicator::Keep && self.step_loop == Loop::Held;
+        self.generation = plan.generation;
+        self.answers = Answers::default();
+        self.attempt = AttemptSeq(0);
+        self.plan = Some(plan.clone());
+        if keeps {
+            self.step_loop = Loop::Adopting;
+            self.out.push(Command::Adopt { plan });
+        } else {
+            self.leave();
+            self.prepared_if_down();
         }
     }
 
@@ -336,41 +476,79 @@ impl Session {
                 self.step_loop = Loop::Down;
                 self.prepared_if_down();
             }
+            Report::Adopted { generation, state } => {
+                if generation == self.generation && self.step_loop == Loop::Adopting {
+                    self.state = Some(state);
+                    self.step_loop = Loop::Up;
+                    let state = Some(state);
+                    self.answer(
+                        generation,
+                        ToCoordinator::Prepared { generation, state, kept: true },
+                    );
+                }
+            }
+            Report::Audited { generation, probe } => {
+                self.answer(generation, ToCoordinator::Audited { generation, probe });
+            }
             Report::Synced { generation, step, digest } => {
                 self.state = Some(step);
-                self.say_now(generation, ToCoordinator::Synced { generation, step, digest });
+                self.answer(generation, ToCoordinator::Synced { generation, step, digest });
             }
             Report::Mark(mark) => {
                 self.state = Some(mark.step);
-                self.say_now(mark.generation, ToCoordinator::StepMark(mark));
+                if mark.generation == self.generation {
+                    self.say(ToCoordinator::StepMark(mark));
+                }
             }
             Report::Held { generation, step, digest } => {
                 self.state = Some(step);
-                self.say_now(generation, ToCoordinator::Held { generation, step, digest });
+                if generation == self.generation && self.step_loop == Loop::Training {
+                    self.step_loop = Loop::Held;
+                }
+                self.answer(generation, ToCoordinator::Held { generation, step, digest });
             }
-            Report::Snapshotted { generation, attempt, step, digest } => self.say_now(
+            Report::Snapshotted { generation, attempt, step, digest } => self.answer(
                 generation,
                 ToCoordinator::Snapshotted { generation, attempt, step, digest },
             ),
             Report::PartDone { generation, attempt, receipt } => {
-                self.say_now(generation, ToCoordinator::PartDone { generation, attempt, receipt })
+                self.answer(generation, ToCoordinator::PartDone { generation, attempt, receipt })
             }
             Report::PartFailed { generation, attempt, detail } => {
-                self.say_now(generation, ToCoordinator::PartFailed { generation, attempt, detail })
+                self.answer(generation, ToCoordinator::PartFailed { generation, attempt, detail })
             }
-            Report::Fault { generation, kind, detail } => {
+            Report::Fault { generation, kind, suspects, detail } => {
                 self.out.push(Command::Note(detail.clone()));
-                self.say_now(generation, ToCoordinator::Fault { generation, kind, detail });
+                let fault =
+                    ToCoordinator::Fault { generation, kind, suspects, detail: detail.clone() };
+                if generation == Generation(0) {
+                    // It never became warm; there is no generation to answer for.
+                    self.answers.fault = Some(fault.clone());
+                    self.say(fault);
+                } else {
+                    self.answer(generation, fault);
+                }
+                if kind == FaultKind::Local && generation > Generation(0) {
+                    // A broken device stays broken in this process: the next one may be lucky.
+                    self.exit(exit::FAILED, detail);
+                }
             }
         }
     }
 
-    fn is_up(&self, generation: Generation) -> bool {
-        generation == self.generation && self.step_loop == Loop::Up
+    fn is_in(&self, generation: Generation) -> bool {
+        generation == self.generation && self.is_up()
+    }
+
+    /// Takes part in nothing any more.
+    fn drop_out(&mut self) {
+        self.plan = None;
+        self.answers = Answers::default();
+        self.leave();
     }
 
     fn leave(&mut self) {
-        if self.step_loop == Loop::Up {
+        if self.is_up() {
             self.step_loop = Loop::Leaving;
             self.out.push(Command::Leave { up_to: self.generation });
         }
@@ -379,13 +557,14 @@ impl Session {
     fn prepared_if_down(&mut self) {
         if self.step_loop == Loop::Down && self.plan.is_some() {
             let (generation, state) = (self.generation, self.state);
-            self.say(ToCoordinator::Prepared { generation, state });
+            self.answer(generation, ToCoordinator::Prepared { generation, state, kept: false });
         }
     }
 
-    /// Sends what belongs to `generation`, unless that is over.
-    fn say_now(&mut self, generation: Generation, message: ToCoordinator) {
+    /// Says what belongs to `generation`, now and on every new stream, unless that is over.
+    fn answer(&mut self, generation: Generation, message: ToCoordinator) {
         if generation == self.generation {
+            self.answers.keep(&message);
             self.say(message);
         }
     }

@@ -10,6 +10,7 @@ use lacuna_checkpoint::layout::{Attempt, RunDir};
 use lacuna_checkpoint::manifest::{Loss, Parent, RunFacts};
 use lacuna_checkpoint::write::Receipt;
 use lacuna_control::coordinator::CommitOrder;
+use lacuna_control::journal::{Record, Saved};
 use lacuna_control::plan::CheckpointRef;
 use lacuna_spec::RunSpec;
 use lacuna_spec::units::Cadence;
@@ -36,6 +37,27 @@ pub struct Found {
     pub probe: Option<u64>,
     /// Manifests that cannot be used, with the reason.
     pub damaged: Vec<String>,
+}
+
+impl Found {
+    /// Lists the facts that a run's journal does not know yet.
+    pub fn news(&self, saved: &Saved) -> Vec<Record> {
+        let mut news: Vec<Record> = Vec::new();
+        if self.generation > saved.generation {
+            news.push(Record::Floor(self.generation));
+        }
+        if let Some(probe) = self.probe.filter(|_| saved.probe.is_none()) {
+            news.push(Record::Probe(probe));
+        }
+        match &self.newest {
+            Some(newest) if saved.checkpoint.as_ref() != Some(newest) => {
+                news.push(Record::Checkpoint(newest.clone()));
+            }
+            None if saved.checkpoint.is_some() => news.push(Record::NoCheckpoint),
+            _ => {}
+        }
+        news
+    }
 }
 
 /// A catalogue operation that failed, with its causes in the text.

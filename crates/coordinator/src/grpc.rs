@@ -12,10 +12,11 @@ use lacuna_api::v1::admin_service_server::AdminService;
 use lacuna_api::v1::run_service_server::RunService;
 use lacuna_api::v1::worker_service_server::WorkerService;
 use lacuna_api::{v1, wire};
-use lacuna_control::coordinator::{Ending, Event, Hello, Saved};
+use lacuna_control::coordinator::{Ending, Event, Hello};
+use lacuna_control::journal::Saved;
 use lacuna_spec::RunSpec;
 use lacuna_types::{BuildId, Incarnation, RunId, WorkerId, exit};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -28,6 +29,10 @@ use crate::registry::{RunHandle, Shared};
 use crate::run::{Gone, Input, SESSION_QUEUE, SessionSender, WATCH_QUEUE};
 use crate::store::StoredRun;
 
+/// How long a run may take to write a wish down.
+const ASK_DEADLINE: Duration = Duration::from_secs(10);
+/// Bound of an agent's outgoing queue: a kill for each of its devices, and the welcome.
+const AGENT_QUEUE: usize = 128;
 /// How long a new stream may take to introduce itself.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -97,11 +102,12 @@ impl WorkerService for Grpc {
         };
         check_build(hello.build.clone(), &format!("the agent of node {}", hello.node))?;
         info!(node = %hello.node, devices = hello.devices.len(), "node joined");
-        let (out, answers) = mpsc::channel(4);
+        let (out, answers) = mpsc::channel(AGENT_QUEUE);
         let beat_ms = self.0.options.timing.beat.as_millis() as u64;
         let welcome = v1::agent_response::Message::Welcome(v1::NodeWelcome { beat_ms });
         // The queue is new and has room.
         let _ = out.try_send(Ok(v1::AgentResponse { message: Some(welcome) }));
+        self.0.enter_agent(&hello.node, &out);
         tokio::spawn(agent_loop(self.0.clone(), hello.node, inbound, out));
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
@@ -135,7 +141,7 @@ async fn agent_loop(
             let _ = input.send(Input::Event(event)).await;
         }
     }
-    drop(out);
+    shared.leave_agent(&node, &out);
     info!(%node, "node left");
 }
 
@@ -251,16 +257,18 @@ impl Session {
     fn welcome(&self, run: &RunId) -> Option<v1::SessionResponse> {
         let runs = self.shared.runs();
         let handle = runs.get(run)?;
-        let timing = &self.shared.options.timing;
+        let (beat, lease) = self.shared.beat_and_lease();
+        let orphan = self.shared.options.timing.orphan;
         let welcome = v1::Welcome {
             coord_epoch: self.shared.epoch.0,
-            beat_ms: timing.beat.as_millis() as u64,
-            lease_ms: timing.lease.as_millis() as u64,
+            beat_ms: beat.as_millis() as u64,
+            lease_ms: lease.as_millis() as u64,
             run_id: run.to_string(),
             spec: handle.spec.to_json().to_string(),
             n_samples: handle.n_samples,
             fingerprint: handle.fingerprint.clone(),
             spec_digest: handle.spec.maths_digest().to_hex().to_string(),
+            orphan_ms: orphan.as_millis() as u64,
         };
         let message = Some(v1::session_response::Message::Welcome(welcome));
         Some(v1::SessionResponse { message })
@@ -345,6 +353,14 @@ impl RunService for Grpc {
         self.tell(&parse_run(&request.into_inner().run_id)?, Event::Checkpoint).await?;
         Ok(Response::new(v1::RequestCheckpointResponse {}))
     }
+
+    async fn force_run(
+        &self,
+        request: Request<v1::ForceRunRequest>,
+    ) -> Result<Response<v1::ForceRunResponse>, Status> {
+        self.tell(&parse_run(&request.into_inner().run_id)?, Event::Force).await?;
+        Ok(Response::new(v1::ForceRunResponse {}))
+    }
 }
 
 #[tonic::async_trait]
@@ -368,9 +384,33 @@ impl AdminService for Grpc {
             |h: &&RunHandle| h.ends.view.borrow().status.workers.iter().any(|w| w.worker == worker);
         let input = self.0.runs().values().find(holds).map(|h| h.ends.input.clone());
         let none = || status(Reason::WorkerNotFound, format!("no run has a worker {worker}"));
-        let event = Input::Event(Event::Drain { worker: worker.clone(), why });
-        input.ok_or_else(none)?.send(event).await.map_err(|_| going_down())?;
+        ask(input.ok_or_else(none)?, Event::Drain { worker: worker.clone(), why }).await?;
         Ok(Response::new(v1::DrainWorkerResponse {}))
+    }
+
+    async fn release_worker(
+        &self,
+        request: Request<v1::ReleaseWorkerRequest>,
+    ) -> Result<Response<v1::ReleaseWorkerResponse>, Status> {
+        let malformed = |err: lacuna_types::NameError| status(Reason::Malformed, err.to_string());
+        let worker: WorkerId = request.into_inner().worker_id.parse().map_err(malformed)?;
+        let inputs: Vec<mpsc::Sender<Input>> =
+            self.0.runs().values().map(|h| h.ends.input.clone()).collect();
+        for input in inputs {
+            ask(input, Event::Release { worker: worker.clone() }).await?;
+        }
+        Ok(Response::new(v1::ReleaseWorkerResponse {}))
+    }
+}
+
+/// Passes a wish on to a run and waits until it is durable.
+async fn ask(input: mpsc::Sender<Input>, event: Event) -> Result<(), Status> {
+    let (done, told) = oneshot::channel();
+    input.send(Input::Ask { event, done }).await.map_err(|_| going_down())?;
+    match tokio::time::timeout(ASK_DEADLINE, told).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) => Err(going_down()),
+        Err(_) => Err(Status::deadline_exceeded("the run did not take the wish in time")),
     }
 }
 
@@ -380,8 +420,7 @@ fn going_down() -> Status {
 
 impl Grpc {
     async fn tell(&self, id: &RunId, event: Event) -> Result<(), Status> {
-        let input = self.0.input_of(id).ok_or_else(|| not_found(id))?;
-        input.send(Input::Event(event)).await.map_err(|_| going_down())
+        ask(self.0.input_of(id).ok_or_else(|| not_found(id))?, event).await
     }
 
     /// Returns the queue of the run of this name, if there is one and `spec` means the same run.
@@ -473,17 +512,21 @@ impl Grpc {
             );
             return Err(status(Reason::RunExists, text));
         }
-        let saved =
-            Saved { generation: found.generation, probe: found.probe, checkpoint: found.newest };
+        let mut saved = Saved::default();
+        let news = found.news(&saved);
+        news.iter().for_each(|record| saved.apply(record));
         let stored = StoredRun {
             run_id: id.clone(),
             spec: spec.to_json().to_string(),
             n_samples,
             fingerprint,
             saved,
-            ending: None,
         };
-        if let Err(err) = self.0.store().put_run(&stored) {
+        let written = {
+            let mut store = self.0.store();
+            store.put_run(&stored).and_then(|()| store.record(id, &news))
+        };
+        if let Err(err) = written {
             let text = err.to_string();
             self.0.fail(err);
             return Err(status(Reason::Internal, text));

@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lacuna_api::error::{Reason, status};
+use lacuna_api::v1;
 use lacuna_spec::{Mark, RunSpec};
 use lacuna_types::{CoordEpoch, Incarnation, RunId, Timestamp, WorkerId};
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
+use tracing::warn;
 
 use crate::catalogue::Catalogue;
 use crate::run::{Input, RunEnds, RunTask, SessionSender};
@@ -36,11 +38,16 @@ pub(crate) struct Shared {
     store: Mutex<Box<dyn Store>>,
     runs: Mutex<BTreeMap<RunId, RunHandle>>,
     live: Mutex<BTreeMap<WorkerId, (Incarnation, SessionSender)>>,
+    /// Streams of agents by node.
+    agents: Mutex<BTreeMap<String, AgentSender>>,
     sessions: AtomicU64,
     changed: watch::Sender<u64>,
     fatal: mpsc::Sender<StoreError>,
     started: Instant,
 }
+
+/// The sender of an agent's stream.
+pub(crate) type AgentSender = mpsc::Sender<Result<v1::AgentResponse, Status>>;
 
 /// Locks a mutex; a poisoned one is as good, nothing here leaves data half-changed.
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -61,6 +68,7 @@ impl Shared {
             store: Mutex::new(store),
             runs: Mutex::new(BTreeMap::new()),
             live: Mutex::new(BTreeMap::new()),
+            agents: Mutex::new(BTreeMap::new()),
             sessions: AtomicU64::new(0),
             changed: watch::Sender::new(0),
             fatal,
@@ -133,7 +141,7 @@ impl Shared {
     pub(crate) fn assign(&self) -> Option<RunId> {
         let mut runs = self.runs();
         let wants = |h: &RunHandle| {
-            let limit = h.spec.elastic.workers.max as usize;
+            let limit = (h.spec.elastic.workers.max + h.spec.elastic.spares) as usize;
             h.ends.view.borrow().ending.is_none() && h.attached < limit
         };
         let oldest = runs.iter().filter(|(_, h)| wants(h)).min_by_key(|(_, h)| h.order);
@@ -179,6 +187,40 @@ impl Shared {
         if live.get(worker).is_some_and(|(i, _)| *i == incarnation) {
             live.remove(worker);
         }
+    }
+
+    /// Registers an agent's stream; a newer one of the same node takes its place.
+    pub(crate) fn enter_agent(&self, node: &str, out: &AgentSender) {
+        lock(&self.agents).insert(node.to_string(), out.clone());
+    }
+
+    pub(crate) fn leave_agent(&self, node: &str, out: &AgentSender) {
+        let mut agents = lock(&self.agents);
+        if agents.get(node).is_some_and(|known| known.same_channel(out)) {
+            agents.remove(node);
+        }
+    }
+
+    /// Has one life of a worker killed by its agent, if that can be reached.
+    pub(crate) fn kill(&self, worker: &WorkerId, incarnation: Incarnation, why: &str) {
+        let node = worker.as_str().rsplit_once(':').map_or(worker.as_str(), |(node, _)| node);
+        let kill = v1::NodeKill {
+            worker_id: worker.to_string(),
+            incarnation: incarnation.0,
+            why: why.to_string(),
+        };
+        let message = Some(v1::agent_response::Message::Kill(kill));
+        let sent = lock(&self.agents)
+            .get(node)
+            .is_some_and(|out| out.try_send(Ok(v1::AgentResponse { message })).is_ok());
+        if !sent {
+            warn!(worker_id = %worker, "no agent to kill it through; it is left out all the same");
+        }
+    }
+
+    /// Returns the time between beats and the lease for as many workers as there are.
+    pub(crate) fn beat_and_lease(&self) -> (Duration, Duration) {
+        self.options.timing.at_scale(lock(&self.live).len())
     }
 
     pub(crate) fn input_of(&self, run: &RunId) -> Option<mpsc::Sender<Input>> {

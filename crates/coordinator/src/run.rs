@@ -9,12 +9,13 @@ use lacuna_api::{v1, wire};
 use lacuna_control::coordinator::{
     Command, CommitOrder, Coordinator, Ending, Event, Hello, Note, RunConfig, Status,
 };
+use lacuna_control::journal::Record;
 use lacuna_control::message::{StepMark, ToCoordinator, ToWorker};
-use lacuna_control::plan::CheckpointRef;
+use lacuna_recipe::order::{EpochOrder, OrderMode, OrderSpec};
 use lacuna_spec::RunSpec;
 use lacuna_spec::units::Cadence;
-use lacuna_types::{Incarnation, RunId, Timestamp, WorkerId};
-use tokio::sync::{broadcast, mpsc, watch};
+use lacuna_types::{Generation, Incarnation, RunId, SampleId, Step, Timestamp, WorkerId};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
 
 use crate::catalogue::{Catalogue, cadence_steps};
@@ -28,6 +29,10 @@ pub(crate) const INPUT_QUEUE: usize = 1024;
 pub(crate) const SESSION_QUEUE: usize = 64;
 /// Updates a watcher may lag behind before it reads them from the store instead.
 pub(crate) const WATCH_QUEUE: usize = 256;
+
+/// What others see of a run is at most this old, where nothing happened that they should see at
+/// once.
+const PUBLISH_EVERY: Duration = Duration::from_millis(250);
 
 /// A pause of the task longer than this is no fault of the workers: a slow disk, a stopped process.
 const STALL: Duration = Duration::from_millis(500);
@@ -48,6 +53,8 @@ pub(crate) enum Input {
     Detach { session: u64, worker: WorkerId, incarnation: Incarnation },
     /// Something happened that the machine knows.
     Event(Event),
+    /// Somebody asks for something, and is told once it is durable.
+    Ask { event: Event, done: oneshot::Sender<()> },
     /// Go on after an end, with this spec.
     Resume(Box<RunSpec>),
     /// A background job has something for the log.
@@ -82,8 +89,9 @@ pub(crate) struct RunTask {
     sessions: BTreeMap<WorkerId, Attached>,
     figures: Option<Update>,
     last_seq: u64,
-    probe: Option<u64>,
-    parent: Option<CheckpointRef>,
+    /// The newest plan, encoded: all members get the same.
+    plan: Option<(Generation, prost::bytes::Bytes)>,
+    last_published: Timestamp,
     input: mpsc::Sender<Input>,
     view: watch::Sender<View>,
     updates: broadcast::Sender<(u64, Update)>,
@@ -130,14 +138,11 @@ impl RunTask {
         let figures = shared.newest_figures(&stored.run_id).map_err(|err| err.to_string())?;
         let last_seq = shared.store().last_seq(&stored.run_id).map_err(|err| err.to_string())?;
         let (timing, now) = (shared.options.timing.clone(), shared.now());
-        let machine = match stored.ending.clone() {
-            None => Coordinator::new(config, timing, stored.saved.clone(), now),
-            Some(ending) => Coordinator::at_rest(config, timing, stored.saved.clone(), ending, now),
-        };
+        let machine = Coordinator::new(config, timing, stored.saved.clone(), now);
         let (input, inputs) = mpsc::channel(INPUT_QUEUE);
         let view = View {
             status: machine.status(),
-            ending: stored.ending.clone(),
+            ending: stored.saved.ending.clone(),
             figures: figures.clone(),
             devices: BTreeMap::new(),
             last_seq,
@@ -148,14 +153,14 @@ impl RunTask {
         let task = RunTask {
             shared: shared.clone(),
             id: stored.run_id.clone(),
-            probe: stored.saved.probe,
-            parent: stored.saved.checkpoint.clone(),
             stored,
             machine,
             catalogue,
             sessions: BTreeMap::new(),
             figures,
             last_seq,
+            plan: None,
+            last_published: now,
             input,
             view,
             updates,
@@ -199,8 +204,13 @@ impl RunTask {
 
     fn take(&mut self, input: Input) -> Result<(), StoreError> {
         let now: Timestamp = self.shared.now();
+        let mut asked: Option<oneshot::Sender<()>> = None;
         let event = match input {
             Input::Event(event) => event,
+            Input::Ask { event, done } => {
+                asked = Some(done);
+                event
+            }
             Input::Message { worker, incarnation, message } => {
                 Event::Message { worker, incarnation, message }
             }
@@ -227,14 +237,47 @@ impl RunTask {
                 return Ok(());
             }
         };
-        for command in self.machine.handle(now, event) {
-            self.carry_out(command)?;
+        let commands = self.machine.handle(now, event);
+        let quiet = commands.is_empty();
+        self.carry_out_all(commands)?;
+        if let Some(done) = asked {
+            // Nobody waits any more if it fails.
+            let _ = done.send(());
         }
-        self.publish();
+        if !quiet || now.since(self.last_published) > PUBLISH_EVERY {
+            self.last_published = now;
+            self.publish();
+        }
+        Ok(())
+    }
+
+    /// Carries commands out in order. Facts that follow each other become durable together, before
+    /// anything that follows them.
+    fn carry_out_all(&mut self, commands: Vec<Command>) -> Result<(), StoreError> {
+        let mut facts: Vec<Record> = Vec::new();
+        for command in commands {
+            match command {
+                Command::Persist(record) => facts.push(record),
+                other => {
+                    self.persist(&mut facts)?;
+                    self.carry_out(other)?;
+                }
+            }
+        }
+        self.persist(&mut facts)
+    }
+
+    fn persist(&mut self, facts: &mut Vec<Record>) -> Result<(), StoreError> {
+        if !facts.is_empty() {
+            self.shared.store().record(&self.id, facts)?;
+            facts.clear();
+        }
         Ok(())
     }
 
     fn publish(&mut self) {
+        let ended = self.machine.ended().is_some();
+        let ended_before = self.view.borrow().ending.is_some();
         let devices = self.sessions.iter().map(|(id, s)| (id.clone(), s.device.clone())).collect();
         self.view.send_replace(View {
             status: self.machine.status(),
@@ -243,21 +286,14 @@ impl RunTask {
             devices,
             last_seq: self.last_seq,
         });
-        self.shared.runs_changed();
+        if ended != ended_before {
+            self.shared.runs_changed();
+        }
     }
 
     fn carry_out(&mut self, command: Command) -> Result<(), StoreError> {
         match command {
-            Command::Persist(record) => {
-                use lacuna_control::coordinator::Record;
-                match &record {
-                    Record::Probe(probe) => self.probe = Some(*probe),
-                    Record::Checkpoint(checkpoint) => self.parent = Some(checkpoint.clone()),
-                    Record::Generation(g) => self.stored.saved.generation = *g,
-                    Record::Ended(_) => {}
-                }
-                self.shared.store().record(&self.id, &record)?;
-            }
+            Command::Persist(record) => self.persist(&mut vec![record])?,
             Command::Send { to, incarnation, message } => self.send(&to, incarnation, message),
             Command::Disconnect { worker, incarnation } => {
                 if self.sessions.get(&worker).is_some_and(|s| s.incarnation == incarnation) {
@@ -269,6 +305,10 @@ impl RunTask {
                 getrandom::fill(&mut comm_id).expect("the system has a random source");
                 self.later(Input::Event(Event::CommId { generation, comm_id }));
             }
+            Command::Kill { worker, incarnation, why } => {
+                self.shared.kill(&worker, incarnation, &why);
+            }
+            Command::NameSamples(step) => self.name_samples(step)?,
             Command::Commit(order) => self.commit(order),
             Command::Note(note) => self.tell(note)?,
             Command::Mark(mark) => self.mark(mark)?,
@@ -298,7 +338,16 @@ impl RunTask {
             return;
         };
         let leaves = matches!(message, ToWorker::Exit { .. });
-        if session.out.try_send(Ok(wire::to_worker(message))).is_err() {
+        let message = match message {
+            ToWorker::Prepare(plan) => {
+                let newest = self.plan.take().filter(|(g, _)| *g == plan.generation);
+                let encoded = newest.map_or_else(|| wire::encode_plan(&plan), |(_, bytes)| bytes);
+                self.plan = Some((plan.generation, encoded.clone()));
+                wire::prepare(encoded)
+            }
+            other => wire::to_worker(other),
+        };
+        if session.out.try_send(Ok(message)).is_err() {
             warn!(run_id = %self.id, worker_id = %to, "a worker does not read its stream");
             self.close(to);
         } else if leaves {
@@ -308,7 +357,8 @@ impl RunTask {
 
     fn commit(&mut self, order: CommitOrder) {
         let catalogue = self.catalogue.clone();
-        let (parent, probe) = (self.parent.clone(), self.probe);
+        let saved = self.machine.saved();
+        let (parent, probe) = (saved.checkpoint.clone(), saved.probe);
         let loss = match &self.figures {
             Some(Update::Figures { loss, .. }) => Some(*loss),
             _ => None,
@@ -387,21 +437,47 @@ impl RunTask {
             Err(why) => return self.tell(Note { kind: "refused", warning: true, text: why }),
         };
         self.catalogue.set_spec(spec.clone());
-        self.stored.saved.probe = self.probe;
-        self.stored.saved.checkpoint = self.parent.clone();
         self.stored.spec = spec.to_json().to_string();
-        self.stored.ending = None;
         self.shared.store().put_run(&self.stored)?;
-        let timing = self.shared.options.timing.clone();
-        self.machine =
-            Coordinator::new(config, timing, self.stored.saved.clone(), self.shared.now());
-        let text = match &self.parent {
+        let mut saved = self.machine.saved().clone();
+        self.persist(&mut vec![Record::Resumed])?;
+        saved.apply(&Record::Resumed);
+        let text = match &saved.checkpoint {
             Some(checkpoint) => {
                 format!("going on; newest checkpoint is of step {}", checkpoint.step)
             }
             None => "starting again; there is no checkpoint".to_string(),
         };
+        let timing = self.shared.options.timing.clone();
+        self.machine = Coordinator::new(config, timing, saved, self.shared.now());
         self.tell(Note { kind: "resumed", warning: false, text })
+    }
+
+    /// Says which samples a step holds, where the order is one permutation of all of them.
+    fn name_samples(&mut self, step: Step) -> Result<(), StoreError> {
+        let text = match self.samples_of(step) {
+            Some(samples) => {
+                let samples: Vec<String> = samples.iter().map(ToString::to_string).collect();
+                format!("step {step} holds samples {}", samples.join(" "))
+            }
+            None => format!("`lacuna data show-order` lists the samples of step {step}"),
+        };
+        self.tell(Note { kind: "samples", warning: true, text })
+    }
+
+    fn samples_of(&self, step: Step) -> Option<Vec<SampleId>> {
+        let spec: RunSpec = serde_json::from_str(&self.stored.spec).ok()?;
+        let n_samples = self.stored.n_samples;
+        let params = spec.order(n_samples, 1);
+        if params.mode == OrderMode::Block {
+            // Needs the chunks of the data, which only workers see.
+            return None;
+        }
+        let (seed, batch) = (spec.train.seed, spec.train.batch);
+        let order = OrderSpec { params, seed, batch, chunk_bounds: [0, n_samples].into() };
+        let (epoch, t) = spec.resolve(n_samples).ok()?.geometry.place(step);
+        let first = t * u64::from(batch);
+        Some(EpochOrder::new(&order, epoch).samples(first..first + u64::from(batch)))
     }
 }
 

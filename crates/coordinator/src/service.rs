@@ -201,9 +201,13 @@ fn open_run(shared: &Arc<Shared>, mut run: StoredRun, spec: RunSpec) {
             return;
         }
     };
-    run.saved.generation = run.saved.generation.max(found.generation);
-    run.saved.probe = run.saved.probe.or(found.probe);
-    run.saved.checkpoint = found.newest;
+    let news = found.news(&run.saved);
+    news.iter().for_each(|record| run.saved.apply(record));
+    let recorded = shared.store().record(&id, &news);
+    if let Err(err) = recorded {
+        shared.fail(err);
+        return;
+    }
     found.damaged.iter().for_each(|damaged| warn!(run_id = %id, "{damaged}"));
     if let Err(err) = shared.start_run(run, spec, catalogue) {
         warn!(run_id = %id, error = err, "run cannot be put to work");

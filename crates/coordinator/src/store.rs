@@ -1,13 +1,16 @@
 //! What a coordinator remembers across its own restarts.
 //!
-//! One SQLite file in WAL mode with full sync: a call that returned is durable. Figures of steps
-//! and events are kept too, so that a watcher that reconnects misses nothing.
+//! One SQLite file in WAL mode with full sync: a call that returned is durable. A run's journal is
+//! its truth: what its machine needs after a restart is what the journal's records add up to.
+//! Figures of steps and events are kept too, so that a watcher that reconnects misses nothing.
+
+mod text;
 
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use lacuna_control::coordinator::{Ending, Record, Saved};
-use lacuna_control::plan::CheckpointRef;
-use lacuna_types::{CoordEpoch, Generation, RunId, Step};
+use lacuna_control::journal::{Record, Saved};
+use lacuna_types::{CoordEpoch, RunId};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde::{Deserialize, Serialize};
 
@@ -53,10 +56,21 @@ pub struct StoredRun {
     pub n_samples: u64,
     /// Fingerprint of its data when it was created.
     pub fingerprint: String,
-    /// What its machine needs.
+    /// What its machine needs: what its journal adds up to.
     pub saved: Saved,
-    /// How it came to rest, if it did.
-    pub ending: Option<Ending>,
+}
+
+/// One line of a run's journal.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JournalLine {
+    /// Number in the run's journal, from 1.
+    pub seq: u64,
+    /// Milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// The coordinator's start that wrote it.
+    pub epoch: CoordEpoch,
+    /// The fact.
+    pub record: Record,
 }
 
 /// Something that happened in a run, as watchers see it.
@@ -99,7 +113,8 @@ pub enum Update {
     },
 }
 
-/// Durable memory of a coordinator. A call that returned `Ok` survives a crash.
+/// Durable memory of a coordinator. A call that returned `Ok` survives a crash of process and
+/// machine; of `append`, a crash of the machine may undo the last ones.
 pub trait Store: Send {
     /// Counts a coordinator start and returns its number, 1 for the first.
     fn next_epoch(&mut self) -> Result<CoordEpoch, StoreError>;
@@ -107,11 +122,14 @@ pub trait Store: Send {
     /// Returns all runs, oldest first.
     fn runs(&self) -> Result<Vec<StoredRun>, StoreError>;
 
-    /// Creates a run, or replaces spec, saved facts and ending of the one with its name.
+    /// Creates a run, or replaces the spec of the one with its name.
     fn put_run(&mut self, run: &StoredRun) -> Result<(), StoreError>;
 
-    /// Remembers a fact of a run.
-    fn record(&mut self, run: &RunId, record: &Record) -> Result<(), StoreError>;
+    /// Appends facts to a run's journal, all or none.
+    fn record(&mut self, run: &RunId, records: &[Record]) -> Result<(), StoreError>;
+
+    /// Returns a run's journal.
+    fn journal(&self, run: &RunId) -> Result<Vec<JournalLine>, StoreError>;
 
     /// Appends what happened and returns its sequence number, 1 for a run's first.
     fn append(&mut self, run: &RunId, update: &Update) -> Result<u64, StoreError>;
@@ -135,7 +153,11 @@ pub trait Store: Send {
 #[derive(Debug)]
 pub struct SqliteStore {
     db: Connection,
+    epoch: CoordEpoch,
 }
+
+/// Layout of the file; a file of another one is refused.
+const LAYOUT: i64 = 2;
 
 const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS coordinator (
@@ -147,13 +169,16 @@ const SCHEMA: &str = "
         run_id TEXT NOT NULL UNIQUE,
         spec TEXT NOT NULL,
         n_samples INTEGER NOT NULL,
-        fingerprint TEXT NOT NULL,
-        generation INTEGER NOT NULL,
-        probe INTEGER,
-        checkpoint_step INTEGER,
-        checkpoint_manifest TEXT,
-        ending TEXT
+        fingerprint TEXT NOT NULL
     );
+    CREATE TABLE IF NOT EXISTS journal (
+        run_id TEXT NOT NULL,
+        seq INTEGER NOT NULL,
+        at_ms INTEGER NOT NULL,
+        epoch INTEGER NOT NULL,
+        body TEXT NOT NULL,
+        PRIMARY KEY (run_id, seq)
+    ) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS updates (
         run_id TEXT NOT NULL,
         seq INTEGER NOT NULL,
@@ -183,8 +208,20 @@ impl SqliteStore {
         let db = Connection::open(path).map_err(failed)?;
         db.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
         db.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
+        check_layout(&db, path)?;
         db.execute_batch(SCHEMA).map_err(failed)?;
-        Ok(SqliteStore { db })
+        db.pragma_update(None, "user_version", LAYOUT).map_err(failed)?;
+        Ok(SqliteStore { db, epoch: CoordEpoch(0) })
+    }
+
+    /// Opens the file at `path` to look at it, also while a coordinator has it.
+    pub fn open_to_read(path: &Path) -> Result<Self, StoreError> {
+        use rusqlite::OpenFlags;
+        let failed = |source| StoreError::Open { path: path.display().to_string(), source };
+        let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY);
+        let db = db.map_err(failed)?;
+        check_layout(&db, path)?;
+        Ok(SqliteStore { db, epoch: CoordEpoch(0) })
     }
 
     /// Creates a store that lives as long as the value; for tests.
@@ -192,8 +229,28 @@ impl SqliteStore {
         let failed = |source| StoreError::Open { path: ":memory:".to_string(), source };
         let db = Connection::open_in_memory().map_err(failed)?;
         db.execute_batch(SCHEMA).map_err(failed)?;
-        Ok(SqliteStore { db })
+        Ok(SqliteStore { db, epoch: CoordEpoch(0) })
     }
+}
+
+/// Refuses a file that another version of this crate wrote; 0 is a file without any.
+fn check_layout(db: &Connection, path: &Path) -> Result<(), StoreError> {
+    let failed = |source| StoreError::Open { path: path.display().to_string(), source };
+    let layout: i64 =
+        db.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed)?;
+    let runs = "SELECT count(*) FROM sqlite_master WHERE name = 'runs'";
+    let in_use = db.query_row(runs, [], |row| row.get::<_, i64>(0)).map_err(failed)? > 0;
+    if layout == LAYOUT || (layout == 0 && !in_use) {
+        return Ok(());
+    }
+    Err(StoreError::Content {
+        what: "a layout",
+        detail: format!(
+            "`{}` has layout {layout}, this build reads {LAYOUT}: take another state folder and \
+             submit the runs again; they go on from their checkpoints",
+            path.display()
+        ),
+    })
 }
 
 impl Store for SqliteStore {
@@ -202,80 +259,95 @@ impl Store for SqliteStore {
                    ON CONFLICT (id) DO UPDATE SET epoch = epoch + 1 RETURNING epoch";
         let epoch: i64 =
             self.db.query_row(sql, [], |row| row.get(0)).map_err(query("count the start"))?;
-        Ok(CoordEpoch(unsigned(epoch)))
+        self.epoch = CoordEpoch(unsigned(epoch));
+        Ok(self.epoch)
     }
 
     fn runs(&self) -> Result<Vec<StoredRun>, StoreError> {
         let failed = query("list runs");
-        let sql = "SELECT run_id, spec, n_samples, fingerprint, generation, probe, checkpoint_step,
-                   checkpoint_manifest, ending FROM runs ORDER BY seq";
+        let sql = "SELECT run_id, spec, n_samples, fingerprint FROM runs ORDER BY seq";
         let mut statement = self.db.prepare(sql).map_err(&failed)?;
         let rows = statement.query_map([], RunRow::read).map_err(&failed)?;
         let mut out: Vec<StoredRun> = Vec::new();
         for row in rows {
-            out.push(row.map_err(&failed)?.validate()?);
+            let row = row.map_err(&failed)?;
+            let run_id: RunId = row.run_id.parse().map_err(|err: lacuna_types::NameError| {
+                StoreError::Content { what: "a run's name", detail: err.to_string() }
+            })?;
+            let journal = self.journal(&run_id)?;
+            out.push(StoredRun {
+                run_id,
+                spec: row.spec,
+                n_samples: unsigned(row.n_samples),
+                fingerprint: row.fingerprint,
+                saved: Saved::replay(journal.iter().map(|line| &line.record)),
+            });
         }
         Ok(out)
     }
 
     fn put_run(&mut self, run: &StoredRun) -> Result<(), StoreError> {
-        let sql = "INSERT INTO runs (run_id, spec, n_samples, fingerprint, generation, probe,
-                   checkpoint_step, checkpoint_manifest, ending)
-                   VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
-                   ON CONFLICT (run_id) DO UPDATE SET spec = ?2, n_samples = ?3, fingerprint = ?4,
-                   generation = ?5, probe = ?6, checkpoint_step = ?7, checkpoint_manifest = ?8,
-                   ending = ?9";
-        let checkpoint = run.saved.checkpoint.as_ref();
-        let values = params![
-            run.run_id.as_str(),
-            run.spec,
-            signed(run.n_samples),
-            run.fingerprint,
-            signed(run.saved.generation.0),
-            run.saved.probe.map(signed),
-            checkpoint.map(|c| signed(c.step.0)),
-            checkpoint.map(|c| c.manifest.clone()),
-            run.ending.as_ref().map(ending_to_text),
-        ];
+        let sql = "INSERT INTO runs (run_id, spec, n_samples, fingerprint) VALUES (?1, ?2, ?3, ?4)
+                   ON CONFLICT (run_id) DO UPDATE SET spec = ?2, n_samples = ?3, fingerprint = ?4";
+        let values = params![run.run_id.as_str(), run.spec, signed(run.n_samples), run.fingerprint];
         self.db.execute(sql, values).map_err(query("create a run"))?;
         Ok(())
     }
 
-    fn record(&mut self, run: &RunId, record: &Record) -> Result<(), StoreError> {
+    fn record(&mut self, run: &RunId, records: &[Record]) -> Result<(), StoreError> {
         let failed = query("record a fact of a run");
-        let id = run.as_str();
-        let changed = match record {
-            Record::Generation(g) => self.db.execute(
-                "UPDATE runs SET generation = ?2 WHERE run_id = ?1",
-                params![id, signed(g.0)],
-            ),
-            Record::Probe(p) => self
-                .db
-                .execute("UPDATE runs SET probe = ?2 WHERE run_id = ?1", params![id, signed(*p)]),
-            Record::Checkpoint(c) => self.db.execute(
-                "UPDATE runs SET checkpoint_step = ?2, checkpoint_manifest = ?3 WHERE run_id = ?1",
-                params![id, signed(c.step.0), c.manifest],
-            ),
-            Record::Ended(e) => self.db.execute(
-                "UPDATE runs SET ending = ?2 WHERE run_id = ?1",
-                params![id, ending_to_text(e)],
-            ),
+        let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
+        let sql = "INSERT INTO journal (run_id, seq, at_ms, epoch, body) VALUES (?1,
+                   (SELECT coalesce(max(seq), 0) + 1 FROM journal WHERE run_id = ?1), ?2, ?3, ?4)";
+        let all = self.db.transaction().map_err(&failed)?;
+        for record in records {
+            let body = text::render(record);
+            let values = params![run.as_str(), signed(at_ms as u64), signed(self.epoch.0), body];
+            all.prepare_cached(sql)
+                .and_then(|mut statement| statement.execute(values))
+                .map_err(&failed)?;
+        }
+        all.commit().map_err(&failed)
+    }
+
+    fn journal(&self, run: &RunId) -> Result<Vec<JournalLine>, StoreError> {
+        let failed = query("read a journal");
+        let sql = "SELECT seq, at_ms, epoch, body FROM journal WHERE run_id = ?1 ORDER BY seq";
+        let mut statement = self.db.prepare_cached(sql).map_err(&failed)?;
+        let read = |row: &rusqlite::Row<'_>| {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get::<_, String>(3)?))
         };
-        let changed = changed.map_err(failed)?;
-        assert_eq!(changed, 1, "facts are recorded of runs that exist");
-        Ok(())
+        let rows = statement.query_map([run.as_str()], read).map_err(&failed)?;
+        let mut out: Vec<JournalLine> = Vec::new();
+        for row in rows {
+            let (seq, at_ms, epoch, body): (i64, i64, i64, String) = row.map_err(&failed)?;
+            let record = text::parse(&body)
+                .map_err(|detail| StoreError::Content { what: "a journal's record", detail })?;
+            out.push(JournalLine {
+                seq: unsigned(seq),
+                at_ms: unsigned(at_ms),
+                epoch: CoordEpoch(unsigned(epoch)),
+                record,
+            });
+        }
+        Ok(out)
     }
 
     fn append(&mut self, run: &RunId, update: &Update) -> Result<u64, StoreError> {
         let sql = "INSERT INTO updates (run_id, seq, figures, body) VALUES (?1,
                    (SELECT coalesce(max(seq), 0) + 1 FROM updates WHERE run_id = ?1), ?2, ?3)
                    RETURNING seq";
+        let failed = query("append an update");
         let figures = matches!(update, Update::Figures { .. });
         let body = serde_json::to_string(update).expect("plain structs are JSON");
+        // A crash may take the last ones: they are for people, and nothing is decided by them.
+        self.db.pragma_update(None, "synchronous", "NORMAL").map_err(&failed)?;
         let seq: i64 = self
             .db
-            .query_row(sql, params![run.as_str(), figures, body], |row| row.get(0))
-            .map_err(query("append an update"))?;
+            .prepare_cached(sql)
+            .and_then(|mut s| s.query_row(params![run.as_str(), figures, body], |row| row.get(0)))
+            .map_err(&failed)?;
+        self.db.pragma_update(None, "synchronous", "FULL").map_err(&failed)?;
         Ok(unsigned(seq))
     }
 
@@ -333,11 +405,6 @@ struct RunRow {
     spec: String,
     n_samples: i64,
     fingerprint: String,
-    generation: i64,
-    probe: Option<i64>,
-    checkpoint_step: Option<i64>,
-    checkpoint_manifest: Option<String>,
-    ending: Option<String>,
 }
 
 impl RunRow {
@@ -347,65 +414,8 @@ impl RunRow {
             spec: row.get(1)?,
             n_samples: row.get(2)?,
             fingerprint: row.get(3)?,
-            generation: row.get(4)?,
-            probe: row.get(5)?,
-            checkpoint_step: row.get(6)?,
-            checkpoint_manifest: row.get(7)?,
-            ending: row.get(8)?,
         })
     }
-
-    fn validate(self) -> Result<StoredRun, StoreError> {
-        let run_id = self.run_id.parse().map_err(|err: lacuna_types::NameError| {
-            StoreError::Content { what: "a run's name", detail: err.to_string() }
-        })?;
-        let checkpoint = self.checkpoint_step.zip(self.checkpoint_manifest);
-        let saved = Saved {
-            generation: Generation(unsigned(self.generation)),
-            probe: self.probe.map(unsigned),
-            checkpoint: checkpoint
-                .map(|(step, manifest)| CheckpointRef { step: Step(unsigned(step)), manifest }),
-        };
-        Ok(StoredRun {
-            run_id,
-            spec: self.spec,
-            n_samples: unsigned(self.n_samples),
-            fingerprint: self.fingerprint,
-            saved,
-            ending: self.ending.as_deref().map(ending_from_text).transpose()?,
-        })
-    }
-}
-
-/// An ending as it stands in the file.
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum EndingText {
-    Finished { step: u64, digest: u64 },
-    Failed { why: String, code: u8 },
-    Stopped { step: u64, why: String },
-    Paused { why: String },
-}
-
-fn ending_to_text(ending: &Ending) -> String {
-    let text = match ending.clone() {
-        Ending::Finished { step, digest } => EndingText::Finished { step: step.0, digest },
-        Ending::Failed { why, code } => EndingText::Failed { why, code },
-        Ending::Stopped { step, why } => EndingText::Stopped { step: step.0, why },
-        Ending::Paused { why } => EndingText::Paused { why },
-    };
-    serde_json::to_string(&text).expect("plain structs are JSON")
-}
-
-fn ending_from_text(text: &str) -> Result<Ending, StoreError> {
-    let failed =
-        |err: serde_json::Error| StoreError::Content { what: "an ending", detail: err.to_string() };
-    Ok(match serde_json::from_str(text).map_err(failed)? {
-        EndingText::Finished { step, digest } => Ending::Finished { step: Step(step), digest },
-        EndingText::Failed { why, code } => Ending::Failed { why, code },
-        EndingText::Stopped { step, why } => Ending::Stopped { step: Step(step), why },
-        EndingText::Paused { why } => Ending::Paused { why },
-    })
 }
 
 #[cfg(test)]

@@ -163,6 +163,11 @@ const FIELDS: &[Field] = &[
     maths("optim.eps", "1e-8", "added to the root of AdamW's second moment"),
     maths("optim.decay_tokens", "true", "whether cls_token and mask_token are decayed"),
     placement("elastic.workers", "\"2:8\"", "fewest and most workers, \"min:max\""),
+    placement(
+        "elastic.spares",
+        "0",
+        "workers beyond the most that stand by warm, to take a lost one's place at once",
+    ),
     placement("checkpoint.to", "\"runs\"", "folder that holds the folder of the run"),
     placement(
         "checkpoint.every",

@@ -210,6 +210,7 @@ pub struct OptimSpec {
 #[allow(missing_docs, reason = "the table of fields documents each key once")]
 pub struct ElasticSpec {
     pub workers: Workers,
+    pub spares: u32,
 }
 
 /// Section `[checkpoint]`.

@@ -82,7 +82,9 @@ impl Agent {
     async fn run(self) -> u8 {
         let (reports, outbox) = mpsc::channel(QUEUE);
         let (fatal, mut fatal_code) = mpsc::channel(1);
+        let (kills, killed) = tokio::sync::broadcast::channel(QUEUE);
         let uplink = Uplink {
+            kills: kills.clone(),
             url: self.args.coordinator.clone(),
             node: self.node.clone(),
             devices: self.devices.clone(),
@@ -92,10 +94,13 @@ impl Agent {
         let (stop, stopping) = tokio::sync::watch::channel(Stop::No);
         let mut devices = tokio::task::JoinSet::new();
         for device in &self.devices {
-            let supervisor = self.supervisor(device, reports.clone(), stopping.clone());
+            let supervisor =
+                self.supervisor(device, reports.clone(), stopping.clone(), killed.resubscribe());
             devices.spawn(supervisor.run());
         }
+        drop(killed);
         let mut parent = self.args.with_parent.then(watch_stdin);
+        let mut walltime = std::pin::pin!(drain_time(self.args.drain_after()));
         let mut signals = Signals::new();
         let mut ends: Vec<DeviceEnd> = Vec::new();
         while ends.len() < self.devices.len() {
@@ -111,6 +116,10 @@ impl Agent {
                     info!("{name}: asking trainers to leave");
                     let again = *stop.borrow() != Stop::No;
                     stop.send_replace(if again { Stop::Kill } else { Stop::Leave });
+                }
+                () = &mut walltime, if *stop.borrow() == Stop::No => {
+                    info!("this machine's time is nearly over: asking trainers to leave");
+                    stop.send_replace(Stop::Leave);
                 }
                 Some(code) = fatal_code.recv() => {
                     stop.send_replace(Stop::Kill);
@@ -148,6 +157,7 @@ impl Agent {
         device: &str,
         reports: mpsc::Sender<v1::TrainerExited>,
         stopping: tokio::sync::watch::Receiver<Stop>,
+        kills: tokio::sync::broadcast::Receiver<v1::NodeKill>,
     ) -> Supervisor {
         Supervisor {
             args: self.args.clone(),
@@ -157,7 +167,16 @@ impl Agent {
             env: self.backend.trainer_env(),
             reports,
             stopping,
+            kills,
         }
+    }
+}
+
+/// Completes when the trainers should leave because the machine's time ends; never without one.
+async fn drain_time(after: Option<Duration>) {
+    match after {
+        Some(after) => tokio::time::sleep(after).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -199,6 +218,7 @@ struct Supervisor {
     env: Vec<(String, String)>,
     reports: mpsc::Sender<v1::TrainerExited>,
     stopping: tokio::sync::watch::Receiver<Stop>,
+    kills: tokio::sync::broadcast::Receiver<v1::NodeKill>,
 }
 
 impl Supervisor {
@@ -251,7 +271,7 @@ impl Supervisor {
         // The trainer lives as long as this end is open; waiting for it would close it otherwise.
         let _lifeline = child.stdin.take();
         let tail = tokio::spawn(forward_stderr(stderr));
-        let status = self.wait(&mut child).await;
+        let status = self.wait(&mut child, incarnation).await;
         let tail = tail.await.unwrap_or_default();
         let how = describe(status);
         info!(worker_id = self.worker_id, how, "trainer ended");
@@ -293,7 +313,7 @@ impl Supervisor {
     }
 
     /// Waits for the end, asking the trainer to leave or killing it when the agent stops.
-    async fn wait(&mut self, child: &mut Child) -> Option<ExitStatus> {
+    async fn wait(&mut self, child: &mut Child, incarnation: u64) -> Option<ExitStatus> {
         let mut deadline: Option<tokio::time::Instant> = None;
         loop {
             let expired = async {
@@ -318,6 +338,19 @@ impl Supervisor {
                         }
                     }
                 }
+                kill = self.kills.recv() => match kill {
+                    Ok(kill) if kill.worker_id == self.worker_id && kill.incarnation == incarnation => {
+                        warn!(worker_id = self.worker_id, why = kill.why, "told to kill the trainer");
+                        // Fails only where it ended by itself.
+                        let _ = child.start_kill();
+                    }
+                    // For another device or an earlier life. Who missed one is left out all the same.
+                    Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                    // The agent is going; `stopping` says how.
+                    Err(tokio::sync::broadcast::error::RecvError::Closed) => {
+                        return child.wait().await.ok();
+                    }
+                },
                 () = expired => {
                     warn!(worker_id = self.worker_id, "trainer did not leave in time; killing it");
                     // Fails only where it ended by itself.
@@ -375,6 +408,7 @@ struct Uplink {
     node: String,
     devices: Vec<String>,
     fatal: mpsc::Sender<u8>,
+    kills: tokio::sync::broadcast::Sender<v1::NodeKill>,
 }
 
 impl Uplink {
@@ -435,7 +469,12 @@ impl Uplink {
                     None => return Ok(()),
                 },
                 answer = answers.message() => match answer {
-                    Ok(Some(_)) => {}
+                    Ok(Some(answer)) => {
+                        if let Some(v1::agent_response::Message::Kill(kill)) = answer.message {
+                            // Without supervisors there is nothing left to kill.
+                            let _ = self.kills.send(kill);
+                        }
+                    }
                     Ok(None) => return Ok(()),
                     Err(status) => {
                         let (why, fatal, _) = refused(&status);

@@ -58,6 +58,19 @@ pub struct AgentArgs {
     #[arg(long, default_value_t = 86_400)]
     pub give_up_seconds: u64,
 
+    /// Seconds from now at which this machine is taken away: trainers are asked to leave
+    /// `--drain-margin` before. Under Slurm, the job's end is taken by itself.
+    #[arg(long)]
+    pub walltime: Option<u64>,
+
+    /// Seconds before the machine's end at which trainers are asked to leave.
+    #[arg(long, default_value_t = 120)]
+    pub drain_margin: u64,
+
+    /// End of a Slurm job, in seconds since the Unix epoch.
+    #[arg(long, env = "SLURM_JOB_END_TIME", hide = true)]
+    pub end_time: Option<u64>,
+
     /// End when the run that the trainers worked for has ended, instead of waiting for another.
     #[arg(long)]
     pub once: bool,
@@ -65,6 +78,17 @@ pub struct AgentArgs {
     /// End when standard input closes: for a parent that starts the agent with a pipe.
     #[arg(long, hide = true)]
     pub with_parent: bool,
+}
+
+impl AgentArgs {
+    /// Returns how long trainers may work before they are asked to leave, if that is bounded.
+    pub fn drain_after(&self) -> Option<Duration> {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now = now.map_or(0, |d| d.as_secs());
+        let by_end = self.end_time.map(|end| end.saturating_sub(now));
+        let left = self.walltime.into_iter().chain(by_end).min()?;
+        Some(Duration::from_secs(left.saturating_sub(self.drain_margin)))
+    }
 }
 
 /// Settings of a trainer.

@@ -37,7 +37,8 @@ pub struct CreateRunResponse {
 pub struct Run {
     #[prost(string, tag = "1")]
     pub run_id: ::prost::alloc::string::String,
-    /// One word: waiting, forming, syncing, running, held, paused, stopped, finished, failed.
+    /// One word: waiting, recovering, forming, syncing, running, held, disputed, paused, stopped,
+    /// finished, failed.
     #[prost(string, tag = "2")]
     pub state: ::prost::alloc::string::String,
     /// Why, where the state needs a reason.
@@ -203,6 +204,20 @@ pub struct DrainWorkerRequest {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DrainWorkerResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForceRunRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForceRunResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReleaseWorkerRequest {
+    #[prost(string, tag = "1")]
+    pub worker_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReleaseWorkerResponse {}
 /// Generated client implementations.
 pub mod run_service_client {
     #![allow(
@@ -440,6 +455,31 @@ pub mod run_service_client {
                 .insert(GrpcMethod::new("lacuna.v1.RunService", "RequestCheckpoint"));
             self.inner.unary(req, path, codec).await
         }
+        /// Gives members up that fell silent and may be training on unseen, so that others can begin.
+        pub async fn force_run(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ForceRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ForceRunResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.RunService/ForceRun",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.RunService", "ForceRun"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -496,6 +536,14 @@ pub mod run_service_server {
             request: tonic::Request<super::RequestCheckpointRequest>,
         ) -> std::result::Result<
             tonic::Response<super::RequestCheckpointResponse>,
+            tonic::Status,
+        >;
+        /// Gives members up that fell silent and may be training on unseen, so that others can begin.
+        async fn force_run(
+            &self,
+            request: tonic::Request<super::ForceRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ForceRunResponse>,
             tonic::Status,
         >;
     }
@@ -845,6 +893,51 @@ pub mod run_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/lacuna.v1.RunService/ForceRun" => {
+                    #[allow(non_camel_case_types)]
+                    struct ForceRunSvc<T: RunService>(pub Arc<T>);
+                    impl<
+                        T: RunService,
+                    > tonic::server::UnaryService<super::ForceRunRequest>
+                    for ForceRunSvc<T> {
+                        type Response = super::ForceRunResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ForceRunRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RunService>::force_run(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ForceRunSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -1026,6 +1119,31 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("lacuna.v1.AdminService", "DrainWorker"));
             self.inner.unary(req, path, codec).await
         }
+        /// Lets a worker back in that was kept out because it did harm.
+        pub async fn release_worker(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReleaseWorkerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReleaseWorkerResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.AdminService/ReleaseWorker",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.AdminService", "ReleaseWorker"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1051,6 +1169,14 @@ pub mod admin_service_server {
             request: tonic::Request<super::DrainWorkerRequest>,
         ) -> std::result::Result<
             tonic::Response<super::DrainWorkerResponse>,
+            tonic::Status,
+        >;
+        /// Lets a worker back in that was kept out because it did harm.
+        async fn release_worker(
+            &self,
+            request: tonic::Request<super::ReleaseWorkerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReleaseWorkerResponse>,
             tonic::Status,
         >;
     }
@@ -1221,6 +1347,51 @@ pub mod admin_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/lacuna.v1.AdminService/ReleaseWorker" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReleaseWorkerSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::ReleaseWorkerRequest>
+                    for ReleaseWorkerSvc<T> {
+                        type Response = super::ReleaseWorkerResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReleaseWorkerRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::release_worker(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReleaseWorkerSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -1265,7 +1436,7 @@ pub mod admin_service_server {
 pub struct SessionRequest {
     #[prost(
         oneof = "session_request::Message",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
     )]
     pub message: ::core::option::Option<session_request::Message>,
 }
@@ -1297,19 +1468,21 @@ pub mod session_request {
         PartFailed(super::PartFailed),
         #[prost(message, tag = "12")]
         Leaving(super::Leaving),
+        #[prost(message, tag = "13")]
+        Audited(super::Audited),
     }
 }
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SessionResponse {
     #[prost(
         oneof = "session_response::Message",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
     )]
     pub message: ::core::option::Option<session_response::Message>,
 }
 /// Nested message and enum types in `SessionResponse`.
 pub mod session_response {
-    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Message {
         #[prost(message, tag = "1")]
         Welcome(super::Welcome),
@@ -1333,6 +1506,8 @@ pub mod session_response {
         Exit(super::Exit),
         #[prost(message, tag = "11")]
         Stale(super::Stale),
+        #[prost(message, tag = "12")]
+        Audit(super::Audit),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1357,6 +1532,12 @@ pub struct Hello {
     /// Step of the state in memory, if there is one.
     #[prost(uint64, optional, tag = "7")]
     pub state_step: ::core::option::Option<u64>,
+    /// The generation it takes part in, 0 for none.
+    #[prost(uint64, tag = "8")]
+    pub generation: u64,
+    /// Whether it is connected to that generation's members, or connecting.
+    #[prost(bool, tag = "9")]
+    pub up: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Beat {
@@ -1368,8 +1549,14 @@ pub struct Beat {
     pub phase: i32,
     #[prost(uint64, tag = "4")]
     pub phase_ms: u64,
+    /// Newest collective operation, and whether it is in progress.
     #[prost(uint64, tag = "5")]
     pub op_seq: u64,
+    #[prost(bool, tag = "6")]
+    pub in_op: bool,
+    /// Time that a slot takes it to compute of late, in microseconds; 0 before the first.
+    #[prost(uint64, tag = "7")]
+    pub slot_us: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Warm {
@@ -1383,6 +1570,9 @@ pub struct Prepared {
     /// Step of the state in memory, if there is one.
     #[prost(uint64, optional, tag = "2")]
     pub state_step: ::core::option::Option<u64>,
+    /// Whether the communicator of the generation before is still up, with that state.
+    #[prost(bool, tag = "3")]
+    pub kept: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Synced {
@@ -1401,6 +1591,16 @@ pub struct Fault {
     pub kind: i32,
     #[prost(string, tag = "3")]
     pub detail: ::prost::alloc::string::String,
+    /// Ranks that the error speaks of.
+    #[prost(uint32, repeated, tag = "4")]
+    pub suspects: ::prost::alloc::vec::Vec<u32>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Audited {
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    #[prost(fixed64, tag = "2")]
+    pub probe: u64,
 }
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct StepMark {
@@ -1491,6 +1691,9 @@ pub struct Welcome {
     /// Digest of the maths fields of the spec.
     #[prost(string, tag = "8")]
     pub spec_digest: ::prost::alloc::string::String,
+    /// Without a coordinator for this long, a worker stands still at the next boundary.
+    #[prost(uint64, tag = "9")]
+    pub orphan_ms: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Member {
@@ -1511,11 +1714,15 @@ pub struct Plan {
     pub members: ::prost::alloc::vec::Vec<Member>,
     #[prost(string, tag = "3")]
     pub why: ::prost::alloc::string::String,
+    #[prost(enumeration = "Communicator", tag = "4")]
+    pub communicator: i32,
 }
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Prepare {
-    #[prost(message, optional, tag = "1")]
-    pub plan: ::core::option::Option<Plan>,
+    /// An encoded Plan. All members get the same one, so it is encoded once; on the wire this is a
+    /// field of type Plan.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub plan: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Sync {
@@ -1619,6 +1826,11 @@ pub struct Stale {
     #[prost(uint64, tag = "1")]
     pub generation: u64,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Audit {
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AgentRequest {
     #[prost(oneof = "agent_request::Message", tags = "1, 2, 3")]
@@ -1663,7 +1875,7 @@ pub struct TrainerExited {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AgentResponse {
-    #[prost(oneof = "agent_response::Message", tags = "1, 2")]
+    #[prost(oneof = "agent_response::Message", tags = "1, 2, 3")]
     pub message: ::core::option::Option<agent_response::Message>,
 }
 /// Nested message and enum types in `AgentResponse`.
@@ -1674,6 +1886,8 @@ pub mod agent_response {
         Welcome(super::NodeWelcome),
         #[prost(message, tag = "2")]
         Exit(super::NodeExit),
+        #[prost(message, tag = "3")]
+        Kill(super::NodeKill),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1686,6 +1900,16 @@ pub struct NodeExit {
     #[prost(uint32, tag = "1")]
     pub code: u32,
     #[prost(string, tag = "2")]
+    pub why: ::prost::alloc::string::String,
+}
+/// Kill one life of a trainer: it does not leave its communicator, or holds its group up.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NodeKill {
+    #[prost(string, tag = "1")]
+    pub worker_id: ::prost::alloc::string::String,
+    #[prost(fixed64, tag = "2")]
+    pub incarnation: u64,
+    #[prost(string, tag = "3")]
     pub why: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -1767,6 +1991,36 @@ impl FaultKind {
             "FAULT_KIND_STORAGE" => Some(Self::Storage),
             "FAULT_KIND_RUN" => Some(Self::Run),
             "FAULT_KIND_LOCAL" => Some(Self::Local),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Communicator {
+    Unspecified = 0,
+    /// Members keep the one of the generation before.
+    Keep = 1,
+    New = 2,
+}
+impl Communicator {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "COMMUNICATOR_UNSPECIFIED",
+            Self::Keep => "COMMUNICATOR_KEEP",
+            Self::New => "COMMUNICATOR_NEW",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "COMMUNICATOR_UNSPECIFIED" => Some(Self::Unspecified),
+            "COMMUNICATOR_KEEP" => Some(Self::Keep),
+            "COMMUNICATOR_NEW" => Some(Self::New),
             _ => None,
         }
     }

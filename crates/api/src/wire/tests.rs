@@ -9,13 +9,19 @@ fn every_message_to_a_worker_survives_the_wire() {
         endpoint: "127.0.0.1:4000".into(),
         slots: vec![0, 3],
     };
-    let plan = Plan { generation, members: vec![member], why: "w".into() };
+    let plan = Plan {
+        generation,
+        members: vec![member],
+        communicator: Communicator::Keep,
+        why: "w".into(),
+    };
     let sync = |origin| Sync { resume_step: Step(4), origin };
     let comm_id = vec![1; 32];
     let connect =
         |origin| ToWorker::Connect { generation, comm_id: comm_id.clone(), sync: sync(origin) };
     let all = [
-        ToWorker::Prepare(plan),
+        ToWorker::Prepare(Arc::new(plan)),
+        ToWorker::Audit { generation },
         connect(Origin::Seed),
         connect(Origin::Checkpoint { manifest: "m".into() }),
         connect(Origin::Memory { source: 1, healed: vec![0, 2] }),
@@ -49,14 +55,28 @@ fn every_message_to_the_coordinator_survives_the_wire() {
         skipped: 1,
         redone: 2,
     };
-    let beat = Beat { generation, step: Step(3), phase: Phase::Reduce, phase_ms: 12, op_seq: 99 };
+    let beat = Beat {
+        generation,
+        step: Step(3),
+        phase: Phase::Reduce,
+        phase_ms: 12,
+        op_seq: 99,
+        in_op: true,
+        slot_us: 41,
+    };
     let all = [
         ToCoordinator::Beat(beat),
         ToCoordinator::Warm { probe: u64::MAX },
-        ToCoordinator::Prepared { generation, state: None },
-        ToCoordinator::Prepared { generation, state: Some(Step(0)) },
+        ToCoordinator::Prepared { generation, state: None, kept: false },
+        ToCoordinator::Prepared { generation, state: Some(Step(0)), kept: true },
         ToCoordinator::Synced { generation, step: Step(1), digest: 5 },
-        ToCoordinator::Fault { generation, kind: FaultKind::Storage, detail: "d".into() },
+        ToCoordinator::Fault {
+            generation,
+            kind: FaultKind::Storage,
+            suspects: vec![0, 3],
+            detail: "d".into(),
+        },
+        ToCoordinator::Audited { generation, probe: 8 },
         ToCoordinator::StepMark(mark),
         ToCoordinator::Held { generation, step: Step(1), digest: 5 },
         ToCoordinator::Snapshotted { generation, attempt, step: Step(1), digest: 5 },

@@ -91,7 +91,8 @@ fn stop_saves_and_the_run_goes_on_later() {
     assert!(cluster.run(LIMIT, |c| c.processes.is_empty()));
     assert!(cluster.exits.iter().all(|(_, code)| *code == 0), "{:?}", cluster.exits);
 
-    let (config, saved) = (cluster.config.clone(), cluster.saved.clone());
+    let (config, mut saved) = (cluster.config.clone(), cluster.saved.clone());
+    saved.apply(&crate::journal::Record::Resumed);
     cluster.coordinator = Coordinator::new(config, cluster.timing.clone(), saved, cluster.now);
     cluster.spawn("d:0");
     assert!(cluster.run(LIMIT, Cluster::finished), "{}", cluster.transcript());
@@ -119,7 +120,14 @@ fn another_probe_class_is_refused() {
     assert!(cluster.run(LIMIT, |c| c.saved.probe == Some(7)));
     let worker: WorkerId = "z:0".parse().unwrap();
     let incarnation = Incarnation(999);
-    let hello = Hello { worker: worker.clone(), incarnation, endpoint: "x:1".into(), state: None };
+    let hello = Hello {
+        worker: worker.clone(),
+        incarnation,
+        endpoint: "x:1".into(),
+        state: None,
+        generation: lacuna_types::Generation(0),
+        up: false,
+    };
     cluster.feed_coordinator(coordinator::Event::Hello(hello));
     let message = ToCoordinator::Warm { probe: 8 };
     cluster.feed_coordinator(coordinator::Event::Message { worker, incarnation, message });

@@ -1,37 +1,79 @@
-//! Generations: forming, running, stopping at a boundary.
+//! Generations: from the first candidates to the start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId, exit};
 
+use super::members::Worker;
+use super::returning::LastStarted;
 use super::saving::Attempt;
-use super::{Command, Coordinator, Ending, Record};
-use crate::message::ToWorker;
-use crate::plan::{Member, Plan, Sync, choose_sync, group_size, slot_map};
+use super::{Command, Coordinator, Ending};
+use crate::journal::{Record, Saved};
+use crate::message::{Phase, ToWorker};
+use crate::plan::{
+    Communicator, Member, Origin, Plan, Sync, balanced_shares, busiest_us, choose_sync, efficiency,
+    even_shares, group_size, slot_map,
+};
+use crate::timing::Timing;
+
+/// Below this share of useful time a group's size deserves a remark.
+const EFFICIENCY_MIN: f64 = 0.85;
 
 /// The generation that exists.
 #[derive(Clone, Debug)]
 pub(super) struct Group {
-    pub plan: Plan,
+    pub plan: Arc<Plan>,
     pub stage: Stage,
+    /// Since when it exists.
+    pub formed: Timestamp,
     /// By when it must have started.
     pub deadline: Timestamp,
     /// Answers by rank: `Some(None)` has no state.
     pub prepared: Vec<Option<Option<Step>>>,
-    pub comm_id: Option<Vec<u8>>,
+    pub comm_id: CommId,
     pub sync: Option<Sync>,
     pub synced: BTreeMap<usize, (Step, u64)>,
+    /// Ranks that came back to a coordinator that was started again.
+    pub back: BTreeSet<usize>,
     pub held: BTreeMap<usize, (Step, u64)>,
     /// The change that members were asked to stop for.
-    pub change: Option<String>,
+    pub change: Option<Change>,
     pub attempt: Option<Attempt>,
-    pub attempts: u64,
-    /// Newest step with a digest: step, who said it first, digest.
-    pub marked: Option<(Step, WorkerId, u64)>,
+    /// Digests of states by step and rank, until all ranks have said theirs.
+    pub votes: BTreeMap<Step, BTreeMap<usize, u64>>,
+    /// Newest operation that a member is known to have entered.
+    pub op_seq: u64,
+    /// When the group last got further.
+    pub moved: Timestamp,
+    /// Longest time it took to get further.
+    pub longest: std::time::Duration,
+    /// How often peers named a rank in a fault.
+    pub suspected: BTreeMap<usize, u32>,
+    /// Since when other shares would make steps clearly shorter.
+    pub uneven_since: Option<Timestamp>,
+}
+
+/// Why members were asked to stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Change {
+    pub why: String,
+    /// Slots by rank that the same members are to compute from then on.
+    pub shares: Option<Vec<u32>>,
+}
+
+/// The communicator's id on its way from the driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum CommId {
+    Wanted,
+    Asked,
+    Here(Vec<u8>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// This process was started again: members that train on come back to it.
+    Recovering,
     /// Members leave their old communicators.
     Preparing,
     /// Members connect and synchronise their state.
@@ -40,6 +82,48 @@ pub(super) enum Stage {
     Running,
     /// Members stand at one boundary.
     Held,
+}
+
+impl Group {
+    pub(super) fn new(plan: Arc<Plan>, now: Timestamp, deadline: Timestamp) -> Self {
+        Group {
+            stage: Stage::Preparing,
+            formed: now,
+            deadline,
+            prepared: vec![None; plan.world()],
+            comm_id: CommId::Wanted,
+            sync: None,
+            synced: BTreeMap::new(),
+            back: BTreeSet::new(),
+            held: BTreeMap::new(),
+            change: None,
+            attempt: None,
+            votes: BTreeMap::new(),
+            op_seq: 0,
+            moved: now,
+            longest: std::time::Duration::ZERO,
+            suspected: BTreeMap::new(),
+            uneven_since: None,
+            plan,
+        }
+    }
+
+    /// The group of a journal's newest plan, as a machine that starts finds it.
+    pub(super) fn recovered(
+        plan: Arc<Plan>,
+        saved: &Saved,
+        timing: &Timing,
+        now: Timestamp,
+    ) -> Self {
+        let mut group = Group::new(plan, now, now + 2 * timing.lease);
+        if saved.started.is_some() {
+            group.stage = Stage::Recovering;
+            if saved.attempt_open {
+                group.attempt = Some(Attempt::new(saved.attempts, now + timing.attempt));
+            }
+        }
+        group
+    }
 }
 
 impl Coordinator {
@@ -57,31 +141,41 @@ impl Coordinator {
         if self.reform.is_none() {
             self.reform = Some((now + self.timing.failure_window, why.to_string()));
         }
+        if group.votes.values().any(differ) {
+            let why = "it ended while digests of its states differed";
+            self.distrust(&format!("generation {generation}: {why}"));
+        }
     }
 
     /// Names that could be members, survivors of the newest group first and in its order.
-    fn candidates(&self) -> Vec<WorkerId> {
-        let usable = |id: &&WorkerId| self.workers.get(*id).is_some_and(|w| w.usable());
+    pub(super) fn candidates(&self) -> Vec<WorkerId> {
+        let usable =
+            |id: &&WorkerId| self.workers.get(*id).is_some_and(Worker::usable) && self.is_free(id);
         let survivors: Vec<WorkerId> = self.order.iter().filter(usable).cloned().collect();
-        let others = self.workers.keys().filter(usable).filter(|id| !survivors.contains(id));
+        let known: BTreeSet<&WorkerId> = survivors.iter().collect();
+        let others = self.workers.keys().filter(usable).filter(|id| !known.contains(id));
         let others: Vec<WorkerId> = others.cloned().collect();
         survivors.into_iter().chain(others).collect()
     }
 
-    fn wanted_size(&self, available: usize) -> usize {
+    pub(super) fn wanted_size(&self, available: usize) -> usize {
         let config = &self.config;
         group_size(config.n_slots, available, config.workers_min, config.workers_max)
     }
 
     /// With no group: forms one once there are enough workers and no more are about to come.
     pub(super) fn consider_first_group(&mut self, now: Timestamp) {
-        if let Some(why) = self.stopping.take() {
+        if let Some(why) = self.saved.stopping.clone() {
             self.end(Ending::Stopped { step: self.progress, why });
             return;
         }
         let candidates = self.candidates();
         if candidates.len() < self.config.workers_min.max(1) {
             self.say_waiting(candidates.len());
+            return;
+        }
+        if let Some(why) = self.zombie_in_the_way(now, &candidates) {
+            self.say_once(why);
             return;
         }
         let newest = candidates.iter().filter_map(|id| self.workers[id].warm).max();
@@ -102,7 +196,11 @@ impl Coordinator {
             self.end(Ending::Failed { why, code: exit::IO });
             return;
         }
-        let text = format!("waiting for workers: {have} ready, {} needed", self.config.workers_min);
+        let needed = self.config.workers_min;
+        self.say_once(format!("waiting for workers: {have} ready, {needed} needed"));
+    }
+
+    fn say_once(&mut self, text: String) {
         if text != self.last_waiting {
             self.last_waiting.clone_from(&text);
             self.note("waiting", false, text);
@@ -112,7 +210,9 @@ impl Coordinator {
     /// Forms the next generation of everybody who can.
     pub(super) fn form(&mut self, now: Timestamp, why: &str) {
         let candidates = self.candidates();
-        if candidates.len() < self.config.workers_min.max(1) {
+        if candidates.len() < self.config.workers_min.max(1)
+            || self.zombie_in_the_way(now, &candidates).is_some()
+        {
             self.group = None;
             return;
         }
@@ -125,46 +225,47 @@ impl Coordinator {
         }
         let size = self.wanted_size(candidates.len());
         let (members, spares) = candidates.split_at(size);
-        self.generation = self.generation.next();
         self.fruitless += 1;
-        self.order = members.to_vec();
         self.last_waiting.clear();
-        let plan = self.make_plan(members, why);
-        self.out.push(Command::Persist(Record::Generation(self.generation)));
-        let mut text = format!("forming generation {}: {size} workers ({why})", self.generation);
-        if !spares.is_empty() {
-            text += &format!(
-                "; {} spare: {size} already make steps of {} slots as fast as {}",
-                spares.len(),
-                self.config.n_slots,
-                candidates.len()
-            );
-        }
-        self.note("forming", false, text);
-        let group = Group {
-            stage: Stage::Preparing,
-            deadline: now + self.timing.forming,
-            prepared: vec![None; size],
-            comm_id: None,
-            sync: None,
-            synced: BTreeMap::new(),
-            held: BTreeMap::new(),
-            change: None,
-            attempt: None,
-            attempts: 0,
-            marked: None,
-            plan: plan.clone(),
-        };
+        let plan = Arc::new(self.make_plan(members, why));
+        self.order = members.to_vec();
+        self.record(Record::Planned(plan.clone()));
+        self.note("forming", false, self.describe_forming(&plan, spares.len(), why));
         for (id, worker) in &mut self.workers {
             worker.member = plan.rank(id, worker.incarnation).is_some();
         }
+        let group = Group::new(plan.clone(), now, now + self.timing.forming);
         self.broadcast(&group, &ToWorker::Prepare(plan));
-        self.out.push(Command::DrawCommId(self.generation));
         self.group = Some(group);
+        self.consider_preparing();
+    }
+
+    fn describe_forming(&self, plan: &Plan, n_spares: usize, why: &str) -> String {
+        let (size, n_slots) = (plan.world(), self.config.n_slots);
+        let mut text = format!("forming generation {}: {size} workers ({why})", plan.generation);
+        if n_spares > 0 {
+            let all = size + n_spares;
+            text += &if size >= self.config.workers_max {
+                format!("; {n_spares} spare: the run takes at most {size}")
+            } else {
+                format!(
+                    "; {n_spares} spare: {size} already make steps of {n_slots} slots as fast as \
+                     {all}"
+                )
+            };
+        }
+        let share = efficiency(n_slots, size);
+        if share < EFFICIENCY_MIN {
+            let percent = (share * 100.0) as u32;
+            text += &format!("; efficiency {percent} %: {n_slots} slots do not divide evenly");
+        }
+        text
     }
 
     fn make_plan(&self, members: &[WorkerId], why: &str) -> Plan {
-        let slots = slot_map(self.config.n_slots, members.len());
+        let kept = self.group.as_ref().filter(|g| g.stage == Stage::Held && self.same(g, members));
+        let wanted = kept.and_then(|g| g.change.as_ref()).and_then(|c| c.shares.clone());
+        let shares = wanted.unwrap_or_else(|| self.shares(members));
         let member = |(id, slots): (&WorkerId, Vec<u32>)| {
             let worker = &self.workers[id];
             Member {
@@ -174,8 +275,35 @@ impl Coordinator {
                 slots,
             }
         };
-        let members = members.iter().zip(slots).map(member).collect();
-        Plan { generation: self.generation, members, why: why.to_string() }
+        Plan {
+            generation: self.saved.generation.next(),
+            members: members.iter().zip(slot_map(&shares)).map(member).collect(),
+            communicator: if kept.is_some() { Communicator::Keep } else { Communicator::New },
+            why: why.to_string(),
+        }
+    }
+
+    fn same(&self, group: &Group, members: &[WorkerId]) -> bool {
+        let lives = |(id, m): (&WorkerId, &Member)| {
+            *id == m.worker && self.workers[id].incarnation == m.incarnation
+        };
+        members.len() == group.plan.world() && members.iter().zip(&group.plan.members).all(lives)
+    }
+
+    /// Shares slots out evenly, unless members are known to differ so much that it costs time.
+    fn shares(&self, members: &[WorkerId]) -> Vec<u32> {
+        let n_slots = self.config.n_slots;
+        let even = even_shares(n_slots, members.len());
+        let times: Vec<u64> = members.iter().map(|id| self.workers[id].slot_us).collect();
+        if times.contains(&0) {
+            return even;
+        }
+        let fair = balanced_shares(n_slots, &times);
+        if clearly_shorter(busiest_us(&fair, &times), busiest_us(&even, &times)) {
+            fair
+        } else {
+            even
+        }
     }
 
     /// Returns the group and the worker's rank in it, if `generation` is the group's.
@@ -190,47 +318,92 @@ impl Coordinator {
         Some((group, rank))
     }
 
+    /// Asks for the communicator's id, once.
+    pub(super) fn consider_preparing(&mut self) {
+        let Some(group) = &mut self.group else { return };
+        if group.plan.communicator == Communicator::New && group.comm_id == CommId::Wanted {
+            group.comm_id = CommId::Asked;
+            self.out.push(Command::DrawCommId(group.plan.generation));
+        }
+    }
+
     pub(super) fn on_prepared(
         &mut self,
+        now: Timestamp,
         worker: &WorkerId,
         generation: Generation,
         state: Option<Step>,
+        kept: bool,
     ) {
+        self.left_older(worker, generation);
         if let Some(record) = self.workers.get_mut(worker) {
             record.state = state;
         }
-        if let Some((group, rank)) = self.member_of(worker, generation)
-            && group.stage == Stage::Preparing
-        {
-            group.prepared[rank] = Some(state);
-            self.connect_if_ready();
+        let Some((group, rank)) = self.member_of(worker, generation) else { return };
+        if group.stage != Stage::Preparing {
+            return;
+        }
+        group.prepared[rank] = Some(state);
+        let cannot_keep = group.plan.communicator == Communicator::Keep && !kept;
+        match cannot_keep {
+            true => self.disturb(now, &format!("{worker} could not keep its communicator")),
+            false => self.connect_if_ready(now),
         }
     }
 
-    pub(super) fn on_comm_id(&mut self, generation: Generation, comm_id: Vec<u8>) {
+    pub(super) fn on_comm_id(&mut self, now: Timestamp, generation: Generation, id: Vec<u8>) {
         let group = self.group.as_mut().filter(|g| g.plan.generation == generation);
-        if let Some(group) = group {
-            group.comm_id.get_or_insert(comm_id);
-            self.connect_if_ready();
+        if let Some(group) = group.filter(|g| g.comm_id == CommId::Asked) {
+            group.comm_id = CommId::Here(id);
+            self.connect_if_ready(now);
         }
     }
 
-    /// All members are prepared and the id is there: decide where the state comes from, and
-    /// connect.
-    fn connect_if_ready(&mut self) {
-        let Some(group) = self.group.as_mut().filter(|g| g.stage == Stage::Preparing) else {
+    /// All members are prepared: start if they kept all they need; else, with the id, decide where
+    /// the state comes from, and connect.
+    fn connect_if_ready(&mut self, now: Timestamp) {
+        let Some(group) = self.group.as_ref().filter(|g| g.stage == Stage::Preparing) else {
             return;
         };
-        let states: Option<Vec<Option<Step>>> = group.prepared.iter().copied().collect();
-        let (Some(states), Some(comm_id)) = (states, group.comm_id.clone()) else {
+        let Some(states) = group.prepared.iter().copied().collect::<Option<Vec<_>>>() else {
             return;
         };
-        let sync = choose_sync(&states, self.checkpoint.as_ref());
+        if group.plan.communicator == Communicator::Keep {
+            return self.start_kept(now, &states);
+        }
+        let CommId::Here(comm_id) = group.comm_id.clone() else { return };
+        let trusted = |(member, state): (&Member, &Option<Step>)| {
+            let doubted = self.workers.get(&member.worker).is_some_and(|w| w.doubted);
+            state.filter(|_| !self.saved.distrusted && !doubted)
+        };
+        let states: Vec<Option<Step>> =
+            group.plan.members.iter().zip(&states).map(trusted).collect();
+        let sync = choose_sync(&states, self.saved.checkpoint.as_ref());
+        let deadline = now + self.timing.forming;
+        let group = self.group.as_mut().expect("just seen");
         group.sync = Some(sync.clone());
         group.stage = Stage::Syncing;
+        group.deadline = group.deadline.max(deadline);
         let group = group.clone();
         let generation = group.plan.generation;
         self.broadcast(&group, &ToWorker::Connect { generation, comm_id, sync });
+    }
+
+    /// The members kept communicator and states, which they said when they stopped.
+    fn start_kept(&mut self, now: Timestamp, states: &[Option<Step>]) {
+        let first = states[0];
+        let agreed = first.filter(|_| states.iter().all(|state| *state == first));
+        match agreed {
+            None => self.disturb(now, "members that kept their states are at different steps"),
+            Some(resume_step) => {
+                let group = self.group.as_mut().expect("a group starts");
+                group.sync = Some(Sync {
+                    resume_step,
+                    origin: Origin::Memory { source: 0, healed: Vec::new() },
+                });
+                self.start(now, resume_step);
+            }
+        }
     }
 
     pub(super) fn on_synced(
@@ -251,173 +424,145 @@ impl Coordinator {
         if group.synced.len() < group.plan.world() {
             return;
         }
+        let resume_step = group.sync.as_ref().expect("set before syncing").resume_step;
+        let first = group.synced[&0];
+        if group.synced.values().all(|said| *said == first) && first.0 == resume_step {
+            self.start(now, resume_step);
+        } else {
+            self.dispute_synced(now);
+        }
+    }
+
+    /// All members hold one state: lets them train.
+    fn start(&mut self, now: Timestamp, resume_step: Step) {
+        let group = self.group.as_mut().expect("a group starts");
+        group.stage = Stage::Running;
+        group.moved = now;
         let group = group.clone();
-        if let Some(why) = disagreement(&group, &group.synced) {
-            self.end(Ending::Paused { why: format!("states differ after synchronising: {why}") });
+        let sync = group.sync.as_ref().expect("set before a start");
+        self.judge_deaths(now, resume_step, matches!(sync.origin, Origin::Memory { .. }));
+        if self.saved.ending.is_some() {
             return;
         }
-        let resume_step = group.sync.as_ref().expect("set before syncing").resume_step;
+        let before = self.last_started.as_ref().map(|last| last.resume_step);
+        if before.is_some_and(|before| before < resume_step) {
+            // Steps were applied since, whether or not a beat said so.
+            self.fruitless = 1;
+        }
+        let generation = group.plan.generation;
+        self.record(Record::Started { generation, resume_step });
         // May go back: when everybody who had a newer state is gone, its steps are done again.
         self.progress = resume_step;
         self.checkpoint_base.0 = self.checkpoint_base.0.min(resume_step);
-        self.broadcast(&group, &ToWorker::Start { generation, resume_step });
-        let text = started(&group);
-        self.note("formed", false, text);
-        self.last_change = Some(now);
-        if let Some(group) = &mut self.group {
-            group.stage = Stage::Running;
-        }
-    }
-
-    /// While training: asks everybody to stop at a boundary when somebody comes or goes.
-    pub(super) fn consider_running(&mut self, now: Timestamp) {
-        let due = self.checkpoint_due(now);
-        let change = self.wanted_change(now);
-        let Some(group) = self.group.as_mut() else {
-            return;
-        };
-        if group.change.is_some() {
-            return;
-        }
-        if let Some(why) = change {
-            self.changes += 1;
-            group.change = Some(why.clone());
-            let group = group.clone();
-            let (generation, change) = (group.plan.generation, self.changes);
-            self.broadcast(&group, &ToWorker::Hold { generation, change, why });
-        } else if due && group.attempt.is_none() {
-            self.propose(now, false);
-        }
-    }
-
-    fn wanted_change(&self, now: Timestamp) -> Option<String> {
-        if let Some(why) = &self.stopping {
-            return Some(why.clone());
-        }
-        let group = self.group.as_ref()?;
+        self.last_started = Some(LastStarted::of(&group, resume_step, now));
         for member in &group.plan.members {
-            let worker = self.workers.get(&member.worker)?;
-            if let Some(why) = &worker.leaving {
-                return Some(format!("{} leaves: {why}", member.worker));
+            if let Some(worker) = self.workers.get_mut(&member.worker) {
+                worker.doubted = false;
             }
         }
-        let at = self.join_time()?;
-        (at <= now).then(|| "more workers are ready".to_string())
+        self.broadcast(&group, &ToWorker::Start { generation, resume_step });
+        self.note("formed", false, started(&group));
+        self.last_change = Some(now);
     }
 
-    /// When the group should be asked to take more workers in; `None` if no worker would help.
-    pub(super) fn join_time(&self) -> Option<Timestamp> {
-        let group = self.group.as_ref()?;
-        let candidates = self.candidates();
-        if self.wanted_size(candidates.len()) <= group.plan.world() {
-            return None;
-        }
-        let joiners = candidates.iter().map(|id| &self.workers[id]).filter(|w| !w.member);
-        let newest = joiners.filter_map(|w| w.warm).max()?;
-        let gap = self.last_change.map_or(newest, |at| at + self.timing.voluntary_gap);
-        Some(gap.max(newest + self.timing.join_window))
-    }
-
-    pub(super) fn on_held(
-        &mut self,
-        worker: &WorkerId,
-        generation: Generation,
-        step: Step,
-        digest: u64,
-    ) {
-        self.progressed(generation, step);
-        let Some((group, rank)) = self.member_of(worker, generation) else {
-            return;
-        };
-        if group.stage != Stage::Running {
-            return;
-        }
-        group.held.insert(rank, (step, digest));
-        if group.held.len() == group.plan.world() {
-            let group = group.clone();
-            match disagreement(&group, &group.held) {
-                Some(why) => self.end(Ending::Paused { why: format!("states differ: {why}") }),
-                None => {
-                    self.group.as_mut().expect("just seen").stage = Stage::Held;
-                    self.withdraw_unstarted_attempt();
-                }
-            }
-        }
-    }
-
-    /// Everybody stands at one boundary: save first if this is an end, else go on with who is
-    /// there.
-    pub(super) fn consider_held(&mut self, now: Timestamp) {
-        let Some(group) = &self.group else { return };
-        if group.attempt.is_some() {
-            return;
-        }
-        let &(step, digest) = group.held.values().next().expect("members stand here");
-        // A later one may come from a generation that is over and whose commit came late.
-        let saved = self.checkpoint.as_ref().is_some_and(|c| c.step >= step);
-        let finished = step.0 >= self.config.total_steps;
-        let remaining = self.candidates().len();
-        let too_few = remaining < self.config.workers_min.max(1);
-        if (finished || self.stopping.is_some() || too_few) && !saved {
-            self.propose(now, true);
-        } else if finished {
-            self.end(Ending::Finished { step, digest });
-        } else if let Some(why) = self.stopping.take() {
-            self.end(Ending::Stopped { step, why });
-        } else {
-            let why = group.change.clone().unwrap_or_else(|| "held".to_string());
-            self.fruitless = 0;
-            if too_few {
-                self.disturb(now, &why);
-            } else {
-                self.reform = None;
-                self.form(now, &why);
-            }
-        }
-    }
-
-    /// Gives a forming generation up whose time is over, without those who did not answer.
+    /// Gives a forming generation up whose time is over, without those who did not answer, and
+    /// kills processes whose abort hangs.
     pub(super) fn expire_forming(&mut self, now: Timestamp) {
+        self.kill_hung_aborts(now);
         let Some(group) = &self.group else { return };
         if group.deadline > now || matches!(group.stage, Stage::Running | Stage::Held) {
             return;
         }
         let answered = |rank: usize| match group.stage {
+            Stage::Recovering => group.back.contains(&rank),
             Stage::Preparing => group.prepared[rank].is_some(),
             _ => group.synced.contains_key(&rank),
+        };
+        let how = match group.stage {
+            Stage::Recovering => "it did not come back to the restarted coordinator",
+            _ => "it did not answer while the group was forming",
         };
         let silent = (0..group.plan.world()).filter(|&rank| !answered(rank));
         let silent: Vec<(WorkerId, Incarnation)> = silent
             .map(|rank| &group.plan.members[rank])
             .map(|member| (member.worker.clone(), member.incarnation))
             .collect();
+        self.awaited.0.clear();
         for (worker, incarnation) in silent {
             self.out.push(Command::Disconnect { worker: worker.clone(), incarnation });
-            self.lose(now, &worker, "it did not answer while the group was forming");
+            self.lose(now, &worker, how);
         }
         self.disturb(now, "forming took too long");
     }
+
+    /// A member that stays inside its communicator after it was told to leave cannot be waited
+    /// for; one that computes will look up by itself.
+    fn kill_hung_aborts(&mut self, now: Timestamp) {
+        let Some(group) = self.group.as_ref().filter(|g| g.stage == Stage::Preparing) else {
+            return;
+        };
+        if now.since(group.formed) < self.timing.revoke {
+            return;
+        }
+        let hung = |(rank, member): (usize, &Member)| {
+            let beat = self.workers.get(&member.worker)?.beat.as_ref()?;
+            let inside = matches!(beat.phase, Phase::Reduce | Phase::Sync);
+            let hangs = inside && beat.phase_ms >= self.timing.revoke.as_millis() as u64;
+            let phase = beat.phase.word();
+            (group.prepared[rank].is_none() && hangs)
+                .then(|| (member.clone(), format!("its abort hangs in {phase}")))
+        };
+        let hung: Vec<(Member, String)> =
+            group.plan.members.iter().enumerate().filter_map(hung).collect();
+        for (member, why) in hung {
+            let Member { worker, incarnation, .. } = member;
+            self.out.push(Command::Kill { worker: worker.clone(), incarnation, why: why.clone() });
+            self.lose(now, &worker, &why);
+        }
+    }
+
+    /// Adds what a group waits for.
+    pub(super) fn group_due(
+        &self,
+        group: &Group,
+        now: Timestamp,
+        all: &mut Vec<(Timestamp, &'static str)>,
+    ) {
+        if matches!(group.stage, Stage::Recovering | Stage::Preparing | Stage::Syncing) {
+            all.push((group.deadline, "forming"));
+        }
+        let revoke = group.formed + self.timing.revoke;
+        if group.stage == Stage::Preparing && revoke > now {
+            all.push((revoke, "revoke"));
+        }
+        if let Some(attempt) = &group.attempt {
+            all.push((attempt.deadline, "attempt"));
+        }
+        if group.stage == Stage::Running {
+            all.push((self.stall_at(group), "stall"));
+            if group.change.is_none() {
+                all.extend(self.checkpoint_time().map(|at| (at, "checkpoint")));
+                all.extend(self.join_time().map(|at| (at, "join")));
+                all.extend(self.reslot_time(group).map(|at| (at, "reslot")));
+            }
+        }
+    }
 }
 
-/// Returns who disagrees with rank 0 about step or digest.
-fn disagreement(group: &Group, said: &BTreeMap<usize, (Step, u64)>) -> Option<String> {
-    let first = said.get(&0)?;
-    let name = |rank: usize| &group.plan.members[rank].worker;
-    let (rank, other) = said.iter().find(|(_, other)| *other != first)?;
-    Some(format!(
-        "{} is at step {} with {:016x}, {} at step {} with {:016x}",
-        name(0),
-        first.0,
-        first.1,
-        name(*rank),
-        other.0,
-        other.1
-    ))
+/// Tells whether a change is worth a stop: 15 % of a step's time.
+pub(super) fn clearly_shorter(new_us: u64, old_us: u64) -> bool {
+    new_us * 100 <= old_us * 85
+}
+
+/// Tells whether ranks said different things.
+pub(super) fn differ(said: &BTreeMap<usize, u64>) -> bool {
+    let mut all = said.values();
+    let first = all.next();
+    all.any(|other| Some(other) != first)
 }
 
 /// Describes a started generation for people.
 fn started(group: &Group) -> String {
-    use crate::plan::Origin;
     let sync = group.sync.as_ref().expect("a started group is synchronised");
     let from = match &sync.origin {
         Origin::Seed => "from the seed".to_string(),

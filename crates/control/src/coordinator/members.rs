@@ -2,7 +2,9 @@
 
 use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId, exit};
 
-use super::{Command, Coordinator, Ending, Hello, Record};
+use super::conduct::Strike;
+use super::{Command, Coordinator, Ending, Hello};
+use crate::journal::Record;
 use crate::message::{Beat, FaultKind, StepMark, ToWorker};
 
 /// What the coordinator knows of a worker.
@@ -19,6 +21,10 @@ pub(super) struct Worker {
     pub leaving: Option<String>,
     pub unfit: Option<String>,
     pub beat: Option<Beat>,
+    /// Time of a slot, in microseconds, as it last said; 0 if it never did.
+    pub slot_us: u64,
+    /// Its state differed from its peers': the next group heals it.
+    pub doubted: bool,
 }
 
 impl Worker {
@@ -43,8 +49,8 @@ impl Worker {
 
 impl Coordinator {
     pub(super) fn on_hello(&mut self, now: Timestamp, hello: Hello) {
-        let Hello { worker, incarnation, endpoint, state } = hello;
-        if let Some(ending) = &self.ended {
+        let Hello { worker, incarnation, endpoint, state, generation, up } = hello;
+        if let Some(ending) = &self.saved.ending {
             let (code, why) = match ending {
                 Ending::Finished { .. } => (exit::OK, "the run is finished".to_string()),
                 Ending::Failed { why, code } => (*code, why.clone()),
@@ -54,23 +60,23 @@ impl Coordinator {
             self.send_to(&worker, incarnation, ToWorker::Exit { code, why });
             return;
         }
+        if generation > self.saved.generation {
+            // This journal is older than the group: never name a generation twice.
+            self.record(Record::Floor(generation));
+            self.disturb(now, &format!("{worker} knows of generation {generation}"));
+        }
+        self.awaited.0.remove(&worker);
         let known = self.workers.get_mut(&worker);
         if let Some(known) = known.filter(|w| w.incarnation == incarnation) {
             known.last_seen = now;
             known.stream_lost = None;
             known.endpoint = endpoint;
             known.state = state;
-            if known.member {
-                // Messages of either side may be lost with the old stream: agree anew.
-                self.disturb(now, &format!("{worker} came back on a new stream"));
-            }
+            self.welcome_back(now, &worker, generation, up);
             return;
         }
-        if let Some(old) = self.workers.get(&worker) {
-            let old = old.incarnation;
-            self.out.push(Command::Disconnect { worker: worker.clone(), incarnation: old });
-            self.lose(now, &worker, "a new process took its name");
-        }
+        self.replace_namesake(now, &worker, incarnation);
+        let group = self.group.as_ref();
         let record = Worker {
             incarnation,
             endpoint,
@@ -78,19 +84,38 @@ impl Coordinator {
             stream_lost: None,
             warm: None,
             state,
-            member: false,
-            leaving: None,
+            member: group.is_some_and(|g| g.plan.rank(&worker, incarnation).is_some()),
+            leaving: self.saved.draining.get(&worker).cloned(),
             unfit: None,
             beat: None,
+            slot_us: 0,
+            doubted: false,
         };
-        self.workers.insert(worker, record);
+        self.workers.insert(worker.clone(), record);
+        self.welcome_back(now, &worker, generation, up);
+    }
+
+    /// A new life of a worker: the one before is over.
+    fn replace_namesake(&mut self, now: Timestamp, worker: &WorkerId, incarnation: Incarnation) {
+        let why = "a new process took its name";
+        if let Some(old) = self.workers.get(worker) {
+            let old = old.incarnation;
+            self.out.push(Command::Disconnect { worker: worker.clone(), incarnation: old });
+            self.lose_for_certain(now, worker, old, why);
+            return;
+        }
+        let before = self.group.as_ref().and_then(|g| {
+            g.plan.members.iter().find(|m| m.worker == *worker).map(|m| m.incarnation)
+        });
+        if let Some(before) = before.filter(|before| *before != incarnation) {
+            self.lose_for_certain(now, worker, before, why);
+        }
     }
 
     pub(super) fn on_warm(&mut self, now: Timestamp, worker: &WorkerId, probe: u64) {
-        match self.probe {
+        match self.saved.probe {
             None => {
-                self.probe = Some(probe);
-                self.out.push(Command::Persist(Record::Probe(probe)));
+                self.record(Record::Probe(probe));
             }
             Some(class) if class != probe => {
                 let why = format!(
@@ -108,7 +133,7 @@ impl Coordinator {
         }
     }
 
-    fn refuse(&mut self, now: Timestamp, worker: &WorkerId, code: u8, why: String) {
+    pub(super) fn refuse(&mut self, now: Timestamp, worker: &WorkerId, code: u8, why: String) {
         self.note("refused", true, why.clone());
         if let Some(record) = self.workers.get(worker) {
             let incarnation = record.incarnation;
@@ -117,47 +142,39 @@ impl Coordinator {
         self.lose(now, worker, "refused");
     }
 
-    pub(super) fn on_beat(&mut self, worker: &WorkerId, beat: Beat) {
-        self.progressed(beat.generation, beat.step);
+    pub(super) fn on_beat(&mut self, now: Timestamp, worker: &WorkerId, beat: Beat) {
+        self.progressed(now, beat.generation, beat.step);
+        self.entered(now, beat.generation, beat.op_seq);
         if let Some(record) = self.workers.get_mut(worker) {
+            if beat.slot_us > 0 {
+                record.slot_us = beat.slot_us;
+            }
             record.beat = Some(beat);
         }
     }
 
-    pub(super) fn on_mark(&mut self, worker: &WorkerId, mark: StepMark) {
-        self.progressed(mark.generation, mark.step);
-        let Some(group) = self.group.as_mut().filter(|g| g.plan.generation == mark.generation)
-        else {
-            return;
-        };
+    pub(super) fn on_mark(&mut self, now: Timestamp, worker: &WorkerId, mark: StepMark) {
+        self.progressed(now, mark.generation, mark.step);
+        let Some((_, rank)) = self.member_of(worker, mark.generation) else { return };
         if let Some(digest) = mark.digest {
-            let (step, ref first, seen) =
-                *group.marked.get_or_insert((mark.step, worker.clone(), digest));
-            if step == mark.step && seen != digest {
-                let why = format!(
-                    "state digests differ after step {step}: {first} has {seen:016x}, {worker} has \
-                     {digest:016x}"
-                );
-                self.end(Ending::Paused { why });
-                return;
-            }
-            if mark.step > step {
-                group.marked = Some((mark.step, worker.clone(), digest));
-            }
+            self.vote(now, rank, mark.step, digest);
         }
-        let Some(group) = &self.group else { return };
-        if group.plan.members.first().is_some_and(|first| first.worker == *worker) {
+        if rank == 0 {
             self.out.push(Command::Mark(mark));
         }
     }
 
     /// Notes that steps were applied; a generation that applied one was not fruitless.
-    pub(super) fn progressed(&mut self, generation: Generation, step: Step) {
-        let Some(group) = &self.group else { return };
-        if generation == group.plan.generation && step > self.progress {
-            self.progress = step;
-            self.fruitless = 0;
+    pub(super) fn progressed(&mut self, now: Timestamp, generation: Generation, step: Step) {
+        let Some(group) = &mut self.group else { return };
+        if generation != group.plan.generation || step <= self.progress {
+            return;
         }
+        group.longest = group.longest.max(now.since(group.moved));
+        group.moved = now;
+        self.progress = step;
+        self.network_hangs = 0;
+        self.fruitless = 0;
     }
 
     pub(super) fn on_stream_lost(
@@ -180,9 +197,22 @@ impl Coordinator {
         incarnation: Option<Incarnation>,
         how: &str,
     ) {
-        let known = self.workers.get(worker);
-        if known.is_some_and(|w| incarnation.is_none_or(|i| i == w.incarnation)) {
-            self.lose(now, worker, how);
+        let known = self.workers.get(worker).map(|w| w.incarnation).or_else(|| {
+            let members = &self.group.as_ref()?.plan.members;
+            members.iter().find(|m| m.worker == *worker).map(|m| m.incarnation)
+        });
+        let Some(ended) = incarnation.or(known) else { return };
+        self.ended_for_certain(worker, ended);
+        if known == Some(ended) {
+            self.lose_for_certain(now, worker, ended, how);
+        }
+    }
+
+    /// An operator takes a worker out.
+    pub(super) fn on_drain(&mut self, worker: WorkerId, why: String) {
+        if self.workers.contains_key(&worker) {
+            self.on_leaving(&worker, &why);
+            self.record(Record::Draining { worker, why });
         }
     }
 
@@ -201,6 +231,7 @@ impl Coordinator {
         worker: &WorkerId,
         generation: Generation,
         kind: FaultKind,
+        suspects: &[usize],
         detail: &str,
     ) {
         match kind {
@@ -210,31 +241,59 @@ impl Coordinator {
                 return;
             }
             FaultKind::Storage | FaultKind::Local => {
-                if let Some(record) = self.workers.get_mut(worker) {
-                    record.unfit = Some(detail.to_string());
+                let told = match self.workers.get_mut(worker) {
+                    Some(record) => record.unfit.replace(detail.to_string()).is_some(),
+                    None => true,
+                };
+                if !told {
+                    self.note("unfit", true, format!("worker {worker} is unfit: {detail}"));
                 }
-                self.note("unfit", true, format!("worker {worker} is unfit: {detail}"));
+                // What breaks at once is the worker's own affair; what breaks at work does harm.
+                if !told && kind == FaultKind::Local && generation > Generation(0) {
+                    self.strike(now, worker, Strike::Out, detail);
+                }
             }
             FaultKind::Communicator => {}
         }
-        let current = self.group.as_ref().is_some_and(|g| g.plan.generation == generation);
-        if current {
+        if self.member_of(worker, generation).is_some() {
+            self.left_older(worker, generation.next());
+            if kind == FaultKind::Communicator {
+                self.suspect(now, suspects);
+            }
             self.disturb(now, &format!("{worker} reports: {detail}"));
         }
     }
 
+    /// Strikes a worker off whose process has ended.
+    pub(super) fn lose_for_certain(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+        how: &str,
+    ) {
+        self.ended_for_certain(worker, incarnation);
+        self.lose(now, worker, how);
+    }
+
     /// Strikes a worker off and, if it was a member, ends the generation.
     pub(super) fn lose(&mut self, now: Timestamp, worker: &WorkerId, how: &str) {
-        let Some(record) = self.workers.remove(worker) else { return };
-        let was_member = match &self.group {
-            Some(group) => group.plan.rank(worker, record.incarnation).is_some(),
+        self.awaited.0.remove(worker);
+        let record = self.workers.remove(worker);
+        let was_member = match (&self.group, &record) {
+            (Some(group), Some(record)) => group.plan.rank(worker, record.incarnation).is_some(),
+            (Some(group), None) => group.plan.members.iter().any(|m| m.worker == *worker),
             // A peer's report came first: the group is gone, and this is the reason for it.
-            None => self.reform.is_some() && self.order.contains(worker),
+            (None, _) => self.reform.is_some() && self.order.contains(worker) && record.is_some(),
         };
+        if let Some(record) = &record {
+            self.fell_silent(worker, record.incarnation, record.last_seen);
+        }
         if !was_member {
             return;
         }
-        let phase = record.beat.as_ref().map_or("idle", |beat| beat.phase.word());
+        let phase =
+            record.as_ref().and_then(|r| r.beat.as_ref()).map_or("idle", |b| b.phase.word());
         let text =
             format!("worker {worker} lost at step {} ({how}; last phase {phase})", self.progress);
         self.note("lost", true, text.clone());
@@ -242,14 +301,19 @@ impl Coordinator {
             Some((_, why)) if self.group.is_none() => *why = text,
             _ => self.disturb(now, &text),
         }
+        self.deaths.unjudged.push(worker.clone());
     }
 
     pub(super) fn expire_workers(&mut self, now: Timestamp) {
+        self.end_quarantines(now);
+        if now >= self.awaited.1 {
+            self.awaited.0.clear();
+        }
         let timing = &self.timing;
         let silent = |w: &Worker| now.since(w.last_seen) > timing.lease;
         let broken =
             |w: &Worker| w.stream_lost.is_some_and(|at| now.since(at) >= timing.stream_grace);
-        let gone: Vec<(WorkerId, Incarnation, String)> = self
+        let gone: Vec<(WorkerId, Incarnation, bool, String)> = self
             .workers
             .iter()
             .filter(|(_, w)| silent(w) || broken(w))
@@ -259,11 +323,15 @@ impl Coordinator {
                     true => "its connection broke".to_string(),
                     false => format!("no beat for {seconds:.1} s"),
                 };
-                (id.clone(), w.incarnation, how)
+                (id.clone(), w.incarnation, broken(w), how)
             })
             .collect();
-        for (worker, incarnation, how) in gone {
+        for (worker, incarnation, broken, how) in gone {
             self.out.push(Command::Disconnect { worker: worker.clone(), incarnation });
+            // A closed connection that nobody opens again is a process that ended; silence is not.
+            if broken {
+                self.ended_for_certain(&worker, incarnation);
+            }
             self.lose(now, &worker, &how);
         }
     }
@@ -278,6 +346,9 @@ impl Coordinator {
             .collect();
         for (worker, incarnation, why) in going {
             self.workers.remove(&worker);
+            if self.saved.draining.contains_key(&worker) {
+                self.record(Record::Gone(worker.clone()));
+            }
             self.send_to(&worker, incarnation, ToWorker::Exit { code: exit::DRAINED, why });
         }
     }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, WorkerId, exit};
 
 use super::forming::Stage;
-use super::{Command, CommitOrder, Coordinator, Ending, Record};
+use super::{Command, CommitOrder, Coordinator, Ending};
+use crate::journal::Record;
 use crate::message::ToWorker;
 use crate::plan::CheckpointRef;
 
@@ -17,6 +18,21 @@ pub(super) struct Attempt {
     pub snapshots: BTreeMap<usize, (Step, u64)>,
     pub receipts: BTreeMap<usize, String>,
     pub committing: bool,
+    /// Whether everybody stood at one boundary when it was proposed.
+    pub held: bool,
+}
+
+impl Attempt {
+    pub(super) fn new(seq: AttemptSeq, deadline: Timestamp) -> Self {
+        Attempt {
+            seq,
+            deadline,
+            snapshots: BTreeMap::new(),
+            receipts: BTreeMap::new(),
+            committing: false,
+            held: false,
+        }
+    }
 }
 
 impl Coordinator {
@@ -28,27 +44,21 @@ impl Coordinator {
     pub(super) fn checkpoint_due(&self, now: Timestamp) -> bool {
         let (step, _) = self.checkpoint_base;
         let by_steps = |every: u64| self.progress.0 >= step.0 + every;
-        self.checkpoint_asked
+        self.saved.checkpoint_asked
             || self.config.checkpoint_steps.is_some_and(by_steps)
             || self.checkpoint_time().is_some_and(|at| at <= now)
     }
 
     /// Starts an attempt. `held`: everybody stands at one boundary already.
     pub(super) fn propose(&mut self, now: Timestamp, held: bool) {
-        let Some(group) = self.group.as_mut() else {
+        if self.group.is_none() {
             return;
-        };
-        group.attempts += 1;
-        let seq = AttemptSeq(group.attempts);
-        group.attempt = Some(Attempt {
-            seq,
-            deadline: now + self.timing.attempt,
-            snapshots: BTreeMap::new(),
-            receipts: BTreeMap::new(),
-            committing: false,
-        });
-        self.checkpoint_asked = false;
+        }
+        let seq = self.saved.attempts.next();
+        self.record(Record::Attempt(seq));
         self.checkpoint_base = (self.progress, now);
+        let group = self.group.as_mut().expect("just seen");
+        group.attempt = Some(Attempt { held, ..Attempt::new(seq, now + self.timing.attempt) });
         let group = group.clone();
         let generation = group.plan.generation;
         self.broadcast(&group, &ToWorker::Propose { generation, attempt: seq, held });
@@ -63,13 +73,14 @@ impl Coordinator {
 
     pub(super) fn on_snapshotted(
         &mut self,
+        now: Timestamp,
         worker: &WorkerId,
         generation: Generation,
         seq: AttemptSeq,
         step: Step,
         digest: u64,
     ) {
-        self.progressed(generation, step);
+        self.progressed(now, generation, step);
         if !self.attempt_is(generation, seq) {
             return;
         }
@@ -78,14 +89,13 @@ impl Coordinator {
         };
         let attempt = group.attempt.as_mut().expect("just seen");
         attempt.snapshots.insert(rank, (step, digest));
-        let first = attempt.snapshots.values().next().expect("just inserted");
-        if *first != (step, digest) {
-            let why = format!(
-                "replicas differ at a checkpoint: {worker} has {digest:016x} at step {step}, \
-                 another member has {:016x} at step {}",
-                first.1, first.0
-            );
-            self.end(Ending::Paused { why });
+        let said = attempt.snapshots.clone();
+        if said.len() < group.plan.world() {
+            return;
+        }
+        let first = (step, digest);
+        if said.values().any(|other| *other != first) {
+            self.dispute(now, &said);
             return;
         }
         self.commit_if_ready();
@@ -142,9 +152,8 @@ impl Coordinator {
         checkpoint: CheckpointRef,
     ) {
         let mine = self.attempt_is(generation, seq);
-        if self.checkpoint.as_ref().is_none_or(|c| c.step <= checkpoint.step) {
-            self.checkpoint = Some(checkpoint.clone());
-            self.out.push(Command::Persist(Record::Checkpoint(checkpoint.clone())));
+        if self.saved.checkpoint.as_ref().is_none_or(|c| c.step <= checkpoint.step) {
+            self.record(Record::Checkpoint(checkpoint.clone()));
         }
         self.checkpoint_base = (self.checkpoint_base.0.max(checkpoint.step), now);
         self.failed_attempts = 0;
@@ -155,6 +164,7 @@ impl Coordinator {
         };
         group.attempt = None;
         let group = group.clone();
+        self.record(Record::AttemptClosed(seq));
         self.broadcast(&group, &ToWorker::Committed { step, manifest });
     }
 
@@ -167,6 +177,7 @@ impl Coordinator {
             return;
         };
         let group = group.clone();
+        self.record(Record::AttemptClosed(attempt.seq));
         let generation = group.plan.generation;
         let message =
             ToWorker::AbortAttempt { generation, attempt: attempt.seq, why: why.to_string() };
@@ -196,10 +207,11 @@ impl Coordinator {
             return;
         };
         let group = group.clone();
+        self.record(Record::AttemptClosed(attempt.seq));
+        self.record(Record::CheckpointAsked);
         let generation = group.plan.generation;
         let why = "the members stopped before it could start".to_string();
         self.broadcast(&group, &ToWorker::AbortAttempt { generation, attempt: attempt.seq, why });
-        self.checkpoint_asked = true;
     }
 
     pub(super) fn expire_attempt(&mut self, now: Timestamp) {

@@ -1,5 +1,7 @@
 use super::*;
 use crate::message::FaultKind;
+use crate::plan::CheckpointRef;
+use lacuna_types::{AttemptSeq, Generation};
 
 const CONFIG: RunConfig = RunConfig {
     n_slots: 4,
@@ -27,11 +29,18 @@ fn say(c: &mut Coordinator, ms: u64, message: ToCoordinator) -> Vec<Command> {
 fn running() -> Coordinator {
     let mut c = coordinator();
     let (worker, incarnation) = a();
-    let hello = Hello { worker, incarnation, endpoint: "h:1".into(), state: None };
+    let hello = Hello {
+        worker,
+        incarnation,
+        endpoint: "h:1".into(),
+        state: None,
+        generation: Generation(0),
+        up: false,
+    };
     c.handle(Timestamp::from_millis(1), Event::Hello(hello));
     say(&mut c, 2, ToCoordinator::Warm { probe: 1 });
     let generation = Generation(1);
-    say(&mut c, 3, ToCoordinator::Prepared { generation, state: None });
+    say(&mut c, 3, ToCoordinator::Prepared { generation, state: None, kept: false });
     c.handle(Timestamp::from_millis(3), Event::CommId { generation, comm_id: vec![0; 32] });
     let out = say(&mut c, 4, ToCoordinator::Synced { generation, step: Step(0), digest: 5 });
     assert!(out.iter().any(|command| matches!(
@@ -45,11 +54,18 @@ fn running() -> Coordinator {
 fn a_generation_is_durable_before_it_is_said() {
     let mut c = coordinator();
     let (worker, incarnation) = a();
-    let hello = Hello { worker, incarnation, endpoint: "h:1".into(), state: None };
+    let hello = Hello {
+        worker,
+        incarnation,
+        endpoint: "h:1".into(),
+        state: None,
+        generation: Generation(0),
+        up: false,
+    };
     c.handle(Timestamp::from_millis(1), Event::Hello(hello));
     let out = say(&mut c, 2, ToCoordinator::Warm { probe: 1 });
     let at = |wanted: &dyn Fn(&Command) -> bool| out.iter().position(wanted).unwrap();
-    let persisted = at(&|c| *c == Command::Persist(Record::Generation(Generation(1))));
+    let persisted = at(&|c| matches!(c, Command::Persist(Record::Planned(_))));
     let said = at(&|c| matches!(c, Command::Send { message: ToWorker::Prepare(_), .. }));
     assert!(persisted < said);
 }
@@ -87,7 +103,11 @@ fn a_run_fault_fails_the_run_with_its_reason() {
     let mut c = running();
     let kind = FaultKind::Run;
     let detail = "3 steps in a row were not finite".to_string();
-    say(&mut c, 9, ToCoordinator::Fault { generation: Generation(1), kind, detail });
+    say(
+        &mut c,
+        9,
+        ToCoordinator::Fault { generation: Generation(1), kind, suspects: vec![], detail },
+    );
     let Some(Ending::Failed { why, code }) = c.ended() else { panic!("{:?}", c.ended()) };
     assert_eq!((why.as_str(), *code), ("a:0: 3 steps in a row were not finite", 1));
 }
@@ -97,7 +117,7 @@ fn no_worker_that_can_read_the_data_fails_the_run() {
     let mut c = running();
     let (generation, kind) = (Generation(1), FaultKind::Storage);
     let detail = "failed to open shard `x.tar`".to_string();
-    say(&mut c, 9, ToCoordinator::Fault { generation, kind, detail });
+    say(&mut c, 9, ToCoordinator::Fault { generation, kind, suspects: vec![], detail });
     c.handle(Timestamp::from_millis(300), Event::Tick);
     let Some(Ending::Failed { why, code }) = c.ended() else { panic!("{:?}", c.ended()) };
     assert!(why.contains("a:0: failed to open shard `x.tar`"), "{why}");

@@ -2,18 +2,26 @@ use super::*;
 use crate::plan::{Member, Origin};
 use lacuna_types::Incarnation;
 
-fn plan(generation: u64) -> Plan {
+fn plan(generation: u64) -> Arc<Plan> {
     let member = Member {
         worker: "a:0".parse().unwrap(),
         incarnation: Incarnation(1),
         endpoint: "127.0.0.1:1".into(),
         slots: vec![0],
     };
-    Plan { generation: Generation(generation), members: vec![member], why: "test".into() }
+    Arc::new(Plan {
+        generation: Generation(generation),
+        members: vec![member],
+        communicator: Communicator::New,
+        why: "test".into(),
+    })
 }
 
 fn session() -> Session {
-    let mut session = Session::new(Duration::from_secs(10), Timestamp(0));
+    let mut session = Session::new(
+        Patience { orphan: Duration::from_secs(5), give_up: Duration::from_secs(10) },
+        Timestamp(0),
+    );
     let none = session.handle(Timestamp(0), Event::Connected);
     assert_eq!(none, vec![]);
     session
@@ -37,7 +45,8 @@ fn a_new_plan_waits_until_the_old_communicator_is_left() {
     let left = feed(&mut session, Event::Received(ToWorker::Prepare(plan(2))));
     assert_eq!(left, vec![Command::Leave { up_to: Generation(2) }]);
     let said = feed(&mut session, Event::Report(Report::Down { state: Some(Step(4)) }));
-    let prepared = ToCoordinator::Prepared { generation: Generation(2), state: Some(Step(4)) };
+    let prepared =
+        ToCoordinator::Prepared { generation: Generation(2), state: Some(Step(4)), kept: false };
     assert_eq!(said, vec![Command::Send(prepared)]);
 }
 
@@ -67,7 +76,7 @@ fn a_worker_without_a_coordinator_trains_on_until_it_gives_up() {
     let mut session = session();
     connect(&mut session, 1);
     assert_eq!(session.handle(Timestamp::from_millis(1000), Event::Disconnected), vec![]);
-    assert_eq!(session.next_deadline(), Some(Timestamp::from_millis(11_000)));
+    assert_eq!(session.next_deadline(), Some(Timestamp::from_millis(6_000)));
     assert_eq!(session.handle(Timestamp::from_millis(10_999), Event::Tick), vec![]);
     let gone = session.handle(Timestamp::from_millis(11_000), Event::Tick);
     assert!(matches!(gone[..], [Command::Exit { code: exit::UNREACHABLE, .. }]), "{gone:?}");
@@ -93,6 +102,80 @@ fn given_up_by_the_coordinator_it_joins_again_with_its_state() {
     feed(&mut session, Event::Report(Report::Warm { probe: 9 }));
     feed(&mut session, Event::Report(Report::Down { state: Some(Step(8)) }));
     assert_eq!(session.state(), Some(Step(8)));
-    let hello = feed(&mut session, Event::Connected);
+    assert_eq!(feed(&mut session, Event::Connected), vec![]);
+    let hello = feed(&mut session, Event::Welcomed);
     assert_eq!(hello, vec![Command::Send(ToCoordinator::Warm { probe: 9 })]);
+}
+
+/// Brings a session to training in generation 1.
+fn training() -> Session {
+    let mut session = session();
+    connect(&mut session, 1);
+    let generation = Generation(1);
+    let synced = Report::Synced { generation, step: Step(0), digest: 7 };
+    feed(&mut session, Event::Report(synced));
+    let start = Event::Received(ToWorker::Start { generation, resume_step: Step(0) });
+    assert_eq!(feed(&mut session, start.clone()), vec![Command::Start { generation }]);
+    assert_eq!(feed(&mut session, start), vec![], "said again, it changes nothing");
+    session
+}
+
+#[test]
+fn answers_are_said_again_on_a_new_stream() {
+    let mut session = session();
+    connect(&mut session, 1);
+    let generation = Generation(1);
+    feed(&mut session, Event::Disconnected);
+    let report = Report::Synced { generation, step: Step(0), digest: 7 };
+    feed(&mut session, Event::Report(report));
+    feed(&mut session, Event::Connected);
+    let said = feed(&mut session, Event::Welcomed);
+    let prepared = ToCoordinator::Prepared { generation, state: None, kept: false };
+    let synced = ToCoordinator::Synced { generation, step: Step(0), digest: 7 };
+    assert_eq!(said, vec![Command::Send(prepared), Command::Send(synced)]);
+    assert_eq!((session.taking_part_in(), session.is_up()), (generation, true));
+}
+
+#[test]
+fn an_orphan_stands_still_at_a_boundary_and_says_so_when_it_is_found() {
+    let mut session = training();
+    session.handle(Timestamp(0), Event::Disconnected);
+    let out = session.handle(Timestamp::from_millis(5_000), Event::Tick);
+    let generation = Generation(1);
+    assert!(out.contains(&Command::RaiseStop { generation, change: ORPHAN_CHANGE }), "{out:?}");
+    let held = Report::Held { generation, step: Step(9), digest: 3 };
+    session.handle(Timestamp::from_millis(5_100), Event::Report(held));
+    session.handle(Timestamp::from_millis(7_000), Event::Connected);
+    let said = session.handle(Timestamp::from_millis(7_000), Event::Welcomed);
+    let held = ToCoordinator::Held { generation, step: Step(9), digest: 3 };
+    assert_eq!(said, vec![Command::Send(held)]);
+}
+
+#[test]
+fn a_kept_communicator_is_adopted_by_the_next_plan() {
+    let mut session = training();
+    let held = Report::Held { generation: Generation(1), step: Step(9), digest: 3 };
+    feed(&mut session, Event::Report(held));
+    let next = Arc::new(Plan { communicator: Communicator::Keep, ..(*plan(2)).clone() });
+    let out = feed(&mut session, Event::Received(ToWorker::Prepare(next.clone())));
+    assert_eq!(out, vec![Command::Adopt { plan: next }]);
+    let generation = Generation(2);
+    let out = feed(&mut session, Event::Report(Report::Adopted { generation, state: Step(9) }));
+    let state = Some(Step(9));
+    let prepared = ToCoordinator::Prepared { generation, state, kept: true };
+    assert_eq!(out, vec![Command::Send(prepared)]);
+    let start = Event::Received(ToWorker::Start { generation, resume_step: Step(9) });
+    assert_eq!(feed(&mut session, start), vec![Command::Start { generation }]);
+}
+
+#[test]
+fn a_broken_device_ends_the_process_after_saying_so() {
+    let mut session = training();
+    let (generation, kind) = (Generation(1), FaultKind::Local);
+    let detail = "device lost".to_string();
+    let fault = Report::Fault { generation, kind, suspects: vec![], detail };
+    let out = feed(&mut session, Event::Report(fault));
+    let said = out.iter().position(|c| matches!(c, Command::Send(ToCoordinator::Fault { .. })));
+    let left = out.iter().position(|c| matches!(c, Command::Exit { code: exit::FAILED, .. }));
+    assert!(said.is_some() && said < left, "{out:?}");
 }

@@ -1,3 +1,9 @@
+use std::sync::Arc;
+
+use lacuna_control::coordinator::Ending;
+use lacuna_control::plan::{CheckpointRef, Communicator, Member, Plan};
+use lacuna_types::{AttemptSeq, Generation, Incarnation, Step, WorkerId};
+
 use super::*;
 
 fn run(name: &str) -> StoredRun {
@@ -7,7 +13,6 @@ fn run(name: &str) -> StoredRun {
         n_samples: 60_000,
         fingerprint: "f".into(),
         saved: Saved::default(),
-        ending: None,
     }
 }
 
@@ -25,23 +30,71 @@ fn what_was_said_is_there_after_a_restart() {
         assert_eq!(store.next_epoch().unwrap(), CoordEpoch(1));
         store.put_run(&run("b")).unwrap();
         store.put_run(&run("a")).unwrap();
-        let saved = CheckpointRef { step: Step(9), manifest: "blake3:x".into() };
-        store.record(&id, &Record::Generation(Generation(4))).unwrap();
-        store.record(&id, &Record::Probe(u64::MAX)).unwrap();
-        store.record(&id, &Record::Checkpoint(saved)).unwrap();
-        let ending = Ending::Finished { step: Step(9), digest: u64::MAX - 1 };
-        store.record(&id, &Record::Ended(ending)).unwrap();
+        store.record(&id, &facts()).unwrap();
     }
     let mut store = SqliteStore::open(&path).unwrap();
     assert_eq!(store.next_epoch().unwrap(), CoordEpoch(2));
     let runs = store.runs().unwrap();
     assert_eq!(runs.iter().map(|r| r.run_id.as_str()).collect::<Vec<_>>(), ["b", "a"]);
-    assert_eq!(runs[0].saved.generation, Generation(4));
-    assert_eq!(runs[0].saved.probe, Some(u64::MAX));
-    assert_eq!(runs[0].saved.checkpoint.as_ref().unwrap().step, Step(9));
-    let ending = Ending::Finished { step: Step(9), digest: u64::MAX - 1 };
-    assert_eq!(runs[0].ending, Some(ending));
-    assert_eq!(runs[1].ending, None);
+    assert_eq!(runs[0].saved, Saved::replay(&facts()));
+    assert_eq!(runs[1].saved, Saved::default());
+    let journal = store.journal(&id).unwrap();
+    let records: Vec<Record> = journal.iter().map(|line| line.record.clone()).collect();
+    assert_eq!(records, facts(), "every kind of record survives the file");
+    assert!(journal.iter().all(|line| line.epoch == CoordEpoch(1)));
+}
+
+/// One record of every kind.
+fn facts() -> Vec<Record> {
+    let worker: WorkerId = "n:cpu0".parse().unwrap();
+    let member = Member {
+        worker: worker.clone(),
+        incarnation: Incarnation(u64::MAX),
+        endpoint: "127.0.0.1:4000".into(),
+        slots: vec![0, 3],
+    };
+    let generation = Generation(4);
+    let plan = Plan {
+        generation,
+        members: vec![member],
+        communicator: Communicator::Keep,
+        why: "w".into(),
+    };
+    let why = || "w".to_string();
+    vec![
+        Record::Planned(Arc::new(plan)),
+        Record::Floor(Generation(5)),
+        Record::Started { generation, resume_step: Step(8) },
+        Record::Change(2),
+        Record::Attempt(AttemptSeq(3)),
+        Record::AttemptClosed(AttemptSeq(3)),
+        Record::Distrusted,
+        Record::Probe(u64::MAX),
+        Record::NoCheckpoint,
+        Record::Checkpoint(CheckpointRef { step: Step(9), manifest: "blake3:x".into() }),
+        Record::CheckpointAsked,
+        Record::Stopping { why: why() },
+        Record::Draining { worker: worker.clone(), why: why() },
+        Record::Gone(worker.clone()),
+        Record::Banned { worker: worker.clone(), why: why() },
+        Record::Released(worker),
+        Record::Ended(Ending::Failed { why: why(), code: 74 }),
+        Record::Ended(Ending::Stopped { step: Step(9), why: why() }),
+        Record::Ended(Ending::Paused { why: why() }),
+        Record::Resumed,
+        Record::Ended(Ending::Finished { step: Step(9), digest: u64::MAX - 1 }),
+    ]
+}
+
+#[test]
+fn a_file_of_another_layout_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state.sqlite");
+    let db = Connection::open(&path).unwrap();
+    db.execute_batch("CREATE TABLE runs (run_id TEXT)").unwrap();
+    drop(db);
+    let err = SqliteStore::open(&path).unwrap_err().to_string();
+    assert!(err.contains("layout 0") && err.contains("another state folder"), "{err}");
 }
 
 #[test]

@@ -390,6 +390,12 @@ impl Reader<'_> {
     }
 
     fn elastic(&mut self) -> Option<ElasticSpec> {
+        let workers = self.workers();
+        let spares = self.count("elastic.spares", 0..=WORKERS_MAX);
+        Some(ElasticSpec { workers: workers?, spares: spares? })
+    }
+
+    fn workers(&mut self) -> Option<Workers> {
         const PATH: &str = "elastic.workers";
         let node = self.required(PATH)?;
         let Value::Text(text) = &node.value else {
@@ -411,8 +417,7 @@ impl Reader<'_> {
                 ("wants too many workers", format!("use at most {WORKERS_MAX}"))
             }
             Some((Some(min), Some(max))) => {
-                let workers = Workers { min, max };
-                return Some(ElasticSpec { workers });
+                return Some(Workers { min, max });
             }
             _ => match number(text) {
                 Some(n) => ("must be \"min:max\"", format!("use \"{n}:{n}\"")),

@@ -12,7 +12,7 @@ use lacuna_api::{MESSAGE_BYTES_MAX, v1, wire};
 use lacuna_checkpoint::chain;
 use lacuna_collective::{AbortHandle, TrainerListener};
 use lacuna_control::message::{FaultKind, ToCoordinator, ToWorker};
-use lacuna_control::worker::{Command, Event, Report, Session};
+use lacuna_control::worker::{Command, Event, Patience, Report, Session};
 use lacuna_types::{BuildId, Generation, Incarnation, RunId, Step, Timestamp, WorkerId, exit};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -45,6 +45,8 @@ enum Net {
 struct HelloFacts {
     run: Option<RunId>,
     state: Option<Step>,
+    generation: Generation,
+    up: bool,
 }
 
 /// Runs the session of one trainer.
@@ -83,7 +85,11 @@ impl Driver {
         let started = Instant::now();
         let (reports, inbox) = mpsc::channel(QUEUE);
         Driver {
-            machine: Session::new(args.give_up(), Timestamp(0)),
+            // Until a welcome says how long an orphan trains on.
+            machine: Session::new(
+                Patience { orphan: args.give_up(), give_up: args.give_up() },
+                Timestamp(0),
+            ),
             worker,
             incarnation,
             endpoint: listener.advertised().to_string(),
@@ -123,9 +129,11 @@ impl Driver {
         let uplink = tokio::spawn(uplink.run());
         let mut parent = watch_parent();
         let mut signals = Signals::new();
-        let mut beat = tokio::time::interval(self.beat);
-        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut beat = beats(self.beat);
         let code = loop {
+            if beat.period() != self.beat {
+                beat = beats(self.beat);
+            }
             let event = tokio::select! {
                 event = net.recv() => match event {
                     Some(event) => self.on_net(event),
@@ -165,7 +173,7 @@ impl Driver {
                 Some(Event::Connected)
             }
             Net::Welcome(welcome) => match self.on_welcome(&welcome) {
-                Ok(()) => Some(Event::Tick),
+                Ok(()) => Some(Event::Welcomed),
                 Err((code, why)) => {
                     error!("{why}");
                     self.exit = Some(code);
@@ -188,10 +196,14 @@ impl Driver {
 
     /// The first welcome says what to do; a later one must say the same.
     fn on_welcome(&mut self, welcome: &v1::Welcome) -> Result<(), (u8, String)> {
+        self.beat = Duration::from_millis(welcome.beat_ms.max(10));
+        self.machine.set_patience(Patience {
+            orphan: Duration::from_millis(welcome.orphan_ms).min(self.args.give_up()),
+            give_up: self.args.give_up(),
+        });
         let said = format!("{} {} {}", welcome.run_id, welcome.spec_digest, welcome.fingerprint);
         match &self.working_for {
             None => {
-                self.beat = Duration::from_millis(welcome.beat_ms.max(10));
                 self.working_for = Some(said);
                 self.start_loop(welcome)
             }
@@ -224,9 +236,10 @@ impl Driver {
         let work = move || match start.build() {
             Ok(step_loop) => step_loop.run(inbox),
             Err((kind, detail)) => {
-                let generation = Generation(0);
+                let (generation, suspects) = (Generation(0), Vec::new());
+                let fault = Report::Fault { generation, kind, suspects, detail };
                 // Fails only when the session is gone.
-                let _ = reports.blocking_send(Report::Fault { generation, kind, detail });
+                let _ = reports.blocking_send(fault);
             }
         };
         let guarded = move || {
@@ -244,9 +257,14 @@ impl Driver {
     fn feed(&mut self, event: Event) -> Option<u8> {
         let now = self.now();
         let commands = self.machine.handle(now, event);
-        let state = self.machine.state();
-        if self.facts.borrow().state != state {
-            self.facts.send_modify(|facts| facts.state = state);
+        let machine = &self.machine;
+        let known = (machine.state(), machine.taking_part_in(), machine.is_up());
+        let told = {
+            let facts = self.facts.borrow();
+            (facts.state, facts.generation, facts.up)
+        };
+        if known != told {
+            self.facts.send_modify(|facts| (facts.state, facts.generation, facts.up) = known);
         }
         for command in commands {
             if let Some(code) = self.carry_out(command) {
@@ -270,6 +288,8 @@ impl Driver {
                 let abort = self.abort.clone();
                 self.order(Order::Connect { plan, comm_id, sync, abort });
             }
+            Command::Adopt { plan } => self.order(Order::Adopt { plan }),
+            Command::Audit { generation } => self.order(Order::Audit { generation }),
             Command::Start { generation } => self.order(Order::Start { generation }),
             Command::RaiseStop { change, .. } => self.shared.stop.store(change, Release),
             Command::Save { attempt, held: false, .. } => {
@@ -376,6 +396,13 @@ fn chain_of(err: &dyn std::error::Error) -> String {
     text
 }
 
+/// Ticks for signs of life; after a pause of this process they do not come in a burst.
+fn beats(period: Duration) -> tokio::time::Interval {
+    let mut beats = tokio::time::interval(period);
+    beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    beats
+}
+
 /// Completes when standard input closes: the agent holds its other end.
 fn watch_parent() -> tokio::sync::oneshot::Receiver<()> {
     let (gone, notice) = tokio::sync::oneshot::channel();
@@ -393,10 +420,13 @@ fn watch_parent() -> tokio::sync::oneshot::Receiver<()> {
     notice
 }
 
-/// Signals that ask a worker to go.
+/// Signals that ask a worker to go: the usual two, and the two that schedulers send some time
+/// before they take a machine away.
 pub(crate) struct Signals {
     term: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
+    user_1: tokio::signal::unix::Signal,
+    user_2: tokio::signal::unix::Signal,
 }
 
 impl Signals {
@@ -406,6 +436,8 @@ impl Signals {
         Signals {
             term: install(SignalKind::terminate()),
             interrupt: install(SignalKind::interrupt()),
+            user_1: install(SignalKind::user_defined1()),
+            user_2: install(SignalKind::user_defined2()),
         }
     }
 
@@ -413,6 +445,8 @@ impl Signals {
         tokio::select! {
             _ = self.term.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
+            _ = self.user_1.recv() => "SIGUSR1",
+            _ = self.user_2.recv() => "SIGUSR2",
         }
     }
 }
@@ -496,6 +530,8 @@ impl Uplink {
             device: self.device.clone(),
             run_id: facts.run.map(|run| run.to_string()).unwrap_or_default(),
             state_step: facts.state.map(|step| step.0),
+            generation: facts.generation.0,
+            up: facts.up,
         };
         v1::SessionRequest { message: Some(v1::session_request::Message::Hello(hello)) }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lacuna_collective::{AbortHandle, OpLedger};
 use lacuna_control::message::{Beat, Phase};
@@ -17,13 +17,23 @@ pub enum Order {
     /// Connect to the plan's members and synchronise the state.
     Connect {
         /// The plan.
-        plan: Plan,
+        plan: Arc<Plan>,
         /// Key of the generation.
         comm_id: Vec<u8>,
         /// Where the state comes from.
         sync: Sync,
         /// Kills the communicator.
         abort: AbortHandle,
+    },
+    /// Go on in the communicator it is in, with this plan.
+    Adopt {
+        /// The plan.
+        plan: Arc<Plan>,
+    },
+    /// Compute the probe again.
+    Audit {
+        /// The generation whose states differ.
+        generation: Generation,
     },
     /// Train until a boundary or a fault.
     Start {
@@ -56,6 +66,8 @@ struct Progress {
     phase: Phase,
     since: Instant,
     ledger: OpLedger,
+    /// Time of a slot of late; zero before the first.
+    slot: Duration,
 }
 
 impl Default for Shared {
@@ -66,6 +78,7 @@ impl Default for Shared {
             phase: Phase::Idle,
             since: Instant::now(),
             ledger: OpLedger::default(),
+            slot: Duration::ZERO,
         };
         Shared { stop: AtomicU64::new(0), save: AtomicU64::new(0), progress: Mutex::new(progress) }
     }
@@ -89,6 +102,15 @@ impl Shared {
         progress.ledger = ledger;
     }
 
+    /// Notes how long a slot took to compute: a mean over some twenty.
+    pub fn slot_took(&self, time: Duration) {
+        let mut progress = self.progress();
+        progress.slot = match progress.slot {
+            Duration::ZERO => time,
+            before => (before * 19 + time) / 20,
+        };
+    }
+
     /// Notes what the loop does from here on.
     pub fn enter(&self, step: u64, phase: Phase) {
         let mut progress = self.progress();
@@ -100,12 +122,15 @@ impl Shared {
     /// Makes a sign of life.
     pub fn beat(&self) -> Beat {
         let progress = self.progress();
+        let op = progress.ledger.read();
         Beat {
             generation: progress.generation,
             step: progress.step,
             phase: progress.phase,
             phase_ms: progress.since.elapsed().as_millis() as u64,
-            op_seq: progress.ledger.read().op_seq,
+            op_seq: op.op_seq,
+            in_op: op.in_progress,
+            slot_us: progress.slot.as_micros() as u64,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The step loop: load, compute, reduce, apply. It knows no protocol; the session gives it orders
 //! and takes its reports.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -64,7 +65,7 @@ pub struct StepLoop {
 
 /// A generation this worker is in.
 struct Membership {
-    plan: Plan,
+    plan: Arc<Plan>,
     rank: usize,
     comm: TcpCollective,
     abort: AbortHandle,
@@ -144,6 +145,11 @@ impl StepLoop {
                     self.shared.clear_requests();
                     membership = self.connect(plan, &comm_id, &sync, abort);
                 }
+                Order::Adopt { plan } => {
+                    self.shared.clear_requests();
+                    membership = self.adopt(membership, plan);
+                }
+                Order::Audit { generation } => self.audit(generation),
                 Order::Start { generation } => {
                     if let Some(group) =
                         membership.as_mut().filter(|m| m.plan.generation == generation)
@@ -182,13 +188,41 @@ impl StepLoop {
     ) {
         let detail = lacuna_checkpoint::chain(err);
         warn!(%generation, detail, "fault");
-        self.report(Report::Fault { generation, kind, detail });
+        let mut causes = std::iter::successors(Some(err), |err| err.source());
+        let suspects = causes.find_map(|err| err.downcast_ref::<CollectiveError>());
+        let suspects = suspects.map(CollectiveError::suspects).unwrap_or_default();
+        self.report(Report::Fault { generation, kind, suspects, detail });
+    }
+
+    /// Goes on in the communicator of the generation before, at the boundary where all stand.
+    fn adopt(&self, before: Option<Membership>, plan: Arc<Plan>) -> Option<Membership> {
+        let (worker, incarnation) = &self.identity;
+        let generation = plan.generation;
+        let mut group = before?;
+        if plan.rank(worker, *incarnation) != Some(group.rank) {
+            warn!(%generation, "told to keep a communicator in which this worker has another rank");
+            return None;
+        }
+        group.plan = plan;
+        self.shared.enter_generation(generation, group.comm.ledger());
+        self.report(Report::Adopted { generation, state: Step(self.step()) });
+        Some(group)
+    }
+
+    /// Computes the probe again: states of this generation's members differ.
+    fn audit(&mut self, generation: Generation) {
+        self.enter(Phase::Compute);
+        match self.engine.probe() {
+            Ok(probe) => self.report(Report::Audited { generation, probe }),
+            Err(err) => self.fault(generation, FaultKind::Local, &err),
+        }
+        self.enter(Phase::Idle);
     }
 
     /// Connects and synchronises; reports either the state or a fault.
     fn connect(
         &mut self,
-        plan: Plan,
+        plan: Arc<Plan>,
         comm_id: &[u8],
         sync: &Sync,
         abort: AbortHandle,
@@ -338,7 +372,9 @@ impl StepLoop {
                 if group.abort.reason().is_some() {
                     group.abort.check()?;
                 }
+                let began = Instant::now();
                 let loss = self.engine.slot(batch, &mut |grad| reducer.add(grad))?;
+                self.shared.slot_took(began.elapsed());
                 if !loss.is_finite() {
                     suspects.push(describe_samples(batch));
                 }

@@ -1,0 +1,149 @@
+//! A group that beats and gets no further: who holds it up.
+//!
+//! Every beat says which collective operation its worker is in, or was last. Members that wait in
+//! an operation which others have not entered are not to blame; those others are. Where all have
+//! entered it, the network between them is.
+
+use lacuna_types::{Generation, Incarnation, Timestamp, WorkerId};
+
+use super::conduct::Strike;
+use super::forming::{Group, Stage};
+use super::{Command, Coordinator};
+use crate::message::Beat;
+
+/// A group gets this many times its longest step before it counts as stuck.
+const PATIENCE: u32 = 5;
+/// And this many times the usual limit for its first step, which warms caches up.
+const FIRST_STEP: u32 = 10;
+
+/// What holds a group up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Nobody waits: all compute.
+    Slow,
+    /// These did not enter an operation in which others wait, with one line for each.
+    Culprits(Vec<(WorkerId, Incarnation, String)>),
+    /// All are in one operation.
+    Network(String),
+}
+
+impl Coordinator {
+    /// When a running group counts as stuck.
+    pub(super) fn stall_at(&self, group: &Group) -> Timestamp {
+        let first = self.saved.started == Some(self.progress);
+        let limit = self.timing.stall.max(PATIENCE * group.longest);
+        group.moved + if first { FIRST_STEP * limit } else { limit }
+    }
+
+    /// Notes that a member has entered an operation: the group got further.
+    pub(super) fn entered(&mut self, now: Timestamp, generation: Generation, op_seq: u64) {
+        let group = self.group.as_mut().filter(|g| g.plan.generation == generation);
+        if let Some(group) = group.filter(|g| op_seq > g.op_seq) {
+            group.longest = group.longest.max(now.since(group.moved));
+            group.op_seq = op_seq;
+            group.moved = now;
+        }
+    }
+
+    /// Notes whom a member suspects; if the group was stuck, finds out whether it is right.
+    pub(super) fn suspect(&mut self, now: Timestamp, suspects: &[usize]) {
+        let Some(group) = &mut self.group else { return };
+        for rank in suspects.iter().filter(|rank| **rank < group.plan.world()) {
+            *group.suspected.entry(*rank).or_default() += 1;
+        }
+        // A peer that died breaks its connections at once: then there is nothing to find out.
+        let stuck = now.since(group.moved) > self.timing.lease;
+        if group.stage == Stage::Running && stuck {
+            self.judge_stall(now);
+        }
+    }
+
+    pub(super) fn expire_stall(&mut self, now: Timestamp) {
+        let group = self.group.as_ref().filter(|g| g.stage == Stage::Running);
+        if group.is_some_and(|group| self.stall_at(group) <= now) {
+            self.judge_stall(now);
+        }
+    }
+
+    fn judge_stall(&mut self, now: Timestamp) {
+        let Some(group) = &self.group else { return };
+        match self.verdict(now, group) {
+            Verdict::Slow => {
+                // Nobody waits for anybody, so nobody can be to blame: look again later.
+                let group = self.group.as_mut().expect("just seen");
+                group.longest = group.longest.max(now.since(group.moved));
+                group.moved = now;
+            }
+            Verdict::Culprits(culprits) => {
+                for (worker, incarnation, line) in culprits {
+                    self.note("stuck", true, line.clone());
+                    self.out.push(Command::Disconnect { worker: worker.clone(), incarnation });
+                    let kill = Command::Kill { worker: worker.clone(), incarnation, why: line };
+                    self.out.push(kill);
+                    let why = "it holds the group up".to_string();
+                    self.lose(now, &worker, &why);
+                    self.strike(now, &worker, Strike::Out, &why);
+                }
+            }
+            Verdict::Network(line) => self.blame_network(now, &line),
+        }
+    }
+
+    fn verdict(&self, now: Timestamp, group: &Group) -> Verdict {
+        let generation = group.plan.generation;
+        let beat = |worker: &WorkerId| {
+            let record = self.workers.get(worker)?;
+            let beat = record.beat.as_ref().filter(|b| b.generation == generation)?;
+            Some((beat, now.since(record.last_seen).as_millis() as u64))
+        };
+        let members = &group.plan.members;
+        let waits = |b: &Beat| b.in_op.then_some(b.op_seq);
+        let newest = members.iter().filter_map(|m| waits(beat(&m.worker)?.0)).max();
+        let Some(newest) = newest else { return Verdict::Slow };
+        let is_in = |worker: &WorkerId| beat(worker).is_some_and(|(b, _)| b.op_seq >= newest);
+        let waiting: Vec<&str> =
+            members.iter().map(|m| &m.worker).filter(|w| is_in(w)).map(WorkerId::as_str).collect();
+        let waiting = waiting.join(", ");
+        let step = self.progress;
+        let line = |worker: &WorkerId| match beat(worker) {
+            None => format!("{worker} holds step {step} up: it has not begun to train"),
+            Some((beat, age)) => format!(
+                "{worker} holds step {step} up: in {} since {:.1} s, while {waiting} wait in \
+                 operation {newest}",
+                beat.phase.word(),
+                (beat.phase_ms + age) as f64 / 1e3
+            ),
+        };
+        let culprits: Vec<(WorkerId, Incarnation, String)> = members
+            .iter()
+            .filter(|m| !is_in(&m.worker))
+            .map(|m| (m.worker.clone(), m.incarnation, line(&m.worker)))
+            .collect();
+        if !culprits.is_empty() {
+            return Verdict::Culprits(culprits);
+        }
+        Verdict::Network(format!(
+            "nobody holds step {step} up: all {} workers have been in operation {newest} for {:.1} \
+             s, so the network between them does not deliver",
+            members.len(),
+            now.since(group.moved).as_secs_f64()
+        ))
+    }
+
+    /// The first time the same members try again; then without the one that most often was missed.
+    fn blame_network(&mut self, now: Timestamp, line: &str) {
+        self.network_hangs += 1;
+        self.note("stuck", true, line.to_string());
+        let Some(group) = &self.group else { return };
+        let world = group.plan.world();
+        if self.network_hangs > 1 && world > self.config.workers_min.max(1) {
+            let times = |rank: &usize| group.suspected.get(rank).copied().unwrap_or(0);
+            let missed = (0..world).max_by_key(times).expect("a group has members");
+            let worker = group.plan.members[missed].worker.clone();
+            let n = self.network_hangs;
+            let why = format!("the network failed {n} times in a row, and it was missed most");
+            self.strike(now, &worker, Strike::Out, &why);
+        }
+        self.disturb(now, line);
+    }
+}

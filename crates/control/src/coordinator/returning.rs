@@ -1,0 +1,220 @@
+//! Members that come back: on a new stream, to a coordinator that was started again, or not at all
+//! while they may train on unseen.
+
+use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId};
+
+use super::Coordinator;
+use super::forming::{CommId, Group, Stage};
+use crate::message::ToWorker;
+use crate::plan::Communicator;
+
+/// The newest group that trained. Until one of its members is known to have left it, its members
+/// may train on without this coordinator.
+#[derive(Clone, Debug)]
+pub(super) struct LastStarted {
+    generation: Generation,
+    members: Vec<(WorkerId, Incarnation)>,
+    /// First step that it computed.
+    pub resume_step: Step,
+    /// A member is gone, or has left: the group can never complete another sum.
+    over: bool,
+    /// When a member was last heard of.
+    seen: Timestamp,
+}
+
+impl LastStarted {
+    pub(super) fn of(group: &Group, resume_step: Step, now: Timestamp) -> Self {
+        let members = &group.plan.members;
+        LastStarted {
+            generation: group.plan.generation,
+            members: members.iter().map(|m| (m.worker.clone(), m.incarnation)).collect(),
+            resume_step,
+            over: false,
+            seen: now,
+        }
+    }
+
+    fn has(&self, worker: &WorkerId, incarnation: Incarnation) -> bool {
+        self.members.iter().any(|(id, i)| id == worker && *i == incarnation)
+    }
+}
+
+impl Coordinator {
+    /// A worker has left every generation below `generation`.
+    pub(super) fn left_older(&mut self, worker: &WorkerId, generation: Generation) {
+        let Some(incarnation) = self.workers.get(worker).map(|w| w.incarnation) else { return };
+        if let Some(last) = &mut self.last_started
+            && last.has(worker, incarnation)
+            && last.generation < generation
+        {
+            last.over = true;
+        }
+    }
+
+    /// A process has ended for certain.
+    pub(super) fn ended_for_certain(&mut self, worker: &WorkerId, incarnation: Incarnation) {
+        if let Some(last) = self.last_started.as_mut().filter(|l| l.has(worker, incarnation)) {
+            last.over = true;
+        }
+    }
+
+    /// A worker was given up because nothing was heard of it since `seen`.
+    pub(super) fn fell_silent(
+        &mut self,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+        seen: Timestamp,
+    ) {
+        if let Some(last) = self.last_started.as_mut().filter(|l| l.has(worker, incarnation)) {
+            last.seen = last.seen.max(seen);
+        }
+    }
+
+    /// Until when the newest group may be training unseen.
+    pub(super) fn zombie_until(&self) -> Option<Timestamp> {
+        let last = self.last_started.as_ref().filter(|last| !last.over)?;
+        let lost = self.group.is_none() && !last.members.is_empty();
+        lost.then(|| last.seen + self.timing.disjoint)
+    }
+
+    /// Says why no group of `candidates` may be formed: all members of the newest one fell silent,
+    /// none of them is among the candidates, and they may be training on unseen.
+    pub(super) fn zombie_in_the_way(
+        &self,
+        now: Timestamp,
+        candidates: &[WorkerId],
+    ) -> Option<String> {
+        let last = self.last_started.as_ref().filter(|last| !last.over)?;
+        let back = |id: &WorkerId| last.has(id, self.workers[id].incarnation);
+        let until = last.seen + self.timing.disjoint;
+        if until <= now || candidates.iter().any(back) {
+            return None;
+        }
+        let names: Vec<&str> = last.members.iter().map(|(id, _)| id.as_str()).collect();
+        Some(format!(
+            "waiting for the members of generation {} ({}), which fell silent and may be training \
+             on: others begin after {:?}, or when an operator forces it",
+            last.generation,
+            names.join(", "),
+            self.timing.disjoint
+        ))
+    }
+
+    /// An operator knows that silent members are gone.
+    pub(super) fn on_force(&mut self) {
+        if let Some(last) = self.last_started.as_mut().filter(|last| !last.over) {
+            last.over = true;
+            self.note("forced", true, "an operator gave silent members up".to_string());
+        }
+    }
+
+    /// A member opened a new stream: messages of both sides may be lost with the old one, so this
+    /// side says again what the stage needs; the worker repeats its answers by itself.
+    pub(super) fn welcome_back(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        theirs: Generation,
+        up: bool,
+    ) {
+        let Some(incarnation) = self.workers.get(worker).map(|w| w.incarnation) else { return };
+        let group = self.group.clone();
+        let rank = group.as_ref().and_then(|g| g.plan.rank(worker, incarnation));
+        let (Some(group), Some(rank)) = (group, rank) else {
+            self.revoke_old(worker, incarnation, theirs, up);
+            return;
+        };
+        let ours = group.plan.generation;
+        let not_told_yet = group.stage == Stage::Preparing && theirs < ours;
+        if theirs != ours && !not_told_yet {
+            self.left_older(worker, ours.next());
+            self.disturb(now, &format!("{worker} came back outside of generation {ours}"));
+            self.revoke_old(worker, incarnation, theirs, up);
+            return;
+        }
+        let stays_up = match group.stage {
+            Stage::Recovering | Stage::Running | Stage::Held => up,
+            Stage::Preparing => {
+                not_told_yet || !up || group.plan.communicator == Communicator::Keep
+            }
+            Stage::Syncing => true,
+        };
+        if !stays_up {
+            let why = format!("{worker} came back and its part in generation {ours} is lost");
+            self.disturb(now, &why);
+            return;
+        }
+        if group.stage == Stage::Recovering {
+            let back = &mut self.group.as_mut().expect("just seen").back;
+            back.insert(rank);
+            if back.len() == group.plan.world() {
+                self.go_on_as_before(now);
+            }
+        } else {
+            self.say_again(worker, incarnation, &group);
+        }
+    }
+
+    /// Tells a worker that what it is in is over.
+    fn revoke_old(
+        &mut self,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+        theirs: Generation,
+        up: bool,
+    ) {
+        if up {
+            let why = "it ended while this worker was away".to_string();
+            self.send_to(worker, incarnation, ToWorker::Revoke { generation: theirs, why });
+        }
+    }
+
+    /// Repeats what the group's stage has told its members so far.
+    fn say_again(&mut self, worker: &WorkerId, incarnation: Incarnation, group: &Group) {
+        let generation = group.plan.generation;
+        match (group.stage, &group.sync, &group.comm_id) {
+            (Stage::Recovering, _, _) => {}
+            (Stage::Preparing, _, _) => {
+                self.send_to(worker, incarnation, ToWorker::Prepare(group.plan.clone()));
+            }
+            (Stage::Syncing, Some(sync), CommId::Here(comm_id)) => {
+                let (comm_id, sync) = (comm_id.clone(), sync.clone());
+                let message = ToWorker::Connect { generation, comm_id, sync };
+                self.send_to(worker, incarnation, message);
+            }
+            (Stage::Syncing, _, _) => {}
+            (Stage::Running | Stage::Held, _, _) => {
+                let resume_step = self.saved.started.unwrap_or_default();
+                let start = ToWorker::Start { generation, resume_step };
+                self.send_to(worker, incarnation, start);
+                if let Some(change) = group.change.clone().filter(|_| group.stage == Stage::Running)
+                {
+                    let (change, why) = (self.saved.changes, change.why);
+                    self.send_to(worker, incarnation, ToWorker::Hold { generation, change, why });
+                }
+                if let Some(attempt) = &group.attempt {
+                    let (attempt, held) = (attempt.seq, attempt.held);
+                    let message = ToWorker::Propose { generation, attempt, held };
+                    self.send_to(worker, incarnation, message);
+                }
+            }
+        }
+    }
+
+    /// All members of the group that trained when this process ended are back in it.
+    fn go_on_as_before(&mut self, now: Timestamp) {
+        let Some(group) = &mut self.group else { return };
+        group.stage = Stage::Running;
+        group.moved = now;
+        let group = group.clone();
+        let generation = group.plan.generation;
+        for member in &group.plan.members {
+            self.say_again(&member.worker, member.incarnation, &group);
+        }
+        self.last_change = Some(now);
+        let n = group.plan.world();
+        let text = format!("generation {generation} goes on as it was: all {n} workers are back");
+        self.note("recovered", false, text);
+        self.held_if_all_stand(now);
+    }
+}

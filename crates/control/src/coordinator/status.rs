@@ -1,0 +1,53 @@
+//! What people see of a run.
+
+use lacuna_types::{Step, WorkerId};
+
+use super::forming::Stage;
+use super::members::Worker;
+use super::{Coordinator, Ending, Status, WorkerStatus};
+
+impl Coordinator {
+    /// Returns what the run is doing, for people.
+    pub fn status(&self) -> Status {
+        Status {
+            state: self.state_word(),
+            generation: self.saved.generation,
+            step: self.progress,
+            checkpoint: self.saved.checkpoint.clone(),
+            workers: self.workers.iter().map(|(id, w)| self.worker_status(id, w)).collect(),
+        }
+    }
+
+    /// Returns the run's state in one word.
+    pub fn state_word(&self) -> &'static str {
+        match (&self.saved.ending, self.group.as_ref().map(|g| g.stage)) {
+            (Some(Ending::Finished { .. }), _) => "finished",
+            (Some(Ending::Failed { .. }), _) => "failed",
+            (Some(Ending::Stopped { .. }), _) => "stopped",
+            (Some(Ending::Paused { .. }), _) => "paused",
+            (None, None) if self.dispute.is_some() => "disputed",
+            (None, None) => "waiting",
+            (None, Some(Stage::Recovering)) => "recovering",
+            (None, Some(Stage::Preparing)) => "forming",
+            (None, Some(Stage::Syncing)) => "syncing",
+            (None, Some(Stage::Running)) => "running",
+            (None, Some(Stage::Held)) => "held",
+        }
+    }
+
+    fn worker_status(&self, id: &WorkerId, worker: &Worker) -> WorkerStatus {
+        let group = self.group.as_ref().filter(|_| worker.member);
+        let rank = group.and_then(|g| g.plan.rank(id, worker.incarnation));
+        let slots = group.zip(rank).map_or(0, |(g, rank)| g.plan.members[rank].slots.len() as u32);
+        let word = worker.word();
+        let kept_out = word == "spare" && !self.is_free(id);
+        WorkerStatus {
+            worker: id.clone(),
+            rank,
+            slots,
+            state: if kept_out { "quarantined" } else { word },
+            step: worker.beat.as_ref().map_or(Step(0), |b| b.step),
+            phase: worker.beat.as_ref().map_or("idle", |b| b.phase.word()),
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! What a coordinator must remember of a run: durable facts, and the state they add up to.
+//!
+//! The machine changes [`Saved`] only by [`Saved::apply`], with the very records that it asks its
+//! driver to make durable. So the state after replaying a journal is the state before the crash,
+//! by construction (invariant I8).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use lacuna_types::{AttemptSeq, Generation, Step, WorkerId};
+
+use crate::coordinator::Ending;
+use crate::plan::{CheckpointRef, Plan};
+
+/// A durable fact of a run. Carried out before anything that depends on it is said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// A generation is being formed by this plan. No message names a generation before.
+    Planned(Arc<Plan>),
+    /// Somebody knows of a higher generation than the journal: the next one is above it.
+    Floor(Generation),
+    /// The newest plan's members hold one state and train from this step.
+    Started {
+        /// The plan's generation.
+        generation: Generation,
+        /// First step they compute.
+        resume_step: Step,
+    },
+    /// Members are asked to stop at a boundary, under this number.
+    Change(u64),
+    /// A checkpoint attempt of the newest generation is proposed.
+    Attempt(AttemptSeq),
+    /// That attempt is given up.
+    AttemptClosed(AttemptSeq),
+    /// States differ: what is in memory is not trusted, the newest checkpoint is.
+    Distrusted,
+    /// The run's probe class.
+    Probe(u64),
+    /// The newest committed checkpoint.
+    Checkpoint(CheckpointRef),
+    /// There is no checkpoint any more: somebody deleted it.
+    NoCheckpoint,
+    /// Somebody asked for a checkpoint.
+    CheckpointAsked,
+    /// Somebody asked the run to stop.
+    Stopping {
+        /// Why, for people.
+        why: String,
+    },
+    /// An operator takes a worker out.
+    Draining {
+        /// Who.
+        worker: WorkerId,
+        /// Why, for people.
+        why: String,
+    },
+    /// A worker that was to leave is gone.
+    Gone(WorkerId),
+    /// A worker did harm too often: it stays out until an operator lets it back in.
+    Banned {
+        /// Who.
+        worker: WorkerId,
+        /// What it did last, for people.
+        why: String,
+    },
+    /// An operator lets a worker back in.
+    Released(WorkerId),
+    /// The run is over, or rests.
+    Ended(Ending),
+    /// A run that rested goes on.
+    Resumed,
+}
+
+/// What is known of a run from before: all empty for a new one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Saved {
+    /// Highest generation that was ever named.
+    pub generation: Generation,
+    /// The newest generation's plan; `None` while the run rests.
+    pub plan: Option<Arc<Plan>>,
+    /// Step that plan's members began to train from; `None` while they form.
+    pub started: Option<Step>,
+    /// Number of the newest change that members were asked to stop for.
+    pub changes: u64,
+    /// Number of the newest attempt of the newest generation.
+    pub attempts: AttemptSeq,
+    /// Whether that attempt is under way.
+    pub attempt_open: bool,
+    /// Whether the next group must not start from memory.
+    pub distrusted: bool,
+    /// Probe class of the run, once a worker has set it.
+    pub probe: Option<u64>,
+    /// Newest committed checkpoint.
+    pub checkpoint: Option<CheckpointRef>,
+    /// Whether a checkpoint was asked for and is not proposed yet.
+    pub checkpoint_asked: bool,
+    /// Why the run is to stop, if it is.
+    pub stopping: Option<String>,
+    /// Workers that an operator takes out, and why.
+    pub draining: BTreeMap<WorkerId, String>,
+    /// Workers that stay out until an operator lets them back in, and why.
+    pub banned: BTreeMap<WorkerId, String>,
+    /// How the run came to rest, if it did.
+    pub ending: Option<Ending>,
+}
+
+impl Saved {
+    /// Adds one fact.
+    pub fn apply(&mut self, record: &Record) {
+        match record.clone() {
+            Record::Planned(plan) => {
+                self.generation = plan.generation;
+                self.plan = Some(plan);
+                self.started = None;
+                self.attempts = AttemptSeq(0);
+                self.attempt_open = false;
+            }
+            Record::Floor(generation) => self.generation = self.generation.max(generation),
+            Record::Started { resume_step, .. } => {
+                self.started = Some(resume_step);
+                self.distrusted = false;
+            }
+            Record::Change(number) => self.changes = number,
+            Record::Attempt(seq) => {
+                self.attempts = seq;
+                self.attempt_open = true;
+                self.checkpoint_asked = false;
+            }
+            Record::AttemptClosed(_) => self.attempt_open = false,
+            Record::Distrusted => self.distrusted = true,
+            Record::Probe(probe) => self.probe = Some(probe),
+            Record::Checkpoint(checkpoint) => self.checkpoint = Some(checkpoint),
+            Record::NoCheckpoint => self.checkpoint = None,
+            Record::CheckpointAsked => self.checkpoint_asked = true,
+            Record::Stopping { why } => self.stopping = Some(why),
+            Record::Draining { worker, why } => {
+                self.draining.insert(worker, why);
+            }
+            Record::Gone(worker) => {
+                self.draining.remove(&worker);
+            }
+            Record::Banned { worker, why } => {
+                self.banned.insert(worker, why);
+            }
+            Record::Released(worker) => {
+                self.banned.remove(&worker);
+            }
+            Record::Ended(ending) => {
+                self.plan = None;
+                self.started = None;
+                self.attempt_open = false;
+                self.checkpoint_asked = false;
+                self.stopping = None;
+                self.draining.clear();
+                self.ending = Some(ending);
+            }
+            Record::Resumed => self.ending = None,
+        }
+    }
+
+    /// Adds up a journal.
+    pub fn replay<'a>(records: impl IntoIterator<Item = &'a Record>) -> Self {
+        let mut saved = Saved::default();
+        records.into_iter().for_each(|record| saved.apply(record));
+        saved
+    }
+}
