@@ -39,6 +39,8 @@ pub enum Action {
     Slow(String, u64),
     /// The state in memory changes.
     Corrupt(String),
+    /// Its device computes other bits from here on.
+    Rot(String),
     /// Data cannot be read, or can again.
     Unfit(String, bool),
     /// A signal or a preemption notice asks the trainer to leave.
@@ -72,6 +74,10 @@ pub enum Action {
     Resume,
     /// Checkpoint at the next boundary.
     Checkpoint,
+    /// An operator lets a worker back in.
+    Release(String),
+    /// An operator gives silent members up.
+    Force,
     /// All faults end: ways open, processes go on, disks work, enough workers are started.
     Repair,
 }
@@ -88,6 +94,8 @@ impl Action {
                 | A::Rest
                 | A::Resume
                 | A::Checkpoint
+                | A::Release(_)
+                | A::Force
                 | A::Slow(..)
                 | A::Repair
         )
@@ -114,6 +122,7 @@ impl fmt::Display for Action {
             A::Unhang(w) => write!(f, "unhang {w}"),
             A::Slow(w, tenths) => write!(f, "slow {w} {tenths}"),
             A::Corrupt(w) => write!(f, "corrupt {w}"),
+            A::Rot(w) => write!(f, "rot {w}"),
             A::Unfit(w, on) => write!(f, "unfit {w} {}", switch(on)),
             A::Notice(w) => write!(f, "notice {w}"),
             A::Drain(w) => write!(f, "drain {w}"),
@@ -138,6 +147,8 @@ impl fmt::Display for Action {
             A::Rest => write!(f, "rest"),
             A::Resume => write!(f, "resume"),
             A::Checkpoint => write!(f, "checkpoint"),
+            A::Release(w) => write!(f, "release {w}"),
+            A::Force => write!(f, "force"),
             A::Repair => write!(f, "repair"),
         }
     }
@@ -180,6 +191,7 @@ impl FromStr for Action {
             ["unhang", w] => A::Unhang(one(w)),
             ["slow", w, tenths] => A::Slow(one(w), number(tenths)?),
             ["corrupt", w] => A::Corrupt(one(w)),
+            ["rot", w] => A::Rot(one(w)),
             ["unfit", w, on @ ("on" | "off")] => A::Unfit(one(w), on == "on"),
             ["notice", w] => A::Notice(one(w)),
             ["drain", w] => A::Drain(one(w)),
@@ -204,6 +216,8 @@ impl FromStr for Action {
             ["rest"] => A::Rest,
             ["resume"] => A::Resume,
             ["checkpoint"] => A::Checkpoint,
+            ["release", w] => A::Release(one(w)),
+            ["force"] => A::Force,
             ["repair"] => A::Repair,
             _ => return Err(format!("`{text}` is no command")),
         })

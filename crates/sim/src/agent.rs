@@ -151,6 +151,20 @@ impl World {
         }
     }
 
+    /// The coordinator has an agent kill one life of a worker.
+    pub(crate) fn on_kill(&mut self, worker: &WorkerId, incarnation: Incarnation) {
+        let life = |p: &crate::process::Process| {
+            p.alive && p.incarnation == incarnation && p.worker == *worker
+        };
+        let Some(pid) = self.procs.iter().position(life) else { return };
+        let node = self.procs[pid].node;
+        let agent = &self.agents[node - 1];
+        if agent.alive && !self.procs[pid].unwatched && !self.net.is_cut(COORDINATOR, node) {
+            self.say(|| format!("the agent kills {worker}"));
+            self.end_process(pid, None, false);
+        }
+    }
+
     /// An agent's report arrives, or the agent tries again.
     pub(crate) fn on_exit_report(
         &mut self,

@@ -44,6 +44,8 @@ pub enum Bug {
     RankMixup,
     /// The driver does not write that the run came to rest.
     SkipEnding,
+    /// The driver does not write that a generation trains.
+    SkipStarted,
     /// The record of the newest checkpoint goes back when an older one comes late.
     CheckpointGoesBack,
 }
@@ -67,6 +69,7 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::StaleGift, "stale-gift"),
     (Bug::RankMixup, "rank-mixup"),
     (Bug::SkipEnding, "skip-ending"),
+    (Bug::SkipStarted, "skip-started"),
     (Bug::CheckpointGoesBack, "checkpoint-goes-back"),
 ];
 

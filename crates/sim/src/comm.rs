@@ -144,10 +144,7 @@ impl World {
         let (at, rank) = self.procs[pid].step_loop.comm.expect("a member is in a communicator");
         self.enter(pid, Doing::Waiting);
         self.procs[pid].step_loop.ledger.1 += 1;
-        if self.hears_of_an_end(at, rank) {
-            self.fail_soon(pid);
-            return;
-        }
+        let ended = self.hears_of_an_end(at, rank);
         let comm = &mut self.comms[at];
         comm.kind = kind;
         comm.gifts[rank] = Some(gift);
@@ -156,7 +153,11 @@ impl World {
                 *gift = gift.take().or(old);
             }
         }
-        if comm.gifts.iter().all(Option::is_some) {
+        let all = comm.gifts.iter().all(Option::is_some);
+        // What a member gave before it left may have come through, or not.
+        if ended && !(all && self.rng.one_in(2)) {
+            self.fail_soon(pid);
+        } else if all {
             self.complete(at);
         }
     }
@@ -171,6 +172,18 @@ impl World {
         let comm = &self.comms[at];
         let (Some(from), Some(to)) = (comm.members[from], comm.members[to]) else { return true };
         !self.net.is_cut(self.node_of(from), self.node_of(to))
+    }
+
+    /// Returns the ranks that a failed member misses.
+    pub(crate) fn suspects(&self, pid: Pid) -> Vec<usize> {
+        let Some((at, own)) = self.procs[pid].step_loop.comm else { return Vec::new() };
+        let comm = &self.comms[at];
+        let late = comm.gifts[own].is_some();
+        let missed = |rank: &usize| {
+            let silent = late && comm.gifts[*rank].is_none();
+            comm.gone[*rank] != Gone::No || silent || !self.reaches(at, *rank, own)
+        };
+        (0..comm.members.len()).filter(|rank| *rank != own).filter(missed).collect()
     }
 
     fn complete(&mut self, at: usize) {
@@ -189,35 +202,55 @@ impl World {
         }
     }
 
-    /// A rank gets what an operation gives, unless a cut holds something of it back.
+    /// A rank gets what an operation gives, unless a cut holds something back: every rank needs
+    /// every other's sums, and those need everybody's parts.
     fn grant(&mut self, at: usize, rank: usize, outcome: Outcome) {
         let world = self.comms[at].members.len();
-        let free = (0..world).all(|from| self.reaches(at, from, rank));
+        let free = (0..world * world).all(|i| self.reaches(at, i / world, i % world));
         if !free {
             self.comms[at].stalled.push((rank, outcome));
-            return;
+        } else if let Some(pid) = self.waiting(at, rank) {
+            self.granted(pid, outcome);
         }
-        let Some(pid) = self.comms[at].members[rank] else { return };
-        self.granted(pid, outcome);
+    }
+
+    /// A cut comes while outcomes are on their way: those behind it wait.
+    pub(crate) fn hold_outcomes(&mut self, from: usize, to: usize) {
+        for pid in 0..self.procs.len() {
+            let process = &self.procs[pid];
+            let Some((at, rank)) = process.step_loop.comm.filter(|_| process.node == to) else {
+                continue;
+            };
+            let sends = |member: &Option<Pid>| member.is_some_and(|p| self.node_of(p) == from);
+            let Doing::Completing { at: when, outcome } = &process.step_loop.doing else {
+                continue;
+            };
+            if *when > self.now && self.comms[at].members.iter().any(sends) {
+                let outcome = outcome.clone();
+                self.enter(pid, Doing::Waiting);
+                self.comms[at].stalled.push((rank, outcome));
+            }
+        }
+    }
+
+    /// Returns the process of a rank that waits in this communicator.
+    fn waiting(&self, at: usize, rank: usize) -> Option<Pid> {
+        let pid = self.comms[at].members[rank]?;
+        let step_loop = &self.procs[pid].step_loop;
+        let waits = step_loop.comm == Some((at, rank)) && step_loop.doing == Doing::Waiting;
+        waits.then_some(pid)
     }
 
     /// What cuts held back comes through.
     pub(crate) fn unstall(&mut self) {
         for at in 0..self.comms.len() {
             for (rank, outcome) in std::mem::take(&mut self.comms[at].stalled) {
-                let member = self.comms[at].members[rank];
-                let waits = |pid: &Pid| {
-                    let step_loop = &self.procs[*pid].step_loop;
-                    step_loop.comm == Some((at, rank)) && step_loop.doing == Doing::Waiting
-                };
-                if member.filter(waits).is_none() {
-                    continue;
-                }
+                let Some(pid) = self.waiting(at, rank) else { continue };
                 let comm = &self.comms[at];
                 if comm.gone.iter().all(|gone| *gone == Gone::No) {
                     self.grant(at, rank, outcome);
                 } else if self.hears_of_an_end(at, rank) {
-                    self.fail_soon(member.expect("just seen"));
+                    self.fail_soon(pid);
                 }
             }
         }
@@ -244,6 +277,9 @@ impl World {
     /// A connection of a member's communicator was closed by the other end.
     fn peer_closed(&mut self, pid: Pid) {
         let now = self.now;
+        if self.procs[pid].step_loop.stuck {
+            return;
+        }
         match self.procs[pid].step_loop.doing.clone() {
             Doing::Waiting => {
                 if self.setup.plant == Bug::ApplyTorn && self.apply_torn(pid) {

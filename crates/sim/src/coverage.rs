@@ -5,10 +5,21 @@ use lacuna_control::message::{ToCoordinator, ToWorker};
 use lacuna_control::worker::{self, Report, Session};
 
 /// Stages of the coordinator.
-pub const STAGES: [&str; 9] =
-    ["waiting", "forming", "syncing", "running", "held", "finished", "failed", "stopped", "paused"];
+pub const STAGES: [&str; 11] = [
+    "waiting",
+    "recovering",
+    "disputed",
+    "forming",
+    "syncing",
+    "running",
+    "held",
+    "finished",
+    "failed",
+    "stopped",
+    "paused",
+];
 /// Events of the coordinator.
-pub const EVENTS: [&str; 21] = [
+pub const EVENTS: [&str; 24] = [
     "Tick",
     "Hello",
     "StreamLost",
@@ -19,6 +30,8 @@ pub const EVENTS: [&str; 21] = [
     "Drain",
     "Stop",
     "Checkpoint",
+    "Release",
+    "Force",
     "Beat",
     "Warm",
     "Prepared",
@@ -30,12 +43,15 @@ pub const EVENTS: [&str; 21] = [
     "PartDone",
     "PartFailed",
     "Leaving",
+    "Audited",
 ];
 /// Stages of a worker's session.
-pub const PLACES: [&str; 4] = ["idle", "prepared", "leaving", "up"];
+pub const PLACES: [&str; 8] =
+    ["warming", "spare", "prepared", "leaving", "syncing", "training", "held", "adopting"];
 /// Events of a worker's session.
-pub const WORKER_EVENTS: [&str; 23] = [
+pub const WORKER_EVENTS: [&str; 27] = [
     "Connected",
+    "Welcomed",
     "Disconnected",
     "Drain",
     "Tick",
@@ -48,9 +64,12 @@ pub const WORKER_EVENTS: [&str; 23] = [
     "AbortAttempt",
     "Committed",
     "Exit",
+    "Audit",
     "Stale",
     "Warm",
     "Down",
+    "Adopted",
+    "Audited",
     "Synced",
     "Mark",
     "Held",
@@ -81,12 +100,12 @@ impl Default for Coverage {
 
 /// Returns the row of a session.
 pub fn place(session: &Session) -> usize {
-    let word = session.stage_word();
+    let word = session.state_word();
     PLACES.iter().position(|place| *place == word).expect("every stage has a row")
 }
 
 fn stage(machine: &Coordinator) -> usize {
-    let word = machine.stage_word();
+    let word = machine.state_word();
     STAGES.iter().position(|stage| *stage == word).expect("every stage has a row")
 }
 
@@ -102,18 +121,21 @@ fn event(event: &Event) -> usize {
         Event::Drain { .. } => 7,
         Event::Stop { .. } => 8,
         Event::Checkpoint => 9,
+        Event::Release { .. } => 10,
+        Event::Force => 11,
         Event::Message { message, .. } => match message {
-            ToCoordinator::Beat(_) => 10,
-            ToCoordinator::Warm { .. } => 11,
-            ToCoordinator::Prepared { .. } => 12,
-            ToCoordinator::Synced { .. } => 13,
-            ToCoordinator::Fault { .. } => 14,
-            ToCoordinator::StepMark(_) => 15,
-            ToCoordinator::Held { .. } => 16,
-            ToCoordinator::Snapshotted { .. } => 17,
-            ToCoordinator::PartDone { .. } => 18,
-            ToCoordinator::PartFailed { .. } => 19,
-            ToCoordinator::Leaving { .. } => 20,
+            ToCoordinator::Beat(_) => 12,
+            ToCoordinator::Warm { .. } => 13,
+            ToCoordinator::Prepared { .. } => 14,
+            ToCoordinator::Synced { .. } => 15,
+            ToCoordinator::Fault { .. } => 16,
+            ToCoordinator::StepMark(_) => 17,
+            ToCoordinator::Held { .. } => 18,
+            ToCoordinator::Snapshotted { .. } => 19,
+            ToCoordinator::PartDone { .. } => 20,
+            ToCoordinator::PartFailed { .. } => 21,
+            ToCoordinator::Leaving { .. } => 22,
+            ToCoordinator::Audited { .. } => 23,
         },
     }
 }
@@ -122,31 +144,35 @@ fn worker_event(event: &worker::Event) -> usize {
     use worker::Event as E;
     match event {
         E::Connected => 0,
-        E::Disconnected => 1,
-        E::Drain { .. } => 2,
-        E::Tick => 3,
+        E::Welcomed => 1,
+        E::Disconnected => 2,
+        E::Drain { .. } => 3,
+        E::Tick => 4,
         E::Received(message) => match message {
-            ToWorker::Prepare(_) => 4,
-            ToWorker::Connect { .. } => 5,
-            ToWorker::Start { .. } => 6,
-            ToWorker::Revoke { .. } => 7,
-            ToWorker::Hold { .. } => 8,
-            ToWorker::Propose { .. } => 9,
-            ToWorker::AbortAttempt { .. } => 10,
-            ToWorker::Committed { .. } => 11,
-            ToWorker::Exit { .. } => 12,
-            ToWorker::Stale { .. } => 13,
+            ToWorker::Prepare(_) => 5,
+            ToWorker::Connect { .. } => 6,
+            ToWorker::Start { .. } => 7,
+            ToWorker::Revoke { .. } => 8,
+            ToWorker::Hold { .. } => 9,
+            ToWorker::Propose { .. } => 10,
+            ToWorker::AbortAttempt { .. } => 11,
+            ToWorker::Committed { .. } => 12,
+            ToWorker::Exit { .. } => 13,
+            ToWorker::Audit { .. } => 14,
+            ToWorker::Stale { .. } => 15,
         },
         E::Report(report) => match report {
-            Report::Warm { .. } => 14,
-            Report::Down { .. } => 15,
-            Report::Synced { .. } => 16,
-            Report::Mark(_) => 17,
-            Report::Held { .. } => 18,
-            Report::Snapshotted { .. } => 19,
-            Report::PartDone { .. } => 20,
-            Report::PartFailed { .. } => 21,
-            Report::Fault { .. } => 22,
+            Report::Warm { .. } => 16,
+            Report::Down { .. } => 17,
+            Report::Adopted { .. } => 18,
+            Report::Audited { .. } => 19,
+            Report::Synced { .. } => 20,
+            Report::Mark(_) => 21,
+            Report::Held { .. } => 22,
+            Report::Snapshotted { .. } => 23,
+            Report::PartDone { .. } => 24,
+            Report::PartFailed { .. } => 25,
+            Report::Fault { .. } => 26,
         },
     }
 }

@@ -57,6 +57,10 @@ impl World {
                 self.each(w, |world, pid| world.procs[pid].step_loop.slow = *tenths);
             }
             A::Corrupt(w) => self.each(w, World::corrupt),
+            A::Rot(w) => self.each(w, |world, pid| {
+                world.procs[pid].step_loop.rotten = true;
+                world.tainted = true;
+            }),
             A::Unfit(w, on) => self.each(w, |world, pid| world.procs[pid].step_loop.unfit = *on),
             A::Notice(w) => self.each(w, |world, pid| {
                 // The second one ends it at once.
@@ -91,6 +95,8 @@ impl World {
             A::Rest => self.host_input(Event::Stop { why: "asked to rest".to_string() }),
             A::Resume => self.resume(),
             A::Checkpoint => self.host_input(Event::Checkpoint),
+            A::Release(w) => self.host_input(Event::Release { worker: id(w) }),
+            A::Force => self.host_input(Event::Force),
             A::Repair => self.repair(),
         }
     }
@@ -152,6 +158,7 @@ impl World {
             self.procs[pid].disk = Disk::Fine;
             self.procs[pid].step_loop.slow = 0;
             self.procs[pid].step_loop.unfit = false;
+            self.procs[pid].step_loop.rotten = false;
             if self.procs[pid].alive && self.procs[pid].unwatched {
                 self.end_process(pid, None, false);
             }
@@ -178,10 +185,39 @@ impl World {
         if self.host.ending().is_some_and(resting) {
             self.resume();
         }
+        self.release_all();
+        self.restart_unfit();
         for device in 0..self.setup.min.max(1) {
             if self.living() < self.setup.min.max(1) {
                 self.spawn(&id(&format!("repair:{device}")));
             }
+        }
+    }
+
+    /// Lets everybody back in that is kept out.
+    fn release_all(&mut self) {
+        let Some(machine) = &self.host.machine else { return };
+        let banned = machine.saved().banned.keys().cloned();
+        let out = |w: &lacuna_control::coordinator::WorkerStatus| w.state == "quarantined";
+        let waiting = machine.status().workers.into_iter().filter(out).map(|w| w.worker);
+        let all: Vec<WorkerId> = banned.chain(waiting).collect();
+        for worker in all {
+            self.host_input(Event::Release { worker });
+        }
+    }
+
+    /// Starts the processes anew that could not read data.
+    fn restart_unfit(&mut self) {
+        let Some(machine) = &self.host.machine else { return };
+        let unfit: Vec<WorkerId> = machine
+            .status()
+            .workers
+            .into_iter()
+            .filter(|w| w.state == "unfit")
+            .map(|w| w.worker)
+            .collect();
+        for worker in unfit {
+            self.each(worker.as_str(), |world, pid| world.end_process(pid, None, false));
         }
     }
 

@@ -1,6 +1,8 @@
 //! Histories by number: a seed is a topology, a run, and a schedule of faults.
 
-use lacuna_control::invariants::Violation;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use lacuna_control::invariants::{Invariant, Violation};
 
 use crate::action::Action;
 use crate::bugs::Bug;
@@ -10,7 +12,7 @@ use crate::host::{Trap, Write};
 use crate::rng::Rng;
 use crate::script::{Condition, Line, Script};
 use crate::setup::Setup;
-use crate::world::{Counts, World};
+use crate::world::{Counts, Detail, World};
 
 /// What became of a history.
 #[derive(Clone, Debug)]
@@ -26,9 +28,13 @@ pub struct Outcome {
 }
 
 /// Plays a script to its end.
-pub fn play(script: &Script, with_transcript: bool) -> Outcome {
-    let mut world = World::new(&script.setup, with_transcript);
-    world.play(script);
+pub fn play(script: &Script, detail: Detail) -> Outcome {
+    let mut world = World::new(&script.setup, detail);
+    // A machine must not panic whatever happens to it: if it does, that is what went wrong.
+    let played = catch_unwind(AssertUnwindSafe(|| world.play(script)));
+    if played.is_err() {
+        world.breach(Invariant::Liveness, "a panic");
+    }
     Outcome {
         violation: world.violation.clone(),
         coverage: world.coverage.clone(),
@@ -62,6 +68,9 @@ pub fn draw(seed: u64, plant: Bug) -> Script {
         draw_fault(&mut rng, n_nodes, at, &mut faults);
     }
     faults.retain(|(_, action)| !peaceful || action.is_harmless());
+    if rng.one_in(3) {
+        gather(&mut rng, &mut faults);
+    }
     lines.extend(faults.into_iter().map(|(at, action)| Line::At(at, action)));
     lines.sort_by_key(|line| match line {
         Line::At(ms, _) => *ms,
@@ -69,9 +78,53 @@ pub fn draw(seed: u64, plant: Bug) -> Script {
     });
     let last = lines.iter().map(|line| if let Line::At(ms, _) = line { *ms } else { 0 }).max();
     let rest = last.unwrap_or(0) + rng.below(4_000);
+    if !peaceful && rng.one_in(3) {
+        draw_reactions(&mut rng, n_nodes, &mut lines);
+    }
     lines.push(Line::At(rest, Action::Repair));
     lines.push(Line::Until(Condition::Ended("finished".to_string()), None));
     Script { setup, lines }
+}
+
+/// Moves faults close together, where they meet each other's consequences.
+fn gather(rng: &mut Rng, faults: &mut [(u64, Action)]) {
+    let Some((centre, _)) = faults.first() else { return };
+    let centre = *centre;
+    for (at, _) in faults.iter_mut() {
+        if rng.one_in(2) {
+            *at = centre + rng.below(900);
+        }
+    }
+    // What ends a fault still comes after it.
+    faults.sort_by_key(|(at, _)| *at);
+}
+
+/// Draws faults that come at a moment of the protocol, wherever that is.
+fn draw_reactions(rng: &mut Rng, n_nodes: usize, lines: &mut Vec<Line>) {
+    const STAGES: [&str; 6] = ["forming", "syncing", "running", "held", "recovering", "disputed"];
+    const PHASES: [&str; 4] = ["compute", "reduce", "optimizer", "sync"];
+    for _ in 0..rng.range(1, 5) {
+        let worker = format!("{}:0", pick(rng, &NODES[..n_nodes]));
+        let condition = match rng.below(4) {
+            0 | 1 => Condition::Stage(pick(rng, &STAGES).to_string()),
+            2 => Condition::Phase(worker, pick(rng, &PHASES).to_string()),
+            _ => Condition::Parts(rng.range(1, 8)),
+        };
+        let mut faults: Vec<(u64, Action)> = Vec::new();
+        draw_fault(rng, n_nodes, 0, &mut faults);
+        let mut first = true;
+        for (after, action) in faults {
+            if std::mem::take(&mut first) {
+                lines.push(Line::When(condition.clone(), 4_000, action));
+            } else {
+                lines.push(Line::Wait(after.min(5_000)));
+                lines.push(Line::Now(action));
+            }
+        }
+        if rng.one_in(2) {
+            lines.push(Line::Wait(rng.below(300)));
+        }
+    }
 }
 
 fn draw_setup(rng: &mut Rng, seed: u64, plant: Bug) -> Setup {
@@ -109,8 +162,9 @@ fn draw_fault(rng: &mut Rng, n_nodes: usize, at: u64, out: &mut Vec<(u64, Action
     use Action as A;
     let node = pick(rng, &NODES[..n_nodes]).to_string();
     let worker = format!("{node}:0");
-    let until = at + *pick(rng, &[300, 1_500, 4_000, 10_000, 16_000]) * rng.range(80, 120) / 100;
-    match rng.below(33) {
+    let until =
+        at + *pick(rng, &[300, 1_500, 4_000, 10_000, 16_000, 32_000]) * rng.range(80, 120) / 100;
+    match rng.below(36) {
         0..=4 => out.push((at, A::Kill(worker))),
         5 => out.push((at, A::Fail(worker))),
         6 => {
@@ -149,8 +203,10 @@ fn draw_fault(rng: &mut Rng, n_nodes: usize, at: u64, out: &mut Vec<(u64, Action
             out.push((at, A::Jump(whose, rng.range(100, 5_000))));
         }
         21..=23 => {
-            out.push((at, A::Crash { zombie: rng.one_in(3) }));
-            out.push((until, A::Restart));
+            let zombie = rng.one_in(2);
+            let back = if zombie { at + rng.below(1_500) } else { until };
+            out.push((at, A::Crash { zombie }));
+            out.push((back, A::Restart));
         }
         24 | 25 => out.push((at, A::At(draw_trap(rng), rng.range(100, 5_000)))),
         26 => out.push((at, A::Stall(rng.range(200, 6_000)))),
@@ -161,13 +217,15 @@ fn draw_fault(rng: &mut Rng, n_nodes: usize, at: u64, out: &mut Vec<(u64, Action
         }
         29 => out.push((at, A::Checkpoint)),
         30 => out.push((at, A::Twin(worker))),
+        33 => out.push((at, A::Force)),
+        34 => out.push((at, A::Release(worker))),
         31 => {
             out.push((at, A::Unfit(worker.clone(), true)));
             out.push((until, A::Kill(worker)));
         }
         _ => {
-            if rng.one_in(3) {
-                out.push((at, A::Corrupt(worker)));
+            if rng.one_in(2) {
+                out.push((at, if rng.one_in(2) { A::Corrupt(worker) } else { A::Rot(worker) }));
             } else {
                 out.push((at, A::Probe(node, rng.range(7, 9))));
                 out.push((at + 1, A::Kill(worker)));
@@ -192,6 +250,16 @@ fn draw_cut(
     node: &str,
     out: &mut Vec<(u64, Action)>,
 ) {
+    if rng.one_in(5) {
+        for node in &NODES[..n_nodes] {
+            let (node, coordinator) = (node.to_string(), "coordinator".to_string());
+            for (from, to) in [(node.clone(), coordinator.clone()), (coordinator, node)] {
+                out.push((at, Action::Cut(from.clone(), to.clone())));
+                out.push((until, Action::Uncut(from, to)));
+            }
+        }
+        return;
+    }
     let other = match rng.below(2) {
         0 => "coordinator".to_string(),
         _ => pick(rng, &NODES[..n_nodes]).to_string(),

@@ -3,16 +3,15 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use lacuna_control::coordinator::{
-    Command, CommitOrder, Coordinator, Ending, Event, Record, Saved,
-};
+use lacuna_control::coordinator::{Command, Coordinator, Ending, Event};
 use lacuna_control::invariants::{Invariant, Observation};
-use lacuna_control::message::{FaultKind, ToCoordinator, ToWorker};
-use lacuna_control::plan::CheckpointRef;
-use lacuna_types::{CoordEpoch, Generation, Incarnation, Step, Timestamp, WorkerId};
+use lacuna_control::journal::{Record, Saved};
+use lacuna_control::message::{ToCoordinator, ToWorker};
+use lacuna_types::{CoordEpoch, Generation, Incarnation, Timestamp, WorkerId};
 
 use crate::bugs::Bug;
 use crate::catalogue::Disk;
+use crate::fence::{restamp, stale_for};
 use crate::rng::Rng;
 use crate::setup::{MS, Setup};
 use crate::world::{Clock, Ev, World};
@@ -67,9 +66,8 @@ pub struct Host {
     pub(crate) excuses: u32,
     pub(crate) stalled: bool,
     saved: Saved,
-    ending: Option<Ending>,
     pending: VecDeque<Command>,
-    writing: Option<Record>,
+    writing: Vec<Record>,
     inbox: VecDeque<Input>,
     last_woke: Timestamp,
     tick: (u64, Timestamp),
@@ -92,9 +90,8 @@ impl Host {
             excuses: u32::MAX,
             stalled: false,
             saved: Saved::default(),
-            ending: None,
             pending: VecDeque::new(),
-            writing: None,
+            writing: Vec::new(),
             inbox: VecDeque::new(),
             last_woke: Timestamp(0),
             tick: (0, Timestamp(0)),
@@ -108,33 +105,19 @@ impl Host {
         self.machine.is_some()
     }
 
+    /// Tells whether everything that the machine said so far was carried out.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.pending.is_empty() && self.writing.is_empty()
+    }
+
     /// Returns how the run came to rest, as far as the disk knows.
     pub(crate) fn ending(&self) -> Option<&Ending> {
-        self.ending.as_ref()
+        self.saved.ending.as_ref()
     }
 
     /// Returns the run's probe class, as far as the disk knows.
     pub(crate) fn probe(&self) -> Option<u64> {
         self.saved.probe
-    }
-
-    fn save(&mut self, record: &Record) {
-        match record {
-            Record::Generation(generation) => self.saved.generation = *generation,
-            Record::Probe(probe) => self.saved.probe = Some(*probe),
-            Record::Checkpoint(checkpoint) => self.saved.checkpoint = Some(checkpoint.clone()),
-            Record::Ended(ending) => self.ending = Some(ending.clone()),
-        }
-    }
-
-    /// The facts that a start needs, from the journal and the folder of checkpoints.
-    fn found(&self, newest: Option<CheckpointRef>) -> Saved {
-        let mut saved = self.saved.clone();
-        let old = saved.checkpoint.as_ref().map(|c| c.step);
-        if let Some(newest) = newest.filter(|c| old < Some(c.step)) {
-            saved.checkpoint = Some(newest);
-        }
-        saved
     }
 }
 
@@ -147,49 +130,51 @@ impl World {
         self.counts.starts += 1;
         let epoch = self.store.claim.max(self.host.epoch).next();
         self.store.claim = epoch;
-        let mut saved = self.host.found(self.store.newest());
-        match self.setup.plant {
-            Bug::ReuseGeneration => saved.generation.0 = saved.generation.0.saturating_sub(1),
-            Bug::CheckpointGoesBack => {
-                let first = self.store.manifests.first_key_value();
-                saved.checkpoint = first.map(|(step, (manifest, _))| CheckpointRef {
-                    step: Step(*step),
-                    manifest: manifest.clone(),
-                });
-            }
-            _ => {}
+        self.host.epoch = epoch;
+        self.host.life += 1;
+        self.say(|| format!("coordinator starts ({epoch})"));
+        self.add_news();
+        let mut saved = self.host.saved.clone();
+        if self.setup.plant == Bug::ReuseGeneration {
+            saved.generation.0 = saved.generation.0.saturating_sub(1);
+            saved.plan = None;
         }
-        let newest = saved.checkpoint.as_ref().map(|c| c.step);
+        self.begin(saved);
+    }
+
+    /// What the folder of checkpoints knows better than the journal.
+    fn add_news(&mut self) {
+        let newest = match self.setup.plant {
+            Bug::CheckpointGoesBack => self.store.oldest(),
+            _ => self.store.newest(),
+        };
+        if let Some(checkpoint) = newest
+            && self.host.saved.checkpoint.as_ref() != Some(&checkpoint)
+        {
+            self.durable(&Record::Checkpoint(checkpoint));
+        }
+    }
+
+    /// Puts the machine of these facts to work.
+    fn begin(&mut self, saved: Saved) {
         let host = &mut self.host;
-        host.life += 1;
-        host.epoch = epoch;
         host.generation = saved.generation;
         host.stalled = false;
         let now = host.clock.show(self.now);
         host.last_woke = now;
-        let (config, timing) = (self.setup.config(), self.setup.timing());
-        host.machine = Some(match host.ending.clone() {
-            None => Coordinator::new(config, timing, saved, now),
-            Some(ending) => Coordinator::at_rest(config, timing, saved, ending, now),
-        });
-        self.say(|| format!("coordinator starts ({epoch})"));
-        if let Some(step) = newest {
-            self.observe(&Observation::Newest { step });
-        }
+        host.machine = Some(Coordinator::new(self.setup.config(), self.setup.timing(), saved, now));
         self.schedule_tick();
     }
 
     /// An operator lets a run go on that came to rest.
     pub(crate) fn resume(&mut self) {
-        if !self.host.is_up() || self.host.ending.is_none() || !self.host.pending.is_empty() {
+        if !self.host.is_up() || self.host.ending().is_none() || !self.host.is_settled() {
             return;
         }
-        self.host.ending = None;
-        let saved = self.host.found(self.store.newest());
         self.say(|| "the run goes on".to_string());
-        let now = self.host.clock.show(self.now);
-        let (config, timing) = (self.setup.config(), self.setup.timing());
-        self.host.machine = Some(Coordinator::new(config, timing, saved, now));
+        self.durable(&Record::Resumed);
+        let saved = self.host.saved.clone();
+        self.begin(saved);
         self.host_input(Event::Tick);
     }
 
@@ -197,18 +182,21 @@ impl World {
     pub(crate) fn crash_host(&mut self, write: Option<Write>) {
         let Some(machine) = self.host.machine.take() else { return };
         self.say(|| "coordinator crashes".to_string());
-        let settled = self.host.pending.is_empty() && self.host.writing.is_none();
-        if let Some(record) = self.host.writing.take() {
+        let settled = self.host.is_settled();
+        let written = std::mem::take(&mut self.host.writing);
+        if !written.is_empty() {
             let kept = match write {
                 Some(write) => write == Write::Kept,
                 None => self.rng.one_in(2),
             };
             if kept {
-                self.durable(&record);
+                written.iter().for_each(|record| self.durable(record));
             }
         }
-        if settled {
-            self.check_replay(&machine);
+        if settled && self.host.saved != *machine.saved() {
+            let (before, after) =
+                (format!("{:?}", machine.saved()), format!("{:?}", self.host.saved));
+            self.observe(&Observation::Replayed { before: &before, after: &after });
         }
         let host = &mut self.host;
         host.pending.clear();
@@ -220,23 +208,6 @@ impl World {
         for conn in 0..self.conns.len() {
             self.close_down(conn);
         }
-    }
-
-    /// What the machine would be built from is what it was.
-    fn check_replay(&mut self, machine: &Coordinator) {
-        let status = machine.status();
-        let text = |g: Generation, c: &Option<CheckpointRef>, e: Option<&Ending>| {
-            let step = c.as_ref().map(|c| c.step.0);
-            format!("generation {g}, checkpoint {step:?}, {:?}", e.map(std::mem::discriminant))
-        };
-        let before = text(status.generation, &status.checkpoint, machine.ended());
-        let saved = self.host.found(self.store.newest());
-        let mut after = text(saved.generation, &saved.checkpoint, self.host.ending.as_ref());
-        // A manifest may exist whose answer was under way.
-        if saved.checkpoint != status.checkpoint {
-            after = text(saved.generation, &status.checkpoint, self.host.ending.as_ref());
-        }
-        self.observe(&Observation::Replayed { before: &before, after: &after });
     }
 
     /// Lets a worker in, unless a live one has its name.
@@ -298,7 +269,7 @@ impl World {
 
     /// The driver's loop: one input after the other, every command in order.
     fn serve(&mut self) {
-        while self.host.is_up() && !self.host.stalled && self.host.writing.is_none() {
+        while self.host.is_up() && !self.host.stalled && self.host.writing.is_empty() {
             if let Some(command) = self.host.pending.pop_front() {
                 match self.trapped(&command) {
                     // A batch that was not carried out whole has not settled.
@@ -329,7 +300,7 @@ impl World {
             Some(Trap::Persist(0, write)) if persists => {
                 let write = *write;
                 if let Command::Persist(record) = command {
-                    self.host.writing = Some(record.clone());
+                    self.host.writing = vec![record.clone()];
                 }
                 Some(Some(write))
             }
@@ -392,14 +363,18 @@ impl World {
         let stale = stale_for(&event, self.host.generation);
         let Some(machine) = &mut self.host.machine else { return };
         self.coverage.coordinator(machine, &event);
+        if self.verbose {
+            self.show_event(&event);
+        }
+        let Some(machine) = &mut self.host.machine else { return };
         let commands = match stale {
             None => machine.handle(now, event),
             Some(generation) => {
                 // What time alone does is done first, so that the rest is the message's.
                 let mut commands = machine.handle(now, Event::Tick);
-                let before = (machine.stage_word(), machine.status().step);
+                let before = (machine.state_word(), machine.status().step);
                 let more = machine.handle(now, event);
-                let after = (machine.stage_word(), machine.status().step);
+                let after = (machine.state_word(), machine.status().step);
                 let answer = |c: &Command| {
                     matches!(c, Command::Send { message: ToWorker::Stale { .. }, .. })
                 };
@@ -412,6 +387,16 @@ impl World {
             }
         };
         self.host.pending.extend(commands);
+    }
+
+    fn show_event(&mut self, event: &Event) {
+        match event {
+            Event::Tick | Event::Message { message: ToCoordinator::Beat(_), .. } => {}
+            Event::Message { worker, message, .. } => {
+                self.say(|| format!("    {worker}: {message:?}"));
+            }
+            other => self.say(|| format!("    {other:?}")),
+        }
     }
 
     pub(crate) fn changed(
@@ -442,27 +427,47 @@ impl World {
                 self.later(after, Ev::HostAnswer { life, event: Box::new(event) });
             }
             Command::Commit(order) => self.begin_commit(order),
-            Command::Note(note) => {
-                if note.kind == "formed" {
-                    self.counts.generations += 1;
-                }
-                self.say(|| format!("{}: {}", note.kind, note.text));
+            Command::Kill { worker, incarnation, .. } => {
+                let after = self.latency();
+                self.later(after, Ev::Kill { worker, incarnation });
             }
-            Command::Mark(_) => {}
+            Command::Note(note) => self.take_note(note.kind, &note.text),
+            Command::Mark(_) | Command::NameSamples(_) => {}
         }
     }
 
+    fn take_note(&mut self, kind: &str, text: &str) {
+        self.say(|| format!("{kind}: {text}"));
+        match kind {
+            "formed" => self.counts.generations += 1,
+            "differs" | "doubted" | "distrusted" if !self.tainted => {
+                self.breach(Invariant::OneDigest, text);
+            }
+            _ => {}
+        }
+    }
+
+    /// Begins to write a fact, with those that follow it at once.
     fn persist(&mut self, record: Record) {
-        if let Record::Generation(generation) = &record {
-            self.host.generation = *generation;
+        let mut facts = vec![record];
+        while let Some(Command::Persist(record)) =
+            self.host.pending.pop_front_if(|c| matches!(c, Command::Persist(_)))
+        {
+            facts.push(record);
+        }
+        for record in &facts {
+            if let Record::Planned(plan) = record {
+                self.host.generation = plan.generation;
+            }
         }
         let plant = self.setup.plant;
-        let skipped = match record {
-            Record::Generation(_) => plant == Bug::SkipPersist,
-            Record::Ended(_) => plant == Bug::SkipEnding,
-            _ => false,
-        };
-        if skipped {
+        facts.retain(|record| match record {
+            Record::Planned(_) => plant != Bug::SkipPersist,
+            Record::Ended(_) => plant != Bug::SkipEnding,
+            Record::Started { .. } => plant != Bug::SkipStarted,
+            _ => true,
+        });
+        if facts.is_empty() {
             return;
         }
         let life = self.host.life;
@@ -477,7 +482,7 @@ impl World {
                 self.carry_out(command);
             }
         }
-        self.host.writing = Some(record);
+        self.host.writing = facts;
         self.later(after, Ev::HostSynced { life });
     }
 
@@ -485,25 +490,24 @@ impl World {
         if self.host.life != life || !self.host.is_up() {
             return;
         }
-        if let Some(record) = self.host.writing.take() {
-            self.durable(&record);
-        }
+        let written = std::mem::take(&mut self.host.writing);
+        written.iter().for_each(|record| self.durable(record));
         self.serve();
     }
 
     fn durable(&mut self, record: &Record) {
-        self.host.save(record);
+        self.host.saved.apply(record);
         let epoch = self.host.epoch;
         match record {
-            Record::Generation(generation) => {
-                let generation = *generation;
+            Record::Planned(plan) => {
+                let generation = plan.generation;
                 self.observe(&Observation::Durable { epoch, generation });
             }
             Record::Checkpoint(checkpoint) => {
                 self.observe(&Observation::Newest { step: checkpoint.step });
             }
             Record::Ended(ending) => self.ended(ending),
-            Record::Probe(_) => {}
+            _ => {}
         }
     }
 
@@ -534,6 +538,9 @@ impl World {
         if let ToWorker::Prepare(plan) = &message {
             self.observe(&Observation::Said { plan });
         }
+        if self.verbose {
+            self.say(|| format!("    to {to}: {message:?}"));
+        }
         if matches!(message, ToWorker::Stale { .. }) {
             self.counts.stale += 1;
         }
@@ -543,85 +550,6 @@ impl World {
             self.host.sessions.remove(to);
         }
         self.send_down(conn, message);
-    }
-
-    fn begin_commit(&mut self, order: CommitOrder) {
-        let parts = order.receipts.iter().filter_map(|r| self.store.parts.get(r));
-        let writers: Vec<(WorkerId, Incarnation)> = parts.map(|p| p.writer.clone()).collect();
-        let seen = Observation::Committing {
-            epoch: self.host.epoch,
-            current: self.host.generation,
-            generation: order.generation,
-            writers: &writers,
-        };
-        self.observe(&seen);
-        let slow = match self.store.disk {
-            Disk::Slow(ms) => ms * MS,
-            _ => 0,
-        };
-        let after = self.setup.commit_ms * MS * self.rng.range(50, 300) / 100 + slow;
-        let (life, epoch) = (self.host.life, self.host.epoch);
-        self.later(after, Ev::Commit { life, epoch, order: Box::new(order) });
-    }
-
-    pub(crate) fn on_commit(&mut self, life: u64, epoch: CoordEpoch, order: CommitOrder) {
-        let lives = self.host.is_up() && self.host.life == life;
-        if !lives && self.host.zombie != Some(life) {
-            return;
-        }
-        let (generation, attempt) = (order.generation, order.attempt);
-        let event = match self.try_commit(epoch, &order) {
-            Ok(checkpoint) => Event::CheckpointDone { generation, attempt, checkpoint },
-            Err(why) => Event::CheckpointFailed { generation, attempt, why },
-        };
-        let after = self.rng.range(100_000, 5 * MS);
-        self.later(after, Ev::HostAnswer { life, event: Box::new(event) });
-    }
-
-    fn try_commit(
-        &mut self,
-        epoch: CoordEpoch,
-        order: &CommitOrder,
-    ) -> Result<CheckpointRef, String> {
-        if self.store.disk == Disk::Full {
-            return Err("no space left on device".to_string());
-        }
-        if epoch < self.store.claim && self.setup.plant != Bug::CommitFromOld {
-            self.counts.fenced += 1;
-            return Err(format!("start {epoch} is fenced off by {}", self.store.claim));
-        }
-        let mut receipts: Vec<&String> = order.receipts.iter().collect();
-        if self.setup.plant == Bug::CommitWithoutPart && receipts.len() > 1 {
-            receipts.pop();
-        }
-        let parts = receipts.iter().filter_map(|r| self.store.parts.get(*r));
-        let states: Vec<_> = parts.map(|part| part.state).collect();
-        let first = *states.first().ok_or("no part exists")?;
-        if states.iter().any(|s| s.digest != first.digest) || first.digest != order.digest {
-            return Err("replicas differ".to_string());
-        }
-        let step = order.step;
-        if let Some((manifest, known)) = self.store.manifests.get(&step.0) {
-            if known.digest != first.digest {
-                return Err(format!("checkpoint step {step} exists already"));
-            }
-            return Ok(CheckpointRef { step, manifest: manifest.clone() });
-        }
-        let manifest = format!("m{step}.{}.{}", order.generation, order.attempt);
-        self.store.manifests.insert(step.0, (manifest.clone(), first));
-        self.counts.commits += 1;
-        if !first.tainted {
-            let seen = Observation::Committed {
-                epoch,
-                newest_epoch: self.store.claim,
-                generation: order.generation,
-                step,
-                digest: first.digest,
-                parts: states.len(),
-            };
-            self.observe(&seen);
-        }
-        Ok(CheckpointRef { step, manifest })
     }
 
     pub(crate) fn on_host_answer(&mut self, life: u64, event: Event) {
@@ -657,39 +585,5 @@ impl World {
         // The timer is never early, and a little late.
         let at = host.clock.when(due).max(self.now) + MS / 2;
         self.at(at, Ev::HostTick { life, tick });
-    }
-}
-
-/// Returns the generation that a message belongs to, where it is bound to one.
-fn generation_of(message: &mut ToCoordinator) -> Option<&mut Generation> {
-    match message {
-        ToCoordinator::Beat(beat) => Some(&mut beat.generation),
-        ToCoordinator::StepMark(mark) => Some(&mut mark.generation),
-        ToCoordinator::Fault { kind: FaultKind::Communicator, generation, .. }
-        | ToCoordinator::Prepared { generation, .. }
-        | ToCoordinator::Synced { generation, .. }
-        | ToCoordinator::Held { generation, .. }
-        | ToCoordinator::Snapshotted { generation, .. }
-        | ToCoordinator::PartDone { generation, .. }
-        | ToCoordinator::PartFailed { generation, .. } => Some(generation),
-        // What is wrong with a process is wrong in every generation.
-        ToCoordinator::Fault { .. }
-        | ToCoordinator::Warm { .. }
-        | ToCoordinator::Leaving { .. } => None,
-    }
-}
-
-fn stale_for(event: &Event, current: Generation) -> Option<Generation> {
-    let Event::Message { message, .. } = event else { return None };
-    let generation = generation_of(&mut message.clone()).copied()?;
-    (generation < current && generation.0 > 0).then_some(generation)
-}
-
-/// The planted bug: the message counts for the present generation.
-fn restamp(event: &mut Event, current: Generation) {
-    if let Event::Message { message, .. } = event
-        && let Some(generation) = generation_of(message)
-    {
-        *generation = current.max(*generation);
     }
 }

@@ -10,12 +10,13 @@ use lacuna_sim::goodput::{Measured, estimate};
 use lacuna_sim::history::{draw, play};
 use lacuna_sim::script::Script;
 use lacuna_sim::shrink::shrink;
+use lacuna_sim::world::Detail;
 
 const USAGE: &str = "\
 usage:
   lacuna-sim run --seeds A..B [--plant BUG] [--keep-going] [--coverage]
-  lacuna-sim replay SEED [--plant BUG] [--shrink]
-  lacuna-sim play FILE
+  lacuna-sim replay SEED [--plant BUG] [--shrink] [--messages]
+  lacuna-sim play FILE [--messages]
   lacuna-sim goodput [--workers N] [--slots V] [--mtbf S] [--step S] [--detect S] [--reform S]
       [--heal S] [--respawn S] [--checkpoint S] [--pause S] [--restart S] [--load S] [--wall S]
       [--seed N]
@@ -53,6 +54,10 @@ fn value<'a>(args: &'a [String], flag: &str) -> Option<&'a str> {
 
 fn has(args: &[String], flag: &str) -> bool {
     args.iter().any(|arg| arg == flag)
+}
+
+fn detail(args: &[String]) -> Detail {
+    if has(args, "--messages") { Detail::Messages } else { Detail::Notes }
 }
 
 fn planted(args: &[String]) -> Result<Bug, String> {
@@ -109,7 +114,7 @@ fn run(args: &[String]) -> Result<bool, String> {
         all.failed.len()
     );
     if let Some((seed, _)) = all.failed.first().filter(|_| !keep_going) {
-        show_shrunk(&draw(*seed, plant));
+        show_shrunk(&draw(*seed, plant), detail(args));
     }
     Ok(all.failed.is_empty() && gaps == 0)
 }
@@ -129,7 +134,7 @@ fn search(next: &AtomicU64, to: u64, plant: Bug, keep_going: bool) -> Found {
     loop {
         let from = next.fetch_add(CHUNK, Ordering::Relaxed);
         for seed in from..(from + CHUNK).min(to) {
-            let outcome = play(&draw(seed, plant), false);
+            let outcome = play(&draw(seed, plant), Detail::None);
             found.coverage.add(&outcome.coverage);
             found.events += outcome.counts.events;
             found.generations += outcome.counts.generations;
@@ -152,17 +157,18 @@ fn replay(args: &[String]) -> Result<bool, String> {
     let seed = args.first().and_then(|text| text.parse().ok()).ok_or("`replay` takes a seed")?;
     let script = draw(seed, planted(args)?);
     if has(args, "--shrink") {
-        show_shrunk(&script);
+        show_shrunk(&script, detail(args));
         return Ok(false);
     }
-    Ok(show(&script))
+    Ok(show(&script, detail(args)))
 }
 
 fn play_file(args: &[String]) -> Result<bool, String> {
     let path = args.first().ok_or("`play` takes a file")?;
     let text = std::fs::read_to_string(path).map_err(|err| format!("{path}: {err}"))?;
     let commands = text.split("\n----").next().unwrap_or_default();
-    Ok(show(&commands.parse().map_err(|why| format!("{path}: {why}"))?))
+    let script = commands.parse().map_err(|why| format!("{path}: {why}"))?;
+    Ok(show(&script, detail(args)))
 }
 
 fn goodput(args: &[String]) -> Result<bool, String> {
@@ -176,10 +182,10 @@ fn goodput(args: &[String]) -> Result<bool, String> {
 }
 
 /// Prints a script with what happens; tells whether all invariants held.
-fn show(script: &Script) -> bool {
+fn show(script: &Script, detail: Detail) -> bool {
     print!("{script}");
     println!("----");
-    let outcome = play(script, true);
+    let outcome = play(script, detail);
     let hidden = outcome.transcript.len().saturating_sub(2 * SHOWN);
     for (at, line) in outcome.transcript.iter().enumerate() {
         if hidden == 0 || at < SHOWN || at >= SHOWN + hidden {
@@ -191,11 +197,11 @@ fn show(script: &Script) -> bool {
     outcome.violation.is_none()
 }
 
-fn show_shrunk(script: &Script) {
-    match play(script, false).violation {
+fn show_shrunk(script: &Script, detail: Detail) {
+    match play(script, Detail::None).violation {
         Some(violation) => {
             println!("\nshortest history found that violates {}:\n", violation.invariant);
-            show(&shrink(script, violation.invariant));
+            show(&shrink(script, violation.invariant), detail);
         }
         None => println!("this history violates nothing"),
     }

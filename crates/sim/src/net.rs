@@ -212,6 +212,7 @@ impl World {
         }
         self.net.serial += 1;
         if from != COORDINATOR && to != COORDINATOR {
+            self.hold_outcomes(from, to);
             return;
         }
         let node = from.max(to);

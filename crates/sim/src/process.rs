@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use lacuna_control::coordinator::Hello;
 use lacuna_control::message::{Beat, Phase, ToCoordinator, ToWorker};
-use lacuna_control::worker::{Command, Event, Report, Session};
+use lacuna_control::worker::{Command, Event, Patience, Report, Session};
 use lacuna_types::{Generation, Incarnation, Step, WorkerId, exit};
 
 use crate::catalogue::Disk;
@@ -67,6 +67,8 @@ impl Process {
             incarnation: self.incarnation,
             endpoint: format!("{}@{}", self.worker, self.incarnation),
             state: self.session.state(),
+            generation: self.session.taking_part_in(),
+            up: self.session.is_up(),
         }
     }
 }
@@ -75,9 +77,12 @@ impl World {
     /// Starts a trainer on a node.
     pub(crate) fn start_process(&mut self, node: usize, worker: &WorkerId, probe: u64) -> Pid {
         let clock = Clock::draw(&mut self.rng, self.setup.skew_ppm);
-        let give_up = Duration::from_millis(self.setup.give_up_ms);
+        let patience = Patience {
+            orphan: Duration::from_millis(self.setup.orphan_ms),
+            give_up: Duration::from_millis(self.setup.give_up_ms),
+        };
         let pid = self.procs.len();
-        let session = Session::new(give_up, clock.show(self.now));
+        let session = Session::new(patience, clock.show(self.now));
         self.procs.push(Process {
             worker: worker.clone(),
             incarnation: Incarnation(1000 + self.procs.len() as u64),
@@ -146,6 +151,8 @@ impl World {
                 self.reconnect(pid);
             }
             Command::Leave { .. } => self.abort(pid),
+            Command::Adopt { plan } => self.order(pid, Order::Adopt { plan }),
+            Command::Audit { generation } => self.order(pid, Order::Audit { generation }),
             Command::Connect { plan, sync, .. } => self.order(pid, Order::Connect { plan, sync }),
             Command::Start { generation } => self.order(pid, Order::Start { generation }),
             Command::RaiseStop { change, .. } => self.procs[pid].step_loop.stop = change,
@@ -199,6 +206,7 @@ impl World {
         process.conn = Some(conn);
         self.conns[conn].worker_open = true;
         self.feed(pid, Event::Connected);
+        self.feed(pid, Event::Welcomed);
     }
 
     pub(crate) fn on_refused(&mut self, conn: usize) {
@@ -264,6 +272,8 @@ impl World {
             phase: step_loop.phase(),
             phase_ms: (self.now - step_loop.since) / MS,
             op_seq: step_loop.ledger.1,
+            in_op: step_loop.is_in_op(self.now),
+            slot_us: step_loop.slot_us,
         }
     }
 
@@ -283,6 +293,7 @@ fn stale_for(session: &Session, event: &Event) -> Option<Generation> {
         | ToWorker::Revoke { generation, .. }
         | ToWorker::Hold { generation, .. }
         | ToWorker::Propose { generation, .. }
+        | ToWorker::Audit { generation }
         | ToWorker::AbortAttempt { generation, .. } => *generation,
         _ => return None,
     };

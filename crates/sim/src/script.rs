@@ -11,16 +11,18 @@ use crate::setup::{MS, Setup};
 use crate::world::World;
 
 /// Longest wait for a condition, in milliseconds of simulated time.
-const PATIENCE_MS: u64 = 240_000;
+const PATIENCE_MS: u64 = 600_000;
 /// Longest time between two steps once faults stopped: an operator's attention, a few generations
 /// that time out, and the wait for peers that will not come.
-const CALM_MS: u64 = 90_000;
+const CALM_MS: u64 = 150_000;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Line {
     /// Let time pass up to this millisecond of the history, then act.
     At(u64, Action),
+    /// Act as soon as something is so, if that comes within so many milliseconds.
+    When(Condition, u64, Action),
     /// Act now.
     Now(Action),
     /// Let so many milliseconds pass.
@@ -125,6 +127,9 @@ impl fmt::Display for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Line::At(ms, action) => write!(f, "at {ms}ms {action}"),
+            Line::When(condition, ms, action) => {
+                write!(f, "when {condition} within {ms}ms {action}")
+            }
             Line::Now(action) => write!(f, "{action}"),
             Line::Wait(ms) => write!(f, "wait {ms}ms"),
             Line::Until(condition, None) => write!(f, "until {condition}"),
@@ -192,6 +197,12 @@ fn read_line(setup: &mut Setup, line: &str) -> Result<Option<Line>, String> {
     if let Some(rest) = line.strip_prefix("expect ") {
         return Ok(Some(Line::Expect(parse_condition(rest)?)));
     }
+    if let Some(rest) = line.strip_prefix("when ") {
+        let (condition, rest) = rest.split_once(" within ").ok_or("`when` takes `within`")?;
+        let (time, action) = rest.split_once(' ').ok_or("`when` takes a command")?;
+        let condition = parse_condition(condition)?;
+        return Ok(Some(Line::When(condition, millis(time)?, action.parse()?)));
+    }
     let timed = line.strip_prefix("at ").and_then(|rest| rest.split_once(' '));
     if let Some((time, action)) = timed
         && let Ok(ms) = millis(time)
@@ -209,7 +220,9 @@ impl World {
         let status = || machine.map(lacuna_control::coordinator::Coordinator::status);
         match condition {
             C::Step(n) => status().is_some_and(|s| s.step.0 >= *n),
-            C::Stage(word) => machine.is_some_and(|m| m.stage_word() == word),
+            C::Stage(word) => {
+                self.host.is_settled() && machine.is_some_and(|m| m.state_word() == word)
+            }
             C::World(n) => {
                 let members =
                     status().map(|s| s.workers.iter().filter(|w| w.rank.is_some()).count());
@@ -243,6 +256,12 @@ impl World {
                 Line::At(ms, action) => {
                     self.run_until(ms * MS, |_| true);
                     self.do_next(action);
+                }
+                Line::When(condition, ms, action) => {
+                    let until = self.now + ms * MS;
+                    if self.run_until(until, |world| !world.holds(condition)) {
+                        self.do_next(action);
+                    }
                 }
                 Line::Now(action) => self.do_next(action),
                 Line::Wait(ms) => {

@@ -52,6 +52,8 @@ pub struct Setup {
     pub deadline_ms: u64,
     /// A worker ends that was without a coordinator for so long.
     pub give_up_ms: u64,
+    /// A worker stands still that was without a coordinator for so long.
+    pub orphan_ms: u64,
     /// Whoever computes the first slot of this step dies of it, 0 for none.
     pub poison: u64,
     /// The bug that is planted, if any.
@@ -80,6 +82,7 @@ impl Default for Setup {
             skew_ppm: 0,
             deadline_ms: 6_000,
             give_up_ms: 600_000,
+            orphan_ms: 20_000,
             poison: 0,
             plant: Bug::None,
         }
@@ -104,11 +107,18 @@ impl Setup {
         Timing {
             forming: Duration::from_secs(8),
             attempt: Duration::from_secs(10),
+            revoke: Duration::from_secs(2),
+            stall: Duration::from_secs(6),
+            straggler_window: Duration::from_secs(2),
+            audit: Duration::from_secs(4),
+            orphan: Duration::from_millis(self.orphan_ms),
+            disjoint: Duration::from_millis(self.orphan_ms + 4_000),
+            quarantine: Duration::from_secs(4),
             ..Timing::one_machine()
         }
     }
 
-    fn fields(&mut self) -> [(&'static str, &mut u64); 17] {
+    fn fields(&mut self) -> [(&'static str, &mut u64); 18] {
         [
             ("seed", &mut self.seed),
             ("steps", &mut self.steps),
@@ -126,6 +136,7 @@ impl Setup {
             ("skew_ppm", &mut self.skew_ppm),
             ("deadline_ms", &mut self.deadline_ms),
             ("give_up_ms", &mut self.give_up_ms),
+            ("orphan_ms", &mut self.orphan_ms),
             ("poison", &mut self.poison),
         ]
     }

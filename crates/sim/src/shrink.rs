@@ -5,6 +5,7 @@ use lacuna_control::invariants::Invariant;
 use crate::action::Action;
 use crate::history::play;
 use crate::script::{Line, Script};
+use crate::world::Detail;
 
 /// Most plays that a shrink may take.
 const PLAYS: usize = 3_000;
@@ -37,7 +38,7 @@ impl Shrinker {
             return false;
         }
         self.plays += 1;
-        let violation = play(&candidate, false).violation;
+        let violation = play(&candidate, Detail::None).violation;
         let fails = violation.is_some_and(|v| v.invariant == self.invariant);
         if fails {
             self.best = candidate;
@@ -66,8 +67,11 @@ impl Shrinker {
 
     fn shrink_setup(&mut self) {
         type Change = fn(&mut Script);
-        let changes: [Change; 12] = [
+        let changes: [Change; 15] = [
             |s| s.setup.steps = s.setup.steps / 2 + 1,
+            |s| s.setup.poison = 0,
+            |s| s.setup.commit_ms = 20,
+            |s| s.setup.heal_ms = 60,
             |s| s.setup.steps -= u64::from(s.setup.steps > 2),
             |s| s.setup.slots = (s.setup.slots / 2).max(2),
             |s| s.setup.max = (s.setup.max - 1).max(s.setup.min),

@@ -3,16 +3,18 @@
 use std::collections::VecDeque;
 
 use lacuna_control::invariants::{Invariant, Observation, Violation};
-use lacuna_control::message::{FaultKind, Phase, StepMark};
+use lacuna_control::message::{FaultKind, Phase};
+use std::sync::Arc;
+
 use lacuna_control::plan::{Origin, Plan, Sync};
 use lacuna_control::worker::Report;
 use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, exit};
 
 use crate::bugs::Bug;
-use crate::catalogue::{Disk, Part};
 use crate::comm::{Gift, Kind, Outcome, Sum};
 use crate::digest::{State, slot_sum};
 use crate::process::IDLE;
+use crate::saving::mark;
 use crate::setup::MS;
 use crate::world::{Ev, Pid, World};
 
@@ -24,9 +26,19 @@ pub enum Order {
     /// Connect and synchronise.
     Connect {
         /// With whom.
-        plan: Plan,
+        plan: Arc<Plan>,
         /// From where the state comes.
         sync: Sync,
+    },
+    /// Go on in the communicator with this plan.
+    Adopt {
+        /// The plan.
+        plan: Arc<Plan>,
+    },
+    /// Compute the probe again.
+    Audit {
+        /// For which generation.
+        generation: Generation,
     },
     /// Train.
     Start {
@@ -50,6 +62,10 @@ pub enum Doing {
     Idle,
     /// Drops its communicator.
     Leaving,
+    /// Takes another plan.
+    Adopting,
+    /// Computes the probe again.
+    Auditing(Generation),
     /// Reads a checkpoint, or computes the seed's state.
     Loading,
     /// Computes its slots.
@@ -100,32 +116,37 @@ pub struct StepLoop {
     pub slow: u64,
     /// Cannot read data.
     pub unfit: bool,
+    /// Its device computes other bits.
+    pub rotten: bool,
+    /// Time of a slot of late, in microseconds.
+    pub slot_us: u64,
     orders: VecDeque<Order>,
     aborting: bool,
-    plan: Option<(Plan, Sync)>,
+    pub(crate) plan: Option<(Arc<Plan>, Sync)>,
 }
 
 impl StepLoop {
+    /// Tells whether its newest operation is in progress.
+    pub fn is_in_op(&self, now: u64) -> bool {
+        match self.doing {
+            Doing::Waiting => true,
+            Doing::Completing { at, .. } => now < at,
+            _ => false,
+        }
+    }
+
     /// Returns the phase that a beat names.
     pub fn phase(&self) -> Phase {
         match &self.doing {
-            Doing::Idle | Doing::Leaving => IDLE,
+            Doing::Idle | Doing::Leaving | Doing::Adopting => IDLE,
             Doing::Loading => Phase::Sync,
-            Doing::Computing => Phase::Compute,
+            Doing::Auditing(_) | Doing::Computing => Phase::Compute,
             Doing::Waiting if self.ledger.1 < 2 => Phase::Sync,
             Doing::Waiting | Doing::Failing => Phase::Reduce,
             Doing::Completing { outcome: Outcome::Sum(_), .. } => Phase::Optimizer,
             Doing::Completing { .. } => Phase::Sync,
         }
     }
-}
-
-/// A part on its way to the disk.
-#[derive(Clone, Debug)]
-pub struct PartJob {
-    generation: Generation,
-    attempt: AttemptSeq,
-    part: Part,
 }
 
 impl World {
@@ -175,7 +196,8 @@ impl World {
         while self.procs[pid].alive && self.procs[pid].step_loop.doing == Doing::Idle {
             let step_loop = &mut self.procs[pid].step_loop;
             let Some(order) = step_loop.orders.pop_front() else { return };
-            let comm = step_loop.comm.map(|(at, _)| self.comms[at].generation);
+            let plan = step_loop.plan.as_ref().filter(|_| step_loop.comm.is_some());
+            let comm = plan.map(|(plan, _)| plan.generation.0);
             match order {
                 Order::Leave => {
                     self.leave_comm(pid, false);
@@ -183,6 +205,10 @@ impl World {
                     self.work(pid, Doing::Leaving, after);
                 }
                 Order::Connect { plan, sync } => self.connect(pid, plan, sync),
+                Order::Adopt { plan } => self.adopt(pid, plan),
+                Order::Audit { generation } => {
+                    self.work(pid, Doing::Auditing(generation), 100 * MS);
+                }
                 Order::Start { generation } if comm == Some(generation.0) => self.compute(pid),
                 Order::Save { generation, attempt } if comm == Some(generation.0) => {
                     self.save(pid, attempt);
@@ -192,7 +218,28 @@ impl World {
         }
     }
 
-    fn connect(&mut self, pid: Pid, plan: Plan, sync: Sync) {
+    /// Takes another plan for the communicator it stands in.
+    fn adopt(&mut self, pid: Pid, plan: Arc<Plan>) {
+        let step_loop = &mut self.procs[pid].step_loop;
+        let (Some(state), Some(_)) = (step_loop.state, step_loop.comm) else { return };
+        (step_loop.stop, step_loop.save) = (0, 0);
+        let generation = plan.generation;
+        let state = Step(state.step);
+        let origin = Origin::Memory { source: 0, healed: Vec::new() };
+        step_loop.ledger.0 = generation.0;
+        step_loop.plan = Some((plan, Sync { resume_step: state, origin }));
+        let after = self.rng.range(1, 8) * MS;
+        self.work(pid, Doing::Adopting, after);
+    }
+
+    fn adopted(&mut self, pid: Pid) {
+        if let Some(state) = self.procs[pid].step_loop.state {
+            let (generation, state) = (self.generation_of(pid), Step(state.step));
+            self.report(pid, Report::Adopted { generation, state });
+        }
+    }
+
+    fn connect(&mut self, pid: Pid, plan: Arc<Plan>, sync: Sync) {
         let process = &mut self.procs[pid];
         (process.step_loop.stop, process.step_loop.save) = (0, 0);
         let Some(rank) = plan.rank(&process.worker, process.incarnation) else { return };
@@ -223,6 +270,7 @@ impl World {
         }
         let slot = self.setup.step_ms * MS / u64::from(self.setup.slots);
         let time = n * slot * (10 + step_loop.slow) / 10 * self.rng.range(90, 110) / 100;
+        self.procs[pid].step_loop.slot_us = time / n.max(1) / 1000;
         if self.procs[pid].step_loop.hung {
             self.enter(pid, Doing::Computing);
         } else {
@@ -248,6 +296,12 @@ impl World {
             }
             Doing::Completing { outcome, .. } => self.take(pid, outcome),
             Doing::Failing => self.fault(pid, FaultKind::Communicator, "a peer is gone"),
+            Doing::Adopting => self.adopted(pid),
+            Doing::Auditing(generation) => {
+                let process = &self.procs[pid];
+                let probe = process.probe ^ u64::from(process.step_loop.rotten);
+                self.report(pid, Report::Audited { generation, probe });
+            }
             Doing::Idle | Doing::Waiting => {}
         }
         self.pump(pid);
@@ -274,7 +328,7 @@ impl World {
             slots,
             stop: step_loop.stop,
             save: step_loop.save,
-            tainted: state.tainted,
+            tainted: state.tainted || step_loop.rotten,
         }
     }
 
@@ -371,9 +425,9 @@ impl World {
         self.report(pid, Report::Synced { generation, step, digest });
     }
 
-    fn generation_of(&self, pid: Pid) -> Generation {
-        let (at, _) = self.procs[pid].step_loop.comm.expect("a member is in a communicator");
-        Generation(self.comms[at].generation)
+    pub(crate) fn generation_of(&self, pid: Pid) -> Generation {
+        let (plan, _) = self.procs[pid].step_loop.plan.as_ref().expect("a member has a plan");
+        plan.generation
     }
 
     fn apply(&mut self, pid: Pid, sum: &Sum) {
@@ -383,6 +437,10 @@ impl World {
         let mut state = before.after(sum.sum, sum.tainted);
         if self.setup.plant == Bug::ApplyTwice && state.step <= self.counts.highest.min(9) {
             state.digest ^= 1;
+        }
+        if self.procs[pid].step_loop.rotten {
+            state.digest ^= 1;
+            state.tainted = true;
         }
         self.procs[pid].step_loop.state = Some(state);
         let redone = state.step < self.counts.highest;
@@ -447,40 +505,6 @@ impl World {
         self.report(pid, Report::Held { generation, step, digest });
     }
 
-    fn save(&mut self, pid: Pid, attempt: AttemptSeq) {
-        let generation = self.generation_of(pid);
-        let step_loop = &self.procs[pid].step_loop;
-        let Some(state) = step_loop.state else { return };
-        let (at, rank) = step_loop.comm.expect("a member is in a communicator");
-        let world = step_loop.plan.as_ref().map_or(0, |(plan, _)| plan.world());
-        debug_assert_eq!(self.comms[at].generation, generation.0);
-        let extra = match self.procs[pid].disk {
-            Disk::Slow(ms) => ms * MS,
-            _ => 0,
-        };
-        self.counts.parts += 1;
-        let after = self.setup.part_ms * MS * self.rng.range(50, 300) / 100 + extra;
-        let writer = (self.procs[pid].worker.clone(), self.procs[pid].incarnation);
-        let part = Part { writer, state, rank, world };
-        let job = PartJob { generation, attempt, part };
-        self.later(after, Ev::Part { pid, job: Box::new(job) });
-        let (step, digest) = (Step(state.step), state.digest);
-        self.report(pid, Report::Snapshotted { generation, attempt, step, digest });
-    }
-
-    pub(crate) fn on_part(&mut self, pid: Pid, job: PartJob) {
-        let PartJob { generation, attempt, part } = job;
-        if self.procs[pid].disk == Disk::Full {
-            let detail = "no space left on device".to_string();
-            self.report(pid, Report::PartFailed { generation, attempt, detail });
-            return;
-        }
-        let step = part.state.step;
-        let receipt = format!("{step}/{generation}-{attempt}/{}of{}", part.rank, part.world);
-        self.store.parts.insert(receipt.clone(), part);
-        self.report(pid, Report::PartDone { generation, attempt, receipt });
-    }
-
     /// A member sees that its communicator failed, after a moment.
     pub(crate) fn fail_soon(&mut self, pid: Pid) {
         let after = self.latency();
@@ -493,8 +517,13 @@ impl World {
             let text = format!("{} failed without any cause: {detail}", self.procs[pid].worker);
             self.breach(Invariant::Liveness, &text);
         }
+        let suspects = match kind {
+            FaultKind::Communicator => self.suspects(pid),
+            _ => Vec::new(),
+        };
         self.enter(pid, Doing::Idle);
-        self.report(pid, Report::Fault { generation, kind, detail: detail.to_string() });
+        let detail = detail.to_string();
+        self.report(pid, Report::Fault { generation, kind, suspects, detail });
     }
 
     /// An operation that takes too long is a fault.
@@ -547,20 +576,5 @@ impl World {
             self.enter(pid, Doing::Idle);
             self.pump(pid);
         }
-    }
-}
-
-fn mark(generation: Generation, state: &State, due: bool) -> StepMark {
-    StepMark {
-        generation,
-        step: Step(state.step),
-        loss: 1.0,
-        lr: 0.1,
-        grad_norm: 1.0,
-        images_per_second: 1.0,
-        data_wait: 0.0,
-        digest: due.then_some(state.digest),
-        skipped: 0,
-        redone: 0,
     }
 }

@@ -17,8 +17,8 @@ use crate::host::Host;
 use crate::net::{Conn, Net};
 use crate::process::Process;
 use crate::rng::Rng;
+use crate::saving::PartJob;
 use crate::setup::{MS, Setup};
-use crate::steps::PartJob;
 
 /// A process of a trainer, over the whole history.
 pub type Pid = usize;
@@ -57,6 +57,8 @@ pub enum Ev {
     Part { pid: Pid, job: Box<PartJob> },
     /// An agent's report arrives.
     Exited { node: usize, worker: WorkerId, incarnation: Incarnation, how: &'static str },
+    /// An order to kill a trainer arrives at its agent.
+    Kill { worker: WorkerId, incarnation: Incarnation },
     /// An agent starts a trainer again.
     Respawn { node: usize, life: u64, worker: WorkerId },
     /// The coordinator's clock is due.
@@ -157,12 +159,25 @@ pub struct World {
     pub violation: Option<Violation>,
     /// What happened, line by line, where somebody wants to read it.
     pub(crate) transcript: Option<Vec<String>>,
+    /// Whether the transcript holds messages too.
+    pub(crate) verbose: bool,
     /// Where the machines were.
     pub coverage: Coverage,
     /// What is counted for expectations.
     pub(crate) counts: Counts,
     queue: BinaryHeap<Reverse<Entry>>,
     order: u64,
+}
+
+/// What a transcript holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// There is none.
+    None,
+    /// What people would be told, and what was done to the cluster.
+    Notes,
+    /// What machines say to each other, too; beats excepted.
+    Messages,
 }
 
 /// Figures of a history.
@@ -190,7 +205,7 @@ pub struct Counts {
 
 impl World {
     /// Creates the world of a setup, with a coordinator that starts at once and nothing else.
-    pub fn new(setup: &Setup, with_transcript: bool) -> Self {
+    pub fn new(setup: &Setup, detail: Detail) -> Self {
         let mut rng = Rng::new(setup.seed);
         let host = Host::new(&mut rng, setup);
         let mut world = World {
@@ -209,7 +224,8 @@ impl World {
             tainted: false,
             harmed: false,
             violation: None,
-            transcript: with_transcript.then(Vec::new),
+            transcript: (detail != Detail::None).then(Vec::new),
+            verbose: detail == Detail::Messages,
             coverage: Coverage::default(),
             counts: Counts::default(),
             queue: BinaryHeap::new(),
@@ -292,6 +308,7 @@ impl World {
             Ev::Exited { node, worker, incarnation, how } => {
                 self.on_exit_report(node, worker, incarnation, how);
             }
+            Ev::Kill { worker, incarnation } => self.on_kill(&worker, incarnation),
             Ev::Respawn { node, life, worker } => self.on_respawn(node, life, worker),
             Ev::HostTick { life, tick } => self.on_host_tick(life, tick),
             Ev::HostSynced { life } => self.on_host_synced(life),

@@ -5,6 +5,7 @@ use lacuna_sim::bugs::Bug;
 use lacuna_sim::history::{draw, play};
 use lacuna_sim::script::Script;
 use lacuna_sim::shrink::shrink;
+use lacuna_sim::world::Detail;
 
 /// Seeds of every run of the tests; `make sim` plays many more.
 const SEEDS: u64 = 200;
@@ -12,7 +13,7 @@ const SEEDS: u64 = 200;
 #[test]
 fn histories_violate_nothing() {
     for seed in 0..SEEDS {
-        let outcome = play(&draw(seed, Bug::None), false);
+        let outcome = play(&draw(seed, Bug::None), Detail::None);
         assert!(
             outcome.violation.is_none(),
             "seed {seed}: {} (lacuna-sim replay {seed} --shrink)",
@@ -27,14 +28,15 @@ fn a_seed_is_one_history() {
         let script = draw(seed, Bug::None);
         let again: Script = script.to_string().parse().expect("a script reads what it writes");
         assert_eq!(script.to_string(), again.to_string());
-        let (one, other) = (play(&script, true), play(&again, true));
+        let (one, other) = (play(&script, Detail::Notes), play(&again, Detail::Notes));
         assert_eq!(one.transcript, other.transcript, "seed {seed}");
     }
 }
 
 /// Returns the first seed below `limit` whose history violates something.
 fn found_by(plant: Bug, limit: u64) -> Option<(u64, Invariant)> {
-    (0..limit).find_map(|seed| Some((seed, play(&draw(seed, plant), false).violation?.invariant)))
+    (0..limit)
+        .find_map(|seed| Some((seed, play(&draw(seed, plant), Detail::None).violation?.invariant)))
 }
 
 /// Checks that a planted bug is found within `limit` seeds, as a violation of one of `as_one_of`.
@@ -52,11 +54,12 @@ fn a_skipped_write_is_found() {
     check(Bug::SkipPersist, 10, &[I::OnePlan]);
     check(Bug::SayBeforeDurable, 10, &[I::OnePlan]);
     check(Bug::SkipEnding, 10, &[I::Liveness, I::Replay]);
+    check(Bug::SkipStarted, 200, &[I::Replay]);
 }
 
 #[test]
 fn a_generation_that_is_used_twice_is_found() {
-    check(Bug::ReuseGeneration, 100, &[I::OnePlan]);
+    check(Bug::ReuseGeneration, 200, &[I::OnePlan, I::Replay]);
 }
 
 #[test]
@@ -74,7 +77,7 @@ fn a_wrong_sum_is_found() {
 
 #[test]
 fn half_a_control_word_is_found() {
-    check(Bug::HalfControlWord, 500, &[I::Liveness, I::OneDigest]);
+    check(Bug::HalfControlWord, 2_000, &[I::Liveness, I::OneDigest]);
     check(Bug::SaveAlone, 200, &[I::OneDigest]);
 }
 
@@ -94,10 +97,10 @@ fn a_wrong_commit_is_found() {
 
 #[test]
 fn a_failing_history_shrinks_to_a_few_lines() {
-    let (seed, invariant) = found_by(Bug::ReuseGeneration, 100).expect("it is found");
-    let script = draw(seed, Bug::ReuseGeneration);
+    let (seed, invariant) = found_by(Bug::CheckpointGoesBack, 200).expect("it is found");
+    let script = draw(seed, Bug::CheckpointGoesBack);
     let short = shrink(&script, invariant);
-    assert!(short.lines.len() <= 6, "{short}");
-    let found = play(&short, false).violation.expect("it fails like the long one");
+    assert!(short.lines.len() <= 8, "{short}");
+    let found = play(&short, Detail::None).violation.expect("it fails like the long one");
     assert_eq!(found.invariant, invariant);
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lacuna_sim::history::play;
 use lacuna_sim::script::Script;
+use lacuna_sim::world::Detail;
 
 /// Stands between the commands and the transcript.
 const RULE: &str = "----\n";
@@ -19,7 +20,7 @@ fn check(path: &Path, update: bool) -> Result<(), String> {
     let text = std::fs::read_to_string(path).map_err(|err| err.to_string())?;
     let (commands, expected) = text.split_once(RULE).unwrap_or((text.as_str(), ""));
     let script: Script = commands.parse()?;
-    let outcome = play(&script, true);
+    let outcome = play(&script, Detail::Notes);
     let found: String = outcome.transcript.iter().map(|line| format!("{line}\n")).collect();
     if update {
         let commands = commands.trim_end();
