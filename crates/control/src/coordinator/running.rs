@@ -153,7 +153,8 @@ impl Coordinator {
             return;
         }
         let &(step, digest) = group.held.values().next().expect("members stand here");
-        let saved = self.saved.checkpoint.as_ref().is_some_and(|c| c.step == step);
+        // A later one may come from a generation that is over and whose commit came late.
+        let saved = self.saved.checkpoint.as_ref().is_some_and(|c| c.step >= step);
         let finished = step.0 >= self.config.total_steps;
         let remaining = self.candidates().len();
         let too_few = remaining < self.config.workers_min.max(1);
