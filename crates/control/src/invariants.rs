@@ -378,7 +378,8 @@ impl Observer {
         let known = self.digests.get(&step).copied();
         known.filter(|(known, _)| *known != digest).map(|(known, by)| {
             let text = format!(
-                "the checkpoint of step {step} holds {digest:016x}, generation {by} had {known:016x}"
+                "the checkpoint of step {step} holds {digest:016x}, generation {by} had \
+                 {known:016x}"
             );
             (Invariant::OneDigest, text)
         })

@@ -167,10 +167,8 @@ impl std::str::FromStr for Script {
         let mut script = Script { setup: Setup::default(), lines: Vec::new() };
         for (at, line) in text.lines().enumerate() {
             let read = read_line(&mut script.setup, line.trim());
-            match read.map_err(|why| format!("line {}: {why}", at + 1))? {
-                Some(line) => script.lines.push(line),
-                None => {}
-            }
+            let read = read.map_err(|why| format!("line {}: {why}", at + 1))?;
+            script.lines.extend(read);
         }
         Ok(script)
     }
