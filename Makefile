@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 # Histories that `make sim` plays.
 SEEDS ?= 100000
-.PHONY: help proto setup build demo test sim check fmt clippy tidy deny ci bench bench-data gpu-check clean clean-all
+.PHONY: help proto setup build demo test sim check fmt clippy tidy deny ci bench bench-data chaos bench-recovery bench-goodput bench-overhead gpu-check clean clean-all
 
 # The crate that links libtorch. It is always built with the release profile: `make demo` needs that
 # build anyway, and libtorch's two large C++ files are then compiled once and not per profile.
@@ -11,7 +11,7 @@ PLAIN := --workspace --exclude lacuna-mae
 HAS_TORCH := [ -n "$(LIBTORCH)" ] || [ -e third_party/libtorch/build-version ]
 
 help: ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
 setup: ## check the tools, fetch libtorch, build (CUDA=1 fetches the CUDA libraries too)
 	@python3 scripts/setup.py
 build: ## build `lacuna` and `lacuna-worker` into target/release
@@ -42,6 +42,18 @@ bench: ## time a training step here and in PyTorch (BENCH="--python v/bin/python
 	@python3 scripts/bench/step.py $(BENCH)
 bench-data: ## measure the data path on this machine (BENCH="--help" for more)
 	@cargo run --release --package lacuna-cli -- data bench $(BENCH)
+chaos: ## runs under seeded faults against an undisturbed one (MINUTES=60 SEED=1 CHAOS="--help")
+	@cargo build --release --quiet --package lacuna-tests --bins
+	@target/release/lacuna-chaos run --minutes $(or $(MINUTES),0) --seed $(or $(SEED),1) $(CHAOS)
+bench-recovery: ## time recoveries from single faults (BENCH="--help" for more)
+	@cargo build --release --quiet --package lacuna-tests --bins
+	@target/release/lacuna-chaos recovery $(BENCH)
+bench-goodput: ## progress under Poisson kills, against restarts from checkpoints (BENCH="--help")
+	@cargo build --release --quiet --package lacuna-tests --bins
+	@target/release/lacuna-chaos goodput $(BENCH)
+bench-overhead: ## what beats, marks, ledger and digests cost (BENCH="--help" for more)
+	@cargo build --release --quiet --package lacuna-tests --bins
+	@target/release/lacuna-chaos overhead $(BENCH)
 gpu-check: ## build the check for a machine with a GPU; run it if one is here
 	@scripts/gpu_check.sh
 clean: ## remove what was built

@@ -1,14 +1,19 @@
 //! Real processes: the claim, faults, restarts, and bad input.
 
 mod bad_input;
+mod chaos;
 mod claim;
+mod faults;
 
 use lacuna_tests::{Binaries, Fixture};
 
-fn fixture() -> Fixture {
-    let binaries = Binaries {
+fn binaries() -> Binaries {
+    Binaries {
         lacuna: env!("CARGO_BIN_EXE_lacuna-under-test").into(),
         worker: env!("CARGO_BIN_EXE_lacuna-fake-worker").into(),
-    };
-    Fixture::new(binaries, 256, 8)
+    }
+}
+
+fn fixture() -> Fixture {
+    Fixture::new(binaries(), 256, 8)
 }

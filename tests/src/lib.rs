@@ -1,8 +1,17 @@
 //! Real processes under test: a coordinator, agents and their trainers, on this machine.
 //!
-//! Nothing here sleeps: a test waits for what the run's own stream of updates says, with a
-//! deadline.
+//! A test does not sleep: it waits for what the run's own stream of updates says, with a deadline.
+//! Tests of one situation use [`Cluster`]; [`chaos`] and [`bench`] put whole runs under faults, on
+//! a [`rig::Rig`] whose network obeys too.
 #![forbid(unsafe_code)]
+
+pub mod bench;
+pub mod chaos;
+pub mod dice;
+pub mod history;
+pub mod processes;
+pub mod proxy;
+pub mod rig;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
@@ -164,6 +173,13 @@ pub fn send_signal(pid: u32, signal: Signal) {
     }
 }
 
+/// Tells whether a process is there and has not ended.
+pub fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    state.is_some_and(|state| state != 'Z')
+}
+
 /// Finds the trainer process of a worker by its command line.
 pub fn trainer_pid(worker: &str, url: &str) -> Option<u32> {
     for entry in std::fs::read_dir("/proc").ok()?.flatten() {
@@ -187,11 +203,17 @@ pub struct Cluster<'a> {
     agents: BTreeMap<String, Process>,
     runtime: tokio::runtime::Runtime,
     listen: String,
+    waits: Vec<String>,
 }
 
 impl<'a> Cluster<'a> {
     /// Starts a coordinator on a free port.
     pub fn start(fixture: &'a Fixture) -> Self {
+        Self::start_with(fixture, &[])
+    }
+
+    /// Starts a coordinator with waits changed, like `stall=7s`.
+    pub fn start_with(fixture: &'a Fixture, waits: &[&str]) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let mut cluster = Cluster {
             fixture,
@@ -200,6 +222,7 @@ impl<'a> Cluster<'a> {
             agents: BTreeMap::new(),
             runtime: runtime.expect("a runtime"),
             listen: "127.0.0.1:0".to_string(),
+            waits: waits.iter().map(ToString::to_string).collect(),
         };
         cluster.start_coordinator();
         cluster
@@ -210,6 +233,9 @@ impl<'a> Cluster<'a> {
         let state = self.fixture.path("state");
         let mut command =
             self.fixture.lacuna(&["coordinator", "--local", "--listen", &self.listen]);
+        for wait in &self.waits {
+            command.args(["--set", wait]);
+        }
         command.arg("--state").arg(state).stdout(Stdio::piped()).stderr(self.log("coordinator"));
         let mut process = Process::start(&mut command);
         let stdout = process.0.stdout.take().expect("stdout is a pipe");
@@ -244,11 +270,18 @@ impl<'a> Cluster<'a> {
 
     /// Starts an agent called `node` with `n` trainers.
     pub fn add(&mut self, node: &str, n: usize) {
+        self.add_with(node, n, &[], &[]);
+    }
+
+    /// Starts an agent with more arguments, and with more in its environment.
+    pub fn add_with(&mut self, node: &str, n: usize, args: &[&str], env: &[(&str, &str)]) {
         let mut command = Command::new(&self.fixture.binaries.worker);
         command
             .args(["--coordinator", &self.url, "--node-name", node])
             .args(["--devices", &format!("cpu:{n}")])
+            .args(args)
             .env("LACUNA_FAKE_SLOT_MS", "3")
+            .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stderr(self.log(node));
         self.agents.insert(node.to_string(), Process::start(&mut command));

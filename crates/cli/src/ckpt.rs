@@ -366,18 +366,7 @@ fn verify(args: &VerifyArgs) -> anyhow::Result<u8> {
             entries.sort_by_key(|entry| entry.step);
         }
     }
-    let mut checked: Vec<Checked> = Vec::new();
-    for entry in &entries {
-        let (bytes, problems) = match &entry.status {
-            Status::Damaged { reason } => (0, vec![reason.clone()]),
-            Status::Good(manifest) => {
-                eprintln!("reading step {}: {}", entry.step, size(bytes(manifest)));
-                let Verified { bytes, problems } = read_back(&dir, manifest);
-                (bytes, problems)
-            }
-        };
-        checked.push(Checked { step: entry.step, bytes, problems });
-    }
+    let checked: Vec<Checked> = entries.iter().filter_map(|entry| check(&dir, entry)).collect();
     let is_clean = checked.iter().all(|checked| checked.problems.is_empty());
     match args.output {
         Output::Json => {
@@ -393,6 +382,25 @@ fn verify(args: &VerifyArgs) -> anyhow::Result<u8> {
         Output::Table => put(&checked.iter().map(verify_line).collect::<String>())?,
     }
     Ok(if is_clean { exit::OK } else { exit::IO })
+}
+
+/// Checks one checkpoint; `None` if retention deleted it meanwhile.
+fn check(dir: &RunDir, entry: &Entry) -> Option<Checked> {
+    let step = entry.step;
+    let (bytes, problems) = match &entry.status {
+        Status::Damaged { reason } => (0, vec![reason.clone()]),
+        Status::Good(manifest) => {
+            eprintln!("reading step {step}: {}", size(bytes(manifest)));
+            let Verified { bytes, problems } = read_back(dir, manifest);
+            (bytes, problems)
+        }
+    };
+    // Deleting starts with the manifest, so that what has none is no checkpoint any more.
+    if !problems.is_empty() && matches!(catalog::find(dir, step), Ok(None)) {
+        eprintln!("step {step} was deleted meanwhile");
+        return None;
+    }
+    Some(Checked { step, bytes, problems })
 }
 
 fn verify_line(checked: &Checked) -> String {

@@ -112,6 +112,15 @@ pub struct DrainArgs {
     connect: Connect,
 }
 
+/// Settings of `lacuna release`.
+#[derive(Args, Debug)]
+pub struct ReleaseArgs {
+    /// Name of the worker, `node:device`.
+    worker: String,
+    #[command(flatten)]
+    connect: Connect,
+}
+
 /// Creates a run, or lets the stopped one of the same name go on.
 pub fn submit(args: SubmitArgs) -> anyhow::Result<u8> {
     let mut spec = spec::read(&args.file, &args.overrides)?;
@@ -337,6 +346,26 @@ pub fn drain(args: DrainArgs) -> anyhow::Result<u8> {
         let mut client = args.connect.client().await?;
         client.drain_worker(&args.worker, "drained by an operator").await?;
         println!("worker {} leaves at the next boundary", args.worker);
+        Ok(exit::OK)
+    })
+}
+
+/// Lets a worker back in that was kept out because it did harm.
+pub fn release(args: ReleaseArgs) -> anyhow::Result<u8> {
+    runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        client.release_worker(&args.worker).await?;
+        println!("worker {} may join again", args.worker);
+        Ok(exit::OK)
+    })
+}
+
+/// Gives members up that fell silent, so that others can begin without them.
+pub fn force(args: RunArgs) -> anyhow::Result<u8> {
+    runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        client.force_run(&args.run).await?;
+        println!("run {}: silent members are given up", args.run);
         Ok(exit::OK)
     })
 }

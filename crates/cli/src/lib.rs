@@ -7,6 +7,7 @@
 mod ckpt;
 mod client;
 mod data;
+mod journal;
 mod plan;
 mod progress;
 mod serve;
@@ -57,6 +58,12 @@ enum Command {
     Checkpoint(client::RunArgs),
     /// Take a worker out at the next boundary.
     Drain(client::DrainArgs),
+    /// Let a worker back in that was kept out because it did harm.
+    Release(client::ReleaseArgs),
+    /// Give silent members of a run up, so that others begin without them.
+    Force(client::RunArgs),
+    /// Show what a coordinator has written down of its runs, also while it runs.
+    Journal(journal::JournalArgs),
     /// List, check and export checkpoints.
     Ckpt(ckpt::CkptArgs),
 }
@@ -113,6 +120,9 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Stop(args) => client::stop(args),
         Command::Checkpoint(args) => client::checkpoint(args),
         Command::Drain(args) => client::drain(args),
+        Command::Release(args) => client::release(args),
+        Command::Force(args) => client::force(args),
+        Command::Journal(args) => journal::journal(args),
         Command::Ckpt(args) => ckpt::ckpt(args),
     }
 }

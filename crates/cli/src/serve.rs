@@ -2,10 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use lacuna_control::timing::Timing;
 use lacuna_coordinator::{Options, Service, StartError};
+use lacuna_spec::units::parse_duration;
 use lacuna_types::exit;
 use tracing::info;
 
@@ -25,9 +27,30 @@ pub struct CoordinatorArgs {
     /// Waits as on one machine: changes of the group come at once instead of being gathered.
     #[arg(long)]
     local: bool,
+
+    /// Change one wait of the protocol, like `lease=5s` or `failure_window=200ms`;
+    /// docs/operations.md lists them.
+    #[arg(long = "set", value_name = "WAIT=TIME")]
+    waits: Vec<String>,
 }
 
-fn default_state() -> PathBuf {
+/// Changes waits as the command line says.
+fn set_waits(timing: &mut Timing, waits: &[String]) -> Result<(), String> {
+    for wait in waits {
+        let (name, value) =
+            wait.split_once('=').ok_or_else(|| format!("`--set {wait}`: expected WAIT=TIME"))?;
+        let ms = value.strip_suffix("ms").and_then(|n| n.parse().ok()).map(Duration::from_millis);
+        let value = match ms {
+            Some(time) => time,
+            None => parse_duration(value).map_err(|err| format!("`--set {wait}`: {err}"))?,
+        };
+        timing.set(name, value).map_err(|err| format!("`--set {wait}`: {err}"))?;
+    }
+    Ok(())
+}
+
+/// Returns where the state file stands if nobody says otherwise.
+pub fn default_state() -> PathBuf {
     let home = std::env::var_os("HOME").map_or_else(|| PathBuf::from("."), PathBuf::from);
     let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
     state.unwrap_or_else(|| home.join(".local/state")).join("lacuna")
@@ -36,7 +59,8 @@ fn default_state() -> PathBuf {
 /// Serves until a signal.
 pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
     init_logs("info");
-    let timing = if args.local { Timing::one_machine() } else { Timing::cluster() };
+    let mut timing = if args.local { Timing::one_machine() } else { Timing::cluster() };
+    set_waits(&mut timing, &args.waits).map_err(|text| Coded::error(exit::USAGE, text))?;
     runtime()?.block_on(async {
         let listener = lacuna_coordinator::service::bind(args.listen).await.map_err(coded)?;
         let options = Options { state: args.state, timing };
@@ -81,6 +105,24 @@ impl StopSignals {
         tokio::select! {
             _ = self.term.recv() => {}
             _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_set_by_name_and_mistakes_are_named() {
+        let mut timing = Timing::cluster();
+        let set = |timing: &mut Timing, wait: &str| set_waits(timing, &[wait.to_string()]);
+        set(&mut timing, "failure_window=50ms").unwrap();
+        set(&mut timing, "lease=5s").unwrap();
+        assert_eq!(timing.failure_window, Duration::from_millis(50));
+        assert_eq!(timing.lease, Duration::from_secs(5));
+        for bad in ["lease", "lease=5", "leash=5s"] {
+            assert!(set(&mut timing, bad).unwrap_err().contains(bad), "{bad}");
         }
     }
 }

@@ -5,6 +5,7 @@
 //! by construction (invariant I8).
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use lacuna_types::{AttemptSeq, Generation, Step, WorkerId};
@@ -163,5 +164,39 @@ impl Saved {
         let mut saved = Saved::default();
         records.into_iter().for_each(|record| saved.apply(record));
         saved
+    }
+}
+
+impl fmt::Display for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Record::Planned(plan) => write!(f, "{plan}"),
+            Record::Floor(generation) => write!(f, "generation {generation} is taken elsewhere"),
+            Record::Started { generation, resume_step } => {
+                write!(f, "generation {generation} trains from step {resume_step}")
+            }
+            Record::Change(number) => write!(f, "change {number}: members are to stop"),
+            Record::Attempt(seq) => write!(f, "checkpoint attempt {seq}"),
+            Record::AttemptClosed(seq) => write!(f, "checkpoint attempt {seq} is over"),
+            Record::Distrusted => write!(f, "states in memory are not trusted"),
+            Record::Probe(probe) => write!(f, "probe class {probe:016x}"),
+            Record::Checkpoint(c) => write!(f, "checkpoint of step {} ({})", c.step, c.manifest),
+            Record::NoCheckpoint => write!(f, "no checkpoint is there any more"),
+            Record::CheckpointAsked => write!(f, "a checkpoint is asked for"),
+            Record::Stopping { why } => write!(f, "the run is to stop: {why}"),
+            Record::Draining { worker, why } => write!(f, "{worker} is to leave: {why}"),
+            Record::Gone(worker) => write!(f, "{worker} has left"),
+            Record::Banned { worker, why } => write!(f, "{worker} is kept out: {why}"),
+            Record::Released(worker) => write!(f, "{worker} may join again"),
+            Record::Ended(Ending::Finished { step, digest }) => {
+                write!(f, "finished at step {step} with state {digest:016x}")
+            }
+            Record::Ended(Ending::Failed { why, code }) => write!(f, "failed ({code}): {why}"),
+            Record::Ended(Ending::Stopped { step, why }) => {
+                write!(f, "stopped at step {step}: {why}")
+            }
+            Record::Ended(Ending::Paused { why }) => write!(f, "paused: {why}"),
+            Record::Resumed => write!(f, "goes on"),
+        }
     }
 }

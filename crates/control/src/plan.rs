@@ -1,5 +1,7 @@
 //! Who computes what: members in rank order, their slots, and where the state comes from.
 
+use std::fmt;
+
 use lacuna_types::{Generation, Incarnation, Step, WorkerId};
 
 /// A member of a generation; its rank is its place in the plan.
@@ -48,6 +50,19 @@ impl Plan {
     /// Returns the number of members.
     pub fn world(&self) -> usize {
         self.members.len()
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Plan { generation, members, communicator, why } = self;
+        let slots: Vec<String> =
+            members.iter().map(|m| format!("{} {}", m.worker, m.slots.len())).collect();
+        let how = match communicator {
+            Communicator::Keep => "kept communicator",
+            Communicator::New => "new communicator",
+        };
+        write!(f, "generation {generation}: slots {} ({how}; {why})", slots.join(", "))
     }
 }
 

@@ -338,19 +338,10 @@ impl Supervisor {
                         }
                     }
                 }
-                kill = self.kills.recv() => match kill {
-                    Ok(kill) if kill.worker_id == self.worker_id && kill.incarnation == incarnation => {
-                        warn!(worker_id = self.worker_id, why = kill.why, "told to kill the trainer");
-                        // Fails only where it ended by itself.
-                        let _ = child.start_kill();
-                    }
-                    // For another device or an earlier life. Who missed one is left out all the same.
-                    Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-                    // The agent is going; `stopping` says how.
-                    Err(tokio::sync::broadcast::error::RecvError::Closed) => {
-                        return child.wait().await.ok();
-                    }
-                },
+                () = killed(&mut self.kills, &self.worker_id, incarnation) => {
+                    // Fails only where it ended by itself.
+                    let _ = child.start_kill();
+                }
                 () = expired => {
                     warn!(worker_id = self.worker_id, "trainer did not leave in time; killing it");
                     // Fails only where it ended by itself.
@@ -358,6 +349,27 @@ impl Supervisor {
                     deadline = None;
                 }
             }
+        }
+    }
+}
+
+/// Completes when the coordinator wants this life of this worker killed.
+async fn killed(
+    kills: &mut tokio::sync::broadcast::Receiver<v1::NodeKill>,
+    worker_id: &str,
+    incarnation: u64,
+) {
+    use tokio::sync::broadcast::error::RecvError;
+    loop {
+        match kills.recv().await {
+            Ok(kill) if kill.worker_id == worker_id && kill.incarnation == incarnation => {
+                warn!(worker_id, why = kill.why, "told to kill the trainer");
+                return;
+            }
+            // For another device or an earlier life. Who missed one is left out all the same.
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            // The agent is going; `stopping` says how.
+            Err(RecvError::Closed) => return std::future::pending().await,
         }
     }
 }

@@ -17,6 +17,21 @@ use lacuna_types::{SampleId, Slot, Step};
 use crate::cpu_state::CpuState;
 use crate::engine::{Backend, Engine, EngineError, EngineSpec, UpdateScalars};
 
+/// Faults of a device, each at the first slot of a step that this process computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Faults {
+    /// The slot never returns.
+    pub hang_at: Option<u64>,
+    /// A bit of a parameter flips, once in the life of the process.
+    pub corrupt_at: Option<u64>,
+    /// The process dies, if it computes the step's first slot.
+    pub die_at: Option<u64>,
+    /// The engine fails.
+    pub fail_at: Option<u64>,
+    /// From here on slots give other bits than on a sound device, and the probe too.
+    pub drift_at: Option<u64>,
+}
+
 /// The fake engine.
 #[derive(Debug)]
 pub struct FakeEngine {
@@ -24,6 +39,8 @@ pub struct FakeEngine {
     state: CpuState,
     normalize: Normalize,
     slot_time: Duration,
+    faults: Faults,
+    drifts: bool,
 }
 
 /// Values of a patch: inputs and outputs of the map.
@@ -44,7 +61,42 @@ impl FakeEngine {
     pub fn new(spec: EngineSpec, slot_time: Duration) -> Self {
         let state = CpuState::fresh(layout(&spec.model), spec.seed);
         let normalize = Normalize::new(&spec.mean, &spec.std);
-        FakeEngine { spec, state, normalize, slot_time }
+        FakeEngine { spec, state, normalize, slot_time, faults: Faults::default(), drifts: false }
+    }
+
+    /// Makes the device break as `faults` say.
+    pub fn with_faults(mut self, faults: Faults) -> Self {
+        self.faults = faults;
+        self
+    }
+
+    fn break_at(&mut self, slot: Slot) -> Result<(), EngineError> {
+        let Slot { step, index } = slot;
+        let due = |at: Option<u64>| at == Some(step.0);
+        if due(self.faults.die_at) && index == 0 {
+            std::process::abort();
+        }
+        while due(self.faults.hang_at) {
+            std::thread::park();
+        }
+        if due(self.faults.fail_at) {
+            let context = format!("slot {index} of step {step} on a broken device");
+            let source = "made to fail".into();
+            return Err(EngineError::Device { context, source });
+        }
+        if due(self.faults.corrupt_at) {
+            self.faults.corrupt_at = None;
+            let value = &mut self.state.section_mut(Section::Param)[0];
+            *value = f32::from_bits(value.to_bits() ^ 1);
+        }
+        if due(self.faults.drift_at) {
+            self.drifts = true;
+            // The update goes wrong as well, or nobody would notice.
+            let value = &mut self.state.section_mut(Section::Param)[0];
+            *value = f32::from_bits(value.to_bits() ^ 1);
+            self.faults.drift_at = None;
+        }
+        Ok(())
     }
 
     /// Returns the mean visible and the mean removed patch of one sample, channel-first values.
@@ -83,6 +135,7 @@ impl Engine for FakeEngine {
         sink: &mut dyn FnMut(SlotGrad<'_>),
     ) -> Result<f32, EngineError> {
         let started = std::time::Instant::now();
+        self.break_at(batch.slot)?;
         let model = &self.spec.model;
         let plane = (model.img_size[0] * model.img_size[1]) as usize;
         let values = plane * model.channels as usize;
@@ -155,7 +208,8 @@ impl Engine for FakeEngine {
             fresh.slot(&probe_batch(&self.spec.model, self.spec.slot_batch), &mut |grad| {
                 digest = digest.then(Crc64::of_f32(grad.values));
             })?;
-        Ok(digest.then(Crc64::of_f32(&[loss])).value)
+        let digest = digest.then(Crc64::of_f32(&[loss])).value;
+        Ok(if self.drifts { !digest } else { digest })
     }
 
     fn describe(&self) -> String {
@@ -186,6 +240,8 @@ pub fn probe_batch(model: &ModelConfig, slot_batch: u32) -> SlotBatch {
 pub struct FakeBackend {
     /// Least time of a slot.
     pub slot_time: Duration,
+    /// What breaks, and when.
+    pub faults: Faults,
 }
 
 impl Backend for FakeBackend {
@@ -198,7 +254,7 @@ impl Backend for FakeBackend {
     }
 
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
-        Ok(Box::new(FakeEngine::new(spec.clone(), self.slot_time)))
+        Ok(Box::new(FakeEngine::new(spec.clone(), self.slot_time).with_faults(self.faults)))
     }
 }
 

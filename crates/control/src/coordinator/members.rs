@@ -310,7 +310,7 @@ impl Coordinator {
             self.awaited.0.clear();
         }
         let timing = &self.timing;
-        let silent = |w: &Worker| now.since(w.last_seen) > timing.lease;
+        let silent = |w: &Worker| now.since(w.last_seen) >= timing.lease;
         let broken =
             |w: &Worker| w.stream_lost.is_some_and(|at| now.since(at) >= timing.stream_grace);
         let gone: Vec<(WorkerId, Incarnation, bool, String)> = self

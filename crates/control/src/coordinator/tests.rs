@@ -1,3 +1,6 @@
+mod any_events;
+mod transcripts;
+
 use super::*;
 use crate::message::FaultKind;
 use crate::plan::CheckpointRef;
@@ -90,9 +93,9 @@ fn a_lease_runs_out_and_the_state_is_gone_with_the_last_worker() {
     let mut c = running();
     let (at, why) = c.next_deadline().unwrap();
     assert_eq!((at, why), (Timestamp::from_millis(3004), "lease"));
-    c.handle(Timestamp::from_millis(3004), Event::Tick);
-    assert_eq!(c.status().state, "running", "a lease is inclusive");
-    let out = c.handle(Timestamp::from_millis(3005), Event::Tick);
+    c.handle(Timestamp::from_millis(3003), Event::Tick);
+    assert_eq!(c.status().state, "running");
+    let out = c.handle(Timestamp::from_millis(3004), Event::Tick);
     let text = format!("{out:?}");
     assert!(text.contains("no beat for 3.0 s"), "{text}");
     assert_eq!(c.status().workers.len(), 0);

@@ -29,6 +29,8 @@ use crate::engine::Backend;
 const QUEUE: usize = 64;
 /// First and longest pause between attempts to reach the coordinator.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// Longest time for the last message to arrive before the process ends.
+const LAST_WORDS_DEADLINE: Duration = Duration::from_millis(500);
 /// Longest time to open a connection.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -161,8 +163,25 @@ impl Driver {
                 break code;
             }
         };
+        self.say_last_words(&mut net).await;
         uplink.abort();
         code
+    }
+
+    /// Closes the stream behind what was said last, so that it arrives before the process ends.
+    async fn say_last_words(&mut self, net: &mut mpsc::Receiver<Net>) {
+        if self.requests.take().is_none() {
+            return;
+        }
+        let closed = async {
+            while let Some(event) = net.recv().await {
+                if matches!(event, Net::Down { .. }) {
+                    return;
+                }
+            }
+        };
+        // Whoever does not hear them learns of the end from the agent.
+        let _ = tokio::time::timeout(LAST_WORDS_DEADLINE, closed).await;
     }
 
     /// Turns news of the connection into an event; `None` ends the process.
