@@ -83,6 +83,13 @@ pub enum Action {
 }
 
 impl Action {
+    /// Tells whether no worker loses its state or its peers by it: no step may be lost.
+    pub fn is_gentle(&self) -> bool {
+        use Action as A;
+        let coordinator = matches!(self, A::Crash { .. } | A::At(..) | A::Restart | A::Stall(_));
+        self.is_harmless() || coordinator || matches!(self, A::Break(_) | A::Jump(..))
+    }
+
     /// Tells whether it does no harm: nothing may fail because of it.
     pub fn is_harmless(&self) -> bool {
         use Action as A;

@@ -25,6 +25,9 @@ impl World {
         use Action as A;
         self.say(|| format!("> {action}"));
         self.harmed |= !action.is_harmless() || self.setup.poison > 0;
+        // With slow messages a stream may take longer to come back than its grace is.
+        let slow = self.setup.latency_ms > 20 && !action.is_harmless();
+        self.rough |= !action.is_gentle() || slow || self.setup.poison > 0;
         match action {
             A::Spawn(w) => self.spawn(&id(w)),
             A::Twin(w) => self.spawn_twin(&id(w)),
@@ -64,7 +67,10 @@ impl World {
             A::Unfit(w, on) => self.each(w, |world, pid| world.procs[pid].step_loop.unfit = *on),
             A::Notice(w) => self.each(w, |world, pid| {
                 // The second one ends it at once.
-                world.harmed |= std::mem::replace(&mut world.procs[pid].noticed, true);
+                let again = std::mem::replace(&mut world.procs[pid].noticed, true);
+                world.harmed |= again;
+                // Without a stream it goes at once.
+                world.rough |= again || world.procs[pid].conn.is_none();
                 world.feed(pid, worker::Event::Drain { why: "SIGTERM".to_string() });
             }),
             A::Drain(w) => {

@@ -63,11 +63,14 @@ pub fn draw(seed: u64, plant: Bug) -> Script {
     let mut faults: Vec<(u64, Action)> = Vec::new();
     // Some histories hold nothing that anybody may fail of.
     let peaceful = rng.one_in(6);
+    let gentle = rng.one_in(6);
     for _ in 0..n_faults {
         let at = 700 + rng.below(span);
         draw_fault(&mut rng, n_nodes, at, &mut faults);
     }
-    faults.retain(|(_, action)| !peaceful || action.is_harmless());
+    faults.retain(|(_, action)| {
+        (!peaceful || action.is_harmless()) && (!gentle || action.is_gentle())
+    });
     if rng.one_in(3) {
         gather(&mut rng, &mut faults);
     }
@@ -78,7 +81,7 @@ pub fn draw(seed: u64, plant: Bug) -> Script {
     });
     let last = lines.iter().map(|line| if let Line::At(ms, _) = line { *ms } else { 0 }).max();
     let rest = last.unwrap_or(0) + rng.below(4_000);
-    if !peaceful && rng.one_in(3) {
+    if !peaceful && !gentle && rng.one_in(3) {
         draw_reactions(&mut rng, n_nodes, &mut lines);
     }
     lines.push(Line::At(rest, Action::Repair));

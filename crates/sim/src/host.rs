@@ -526,7 +526,7 @@ impl World {
                 self.breach(Invariant::OneDigest, &format!("paused: {why}"));
             }
             Ending::Paused { why } | Ending::Failed { why, .. } => {
-                if self.host.excuses == 0 {
+                if self.host.excuses == 0 || !self.harmed {
                     self.breach(Invariant::Liveness, &format!("gave up: {why}"));
                 }
                 self.host.excuses = self.host.excuses.saturating_sub(1);

@@ -172,6 +172,9 @@ impl World {
             Command::Exit { code, why } => {
                 let worker = self.procs[pid].worker.clone();
                 self.say(|| format!("{worker} exits with {code}: {why}"));
+                // Whoever was asked to leave does not wait for a stream that broke.
+                let alone = self.procs[pid].conn.is_none();
+                self.rough |= code == exit::UNREACHABLE || (code == exit::DRAINED && alone);
                 self.end_process(pid, Some(code), false);
             }
         }

@@ -445,6 +445,10 @@ impl World {
         self.procs[pid].step_loop.state = Some(state);
         let redone = state.step < self.counts.highest;
         self.counts.redone += u64::from(redone);
+        if redone && !self.rough && !self.tainted {
+            let text = format!("step {} is computed again, and nothing was lost", state.step);
+            self.breach(Invariant::Liveness, &text);
+        }
         self.counts.highest = self.counts.highest.max(state.step);
         let generation = self.generation_of(pid);
         if !state.tainted {

@@ -155,6 +155,8 @@ pub struct World {
     pub(crate) tainted: bool,
     /// Something was done to the cluster that excuses a fault.
     pub(crate) harmed: bool,
+    /// A worker may have lost its state or its peers.
+    pub(crate) rough: bool,
     /// What went wrong first.
     pub violation: Option<Violation>,
     /// What happened, line by line, where somebody wants to read it.
@@ -223,6 +225,7 @@ impl World {
             observer: Observer::new(setup.slots),
             tainted: false,
             harmed: false,
+            rough: false,
             violation: None,
             transcript: (detail != Detail::None).then(Vec::new),
             verbose: detail == Detail::Messages,
