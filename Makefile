@@ -1,6 +1,8 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data chaos bench-recovery bench-goodput bench-overhead bench-scale gpu-check clean clean-all
+.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data sim chaos bench-recovery bench-goodput bench-overhead bench-scale gpu-check clean clean-all
+# Histories that `make sim` plays.
+SEEDS ?= 100000
 
 # The crate that links libtorch. It is always built with the release profile: `make demo` needs that
 # build anyway, and libtorch's two large C++ files are then compiled once and not per profile.
@@ -18,6 +20,8 @@ demo: build ## pack images, train with two workers, kill one, look at the result
 	@python3 scripts/demo.py
 test: ## run every test that needs no GPU
 	@scripts/test.sh
+sim: ## play SEEDS histories of faults (100000), with every invariant checked after every event
+	@cargo run --quiet --release --package lacuna-sim -- run --seeds 0..$(SEEDS) --coverage
 check: fmt clippy tidy deny ## check format, lints, layers and licences
 fmt: ## check the format
 	@cargo fmt --all --check

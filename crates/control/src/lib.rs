@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod coordinator;
+pub mod invariants;
 pub mod journal;
 pub mod message;
 pub mod plan;

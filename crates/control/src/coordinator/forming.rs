@@ -217,7 +217,7 @@ impl Coordinator {
         if candidates.len() < self.config.workers_min.max(1)
             || self.zombie_in_the_way(now, &candidates).is_some()
         {
-            self.group = None;
+            self.disturb(now, why);
             return;
         }
         if self.fruitless >= self.timing.fruitless_generations {

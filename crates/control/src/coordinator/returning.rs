@@ -53,6 +53,13 @@ impl Coordinator {
         }
     }
 
+    /// All members of the newest group stand at a boundary: none trains on unseen.
+    pub(super) fn stands(&mut self) {
+        if let Some(last) = &mut self.last_started {
+            last.over = true;
+        }
+    }
+
     /// A process has ended for certain.
     pub(super) fn ended_for_certain(&mut self, worker: &WorkerId, incarnation: Incarnation) {
         if let Some(last) = self.last_started.as_mut().filter(|l| l.has(worker, incarnation)) {

@@ -138,6 +138,7 @@ impl Coordinator {
         let first = group.held[&0];
         if group.held.values().all(|said| *said == first) {
             group.stage = Stage::Held;
+            self.stands();
             self.withdraw_unstarted_attempt();
         } else {
             let said = group.held.clone();
@@ -153,11 +154,15 @@ impl Coordinator {
             return;
         }
         let &(step, digest) = group.held.values().next().expect("members stand here");
-        let saved = self.saved.checkpoint.as_ref().is_some_and(|c| c.step == step);
+        // A later one may come from a generation that is over and whose commit came late.
+        let saved = self.saved.checkpoint.as_ref().is_some_and(|c| c.step >= step);
         let finished = step.0 >= self.config.total_steps;
-        let remaining = self.candidates().len();
-        let too_few = remaining < self.config.workers_min.max(1);
-        if (finished || self.saved.stopping.is_some() || too_few) && !saved {
+        let remaining = self.candidates();
+        let too_few = remaining.len() < self.config.workers_min.max(1);
+        let keeps = |m: &crate::plan::Member| remaining.contains(&m.worker);
+        // Those who take over have nothing in memory.
+        let all_leave = !group.plan.members.iter().any(keeps);
+        if (finished || self.saved.stopping.is_some() || too_few || all_leave) && !saved {
             self.propose(now, true);
         } else if finished {
             self.end(Ending::Finished { step, digest });
