@@ -357,10 +357,10 @@ impl World {
 
     fn handle(&mut self, mut event: Event) {
         let now = self.host.clock.show(self.now);
+        let stale = stale_for(&event, self.host.generation);
         if self.setup.plant == Bug::DropFence {
             restamp(&mut event, self.host.generation);
         }
-        let stale = stale_for(&event, self.host.generation);
         let Some(machine) = &mut self.host.machine else { return };
         self.coverage.coordinator(machine, &event);
         if self.verbose {

@@ -64,7 +64,7 @@ fn a_generation_that_is_used_twice_is_found() {
 
 #[test]
 fn a_dropped_fence_is_found() {
-    check(Bug::DropFence, 6_000, &[I::OneDigest, I::NothingStale]);
+    check(Bug::DropFence, 1_000, &[I::OneDigest, I::NothingStale]);
     check(Bug::StaleGift, 1_000, &[I::EachSlotOnce, I::OneDigest]);
 }
 
