@@ -150,10 +150,11 @@ pub fn to_coordinator(message: ToCoordinator) -> v1::SessionRequest {
             slot_us: beat.slot_us,
         }),
         ToCoordinator::Warm { probe } => M::Warm(v1::Warm { probe }),
-        ToCoordinator::Prepared { generation, state, kept } => M::Prepared(v1::Prepared {
+        ToCoordinator::Prepared { generation, state, trained, kept } => M::Prepared(v1::Prepared {
             generation: generation.0,
             state_step: state.map(|step| step.0),
             kept,
+            trained: trained.0,
         }),
         ToCoordinator::Synced { generation, step, digest } => {
             M::Synced(v1::Synced { generation: generation.0, step: step.0, digest })
@@ -208,6 +209,7 @@ pub fn from_worker(request: v1::SessionRequest) -> Result<ToCoordinator, WireErr
         M::Prepared(m) => ToCoordinator::Prepared {
             generation: Generation(m.generation),
             state: m.state_step.map(Step),
+            trained: Generation(m.trained),
             kept: m.kept,
         },
         M::Synced(m) => ToCoordinator::Synced {

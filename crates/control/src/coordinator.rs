@@ -19,6 +19,7 @@ mod dispute;
 mod forming;
 mod hang;
 mod members;
+mod overdue;
 mod returning;
 mod running;
 mod saving;
@@ -62,6 +63,12 @@ pub struct Coordinator {
     last_started: Option<LastStarted>,
     dispute: Option<Dispute>,
     last_change: Option<Timestamp>,
+    /// Lives that were to be killed and whose end was not seen.
+    shot: BTreeSet<(WorkerId, Incarnation)>,
+    /// How often members were missed since the last step.
+    suspicions: BTreeMap<WorkerId, u32>,
+    /// Verdicts in a row that nobody waits for anybody.
+    slow_verdicts: u32,
     /// Steps known to be applied.
     progress: Step,
     fruitless: u32,
@@ -93,6 +100,7 @@ impl Coordinator {
             group.iter().flat_map(|g| &g.plan.members).map(|m| m.worker.clone()).collect();
         let last_started =
             group.as_ref().zip(saved.started).map(|(g, step)| LastStarted::of(g, step, now));
+        let last_started = last_started.map(|last| last.over_if(saved.over));
         Coordinator {
             config,
             timing,
@@ -106,6 +114,9 @@ impl Coordinator {
             last_started,
             dispute: None,
             last_change: None,
+            shot: BTreeSet::new(),
+            suspicions: BTreeMap::new(),
+            slow_verdicts: 0,
             progress,
             fruitless: 0,
             failed_attempts: 0,
@@ -196,6 +207,9 @@ impl Coordinator {
             group.moved = group.moved + paused;
         }
         self.awaited.1 = self.awaited.1 + paused;
+        if let Some(dispute) = &mut self.dispute {
+            dispute.deadline = dispute.deadline + paused;
+        }
     }
 
     /// Returns when [`Event::Tick`] is due at the latest, and for what.
@@ -256,6 +270,7 @@ impl Coordinator {
             }
         }
         self.dismiss_leavers();
+        self.note_that_it_is_over();
     }
 
     fn reform_is_due(&self, now: Timestamp) -> bool {
@@ -275,7 +290,7 @@ impl Coordinator {
                 all.push((lost + self.timing.stream_grace, "stream grace"));
             }
         }
-        if let Some((at, _)) = &self.reform {
+        if let Some((at, _)) = self.reform.as_ref().filter(|_| self.dispute.is_none()) {
             let waits = !self.awaited.0.is_empty() && now < self.awaited.1;
             all.push((if waits { self.awaited.1 } else { *at }, "form"));
         }
@@ -309,8 +324,8 @@ impl Coordinator {
         match message {
             ToCoordinator::Beat(beat) => self.on_beat(now, worker, beat),
             ToCoordinator::Warm { probe } => self.on_warm(now, worker, probe),
-            ToCoordinator::Prepared { generation, state, kept } => {
-                self.on_prepared(now, worker, generation, state, kept);
+            ToCoordinator::Prepared { generation, state, trained, kept } => {
+                self.on_prepared(now, worker, generation, state, trained, kept);
             }
             ToCoordinator::Synced { generation, step, digest } => {
                 self.on_synced(now, worker, generation, step, digest);

@@ -33,8 +33,10 @@ pub enum Record {
     Attempt(AttemptSeq),
     /// That attempt is given up.
     AttemptClosed(AttemptSeq),
-    /// States differ: what is in memory is not trusted, the newest checkpoint is.
+    /// States differ: what is in memory from the newest generation and before is not trusted.
     Distrusted,
+    /// The newest plan's group can never complete another sum: a member is gone for certain.
+    Over,
     /// The run's probe class.
     Probe(u64),
     /// The newest committed checkpoint.
@@ -87,8 +89,10 @@ pub struct Saved {
     pub attempts: AttemptSeq,
     /// Whether that attempt is under way.
     pub attempt_open: bool,
-    /// Whether the next group must not start from memory.
-    pub distrusted: bool,
+    /// States that were last trained in this generation or before must not be gone on from.
+    pub untrusted: Generation,
+    /// Whether the newest plan's group can never complete another sum.
+    pub over: bool,
     /// Probe class of the run, once a worker has set it.
     pub probe: Option<u64>,
     /// Newest committed checkpoint.
@@ -110,7 +114,8 @@ impl Saved {
     pub fn apply(&mut self, record: &Record) {
         match record.clone() {
             Record::Planned(plan) => {
-                self.generation = plan.generation;
+                self.generation = self.generation.max(plan.generation);
+                self.over = false;
                 self.plan = Some(plan);
                 self.started = None;
                 self.attempts = AttemptSeq(0);
@@ -119,7 +124,6 @@ impl Saved {
             Record::Floor(generation) => self.generation = self.generation.max(generation),
             Record::Started { resume_step, .. } => {
                 self.started = Some(resume_step);
-                self.distrusted = false;
             }
             Record::Change(number) => self.changes = number,
             Record::Attempt(seq) => {
@@ -128,7 +132,8 @@ impl Saved {
                 self.checkpoint_asked = false;
             }
             Record::AttemptClosed(_) => self.attempt_open = false,
-            Record::Distrusted => self.distrusted = true,
+            Record::Distrusted => self.untrusted = self.generation,
+            Record::Over => self.over = true,
             Record::Probe(probe) => self.probe = Some(probe),
             Record::Checkpoint(checkpoint) => self.checkpoint = Some(checkpoint),
             Record::NoCheckpoint => self.checkpoint = None,
@@ -179,6 +184,7 @@ impl fmt::Display for Record {
             Record::Attempt(seq) => write!(f, "checkpoint attempt {seq}"),
             Record::AttemptClosed(seq) => write!(f, "checkpoint attempt {seq} is over"),
             Record::Distrusted => write!(f, "states in memory are not trusted"),
+            Record::Over => write!(f, "a member is gone for certain: the group is over"),
             Record::Probe(probe) => write!(f, "probe class {probe:016x}"),
             Record::Checkpoint(c) => write!(f, "checkpoint of step {} ({})", c.step, c.manifest),
             Record::NoCheckpoint => write!(f, "no checkpoint is there any more"),

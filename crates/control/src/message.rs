@@ -105,6 +105,9 @@ pub enum ToCoordinator {
         generation: Generation,
         /// Step of the state in memory, if there is one.
         state: Option<Step>,
+        /// Newest generation in which that state was trained, 0 for none: a state that was only
+        /// received or read is nothing that others could not have too.
+        trained: Generation,
         /// Whether the communicator of the generation before is still up, with that state.
         kept: bool,
     },

@@ -223,6 +223,10 @@ pub struct Patience {
     pub give_up: Duration,
 }
 
+/// How long a worker that is to leave waits for a coordinator that is away: it may come back and
+/// lead the group to a boundary, and a notice rarely gives more than twice this.
+pub const DRAIN_ALONE: Duration = Duration::from_secs(15);
+
 /// Number of the change that workers without a coordinator stop for: above any that one gives, and
 /// small enough that its square can be summed.
 pub const ORPHAN_CHANGE: u64 = 1 << 24;
@@ -235,6 +239,8 @@ pub struct Session {
     plan: Option<Arc<Plan>>,
     step_loop: Loop,
     state: Option<Step>,
+    /// Newest generation in which that state was trained.
+    trained: Generation,
     probe: Option<u64>,
     answers: Answers,
     /// Newest attempt of this generation that the step loop was told of.
@@ -255,6 +261,7 @@ impl Session {
             plan: None,
             step_loop: Loop::Down,
             state: None,
+            trained: Generation(0),
             probe: None,
             answers: Answers::default(),
             attempt: AttemptSeq(0),
@@ -308,9 +315,10 @@ impl Session {
 
     /// Returns when [`Event::Tick`] is due at the latest.
     pub fn next_deadline(&self) -> Option<Timestamp> {
-        let wait = match self.orphaned {
-            true => self.patience.give_up,
-            false => self.patience.orphan.min(self.patience.give_up),
+        let wait = match (&self.draining, self.orphaned) {
+            (Some(_), _) => DRAIN_ALONE.min(self.patience.give_up),
+            (None, true) => self.patience.give_up,
+            (None, false) => self.patience.orphan.min(self.patience.give_up),
         };
         (!self.connected).then(|| self.alone_since + wait)
     }
@@ -324,7 +332,7 @@ impl Session {
             }
             Event::Welcomed => self.on_welcomed(),
             Event::Disconnected => self.on_disconnected(now),
-            Event::Received(message) => self.on_received(message),
+            Event::Received(message) => self.on_received(now, message),
             Event::Report(report) => self.on_report(report),
             Event::Drain { why } => self.on_drain(why),
             Event::Tick => {}
@@ -352,13 +360,16 @@ impl Session {
             self.alone_since = now;
         }
         self.connected = false;
-        if let Some(why) = self.draining.clone() {
+        if let Some(why) = self.draining.clone().filter(|_| self.step_loop != Loop::Training) {
+            // Nothing is under way that somebody could wait for.
             self.exit(exit::DRAINED, why);
         }
     }
 
     fn wait_alone(&mut self, alone: Duration) {
-        if alone >= self.patience.give_up {
+        if let Some(why) = self.draining.clone().filter(|_| alone >= DRAIN_ALONE) {
+            self.exit(exit::DRAINED, why);
+        } else if alone >= self.patience.give_up {
             self.exit(exit::UNREACHABLE, "the coordinator could not be reached".to_string());
         } else if alone >= self.patience.orphan && !self.orphaned {
             self.orphaned = true;
@@ -382,7 +393,7 @@ impl Session {
         }
     }
 
-    fn on_received(&mut self, message: ToWorker) {
+    fn on_received(&mut self, now: Timestamp, message: ToWorker) {
         match message {
             ToWorker::Prepare(plan) => self.on_prepare(plan),
             ToWorker::Connect { generation, comm_id, sync } if generation == self.generation => {
@@ -391,12 +402,11 @@ impl Session {
                     self.out.push(Command::Connect { plan, comm_id, sync });
                 }
             }
-            ToWorker::Start { generation, .. } if self.is_in(generation) => {
-                if self.step_loop == Loop::Up {
-                    self.step_loop = Loop::Training;
-                    self.answers = Answers::default();
-                    self.out.push(Command::Start { generation });
-                }
+            ToWorker::Start { generation, .. } if self.is_at(generation, Loop::Up) => {
+                self.step_loop = Loop::Training;
+                self.trained = generation;
+                self.answers = Answers::default();
+                self.out.push(Command::Start { generation });
             }
             ToWorker::Revoke { generation, why } if generation == self.generation => {
                 if self.plan.is_some() {
@@ -405,18 +415,16 @@ impl Session {
                 }
                 self.drop_out();
             }
-            ToWorker::Hold { generation, change, .. } if self.is_in(generation) => {
-                if self.step_loop == Loop::Training {
-                    self.out.push(Command::RaiseStop { generation, change });
-                }
+            ToWorker::Hold { generation, change, .. } if self.is_at(generation, Loop::Training) => {
+                self.out.push(Command::RaiseStop { generation, change });
             }
-            ToWorker::Propose { generation, attempt, held } if self.is_in(generation) => {
-                if attempt > self.attempt {
-                    self.attempt = attempt;
-                    self.answers.snapshotted = None;
-                    self.answers.part = None;
-                    self.out.push(Command::Save { generation, attempt, held });
-                }
+            ToWorker::Propose { generation, attempt, held }
+                if self.is_in(generation) && attempt > self.attempt =>
+            {
+                self.attempt = attempt;
+                self.answers.snapshotted = None;
+                self.answers.part = None;
+                self.out.push(Command::Save { generation, attempt, held });
             }
             ToWorker::AbortAttempt { generation, attempt, why } if self.is_in(generation) => {
                 let text = format!("checkpoint attempt {attempt} given up: {why}");
@@ -433,6 +441,7 @@ impl Session {
                 )));
                 self.drop_out();
                 self.connected = false;
+                self.alone_since = now;
                 self.out.push(Command::Reconnect);
             }
             // Committed needs nothing; everything else is of a generation that is over.
@@ -481,10 +490,9 @@ impl Session {
                     self.state = Some(state);
                     self.step_loop = Loop::Up;
                     let state = Some(state);
-                    self.answer(
-                        generation,
-                        ToCoordinator::Prepared { generation, state, kept: true },
-                    );
+                    let (trained, kept) = (self.trained, true);
+                    let prepared = ToCoordinator::Prepared { generation, state, trained, kept };
+                    self.answer(generation, prepared);
                 }
             }
             Report::Audited { generation, probe } => {
@@ -540,6 +548,10 @@ impl Session {
         generation == self.generation && self.is_up()
     }
 
+    fn is_at(&self, generation: Generation, place: Loop) -> bool {
+        generation == self.generation && self.step_loop == place
+    }
+
     /// Takes part in nothing any more.
     fn drop_out(&mut self) {
         self.plan = None;
@@ -556,8 +568,9 @@ impl Session {
 
     fn prepared_if_down(&mut self) {
         if self.step_loop == Loop::Down && self.plan.is_some() {
-            let (generation, state) = (self.generation, self.state);
-            self.answer(generation, ToCoordinator::Prepared { generation, state, kept: false });
+            let (generation, state, trained) = (self.generation, self.state, self.trained);
+            let prepared = ToCoordinator::Prepared { generation, state, trained, kept: false };
+            self.answer(generation, prepared);
         }
     }
 

@@ -13,7 +13,7 @@ use lacuna_api::v1::run_service_server::RunService;
 use lacuna_api::v1::worker_service_server::WorkerService;
 use lacuna_api::{v1, wire};
 use lacuna_control::coordinator::{Ending, Event, Hello};
-use lacuna_control::journal::Saved;
+use lacuna_control::journal::{Record, Saved};
 use lacuna_spec::RunSpec;
 use lacuna_types::{BuildId, Incarnation, RunId, WorkerId, exit};
 use tokio::sync::{mpsc, oneshot};
@@ -27,7 +27,7 @@ use self::watch::watch_loop;
 use crate::catalogue::Catalogue;
 use crate::registry::{RunHandle, Shared};
 use crate::run::{Gone, Input, SESSION_QUEUE, SessionSender, WATCH_QUEUE};
-use crate::store::StoredRun;
+use crate::store::{StoreError, StoredRun};
 
 /// Longest piece of a process's last line that goes into an event.
 const LAST_WORDS_MAX: usize = 200;
@@ -133,7 +133,7 @@ async fn agent_loop(
         let how = with_last_words(&exited.how, &exited.stderr_tail);
         let incarnation = exited.incarnation.map(Incarnation);
         if let Some(incarnation) = incarnation {
-            shared.leave(&worker, incarnation);
+            shared.bury(&worker, incarnation);
         }
         let inputs: Vec<mpsc::Sender<Input>> =
             shared.runs().values().map(|h| h.ends.input.clone()).collect();
@@ -174,8 +174,8 @@ impl Session {
         mut inbound: Streaming<v1::SessionRequest>,
         out: SessionSender,
     ) {
-        let (worker, incarnation) = (self.intro.worker.clone(), self.intro.incarnation);
-        let shared = self.shared.clone();
+        let worker = self.intro.worker.clone();
+        let (shared, stream) = (self.shared.clone(), out.clone());
         let known = run.parse::<RunId>().ok().filter(|run| shared.reattach(run));
         let run = match known {
             Some(run) => Some(run),
@@ -185,7 +185,7 @@ impl Session {
             self.serve(&run, inbound, out).await;
             shared.release(&run);
         }
-        shared.leave(&worker, incarnation);
+        shared.leave(&worker, &stream);
     }
 
     /// Waits until a run wants this worker; `None` if the worker goes first.
@@ -528,8 +528,14 @@ impl Grpc {
             );
             return Err(status(Reason::RunExists, text));
         }
-        let mut saved = Saved::default();
-        let news = found.news(&saved);
+        // A run that was left alone at the start has a journal: its numbers are not used again.
+        let internal = |err: StoreError| status(Reason::Internal, err.to_string());
+        let journal = self.0.store().journal(id).map_err(internal)?;
+        let mut saved = Saved::replay(journal.iter().map(|line| &line.record));
+        let mut news = found.news(&saved);
+        if saved.ending.is_some() {
+            news.push(Record::Resumed);
+        }
         news.iter().for_each(|record| saved.apply(record));
         let stored = StoredRun {
             run_id: id.clone(),

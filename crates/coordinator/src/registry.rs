@@ -192,7 +192,16 @@ impl Shared {
         Ok(())
     }
 
-    pub(crate) fn leave(&self, worker: &WorkerId, incarnation: Incarnation) {
+    /// Forgets a session whose stream has ended; a newer one of the same process stays.
+    pub(crate) fn leave(&self, worker: &WorkerId, out: &SessionSender) {
+        let mut live = lock(&self.live);
+        if live.get(worker).is_some_and(|(_, known)| known.same_channel(out)) {
+            live.remove(worker);
+        }
+    }
+
+    /// Forgets one life of a worker, whose process has ended.
+    pub(crate) fn bury(&self, worker: &WorkerId, incarnation: Incarnation) {
         let mut live = lock(&self.live);
         if live.get(worker).is_some_and(|(i, _)| *i == incarnation) {
             live.remove(worker);

@@ -1573,6 +1573,9 @@ pub struct Prepared {
     /// Whether the communicator of the generation before is still up, with that state.
     #[prost(bool, tag = "3")]
     pub kept: bool,
+    /// Newest generation in which that state was trained; 0 for none.
+    #[prost(uint64, tag = "4")]
+    pub trained: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Synced {

@@ -67,8 +67,13 @@ fn every_message_to_the_coordinator_survives_the_wire() {
     let all = [
         ToCoordinator::Beat(beat),
         ToCoordinator::Warm { probe: u64::MAX },
-        ToCoordinator::Prepared { generation, state: None, kept: false },
-        ToCoordinator::Prepared { generation, state: Some(Step(0)), kept: true },
+        ToCoordinator::Prepared { generation, state: None, trained: Generation(0), kept: false },
+        ToCoordinator::Prepared {
+            generation,
+            state: Some(Step(0)),
+            trained: generation,
+            kept: true,
+        },
         ToCoordinator::Synced { generation, step: Step(1), digest: 5 },
         ToCoordinator::Fault {
             generation,

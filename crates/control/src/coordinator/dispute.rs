@@ -92,7 +92,7 @@ impl Coordinator {
 
     /// Nothing in memory is trusted from here to the next start.
     pub(super) fn distrust(&mut self, why: &str) {
-        if !self.saved.distrusted {
+        if self.saved.untrusted < self.saved.generation {
             self.record(Record::Distrusted);
             let back = match &self.saved.checkpoint {
                 Some(checkpoint) => format!("the checkpoint of step {}", checkpoint.step),
@@ -105,9 +105,6 @@ impl Coordinator {
     fn blame(&mut self, now: Timestamp, group: &Group, wrong: &[usize], why: &str) {
         for rank in wrong {
             let worker = group.plan.members[*rank].worker.clone();
-            if let Some(record) = self.workers.get_mut(&worker) {
-                record.doubted = true;
-            }
             self.note("doubted", true, format!("{worker}: {why}"));
             self.strike(now, &worker, Strike::SecondTimeOut, why);
         }
@@ -128,6 +125,16 @@ impl Coordinator {
         let deadline = now + self.timing.audit;
         let probes = BTreeMap::new();
         self.dispute = Some(Dispute { generation, members, probes, what, deadline });
+    }
+
+    /// A worker is back on a new stream and still owes its answer.
+    pub(super) fn audit_again(&mut self, worker: &WorkerId, incarnation: Incarnation) {
+        let Some(dispute) = &self.dispute else { return };
+        let asked = dispute.members.iter().any(|(id, i)| id == worker && *i == incarnation);
+        if asked && !dispute.probes.contains_key(worker) {
+            let generation = dispute.generation;
+            self.send_to(worker, incarnation, ToWorker::Audit { generation });
+        }
     }
 
     pub(super) fn on_audited(
@@ -161,9 +168,12 @@ impl Coordinator {
             return;
         }
         let dispute = self.dispute.take().expect("just seen");
-        let right = |id: &WorkerId| dispute.probes.get(id).copied() == self.saved.probe;
-        let losers: Vec<WorkerId> = here.iter().filter(|id| !right(id)).cloned().collect();
-        if losers.is_empty() || losers.len() == here.len() {
+        let wrong = |id: &&WorkerId| {
+            dispute.probes.get(*id).is_some_and(|probe| Some(*probe) != self.saved.probe)
+        };
+        let losers: Vec<WorkerId> = here.iter().filter(wrong).cloned().collect();
+        let silent = here.iter().filter(|id| !dispute.probes.contains_key(*id)).count();
+        if losers.is_empty() || losers.len() + silent == here.len() {
             let names: Vec<&str> = dispute.members.iter().map(|(id, _)| id.as_str()).collect();
             let why = format!(
                 "{}; a slot computed again tells {} not apart, so a person must",

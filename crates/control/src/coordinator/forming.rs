@@ -10,7 +10,7 @@ use super::returning::LastStarted;
 use super::saving::Attempt;
 use super::{Command, Coordinator, Ending};
 use crate::journal::{Record, Saved};
-use crate::message::{Phase, ToWorker};
+use crate::message::ToWorker;
 use crate::plan::{
     Communicator, Member, Origin, Plan, Ranks, Sync, balanced_shares, busiest_us, choose_sync,
     efficiency, even_shares, group_size, slot_map,
@@ -49,8 +49,6 @@ pub(super) struct Group {
     pub moved: Timestamp,
     /// Longest time it took to get further.
     pub longest: std::time::Duration,
-    /// How often peers named a rank in a fault.
-    pub suspected: BTreeMap<usize, u32>,
     /// Since when other shares would make steps clearly shorter.
     pub uneven_since: Option<Timestamp>,
 }
@@ -103,7 +101,6 @@ impl Group {
             op_seq: 0,
             moved: now,
             longest: std::time::Duration::ZERO,
-            suspected: BTreeMap::new(),
             uneven_since: None,
             ranks: Ranks::of(&plan),
             plan,
@@ -117,8 +114,9 @@ impl Group {
         timing: &Timing,
         now: Timestamp,
     ) -> Self {
-        let mut group = Group::new(plan, now, now + 2 * timing.lease);
+        let mut group = Group::new(plan, now, now + timing.forming);
         if saved.started.is_some() {
+            group.deadline = now + 2 * timing.lease;
             group.stage = Stage::Recovering;
             if saved.attempt_open {
                 group.attempt = Some(Attempt::new(saved.attempts, now + timing.attempt));
@@ -139,6 +137,10 @@ impl Coordinator {
         self.broadcast(&group, &ToWorker::Revoke { generation, why: why.to_string() });
         for worker in self.workers.values_mut() {
             worker.member = false;
+        }
+        if group.attempt.is_some() {
+            // The next group saves at its first boundary.
+            self.record(Record::CheckpointAsked);
         }
         if self.reform.is_none() {
             self.reform = Some((now + self.timing.failure_window, why.to_string()));
@@ -201,7 +203,13 @@ impl Coordinator {
             return;
         }
         let needed = self.config.workers_min;
-        self.say_once(format!("waiting for workers: {have} ready, {needed} needed"));
+        let mut text = format!("waiting for workers: {have} ready, {needed} needed");
+        let out: Vec<&str> =
+            self.workers.keys().filter(|id| !self.is_free(id)).map(WorkerId::as_str).collect();
+        if !out.is_empty() {
+            text += &format!("; kept out: {} (`lacuna release` lets them in)", out.join(", "));
+        }
+        self.say_once(text);
     }
 
     fn say_once(&mut self, text: String) {
@@ -337,12 +345,15 @@ impl Coordinator {
         worker: &WorkerId,
         generation: Generation,
         state: Option<Step>,
+        trained: Generation,
         kept: bool,
     ) {
         self.left_older(worker, generation);
         if let Some(record) = self.workers.get_mut(worker) {
             record.state = state;
         }
+        // A state that differed, and one that was never trained, is nothing to go on from.
+        let state = state.filter(|_| trained > self.saved.untrusted);
         let Some((group, rank)) = self.member_of(worker, generation) else { return };
         if group.stage != Stage::Preparing {
             return;
@@ -376,12 +387,6 @@ impl Coordinator {
             return self.start_kept(now, &states);
         }
         let CommId::Here(comm_id) = group.comm_id.clone() else { return };
-        let trusted = |(member, state): (&Member, &Option<Step>)| {
-            let doubted = self.workers.get(&member.worker).is_some_and(|w| w.doubted);
-            state.filter(|_| !self.saved.distrusted && !doubted)
-        };
-        let states: Vec<Option<Step>> =
-            group.plan.members.iter().zip(&states).map(trusted).collect();
         let sync = choose_sync(&states, self.saved.checkpoint.as_ref());
         let deadline = now + self.timing.forming;
         let group = self.group.as_mut().expect("just seen");
@@ -459,70 +464,9 @@ impl Coordinator {
         self.progress = resume_step;
         self.checkpoint_base.0 = self.checkpoint_base.0.min(resume_step);
         self.last_started = Some(LastStarted::of(&group, resume_step, now));
-        for member in &group.plan.members {
-            if let Some(worker) = self.workers.get_mut(&member.worker) {
-                worker.doubted = false;
-            }
-        }
         self.broadcast(&group, &ToWorker::Start { generation, resume_step });
         self.note("formed", false, started(&group));
         self.last_change = Some(now);
-    }
-
-    /// Gives a forming generation up whose time is over, without those who did not answer, and
-    /// kills processes whose abort hangs.
-    pub(super) fn expire_forming(&mut self, now: Timestamp) {
-        self.kill_hung_aborts(now);
-        let Some(group) = &self.group else { return };
-        if group.deadline > now || matches!(group.stage, Stage::Running | Stage::Held) {
-            return;
-        }
-        let answered = |rank: usize| match group.stage {
-            Stage::Recovering => group.back.contains(&rank),
-            Stage::Preparing => group.prepared[rank].is_some(),
-            _ => group.synced.contains_key(&rank),
-        };
-        let how = match group.stage {
-            Stage::Recovering => "it did not come back to the restarted coordinator",
-            _ => "it did not answer while the group was forming",
-        };
-        let silent = (0..group.plan.world()).filter(|&rank| !answered(rank));
-        let silent: Vec<(WorkerId, Incarnation)> = silent
-            .map(|rank| &group.plan.members[rank])
-            .map(|member| (member.worker.clone(), member.incarnation))
-            .collect();
-        self.awaited.0.clear();
-        for (worker, incarnation) in silent {
-            self.out.push(Command::Disconnect { worker: worker.clone(), incarnation });
-            self.lose(now, &worker, how);
-        }
-        self.disturb(now, "forming took too long");
-    }
-
-    /// A member that stays inside its communicator after it was told to leave cannot be waited
-    /// for; one that computes will look up by itself.
-    fn kill_hung_aborts(&mut self, now: Timestamp) {
-        let Some(group) = self.group.as_ref().filter(|g| g.stage == Stage::Preparing) else {
-            return;
-        };
-        if now.since(group.formed) < self.timing.revoke {
-            return;
-        }
-        let hung = |(rank, member): (usize, &Member)| {
-            let beat = self.workers.get(&member.worker)?.beat.as_ref()?;
-            let inside = matches!(beat.phase, Phase::Reduce | Phase::Sync);
-            let hangs = inside && beat.phase_ms >= self.timing.revoke.as_millis() as u64;
-            let phase = beat.phase.word();
-            (group.prepared[rank].is_none() && hangs)
-                .then(|| (member.clone(), format!("its abort hangs in {phase}")))
-        };
-        let hung: Vec<(Member, String)> =
-            group.plan.members.iter().enumerate().filter_map(hung).collect();
-        for (member, why) in hung {
-            let Member { worker, incarnation, .. } = member;
-            self.out.push(Command::Kill { worker: worker.clone(), incarnation, why: why.clone() });
-            self.lose(now, &worker, &why);
-        }
     }
 
     /// Adds what a group waits for.
@@ -545,7 +489,8 @@ impl Coordinator {
         if group.stage == Stage::Running {
             all.push((self.stall_at(group), "stall"));
             if group.change.is_none() {
-                all.extend(self.checkpoint_time().map(|at| (at, "checkpoint")));
+                let saves = group.attempt.is_none();
+                all.extend(self.checkpoint_time().filter(|_| saves).map(|at| (at, "checkpoint")));
                 all.extend(self.join_time().map(|at| (at, "join")));
                 all.extend(self.reslot_time(group).map(|at| (at, "reslot")));
             }

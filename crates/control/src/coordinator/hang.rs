@@ -6,9 +6,9 @@
 
 use lacuna_types::{Generation, Incarnation, Timestamp, WorkerId};
 
+use super::Coordinator;
 use super::conduct::Strike;
 use super::forming::{Group, Stage};
-use super::{Command, Coordinator};
 use crate::message::Beat;
 
 /// A group gets this many times its longest step before it counts as stuck.
@@ -16,11 +16,15 @@ const PATIENCE: u32 = 5;
 /// And this many times the usual limit for its first step, which warms caches up.
 const FIRST_STEP: u32 = 10;
 
+/// Verdicts in a row that nobody waits before whoever computes is taken for hung: five minutes with
+/// the usual limit, and fifty of the longest step.
+const SLOW_VERDICTS_MAX: u32 = 10;
+
 /// What holds a group up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Verdict {
-    /// Nobody waits: all compute.
-    Slow,
+    /// Nobody waits: all compute, or none does, with one line for each.
+    Slow(Vec<(WorkerId, Incarnation, String)>),
     /// These did not enter an operation in which others wait, with one line for each.
     Culprits(Vec<(WorkerId, Incarnation, String)>),
     /// All are in one operation.
@@ -42,17 +46,22 @@ impl Coordinator {
             group.longest = group.longest.max(now.since(group.moved));
             group.op_seq = op_seq;
             group.moved = now;
+            if group.stage == Stage::Syncing {
+                // A state on its way: its size is nobody's fault.
+                group.deadline = group.deadline.max(now + self.timing.forming);
+            }
+            self.slow_verdicts = 0;
         }
     }
 
     /// Notes whom a member suspects; if the group was stuck, finds out whether it is right.
     pub(super) fn suspect(&mut self, now: Timestamp, suspects: &[usize]) {
-        let Some(group) = &mut self.group else { return };
-        for rank in suspects.iter().filter(|rank| **rank < group.plan.world()) {
-            *group.suspected.entry(*rank).or_default() += 1;
+        let Some(group) = &self.group else { return };
+        for member in suspects.iter().filter_map(|rank| group.plan.members.get(*rank)) {
+            *self.suspicions.entry(member.worker.clone()).or_default() += 1;
         }
         // A peer that died breaks its connections at once: then there is nothing to find out.
-        let stuck = now.since(group.moved) > self.timing.lease;
+        let stuck = now.since(group.moved) >= self.timing.stall;
         if group.stage == Stage::Running && stuck {
             self.judge_stall(now);
         }
@@ -68,24 +77,28 @@ impl Coordinator {
     fn judge_stall(&mut self, now: Timestamp) {
         let Some(group) = &self.group else { return };
         match self.verdict(now, group) {
-            Verdict::Slow => {
-                // Nobody waits for anybody, so nobody can be to blame: look again later.
-                let group = self.group.as_mut().expect("just seen");
-                group.longest = group.longest.max(now.since(group.moved));
-                group.moved = now;
-            }
-            Verdict::Culprits(culprits) => {
-                for (worker, incarnation, line) in culprits {
-                    self.note("stuck", true, line.clone());
-                    self.out.push(Command::Disconnect { worker: worker.clone(), incarnation });
-                    let kill = Command::Kill { worker: worker.clone(), incarnation, why: line };
-                    self.out.push(kill);
-                    let why = "it holds the group up".to_string();
-                    self.lose(now, &worker, &why);
-                    self.strike(now, &worker, Strike::Out, &why);
+            Verdict::Slow(members) => {
+                // Nobody waits for anybody, so nobody is to blame: look again later, not for ever.
+                self.slow_verdicts += 1;
+                self.group.as_mut().expect("just seen").moved = now;
+                if self.slow_verdicts >= SLOW_VERDICTS_MAX {
+                    self.slow_verdicts = 0;
+                    self.end_hung(now, members);
                 }
             }
+            Verdict::Culprits(culprits) => self.end_hung(now, culprits),
             Verdict::Network(line) => self.blame_network(now, &line),
+        }
+    }
+
+    /// Kills and leaves out members that hold the group up.
+    fn end_hung(&mut self, now: Timestamp, culprits: Vec<(WorkerId, Incarnation, String)>) {
+        for (worker, incarnation, line) in culprits {
+            self.note("stuck", true, line.clone());
+            self.shoot(&worker, incarnation, &line);
+            let why = "it holds the group up".to_string();
+            self.lose(now, &worker, &why);
+            self.strike(now, &worker, Strike::Out, &why);
         }
     }
 
@@ -99,12 +112,26 @@ impl Coordinator {
         let members = &group.plan.members;
         let waits = |b: &Beat| b.in_op.then_some(b.op_seq);
         let newest = members.iter().filter_map(|m| waits(beat(&m.worker)?.0)).max();
-        let Some(newest) = newest else { return Verdict::Slow };
+        let step = self.progress;
+        let Some(newest) = newest else {
+            let busy = |m: &crate::plan::Member| {
+                let phase = beat(&m.worker).map_or("idle", |(b, _)| b.phase.word());
+                let seconds = now.since(group.formed).as_secs();
+                let line = format!(
+                    "{} holds step {step} up: in {phase}, and nobody waits; the \
+                     group is {seconds} s old",
+                    m.worker
+                );
+                (m.worker.clone(), m.incarnation, line)
+            };
+            return Verdict::Slow(members.iter().map(busy).collect());
+        };
+        // Who still waits in an operation before it lacks what others sent: no culprit.
+        let waits_too = |worker: &WorkerId| beat(worker).is_some_and(|(b, _)| b.in_op);
         let is_in = |worker: &WorkerId| beat(worker).is_some_and(|(b, _)| b.op_seq >= newest);
         let waiting: Vec<&str> =
             members.iter().map(|m| &m.worker).filter(|w| is_in(w)).map(WorkerId::as_str).collect();
         let waiting = waiting.join(", ");
-        let step = self.progress;
         let line = |worker: &WorkerId| match beat(worker) {
             None => format!("{worker} holds step {step} up: it has not begun to train"),
             Some((beat, age)) => format!(
@@ -116,15 +143,15 @@ impl Coordinator {
         };
         let culprits: Vec<(WorkerId, Incarnation, String)> = members
             .iter()
-            .filter(|m| !is_in(&m.worker))
+            .filter(|m| !is_in(&m.worker) && !waits_too(&m.worker))
             .map(|m| (m.worker.clone(), m.incarnation, line(&m.worker)))
             .collect();
         if !culprits.is_empty() {
             return Verdict::Culprits(culprits);
         }
         Verdict::Network(format!(
-            "nobody holds step {step} up: all {} workers have been in operation {newest} for {:.1} \
-             s, so the network between them does not deliver",
+            "nobody holds step {step} up: all {} workers wait in operation {newest} or the one \
+             before, for {:.1} s, so the network between them does not deliver",
             members.len(),
             now.since(group.moved).as_secs_f64()
         ))
@@ -136,11 +163,13 @@ impl Coordinator {
         self.note("stuck", true, line.to_string());
         let Some(group) = &self.group else { return };
         let world = group.plan.world();
-        if self.network_hangs > 1 && world > self.config.workers_min.max(1) {
-            let times = |rank: &usize| group.suspected.get(rank).copied().unwrap_or(0);
-            let missed = (0..world).max_by_key(times).expect("a group has members");
-            let worker = group.plan.members[missed].worker.clone();
-            let n = self.network_hangs;
+        let missed = self.suspicions.values().max().copied().unwrap_or(0);
+        let most: Vec<&WorkerId> =
+            self.suspicions.iter().filter(|(_, n)| **n == missed).map(|(id, _)| id).collect();
+        if let ([worker], true) = (&most[..], self.network_hangs > 1)
+            && world > self.config.workers_min.max(1)
+        {
+            let (worker, n) = ((*worker).clone(), self.network_hangs);
             let why = format!("the network failed {n} times in a row, and it was missed most");
             self.strike(now, &worker, Strike::Out, &why);
         }

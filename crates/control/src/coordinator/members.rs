@@ -3,9 +3,13 @@
 use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId, exit};
 
 use super::conduct::Strike;
+use super::forming::Stage;
 use super::{Command, Coordinator, Ending, Hello};
 use crate::journal::Record;
 use crate::message::{Beat, FaultKind, StepMark, ToWorker};
+
+/// Highest generation that a worker is believed to be in: numbers above it leave no room.
+const GENERATION_MAX: Generation = Generation(1 << 62);
 
 /// What the coordinator knows of a worker.
 #[derive(Clone, Debug)]
@@ -23,8 +27,6 @@ pub(super) struct Worker {
     pub beat: Option<Beat>,
     /// Time of a slot, in microseconds, as it last said; 0 if it never did.
     pub slot_us: u64,
-    /// Its state differed from its peers': the next group heals it.
-    pub doubted: bool,
 }
 
 impl Worker {
@@ -60,6 +62,15 @@ impl Coordinator {
             self.send_to(&worker, incarnation, ToWorker::Exit { code, why });
             return;
         }
+        if self.shot.contains(&(worker.clone(), incarnation)) {
+            // Its end was not seen: what was said to it may be lost.
+            self.shoot(&worker, incarnation, "it was given up and is still there");
+            return;
+        }
+        if generation > GENERATION_MAX {
+            self.note("refused", true, format!("{worker} says it is in generation {generation}"));
+            return;
+        }
         if generation > self.saved.generation {
             // This journal is older than the group: never name a generation twice.
             self.record(Record::Floor(generation));
@@ -75,6 +86,7 @@ impl Coordinator {
             self.welcome_back(now, &worker, generation, up);
             return;
         }
+        self.shot.retain(|(id, _)| *id != worker);
         self.replace_namesake(now, &worker, incarnation);
         let group = self.group.as_ref();
         let record = Worker {
@@ -89,7 +101,6 @@ impl Coordinator {
             unfit: None,
             beat: None,
             slot_us: 0,
-            doubted: false,
         };
         self.workers.insert(worker.clone(), record);
         self.welcome_back(now, &worker, generation, up);
@@ -174,6 +185,8 @@ impl Coordinator {
         group.moved = now;
         self.progress = step;
         self.network_hangs = 0;
+        self.slow_verdicts = 0;
+        self.suspicions.clear();
         self.fruitless = 0;
     }
 
@@ -202,6 +215,7 @@ impl Coordinator {
             members.iter().find(|m| m.worker == *worker).map(|m| m.incarnation)
         });
         let Some(ended) = incarnation.or(known) else { return };
+        self.shot.remove(&(worker.clone(), ended));
         self.ended_for_certain(worker, ended);
         if known == Some(ended) {
             self.lose_for_certain(now, worker, ended, how);
@@ -234,6 +248,9 @@ impl Coordinator {
         suspects: &[usize],
         detail: &str,
     ) {
+        if generation > Generation(0) && self.member_of(worker, generation).is_none() {
+            return;
+        }
         match kind {
             FaultKind::Run => {
                 let why = format!("{worker}: {detail}");
@@ -307,7 +324,7 @@ impl Coordinator {
     pub(super) fn expire_workers(&mut self, now: Timestamp) {
         self.end_quarantines(now);
         if now >= self.awaited.1 {
-            self.awaited.0.clear();
+            self.give_up_awaited(now);
         }
         let timing = &self.timing;
         let silent = |w: &Worker| now.since(w.last_seen) >= timing.lease;
@@ -336,12 +353,32 @@ impl Coordinator {
         }
     }
 
+    /// Members of a plan that was being formed did not come back to the restarted coordinator.
+    fn give_up_awaited(&mut self, now: Timestamp) {
+        let missing = std::mem::take(&mut self.awaited.0);
+        let forming = self.group.as_ref().is_some_and(|g| g.stage == Stage::Preparing);
+        for worker in missing.iter().filter(|_| forming) {
+            self.lose(now, worker, "it did not come back to the restarted coordinator");
+        }
+    }
+
+    /// Ends one life of a worker that does harm: by telling it, which helps where only its step
+    /// loop hangs, and through its agent.
+    pub(super) fn shoot(&mut self, worker: &WorkerId, incarnation: Incarnation, why: &str) {
+        self.shot.insert((worker.clone(), incarnation));
+        let exit = ToWorker::Exit { code: exit::FAILED, why: why.to_string() };
+        self.send_to(worker, incarnation, exit);
+        let (worker, why) = (worker.clone(), why.to_string());
+        self.out.push(Command::Kill { worker: worker.clone(), incarnation, why });
+        self.out.push(Command::Disconnect { worker, incarnation });
+    }
+
     /// Lets workers go that want to and are in no group.
     pub(super) fn dismiss_leavers(&mut self) {
         let going: Vec<(WorkerId, Incarnation, String)> = self
             .workers
             .iter()
-            .filter(|(_, w)| !w.member)
+            .filter(|(_, w)| !w.member && w.stream_lost.is_none())
             .filter_map(|(id, w)| Some((id.clone(), w.incarnation, w.leaving.clone()?)))
             .collect();
         for (worker, incarnation, why) in going {

@@ -5,6 +5,7 @@ use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId};
 
 use super::Coordinator;
 use super::forming::{CommId, Group, Stage};
+use crate::journal::Record;
 use crate::message::ToWorker;
 use crate::plan::{Communicator, Ranks};
 
@@ -36,6 +37,10 @@ impl LastStarted {
         }
     }
 
+    pub(super) fn over_if(self, over: bool) -> Self {
+        LastStarted { over: self.over || over, ..self }
+    }
+
     fn has(&self, worker: &WorkerId, incarnation: Incarnation) -> bool {
         self.ranks.get(worker, incarnation).is_some()
     }
@@ -50,6 +55,15 @@ impl Coordinator {
             && last.generation < generation
         {
             last.over = true;
+        }
+    }
+
+    /// Without a group, it must not be forgotten that the newest one can train no more.
+    pub(super) fn note_that_it_is_over(&mut self) {
+        let over = self.last_started.as_ref().is_some_and(|last| last.over);
+        let forgettable = self.group.is_none() && self.saved.started.is_some() && !self.saved.over;
+        if over && forgettable {
+            self.record(Record::Over);
         }
     }
 
@@ -131,6 +145,7 @@ impl Coordinator {
         let rank = group.as_ref().and_then(|g| g.ranks.get(worker, incarnation));
         let (Some(group), Some(rank)) = (group, rank) else {
             self.revoke_old(worker, incarnation, theirs, up);
+            self.audit_again(worker, incarnation);
             return;
         };
         let ours = group.plan.generation;

@@ -150,7 +150,12 @@ impl Coordinator {
     /// there.
     pub(super) fn consider_held(&mut self, now: Timestamp) {
         let Some(group) = &self.group else { return };
-        if group.attempt.is_some() {
+        let away = |m: &crate::plan::Member| {
+            let record = self.workers.get(&m.worker);
+            record.is_some_and(|w| w.stream_lost.is_some() && w.leaving.is_none())
+        };
+        if group.attempt.is_some() || group.plan.members.iter().any(away) {
+            // A broken stream may come back within its grace.
             return;
         }
         let &(step, digest) = group.held.values().next().expect("members stand here");

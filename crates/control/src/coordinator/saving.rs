@@ -203,7 +203,8 @@ impl Coordinator {
         let Some(group) = self.group.as_mut() else {
             return;
         };
-        let Some(attempt) = group.attempt.take_if(|a| a.snapshots.is_empty()) else {
+        let world = group.plan.world();
+        let Some(attempt) = group.attempt.take_if(|a| a.snapshots.len() < world) else {
             return;
         };
         let group = group.clone();

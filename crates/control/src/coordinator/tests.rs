@@ -43,7 +43,11 @@ fn running() -> Coordinator {
     c.handle(Timestamp::from_millis(1), Event::Hello(hello));
     say(&mut c, 2, ToCoordinator::Warm { probe: 1 });
     let generation = Generation(1);
-    say(&mut c, 3, ToCoordinator::Prepared { generation, state: None, kept: false });
+    say(
+        &mut c,
+        3,
+        ToCoordinator::Prepared { generation, state: None, trained: Generation(0), kept: false },
+    );
     c.handle(Timestamp::from_millis(3), Event::CommId { generation, comm_id: vec![0; 32] });
     let out = say(&mut c, 4, ToCoordinator::Synced { generation, step: Step(0), digest: 5 });
     assert!(out.iter().any(|command| matches!(

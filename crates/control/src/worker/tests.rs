@@ -45,8 +45,12 @@ fn a_new_plan_waits_until_the_old_communicator_is_left() {
     let left = feed(&mut session, Event::Received(ToWorker::Prepare(plan(2))));
     assert_eq!(left, vec![Command::Leave { up_to: Generation(2) }]);
     let said = feed(&mut session, Event::Report(Report::Down { state: Some(Step(4)) }));
-    let prepared =
-        ToCoordinator::Prepared { generation: Generation(2), state: Some(Step(4)), kept: false };
+    let prepared = ToCoordinator::Prepared {
+        generation: Generation(2),
+        state: Some(Step(4)),
+        trained: Generation(0),
+        kept: false,
+    };
     assert_eq!(said, vec![Command::Send(prepared)]);
 }
 
@@ -130,7 +134,8 @@ fn answers_are_said_again_on_a_new_stream() {
     feed(&mut session, Event::Report(report));
     feed(&mut session, Event::Connected);
     let said = feed(&mut session, Event::Welcomed);
-    let prepared = ToCoordinator::Prepared { generation, state: None, kept: false };
+    let prepared =
+        ToCoordinator::Prepared { generation, state: None, trained: Generation(0), kept: false };
     let synced = ToCoordinator::Synced { generation, step: Step(0), digest: 7 };
     assert_eq!(said, vec![Command::Send(prepared), Command::Send(synced)]);
     assert_eq!((session.taking_part_in(), session.is_up()), (generation, true));
@@ -162,7 +167,8 @@ fn a_kept_communicator_is_adopted_by_the_next_plan() {
     let generation = Generation(2);
     let out = feed(&mut session, Event::Report(Report::Adopted { generation, state: Step(9) }));
     let state = Some(Step(9));
-    let prepared = ToCoordinator::Prepared { generation, state, kept: true };
+    let prepared =
+        ToCoordinator::Prepared { generation, state, trained: Generation(1), kept: true };
     assert_eq!(out, vec![Command::Send(prepared)]);
     let start = Event::Received(ToWorker::Start { generation, resume_step: Step(9) });
     assert_eq!(feed(&mut session, start), vec![Command::Start { generation }]);

@@ -90,6 +90,7 @@ fn facts() -> Vec<Record> {
         Record::Attempt(AttemptSeq(3)),
         Record::AttemptClosed(AttemptSeq(3)),
         Record::Distrusted,
+        Record::Over,
         Record::Probe(u64::MAX),
         Record::NoCheckpoint,
         Record::Checkpoint(CheckpointRef { step: Step(9), manifest: "blake3:x".into() }),

@@ -18,6 +18,7 @@ enum Text {
     Attempt { seq: u64 },
     AttemptClosed { seq: u64 },
     Distrusted,
+    Over,
     Probe { probe: String },
     Checkpoint { step: u64, manifest: String },
     NoCheckpoint,
@@ -72,6 +73,7 @@ pub(super) fn render(record: &Record) -> String {
         Record::Attempt(seq) => Text::Attempt { seq: seq.0 },
         Record::AttemptClosed(seq) => Text::AttemptClosed { seq: seq.0 },
         Record::Distrusted => Text::Distrusted,
+        Record::Over => Text::Over,
         Record::Probe(probe) => Text::Probe { probe: hex(probe) },
         Record::Checkpoint(c) => Text::Checkpoint { step: c.step.0, manifest: c.manifest },
         Record::NoCheckpoint => Text::NoCheckpoint,
@@ -110,6 +112,7 @@ pub(super) fn parse(text: &str) -> Result<Record, String> {
         Text::Attempt { seq } => Record::Attempt(AttemptSeq(seq)),
         Text::AttemptClosed { seq } => Record::AttemptClosed(AttemptSeq(seq)),
         Text::Distrusted => Record::Distrusted,
+        Text::Over => Record::Over,
         Text::Probe { probe } => Record::Probe(unhex(&probe)?),
         Text::Checkpoint { step, manifest } => {
             Record::Checkpoint(CheckpointRef { step: Step(step), manifest })

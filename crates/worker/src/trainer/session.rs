@@ -375,6 +375,7 @@ impl Start {
             shared: self.shared,
             reports: self.reports,
             counters: None,
+            raised_save: 0,
         })
     }
 }

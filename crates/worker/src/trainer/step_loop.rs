@@ -61,6 +61,8 @@ pub struct StepLoop {
     pub reports: mpsc::Sender<Report>,
     /// The state's counters; `None` before the first synchronisation.
     pub counters: Option<Counters>,
+    /// Checkpoint attempt that this rank's newest sum carried, 0 for none.
+    pub raised_save: u64,
 }
 
 /// A generation this worker is in.
@@ -380,7 +382,7 @@ impl StepLoop {
                 }
                 reducer.end_slot(batch.slot.index, loss);
             }
-            self.raise_requests(reducer);
+            self.raised_save = self.raise_requests(reducer);
             self.shared.enter(step, Phase::Reduce);
             group.comm.all_reduce_i64(reducer.buffer(), deadline)?;
             self.shared.enter(step, Phase::Optimizer);
@@ -416,7 +418,9 @@ impl StepLoop {
         }
     }
 
-    fn raise_requests(&self, reducer: &mut Reducer) {
+    /// Raises the lanes that are asked for; returns the checkpoint attempt among them, 0 for none.
+    fn raise_requests(&self, reducer: &mut Reducer) -> u64 {
+        let mut save = 0;
         for (request, cell) in
             [(Request::Stop, &self.shared.stop), (Request::Checkpoint, &self.shared.save)]
         {
@@ -424,7 +428,11 @@ impl StepLoop {
             if id > 0 {
                 reducer.raise(request, id);
             }
+            if request == Request::Checkpoint {
+                save = id;
+            }
         }
+        save
     }
 
     fn after_step(
@@ -436,8 +444,13 @@ impl StepLoop {
         let counters = self.counters.as_ref().expect("there is a state");
         let step = counters.step;
         if summary.checkpoint {
-            let attempt = AttemptSeq(self.shared.save.swap(0, Ordering::AcqRel));
-            self.save(group, attempt);
+            // The one that the step carried: a newer one may be asked for by now.
+            let raised = self.raised_save;
+            let lower =
+                self.shared.save.compare_exchange(raised, 0, Ordering::AcqRel, Ordering::Relaxed);
+            if lower.is_ok() {
+                self.save(group, AttemptSeq(raised));
+            }
         }
         let spec = &self.job.spec;
         let due = step.is_multiple_of(spec.train.digest_every);

@@ -24,7 +24,12 @@ fn message() -> impl Strategy<Value = ToCoordinator> {
         4 => Just(ToCoordinator::Warm { probe: 7 }),
         1 => Just(ToCoordinator::Warm { probe: 8 }),
         4 => (numbers.clone(), any::<bool>()).prop_map(|((g, step, _), kept)| {
-            ToCoordinator::Prepared { generation: Generation(g), state: Some(Step(step)), kept }
+            ToCoordinator::Prepared {
+                generation: Generation(g),
+                state: Some(Step(step)),
+                trained: Generation(g / 2),
+                kept,
+            }
         }),
         4 => numbers.clone().prop_map(|(g, step, digest)| ToCoordinator::Synced {
             generation: Generation(g),
