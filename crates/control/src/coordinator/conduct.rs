@@ -136,7 +136,10 @@ impl Coordinator {
     }
 
     pub(super) fn on_release(&mut self, worker: &WorkerId) {
-        let known = self.conduct.remove(worker).is_some_and(|c| !c.strikes.is_empty());
+        let struck = self.conduct.remove(worker).is_some_and(|c| !c.strikes.is_empty());
+        // What was broken may be mended: its data is back, or its disk has room.
+        let unfit = self.workers.get_mut(worker).is_some_and(|w| w.unfit.take().is_some());
+        let known = struck || unfit;
         if self.saved.banned.contains_key(worker) {
             self.record(Record::Released(worker.clone()));
         } else if !known {

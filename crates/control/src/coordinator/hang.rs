@@ -20,6 +20,9 @@ const FIRST_STEP: u32 = 10;
 /// the usual limit, and fifty of the longest step.
 const SLOW_VERDICTS_MAX: u32 = 10;
 
+/// Groups in a row that could not connect before the member that is missed most is left out.
+const UNCONNECTED_MAX: u32 = 2;
+
 /// What holds a group up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Verdict {
@@ -62,8 +65,15 @@ impl Coordinator {
         }
         // A peer that died breaks its connections at once: then there is nothing to find out.
         let stuck = now.since(group.moved) >= self.timing.stall;
-        if group.stage == Stage::Running && stuck {
+        let (stage, world) = (group.stage, group.plan.world());
+        if stage == Stage::Running && stuck {
             self.judge_stall(now);
+        } else if stage == Stage::Syncing
+            && self.fruitless >= UNCONNECTED_MAX
+            && world > self.config.workers_min.max(1)
+        {
+            let n = self.fruitless;
+            self.leave_most_missed_out(now, &format!("{n} groups in a row could not connect"));
         }
     }
 
@@ -163,16 +173,22 @@ impl Coordinator {
         self.note("stuck", true, line.to_string());
         let Some(group) = &self.group else { return };
         let world = group.plan.world();
+        if self.network_hangs > 1 && world > self.config.workers_min.max(1) {
+            let n = self.network_hangs;
+            self.leave_most_missed_out(now, &format!("the network failed {n} times in a row"));
+        }
+        self.disturb(now, line);
+    }
+
+    /// Leaves out whoever peers miss most; of two who miss each other, the later by name.
+    fn leave_most_missed_out(&mut self, now: Timestamp, what: &str) {
         let missed = self.suspicions.values().max().copied().unwrap_or(0);
         let most: Vec<&WorkerId> =
             self.suspicions.iter().filter(|(_, n)| **n == missed).map(|(id, _)| id).collect();
-        if let ([worker], true) = (&most[..], self.network_hangs > 1)
-            && world > self.config.workers_min.max(1)
-        {
-            let (worker, n) = ((*worker).clone(), self.network_hangs);
-            let why = format!("the network failed {n} times in a row, and it was missed most");
-            self.strike(now, &worker, Strike::Out, &why);
+        if missed == 0 || most.len() > 2 {
+            return;
         }
-        self.disturb(now, line);
+        let worker = most[most.len() - 1].clone();
+        self.strike(now, &worker, Strike::Out, &format!("{what}, and it was missed most"));
     }
 }

@@ -27,12 +27,9 @@ pub(super) async fn watch_loop(grpc: Grpc, id: RunId, after: u64, out: WatchSend
     let mut last_state: Option<v1::Run> = None;
     loop {
         let Ok(snapshot) = grpc.run_message(&id) else { return };
-        if differs(last_state.as_ref(), &snapshot) {
-            last_state = Some(snapshot.clone());
-            let update = Some(v1::watch_run_response::Update::Snapshot(snapshot));
-            if out.send(Ok(v1::WatchRunResponse { update, seq: seen })).await.is_err() {
-                return;
-            }
+        // Later snapshots come behind the events that led to them.
+        if last_state.is_none() && !send_snapshot(&out, &mut last_state, &snapshot, seen).await {
+            return;
         }
         loop {
             let page = match grpc.0.store().updates(&id, seen, PAGE) {
@@ -49,12 +46,30 @@ pub(super) async fn watch_loop(grpc: Grpc, id: RunId, after: u64, out: WatchSend
                 }
             }
         }
+        if !send_snapshot(&out, &mut last_state, &snapshot, seen).await {
+            return;
+        }
         tokio::select! {
             changed = view.changed() => if changed.is_err() { return },
             next = live.next() => if next.is_none() { return },
             () = out.closed() => return,
         }
     }
+}
+
+/// Sends a snapshot if it says something new; `false` if nobody listens any more.
+async fn send_snapshot(
+    out: &WatchSender,
+    last: &mut Option<v1::Run>,
+    snapshot: &v1::Run,
+    seen: u64,
+) -> bool {
+    if !differs(last.as_ref(), snapshot) {
+        return true;
+    }
+    *last = Some(snapshot.clone());
+    let update = Some(v1::watch_run_response::Update::Snapshot(snapshot.clone()));
+    out.send(Ok(v1::WatchRunResponse { update, seq: seen })).await.is_ok()
 }
 
 /// Tells whether a snapshot says something new beyond figures and steps, which come by themselves.
