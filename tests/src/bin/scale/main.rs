@@ -194,7 +194,7 @@ async fn watch_lag(
 }
 
 fn start(args: &Args, fixture: &Fixture) -> anyhow::Result<(Process, String)> {
-    let mut command = fixture.lacuna(&["coordinator", "--listen", "127.0.0.1:0"]);
+    let mut command = fixture.lacuna(&["coordinator", "--local", "--listen", "127.0.0.1:0"]);
     let log = match &args.logs {
         None => Stdio::null(),
         Some(folder) => {

@@ -140,22 +140,25 @@ impl Stub {
 
     async fn work(mut self, mut net: mpsc::Receiver<Net>) {
         let mut warm = self.shared.warm.clone();
+        let mut is_warm = false;
         let mut beat = tokio::time::interval(self.beat);
         loop {
             if beat.period() != self.beat {
                 beat = tokio::time::interval(self.beat);
             }
-            let is_warm = *warm.borrow_and_update();
             let mark_at = self.mark_at();
             let event = tokio::select! {
                 news = net.recv() => match news {
                     Some(news) => self.on_net(news).await,
                     None => return,
                 },
-                changed = warm.changed(), if !is_warm => match changed {
-                    Ok(()) => Some(Event::Report(Report::Warm { probe: PROBE })),
-                    Err(_) => return,
-                },
+                told = async { warm.wait_for(|warm| *warm).await.is_ok() }, if !is_warm => {
+                    if !told {
+                        return;
+                    }
+                    is_warm = true;
+                    Some(Event::Report(Report::Warm { probe: PROBE }))
+                }
                 () = tokio::time::sleep_until(mark_at.into()), if self.training.is_some() => {
                     self.mark().map(|mark| Event::Report(Report::Mark(mark)))
                 }
