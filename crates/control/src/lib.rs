@@ -5,6 +5,8 @@
 //! thread and no random source here, and no generated wire type. Everything that sends, waits or
 //! stores is a thin driver around these machines.
 //!
+//! `crates/sim` plays whole clusters of these machines over a simulated world.
+//!
 //! Start with [`message`] (what the two ends say), then [`coordinator::Coordinator::handle`], then
 //! [`worker::Session::handle`].
 #![forbid(unsafe_code)]
@@ -16,6 +18,3 @@ pub mod message;
 pub mod plan;
 pub mod timing;
 pub mod worker;
-
-#[cfg(test)]
-mod cluster_tests;
