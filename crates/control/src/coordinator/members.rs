@@ -345,9 +345,8 @@ impl Coordinator {
             .collect();
         for (worker, incarnation, broken, how) in gone {
             self.out.push(Command::Disconnect { worker: worker.clone(), incarnation });
-            // A closed connection that nobody opens again is a process that ended; silence is not.
             if broken {
-                self.ended_for_certain(&worker, incarnation);
+                self.closed_its_stream(&worker, incarnation, now);
             }
             self.lose(now, &worker, &how);
         }

@@ -1,6 +1,8 @@
 //! Members that come back: on a new stream, to a coordinator that was started again, or not at all
 //! while they may train on unseen.
 
+use std::collections::BTreeSet;
+
 use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId};
 
 use super::Coordinator;
@@ -22,6 +24,9 @@ pub(super) struct LastStarted {
     over: bool,
     /// When a member was last heard of.
     seen: Timestamp,
+    /// Members whose connections closed and were not opened again, and when the last one was given
+    /// up: most likely they have ended.
+    closed: (BTreeSet<WorkerId>, Timestamp),
 }
 
 impl LastStarted {
@@ -34,6 +39,7 @@ impl LastStarted {
             resume_step,
             over: false,
             seen: now,
+            closed: (BTreeSet::new(), now),
         }
     }
 
@@ -81,6 +87,20 @@ impl Coordinator {
         }
     }
 
+    /// A worker was given up because its connection closed and it did not open another. Silence
+    /// may be a network's; this is most likely a process that ended.
+    pub(super) fn closed_its_stream(
+        &mut self,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+        now: Timestamp,
+    ) {
+        if let Some(last) = self.last_started.as_mut().filter(|l| l.has(worker, incarnation)) {
+            last.closed.0.insert(worker.clone());
+            last.closed.1 = now;
+        }
+    }
+
     /// A worker was given up because nothing was heard of it since `seen`.
     pub(super) fn fell_silent(
         &mut self,
@@ -96,8 +116,18 @@ impl Coordinator {
     /// Until when the newest group may be training unseen.
     pub(super) fn zombie_until(&self) -> Option<Timestamp> {
         let last = self.last_started.as_ref().filter(|last| !last.over)?;
-        let lost = self.group.is_none() && !last.members.is_empty();
-        lost.then(|| last.seen + self.timing.disjoint)
+        self.group.is_none().then(|| self.wait_for(last))
+    }
+
+    /// How long to wait for members that may be training on unseen: shorter where the connections
+    /// of all of them closed.
+    fn wait_for(&self, last: &LastStarted) -> Timestamp {
+        let (closed, at) = &last.closed;
+        let silence = last.seen + self.timing.disjoint;
+        match closed.len() == last.members.len() {
+            true => silence.min(*at + 2 * self.timing.lease),
+            false => silence,
+        }
     }
 
     /// Says why no group of `candidates` may be formed: all members of the newest one fell silent,
@@ -109,17 +139,17 @@ impl Coordinator {
     ) -> Option<String> {
         let last = self.last_started.as_ref().filter(|last| !last.over)?;
         let back = |id: &WorkerId| last.has(id, self.workers[id].incarnation);
-        let until = last.seen + self.timing.disjoint;
+        let until = self.wait_for(last);
         if until <= now || candidates.iter().any(back) {
             return None;
         }
         let names: Vec<&str> = last.members.iter().map(|(id, _)| id.as_str()).collect();
         Some(format!(
             "waiting for the members of generation {} ({}), which fell silent and may be training \
-             on: others begin after {:?}, or when an operator forces it",
+             on: others begin {:.0} s from now, or when an operator forces it",
             last.generation,
             names.join(", "),
-            self.timing.disjoint
+            until.since(now).as_secs_f64()
         ))
     }
 
