@@ -255,6 +255,8 @@ impl Coordinator {
         let nothing_begun = self.reform.is_none() && self.dispute.is_none();
         if self.group.is_none() && nothing_begun {
             self.consider_first_group(now);
+        } else if self.group.is_none() {
+            self.hurry_if_full(now);
         }
         match self.group.as_ref().map(|g| g.stage) {
             Some(Stage::Preparing) => self.consider_preparing(),

@@ -20,6 +20,10 @@ fn id(name: &str) -> WorkerId {
 }
 
 impl World {
+    fn is_waiting(&self) -> bool {
+        self.host.machine.as_ref().is_some_and(|machine| machine.state_word() == "waiting")
+    }
+
     /// Does it, at once.
     pub fn perform(&mut self, action: &Action) {
         use Action as A;
@@ -27,7 +31,10 @@ impl World {
         self.harmed |= !action.is_harmless() || self.setup.poison > 0;
         // With slow messages a stream may take longer to come back than its grace is.
         let slow = self.setup.latency_ms > 20 && !action.is_harmless();
-        self.rough |= !action.is_gentle() || slow || self.setup.poison > 0;
+        // Nor an operator nor a clock that jumps waits for silent members with the newest state.
+        let hurries = matches!(action, A::Rest | A::Force | A::Jump(..));
+        let impatient = self.harmed && hurries && self.is_waiting();
+        self.rough |= !action.is_gentle() || slow || self.setup.poison > 0 || impatient;
         match action {
             A::Spawn(w) => self.spawn(&id(w)),
             A::Twin(w) => self.spawn_twin(&id(w)),

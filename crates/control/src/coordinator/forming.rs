@@ -20,6 +20,9 @@ use crate::timing::Timing;
 /// Below this share of useful time a group's size deserves a remark.
 const EFFICIENCY_MIN: f64 = 0.85;
 
+/// Why a group is formed where there was none.
+const READY: &str = "workers are ready";
+
 /// The generation that exists.
 #[derive(Clone, Debug)]
 pub(super) struct Group {
@@ -159,7 +162,28 @@ impl Coordinator {
         let known: BTreeSet<&WorkerId> = survivors.iter().collect();
         let others = self.workers.keys().filter(usable).filter(|id| !known.contains(id));
         let others: Vec<WorkerId> = others.cloned().collect();
-        survivors.into_iter().chain(others).collect()
+        let leavers = self.needed_leavers();
+        leavers.into_iter().chain(survivors).chain(others).collect()
+    }
+
+    /// Workers that want to go, and without whom those who stay would have to go back: they hand
+    /// their state over first.
+    pub(super) fn needed_leavers(&self) -> Vec<WorkerId> {
+        let usable = |(id, w): &(&WorkerId, &Worker)| w.usable() && self.is_free(id);
+        let staying: Vec<&Worker> =
+            self.workers.iter().filter(usable).map(|(_, worker)| worker).collect();
+        let has_it = staying.iter().any(|worker| worker.holds_a_state());
+        if self.group.is_some() || staying.is_empty() || has_it {
+            return Vec::new();
+        }
+        let gives = |(id, w): &(&WorkerId, &Worker)| {
+            w.leaving.is_some() && w.would_be_usable() && w.holds_a_state() && self.is_free(id)
+        };
+        let leavers: Vec<WorkerId> =
+            self.workers.iter().filter(gives).map(|(id, _)| id.clone()).collect();
+        // They are not kept from going for a group that cannot be formed.
+        let enough = staying.len() + leavers.len() >= self.config.workers_min;
+        if enough { leavers } else { Vec::new() }
     }
 
     pub(super) fn wanted_size(&self, available: usize) -> usize {
@@ -185,9 +209,17 @@ impl Coordinator {
             return;
         }
         let newest = candidates.iter().filter_map(|id| self.workers[id].warm).max();
-        let full = candidates.len() >= self.config.workers_max;
         let settled = newest.expect("candidates are warm") + self.timing.join_window;
-        self.reform = Some((if full { now } else { settled }, "workers are ready".to_string()));
+        self.reform = Some((settled, READY.to_string()));
+        self.hurry_if_full(now);
+    }
+
+    /// The first group waits for more workers, but not once it has the most it can take.
+    pub(super) fn hurry_if_full(&mut self, now: Timestamp) {
+        let first = self.reform.as_ref().is_some_and(|(at, why)| why == READY && *at > now);
+        if first && self.candidates().len() >= self.config.workers_max {
+            self.reform = Some((now, READY.to_string()));
+        }
     }
 
     fn say_waiting(&mut self, have: usize) {

@@ -32,8 +32,17 @@ pub(super) struct Worker {
 impl Worker {
     /// Tells whether the worker may be a member of the next group.
     pub(super) fn usable(&self) -> bool {
-        let here = self.warm.is_some() && self.stream_lost.is_none();
-        here && self.leaving.is_none() && self.unfit.is_none()
+        self.leaving.is_none() && self.would_be_usable()
+    }
+
+    /// Tells whether it could be a member if it did not want to go.
+    pub(super) fn would_be_usable(&self) -> bool {
+        self.warm.is_some() && self.stream_lost.is_none() && self.unfit.is_none()
+    }
+
+    /// Tells whether it is known to have a state in memory.
+    pub(super) fn holds_a_state(&self) -> bool {
+        self.state.is_some() || self.beat.as_ref().is_some_and(|beat| beat.step > Step(0))
     }
 
     /// Returns the state's word for people.
@@ -374,10 +383,15 @@ impl Coordinator {
 
     /// Lets workers go that want to and are in no group.
     pub(super) fn dismiss_leavers(&mut self) {
+        if !self.awaited.0.is_empty() {
+            // Whoever is still to come back may need what a leaver holds.
+            return;
+        }
+        let needed = self.needed_leavers();
         let going: Vec<(WorkerId, Incarnation, String)> = self
             .workers
             .iter()
-            .filter(|(_, w)| !w.member && w.stream_lost.is_none())
+            .filter(|(id, w)| !w.member && w.stream_lost.is_none() && !needed.contains(id))
             .filter_map(|(id, w)| Some((id.clone(), w.incarnation, w.leaving.clone()?)))
             .collect();
         for (worker, incarnation, why) in going {

@@ -146,16 +146,17 @@ impl Coordinator {
         let names: Vec<&str> = last.members.iter().map(|(id, _)| id.as_str()).collect();
         Some(format!(
             "waiting for the members of generation {} ({}), which fell silent and may be training \
-             on: others begin {:.0} s from now, or when an operator forces it",
+             on: others begin {:?} after that, or when an operator forces it",
             last.generation,
             names.join(", "),
-            until.since(now).as_secs_f64()
+            until.since(last.seen)
         ))
     }
 
     /// An operator knows that silent members are gone.
     pub(super) fn on_force(&mut self) {
-        if let Some(last) = self.last_started.as_mut().filter(|last| !last.over) {
+        let silent = self.group.is_none();
+        if let Some(last) = self.last_started.as_mut().filter(|last| silent && !last.over) {
             last.over = true;
             self.note("forced", true, "an operator gave silent members up".to_string());
         }

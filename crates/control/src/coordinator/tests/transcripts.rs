@@ -340,7 +340,7 @@ fn members_that_fell_silent_together_may_be_training_on() {
         z: hello, in generation 0, up false
         z: Warm { probe: 7 }
         after 300 ms
-            note waiting: waiting for the members of generation 1 (a:0, b:0), which fell silent and may be training on: others begin 7 s from now, or when an operator forces it
+            note waiting: waiting for the members of generation 1 (a:0, b:0), which fell silent and may be training on: others begin 10s after that, or when an operator forces it
         an operator forces it
             note forced: an operator gave silent members up
             persist: a member is gone for certain: the group is over
