@@ -169,11 +169,14 @@ impl Coordinator {
     /// Workers that want to go, and without whom those who stay would have to go back: they hand
     /// their state over first.
     pub(super) fn needed_leavers(&self) -> Vec<WorkerId> {
+        if self.group.is_some() {
+            return Vec::new();
+        }
         let usable = |(id, w): &(&WorkerId, &Worker)| w.usable() && self.is_free(id);
         let staying: Vec<&Worker> =
             self.workers.iter().filter(usable).map(|(_, worker)| worker).collect();
         let has_it = staying.iter().any(|worker| worker.holds_a_state());
-        if self.group.is_some() || staying.is_empty() || has_it {
+        if staying.is_empty() || has_it {
             return Vec::new();
         }
         let gives = |(id, w): &(&WorkerId, &Worker)| {
