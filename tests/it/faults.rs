@@ -215,3 +215,59 @@ fn a_spare_takes_a_lost_members_place_in_the_same_change() {
     assert!(formed.text.contains("2 workers at step"), "at full strength at once: {}", formed.text);
     cluster.wait_end(&run);
 }
+
+fn ask(fixture: &Fixture, cluster: &Cluster<'_>, command: &str, name: &str) -> (i32, String) {
+    let output = fixture.run(&[command, name, "--coordinator", &cluster.url]);
+    let (code, out, err) = said(&output);
+    (code, out + &err)
+}
+
+#[test]
+fn an_operator_lets_a_worker_back_in() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, 400);
+    let mut cluster = Cluster::start_with(&fixture, &["quarantine=600s"]);
+    let spec = fixture.spec("mended", 400, &[("elastic.workers", "\"1:2\"")]);
+    let run = cluster.submit(&spec);
+    cluster.add("a", 1);
+    cluster.add_with("b", 1, &[], &[("LACUNA_FAKE_FAIL_AT", "30")]);
+    cluster.wait(&run, "b is kept out", |seen| seen.text().contains("b:cpu0 is kept out for 600s"));
+    let (code, text) = ask(&fixture, &cluster, "release", "nobody:cpu0");
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("no run keeps a worker nobody:cpu0 out"), "{text}");
+    assert_eq!(ask(&fixture, &cluster, "release", "b:cpu0").0, 0);
+    cluster.wait(&run, "b is back", |seen| {
+        let released = seen.events.iter().position(|e| e.kind == "released");
+        released.is_some_and(|n| seen.events[n..].iter().any(|e| e.text.contains("b:cpu0 ")))
+            && seen.run.workers.iter().any(|w| w.worker_id == "b:cpu0" && w.rank.is_some())
+    });
+    finished_with(&cluster.wait_end(&run), want);
+}
+
+#[test]
+fn an_operator_gives_silent_members_up() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, STEPS);
+    let mut cluster = Cluster::start_with(&fixture, &["disjoint=600s"]);
+    let spec = fixture.spec("silent", STEPS, &[("elastic.workers", "\"1:2\"")]);
+    let run = cluster.submit(&spec);
+    cluster.add("a", 1);
+    cluster.wait(&run, "a trains", |seen| seen.step() >= 10);
+    let (code, text) = ask(&fixture, &cluster, "force", &run);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("run silent waits for no silent members"), "{text}");
+    let (agent, trainer) = (cluster.take("a"), cluster.pid("a:cpu0"));
+    agent.signal(Signal::STOP);
+    lacuna_tests::send_signal(trainer, Signal::STOP);
+    cluster.add("z", 1);
+    let waits = |seen: &Seen| seen.text().contains("the members of generation 1 (a:cpu0)");
+    let seen = cluster.wait(&run, "z waits for a", waits);
+    assert_eq!(seen.count("forced"), 0, "{}", seen.text());
+    assert_eq!(ask(&fixture, &cluster, "force", &run).0, 0);
+    let seen = cluster.wait_end(&run);
+    finished_with(&seen, want);
+    assert_eq!(seen.count("forced"), 1, "{}", seen.text());
+    // What was given up wakes, is told so, and ends.
+    lacuna_tests::send_signal(trainer, Signal::CONT);
+    drop(agent);
+}

@@ -33,7 +33,7 @@ pub enum ClientError {
     },
     /// The coordinator refused, or the call took too long.
     #[error("{}", .0.message())]
-    Refused(#[source] Box<Status>),
+    Refused(Box<Status>),
 }
 
 impl From<Status> for ClientError {

@@ -373,7 +373,11 @@ impl RunService for Grpc {
         &self,
         request: Request<v1::ForceRunRequest>,
     ) -> Result<Response<v1::ForceRunResponse>, Status> {
-        self.tell(&parse_run(&request.into_inner().run_id)?, Event::Force).await?;
+        let id = parse_run(&request.into_inner().run_id)?;
+        if !self.tell(&id, Event::Force).await? {
+            let text = format!("run {id} waits for no silent members: nothing to force");
+            return Err(Status::failed_precondition(text));
+        }
         Ok(Response::new(v1::ForceRunResponse {}))
     }
 }
@@ -411,19 +415,24 @@ impl AdminService for Grpc {
         let worker: WorkerId = request.into_inner().worker_id.parse().map_err(malformed)?;
         let inputs: Vec<mpsc::Sender<Input>> =
             self.0.runs().values().map(|h| h.ends.input.clone()).collect();
+        let mut held = false;
         for input in inputs {
-            ask(input, Event::Release { worker: worker.clone() }).await?;
+            held |= ask(input, Event::Release { worker: worker.clone() }).await?;
+        }
+        if !held {
+            let text = format!("no run keeps a worker {worker} out");
+            return Err(status(Reason::WorkerNotFound, text));
         }
         Ok(Response::new(v1::ReleaseWorkerResponse {}))
     }
 }
 
-/// Passes a wish on to a run and waits until it is durable.
-async fn ask(input: mpsc::Sender<Input>, event: Event) -> Result<(), Status> {
+/// Passes a wish on to a run, waits until it is durable, and tells whether it changed anything.
+async fn ask(input: mpsc::Sender<Input>, event: Event) -> Result<bool, Status> {
     let (done, told) = oneshot::channel();
     input.send(Input::Ask { event, done }).await.map_err(|_| going_down())?;
     match tokio::time::timeout(ASK_DEADLINE, told).await {
-        Ok(Ok(())) => Ok(()),
+        Ok(Ok(met)) => Ok(met),
         Ok(Err(_)) => Err(going_down()),
         Err(_) => Err(Status::deadline_exceeded("the run did not take the wish in time")),
     }
@@ -434,7 +443,7 @@ fn going_down() -> Status {
 }
 
 impl Grpc {
-    async fn tell(&self, id: &RunId, event: Event) -> Result<(), Status> {
+    async fn tell(&self, id: &RunId, event: Event) -> Result<bool, Status> {
         ask(self.0.input_of(id).ok_or_else(|| not_found(id))?, event).await
     }
 

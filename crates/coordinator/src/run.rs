@@ -55,7 +55,7 @@ pub(crate) enum Input {
     /// Something happened that the machine knows.
     Event(Event),
     /// Somebody asks for something, and is told once it is durable.
-    Ask { event: Event, done: oneshot::Sender<()> },
+    Ask { event: Event, done: oneshot::Sender<bool> },
     /// Go on after an end, with this spec.
     Resume(Box<RunSpec>),
     /// A background job has something for the log.
@@ -126,6 +126,16 @@ fn cadence_time(cadence: &Cadence) -> Option<Duration> {
     match cadence {
         Cadence::Seconds(seconds) => Some(Duration::from_secs(*seconds)),
         Cadence::Length(_) => None,
+    }
+}
+
+/// The kind of note that tells that an operator's wish changed something, where it may change
+/// nothing.
+fn answer_to(event: &Event) -> Option<&'static str> {
+    match event {
+        Event::Release { .. } => Some("released"),
+        Event::Force => Some("forced"),
+        _ => None,
     }
 }
 
@@ -214,7 +224,7 @@ impl RunTask {
 
     async fn take(&mut self, input: Input) -> Result<(), Down> {
         let now: Timestamp = self.shared.now();
-        let mut asked: Option<oneshot::Sender<()>> = None;
+        let mut asked: Option<oneshot::Sender<bool>> = None;
         let event = match input {
             Input::Event(event) => event,
             Input::Ask { event, done } => {
@@ -246,12 +256,16 @@ impl RunTask {
                 return self.tell(Note { kind: "remark", warning, text }).await;
             }
         };
+        let answer = answer_to(&event);
         let commands = self.machine.handle(now, event);
         self.unpublished |= !commands.is_empty();
+        let met = answer.is_none_or(|kind| {
+            commands.iter().any(|command| matches!(command, Command::Note(n) if n.kind == kind))
+        });
         self.carry_out_all(commands).await?;
         if let Some(done) = asked {
             // Nobody waits any more if it fails.
-            let _ = done.send(());
+            let _ = done.send(met);
         }
         Ok(())
     }
