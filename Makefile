@@ -4,9 +4,11 @@
 # Histories that `make sim` plays.
 SEEDS ?= 100000
 
-# The crate that links libtorch. It is always built with the release profile: `make demo` needs that
-# build anyway, and libtorch's two large C++ files are then compiled once and not per profile.
-TORCH := --release --package lacuna-mae
+# The crate that links libtorch is checked and tested with the profile that is there already: the
+# release build of `make setup` where it was made, else the one that all other tests use. So
+# libtorch's two large C++ files and all dependencies are compiled once and not per profile.
+export TORCH_PROFILE := $(if $(wildcard target/release/lacuna-worker),--release)
+TORCH := $(TORCH_PROFILE) --package lacuna-mae
 PLAIN := --workspace --exclude lacuna-mae
 HAS_TORCH := [ -n "$(LIBTORCH)" ] || [ -e third_party/libtorch/build-version ]
 

@@ -27,9 +27,10 @@ default_lane() {
 
 torch_lane() {
     # One thread: the bits of libtorch's results depend on the number of threads, and OpenMP's
-    # spinning starves a machine that runs several workers. The release profile: see the Makefile.
-    cargo build --release --package lacuna-cli || return
-    OMP_NUM_THREADS=1 cargo test --release --package lacuna-mae
+    # spinning starves a machine that runs several workers. The profile: see the Makefile.
+    local profile=(${TORCH_PROFILE:-})
+    cargo build "${profile[@]}" --package lacuna-cli || return
+    OMP_NUM_THREADS=1 cargo test "${profile[@]}" --package lacuna-mae
 }
 
 lane scripts python3 -m unittest discover --start-directory scripts --pattern '*_test.py'
