@@ -4,13 +4,8 @@
 # Histories that `make sim` plays.
 SEEDS ?= 100000
 
-# The crate that links libtorch is checked and tested with the profile that is there already: the
-# release build of `make setup` where it was made, else the one that all other tests use. So
-# libtorch's two large C++ files and all dependencies are compiled once and not per profile.
-export TORCH_PROFILE := $(if $(wildcard target/release/lacuna-worker),--release)
-TORCH := $(TORCH_PROFILE) --package lacuna-mae
-PLAIN := --workspace --exclude lacuna-mae
-HAS_TORCH := [ -n "$(LIBTORCH)" ] || [ -e third_party/libtorch/build-version ]
+# Every crate, but without libtorch not the one that links it.
+CRATES := --workspace $(if $(LIBTORCH)$(wildcard third_party/libtorch/build-version),,--exclude lacuna-mae)
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
@@ -28,8 +23,8 @@ check: fmt clippy tidy deny ## check format, lints, layers and licences
 fmt: ## check the format
 	@cargo fmt --all --check
 clippy: ## check the lints
-	@cargo clippy $(PLAIN) --all-targets -- -D warnings
-	@if $(HAS_TORCH); then cargo clippy $(TORCH) --all-targets -- -D warnings; else echo "clippy: lacuna-mae skipped: no libtorch (make setup)"; fi
+	@cargo clippy $(CRATES) --all-targets -- -D warnings
+	@$(if $(findstring exclude,$(CRATES)),echo "clippy: lacuna-mae skipped: no libtorch (make setup)")
 tidy: ## check layers, purity, file sizes, links
 	@cargo xtask tidy
 deny: ## check licences and sources of dependencies, where cargo-deny is installed

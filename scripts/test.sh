@@ -19,24 +19,25 @@ skip() { # name, reason
     summary+=("$(printf '%-8s %-8s %s' "$1" skipped "$2")")
 }
 
-default_lane() {
-    # Process tests start these binaries; building the tests alone does not build them all.
-    cargo build --workspace --exclude lacuna-mae --bins || return
-    cargo test --workspace --exclude lacuna-mae
-}
+# One selection of crates for everything: cargo chooses the features of dependencies by it, and
+# another one would compile half of them again.
+crates=(--workspace)
+if [ -z "${LIBTORCH:-}" ] && [ ! -e third_party/libtorch/build-version ]; then
+    crates+=(--exclude lacuna-mae)
+fi
 
-torch_lane() {
+rust_lane() {
+    # Process tests start these binaries; building the tests alone does not build them all.
+    cargo build "${crates[@]}" --bins || return
     # One thread: the bits of libtorch's results depend on the number of threads, and OpenMP's
-    # spinning starves a machine that runs several workers. The profile: see the Makefile.
-    local profile=(${TORCH_PROFILE:-})
-    cargo build "${profile[@]}" --package lacuna-cli || return
-    OMP_NUM_THREADS=1 cargo test "${profile[@]}" --package lacuna-mae
+    # spinning starves a machine that runs several workers.
+    OMP_NUM_THREADS=1 cargo test "${crates[@]}"
 }
 
 lane scripts python3 -m unittest discover --start-directory scripts --pattern '*_test.py'
-lane default default_lane
-if [ -n "${LIBTORCH:-}" ] || [ -e third_party/libtorch/build-version ]; then
-    lane torch torch_lane
+lane rust rust_lane
+if [ ${#crates[@]} -eq 1 ]; then
+    : # libtorch is there, and its crate among the others
 elif [ -n "${CI:-}" ]; then
     echo "test: no libtorch, which CI must have (make setup)" >&2
     summary+=("torch    FAILED   no libtorch (make setup)")

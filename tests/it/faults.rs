@@ -8,7 +8,7 @@ use crate::fixture;
 
 const STEPS: u64 = 120;
 
-fn undisturbed(fixture: &Fixture, steps: u64) -> u64 {
+pub fn undisturbed(fixture: &Fixture, steps: u64) -> u64 {
     let mut cluster = Cluster::start(fixture);
     let spec = fixture.spec("alone", steps, &[("elastic.workers", "\"1:1\"")]);
     let run = cluster.submit(&spec);
@@ -16,7 +16,7 @@ fn undisturbed(fixture: &Fixture, steps: u64) -> u64 {
     cluster.wait_end(&run).run.final_digest.expect("a finished run has a digest")
 }
 
-fn finished_with(seen: &Seen, digest: u64) {
+pub fn finished_with(seen: &Seen, digest: u64) {
     assert_eq!(seen.run.state, "finished", "{}", seen.text());
     assert_eq!(seen.run.final_digest, Some(digest), "{}", seen.text());
 }

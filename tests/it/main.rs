@@ -4,6 +4,7 @@ mod bad_input;
 mod chaos;
 mod claim;
 mod faults;
+mod nccl;
 
 use lacuna_tests::{Binaries, Fixture};
 

@@ -92,7 +92,8 @@ fn kind_to_wire(kind: FaultKind) -> v1::FaultKind {
         FaultKind::Communicator => v1::FaultKind::Communicator,
         FaultKind::Storage => v1::FaultKind::Storage,
         FaultKind::Run => v1::FaultKind::Run,
-        FaultKind::Local => v1::FaultKind::Local,
+        // The difference is the worker's own affair.
+        FaultKind::Local | FaultKind::Unfit => v1::FaultKind::Local,
     }
 }
 

@@ -5,6 +5,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use lacuna_cuda::CudaError;
+use lacuna_nccl::{NcclError, ResultCode};
+
 /// A listener that could not be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -98,6 +101,39 @@ pub enum CollectiveError {
         /// What is wrong.
         reason: String,
     },
+    /// NCCL failed, and no member is seen to be gone.
+    #[error("NCCL failed in operation {op_seq}")]
+    Nccl {
+        /// Number of the operation, 1-based; 0 while the group forms.
+        op_seq: u64,
+        /// What NCCL said.
+        #[source]
+        source: NcclError,
+    },
+    /// This rank's device failed.
+    #[error("the device failed in operation {op_seq}")]
+    Device {
+        /// Number of the operation, 1-based; 0 while the group forms.
+        op_seq: u64,
+        /// What the driver said.
+        #[source]
+        source: CudaError,
+    },
+    /// Two members compute on one device, which NCCL refuses. The higher rank is the one too many.
+    #[error("{device} is used by rank {rank} already")]
+    SharedDevice {
+        /// The rank that may keep it.
+        rank: usize,
+        /// Host and place of the device.
+        device: String,
+    },
+    /// The communicator does not let go of the device: this process cannot go on.
+    #[error("the communicator cannot be left, so this process must end")]
+    Stuck {
+        /// What was tried.
+        #[source]
+        source: NcclError,
+    },
     /// This machine failed, not a peer.
     #[error("failed to {action}")]
     Local {
@@ -109,6 +145,11 @@ pub enum CollectiveError {
 }
 
 impl CollectiveError {
+    /// What calls say after this rank has left.
+    pub(crate) fn left() -> Self {
+        Self::Aborted { reason: "this rank has left the group".to_string() }
+    }
+
     /// Returns the ranks this error speaks of, for a fault report; empty where none is to blame.
     pub fn suspects(&self) -> Vec<usize> {
         match self {
@@ -117,7 +158,22 @@ impl CollectiveError {
             | Self::Mismatch { rank, .. }
             | Self::Handshake { rank, .. } => vec![*rank],
             Self::NotFormed { missing } => missing.iter().map(|peer| peer.rank).collect(),
-            Self::Aborted { .. } | Self::InvalidGroup { .. } | Self::Local { .. } => Vec::new(),
+            Self::Aborted { .. }
+            | Self::InvalidGroup { .. }
+            | Self::Nccl { .. }
+            | Self::Device { .. }
+            | Self::SharedDevice { .. }
+            | Self::Stuck { .. }
+            | Self::Local { .. } => Vec::new(),
+        }
+    }
+
+    /// Tells whether this rank's device or process is broken, so that only a new process helps.
+    pub fn ends_process(&self) -> bool {
+        match self {
+            Self::Stuck { .. } | Self::Device { .. } => true,
+            Self::Nccl { source, .. } => source.code() == Some(ResultCode::UnhandledCudaError),
+            _ => false,
         }
     }
 }

@@ -43,6 +43,10 @@ pub(crate) const CHUNK_BYTES: usize = 256 << 10;
 /// abort's hook came before the connection was registered.
 pub(crate) const TICK: Duration = Duration::from_millis(50);
 
+/// How long after a member closed its connection an operation that moves its bytes elsewhere may
+/// still complete: a member that is done may leave at once, and others need a moment more.
+pub(crate) const DEPARTED_GRACE: Duration = Duration::from_secs(1);
+
 pub(crate) const HEADER_BYTES: usize = 24;
 const HEADER_MAGIC: [u8; 4] = *b"lcOP";
 
@@ -138,6 +142,11 @@ pub(crate) struct Exchange<'a> {
     pub deadline: Instant,
     /// Bytes of the segment that are summed.
     pub summed: usize,
+    /// Whether the end of a link matters after its bytes are through, because the operation is not
+    /// over with them.
+    pub outlasts_links: bool,
+    /// The first link that ended so, and when.
+    pub departed: Option<(usize, Instant)>,
 }
 
 /// Whether a step of work moved any byte.
@@ -163,6 +172,11 @@ impl<'a> Exchange<'a> {
                 return Ok(());
             }
             self.abort.check()?;
+            if let Some((idx, since)) = self.departed
+                && since.elapsed() >= DEPARTED_GRACE
+            {
+                return Err(self.lost(idx, ErrorKind::UnexpectedEof.into()));
+            }
             let left: Duration = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let waiting_for = self.waiting_for();
@@ -317,20 +331,30 @@ impl<'a> Exchange<'a> {
     /// A link that waits for other links is watched for its end only: bytes still owed to it prove
     /// that the peer cannot have completed. A link that is done is left out, since a peer that
     /// completed the operation may close its end.
-    fn wait(&self, fds: &mut Vec<PollFd<'a>>, timeout: Duration) -> Result<(), CollectiveError> {
+    fn wait(
+        &mut self,
+        fds: &mut Vec<PollFd<'a>>,
+        timeout: Duration,
+    ) -> Result<(), CollectiveError> {
         fds.clear();
         let links: &'a [Link] = self.links;
-        let undone = || (0..links.len()).filter(|idx| !self.flows[*idx].is_done());
-        for idx in undone() {
+        let watches_all: bool = self.outlasts_links && self.departed.is_none();
+        let undone: Vec<usize> =
+            (0..links.len()).filter(|idx| watches_all || !self.flows[*idx].is_done()).collect();
+        for &idx in &undone {
             let interest: PollFlags = self.interest(idx);
             let events = if interest.is_empty() { PollFlags::RDHUP } else { interest };
             fds.push(PollFd::new(&links[idx].stream, events));
         }
         sleep_on(fds, timeout)?;
-        for (idx, fd) in undone().zip(fds.iter()) {
-            if self.interest(idx).is_empty() && !fd.revents().is_empty() {
+        for (idx, fd) in undone.into_iter().zip(fds.iter()) {
+            if !self.interest(idx).is_empty() || fd.revents().is_empty() {
+                continue;
+            }
+            if !self.flows[idx].is_done() {
                 return Err(self.lost(idx, ErrorKind::UnexpectedEof.into()));
             }
+            self.departed.get_or_insert((idx, Instant::now()));
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Collectives between workers: the trait, TCP, and the conformance suite.
+//! Collectives between workers: the trait, TCP, NCCL, and the conformance suite.
 //!
 //! A *collective* connects the members of one generation of a run. It sums gradients
 //! ([`Collective::all_reduce_i64`], [`Collective::all_reduce_f32`]) and hands state to joiners
@@ -12,12 +12,10 @@
 //! - **It does not encrypt.** Members prove knowledge of the generation's key once per connection;
 //!   the payload travels in clear and unauthenticated afterwards. Until transport security exists,
 //!   listeners bind to loopback only (see [`Exposure`]).
-//! - It has no async code and starts no threads.
+//! - It has no async code and starts no threads, but for those that abort NCCL.
 //!
 //! Start reading at `traits.rs` (the contract), then `exchange.rs` (how bytes move), `form.rs` and
-//! `handshake.rs` (how a group forms). `conformance.rs` is the contract as tests.
-
-#![forbid(unsafe_code)]
+//! `handshake.rs` (how a group forms), and `nccl.rs`. `conformance.rs` is the contract as tests.
 
 #[cfg(target_endian = "big")]
 compile_error!("elements travel as native bytes, which the wire format fixes to little-endian");
@@ -29,6 +27,7 @@ mod exchange;
 mod form;
 mod handshake;
 mod listener;
+mod nccl;
 mod reduce;
 mod tcp;
 mod traits;
@@ -37,6 +36,7 @@ pub use abort::AbortHandle;
 pub use error::{BindError, CollectiveError, MissingPeer, OpDescription, OpKind, Refusal};
 pub use form::Group;
 pub use listener::{Exposure, TrainerListener};
+pub use nccl::{NcclCollective, NcclSetup, SetupError};
 pub use tcp::TcpCollective;
 pub use traits::{Collective, OpLedger, OpProgress};
 

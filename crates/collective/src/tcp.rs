@@ -1,12 +1,14 @@
 //! A collective over TCP: a full mesh of connections between host memories.
 
 use std::fmt;
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::exchange::{CHUNK_BYTES, Exchange, Flow, Gate, Link, Route};
+use rustix::event::{PollFd, PollFlags};
+
+use crate::exchange::{CHUNK_BYTES, Exchange, Flow, Gate, Link, Route, sleep_on};
 use crate::form::form;
 use crate::reduce::{Lane, sum_in_rank_order};
 use crate::traits::{Collective, OpLedger};
@@ -109,12 +111,38 @@ impl TcpCollective {
         gate: Gate,
         deadline: Duration,
     ) -> Result<(), CollectiveError> {
-        let deadline: Instant = Instant::now() + deadline;
+        let (bytes, deadline) = (buffer.len() as u64, Instant::now() + deadline);
+        self.enter(kind, root, bytes)
+            .and_then(|ours| self.exchange(ours, buffer, segment, gate, deadline))?;
+        self.complete();
+        Ok(())
+    }
+
+    /// Numbers an operation and notes that this rank is in it.
+    fn enter(
+        &mut self,
+        kind: OpKind,
+        root: usize,
+        bytes: u64,
+    ) -> Result<OpDescription, CollectiveError> {
         if let Some(fault) = &self.fault {
             return Err(fault.clone());
         }
         self.op_seq += 1;
         self.ledger.enter(self.op_seq);
+        let root = u16::try_from(root).expect("a rank is below WORLD_MAX");
+        Ok(OpDescription { op_seq: self.op_seq, kind, root, bytes })
+    }
+
+    /// Moves the bytes of an operation that was entered.
+    fn exchange(
+        &mut self,
+        ours: OpDescription,
+        buffer: &mut [u8],
+        segment: Range<usize>,
+        gate: Gate,
+        deadline: Instant,
+    ) -> Result<(), CollectiveError> {
         let stride: usize = segment.len().min(CHUNK_BYTES).next_multiple_of(size_of::<i64>());
         let n_slots: usize = if matches!(gate, Gate::Summed(_)) { self.links.len() } else { 0 };
         let slots_needed: usize = n_slots * stride / size_of::<i64>();
@@ -123,12 +151,9 @@ impl TcpCollective {
         }
         let exchange = Exchange {
             rank: self.rank,
-            ours: OpDescription {
-                op_seq: self.op_seq,
-                kind,
-                root: u16::try_from(root).expect("a rank is below WORLD_MAX"),
-                bytes: buffer.len() as u64,
-            },
+            ours,
+            outlasts_links: ours.bytes > buffer.len() as u64,
+            departed: None,
             links: &self.links,
             flows: &mut self.flows,
             buffer,
@@ -140,16 +165,54 @@ impl TcpCollective {
             deadline,
             summed: 0,
         };
-        match self.abort.check().and_then(|()| exchange.run()) {
-            Ok(()) => {
-                self.ledger.complete(self.op_seq);
-                Ok(())
-            }
-            Err(fault) => {
-                self.fault = Some(fault.clone());
-                Err(fault)
-            }
-        }
+        let result = self.abort.check().and_then(|()| exchange.run());
+        result.map_err(|fault| self.fail(fault))
+    }
+}
+
+/// For collectives that move their bytes elsewhere and agree on operations over these connections.
+impl TcpCollective {
+    /// Enters an operation, and returns once all ranks have entered the same one.
+    pub(crate) fn agree(
+        &mut self,
+        kind: OpKind,
+        root: usize,
+        bytes: u64,
+        deadline: Instant,
+    ) -> Result<(), CollectiveError> {
+        self.flows.fill_with(Flow::default);
+        self.enter(kind, root, bytes)
+            .and_then(|ours| self.exchange(ours, &mut [], 0..0, Gate::Open, deadline))
+    }
+
+    /// Notes that the operation entered last is complete.
+    pub(crate) fn complete(&self) {
+        self.ledger.complete(self.op_seq);
+    }
+
+    /// Keeps the first fault, which every later call repeats.
+    pub(crate) fn fail(&mut self, fault: CollectiveError) -> CollectiveError {
+        self.fault.get_or_insert(fault).clone()
+    }
+
+    /// Number of the operation entered last.
+    pub(crate) fn op_seq(&self) -> u64 {
+        self.op_seq
+    }
+
+    /// Counts operations from 1 again: those so far were preparations.
+    pub(crate) fn count_from_here(&mut self) {
+        self.op_seq = 0;
+        self.ledger = OpLedger::default();
+    }
+
+    /// Looks without waiting for a member that has closed its connection.
+    pub(crate) fn departed(&self) -> Result<Option<(usize, SocketAddr)>, CollectiveError> {
+        let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(self.links.len());
+        fds.extend(self.links.iter().map(|link| PollFd::new(&link.stream, PollFlags::RDHUP)));
+        sleep_on(&mut fds, Duration::ZERO)?;
+        let gone = fds.iter().position(|fd| !fd.revents().is_empty());
+        Ok(gone.map(|idx| (self.links[idx].rank, self.links[idx].addr)))
     }
 }
 
@@ -221,6 +284,11 @@ impl Collective for TcpCollective {
         // The exchange of headers is the barrier: it ends when all ranks' headers are in.
         self.flows.fill_with(Flow::default);
         self.operate(OpKind::Barrier, 0, &mut [], 0..0, Gate::Open, deadline)
+    }
+
+    fn leave(&mut self) -> Result<(), CollectiveError> {
+        self.fail(CollectiveError::left());
+        Ok(())
     }
 
     fn abort_handle(&self) -> AbortHandle {

@@ -80,6 +80,14 @@ pub trait Collective: Send {
         self.all_reduce_i64(&mut [0], deadline)
     }
 
+    /// Leaves the group: frees what the communicator holds, which is dead afterwards.
+    ///
+    /// Dropping does the same and cannot say whether it went well.
+    ///
+    /// # Errors
+    /// [`CollectiveError::Stuck`]: a device is not let go, and the process must end.
+    fn leave(&mut self) -> Result<(), CollectiveError>;
+
     /// Returns the handle that wakes and kills this communicator from any thread.
     fn abort_handle(&self) -> AbortHandle;
 

@@ -196,6 +196,8 @@ pub enum FaultKind {
     Run,
     /// This process or device is broken.
     Local,
+    /// Nor would another process of this worker do: it is started wrongly.
+    Unfit,
 }
 
 /// What a worker is doing.

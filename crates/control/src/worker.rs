@@ -536,9 +536,11 @@ impl Session {
                 } else {
                     self.answer(generation, fault);
                 }
-                if kind == FaultKind::Local && generation > Generation(0) {
+                match kind {
                     // A broken device stays broken in this process: the next one may be lucky.
-                    self.exit(exit::FAILED, detail);
+                    FaultKind::Local if generation > Generation(0) => self.exit(exit::IO, detail),
+                    FaultKind::Unfit => self.exit(exit::UNFIT, detail),
+                    _ => {}
                 }
             }
         }

@@ -1,8 +1,11 @@
 //! The torch engine as a worker's backend.
 
+use lacuna_mae::context::{self, EXACT};
+use lacuna_mae::cuda;
 use lacuna_mae::engine::{EngineSetup, TorchEngine};
-use lacuna_mae::runtime::{CPU_ENV, library_version};
+use lacuna_mae::runtime::{CPU_ENV, CUDA_ENV, library_version};
 use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec};
+use tch::Device;
 
 /// Builds torch engines.
 #[derive(Clone, Copy, Debug)]
@@ -13,8 +16,38 @@ impl Backend for TorchBackend {
         format!("libtorch {}", library_version())
     }
 
-    fn trainer_env(&self) -> Vec<(String, String)> {
-        CPU_ENV.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+    fn trainer_env(&self, device: &str) -> Vec<(String, String)> {
+        let owned = |pins: &[(&str, &str)]| -> Vec<(String, String)> {
+            pins.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+        };
+        let Some(number) = cuda_number(device) else { return owned(CPU_ENV) };
+        let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+        let mut env = owned(CUDA_ENV);
+        env.push(("CUDA_VISIBLE_DEVICES".into(), visible_device(visible.as_deref(), number)));
+        env
+    }
+
+    fn prepare(&self, device: &str) -> Result<(), EngineError> {
+        if cuda_number(device).is_none() {
+            return Ok(());
+        }
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| {
+            let context = format!("{device} cannot be used");
+            EngineError::Device { context, source }
+        };
+        let library = cuda::load().map_err(|err| failed(err.into()))?;
+        context::set_kernels(EXACT).map_err(|err| failed(err.into()))?;
+        let card = &library.devices[0];
+        tracing::info!(
+            device,
+            card = card.name,
+            memory_gib = card.memory_bytes >> 30,
+            capability = card.capability,
+            cuda = library.runtime,
+            driver = library.driver.version,
+            "CUDA ready"
+        );
+        Ok(())
     }
 
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
@@ -29,6 +62,52 @@ impl Backend for TorchBackend {
             context: format!("failed to build the engine on {}", spec.device),
             source: Box::new(source),
         };
-        Ok(Box::new(TorchEngine::new(setup).map_err(failed)?))
+        let engine = match cuda_number(&spec.device) {
+            None => TorchEngine::new(setup),
+            // Its agent hides all devices but one.
+            Some(_) => TorchEngine::on_device(setup, Device::Cuda(0)),
+        };
+        Ok(Box::new(engine.map_err(failed)?))
+    }
+}
+
+/// Returns the number of a CUDA device, 3 of `cuda3`; nothing for other devices.
+fn cuda_number(device: &str) -> Option<usize> {
+    device.strip_prefix("cuda")?.parse().ok()
+}
+
+/// Returns the value of CUDA_VISIBLE_DEVICES that leaves device `number` of those that `visible`,
+/// its value now, leaves.
+fn visible_device(visible: Option<&str>, number: usize) -> String {
+    let listed = visible.and_then(|list| list.split(',').nth(number));
+    listed.map_or_else(|| number.to_string(), |device| device.trim().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trainer_sees_its_own_device_only() {
+        assert_eq!(visible_device(None, 3), "3");
+        assert_eq!(visible_device(Some("4,6"), 1), "6");
+        assert_eq!(visible_device(Some("GPU-5f, GPU-77"), 1), "GPU-77");
+        let env = TorchBackend.trainer_env("cuda2");
+        let names: Vec<&str> = env.iter().map(|(name, _)| name.as_str()).collect();
+        assert!(names.contains(&"CUDA_VISIBLE_DEVICES"), "{names:?}");
+        assert!(names.contains(&"CUBLAS_WORKSPACE_CONFIG"), "{names:?}");
+        assert!(TorchBackend.trainer_env("cpu0").iter().all(|(name, _)| !name.contains("CU")));
+    }
+
+    #[test]
+    fn a_machine_without_cuda_is_told_what_is_missing() {
+        if std::path::Path::new("/proc/driver/nvidia/version").exists() {
+            return println!("skipped: this machine has an NVIDIA driver");
+        }
+        TorchBackend.prepare("cpu1").expect("a CPU needs nothing");
+        let error = TorchBackend.prepare("cuda0").expect_err("there is no driver");
+        assert_eq!(error.to_string(), "cuda0 cannot be used");
+        let why = std::error::Error::source(&error).expect("there is a reason").to_string();
+        assert!(why.starts_with("no CUDA library") || why.starts_with("no NVIDIA driver"), "{why}");
     }
 }

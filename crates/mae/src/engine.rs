@@ -1,4 +1,4 @@
-//! The engine that trains on a CPU with libtorch.
+//! The engine that trains with libtorch, on a CPU or a CUDA device.
 
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
@@ -13,7 +13,7 @@ use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::{Normalize, SlotBatch};
 use lacuna_worker::cpu_state::CpuState;
 use lacuna_worker::engine::{Engine, EngineError, UpdateScalars};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::mae::{Mae, Masks, PosTables, mask_sizes};
 use crate::runtime;
@@ -58,15 +58,19 @@ pub enum BuildEngineError {
     EmptySlot,
 }
 
-/// MAE on libtorch, in f32, on one CPU thread.
+/// MAE on libtorch, in f32, on one CPU thread or one device.
 ///
-/// Parameters and moments are plain memory of Rust that the optimizer updates in place; libtorch
-/// reads the parameters through views and owns only what a slot needs.
+/// Parameters and moments are plain memory of Rust that the optimizer updates in place. On a CPU
+/// libtorch reads the parameters through views and owns only what a slot needs. A device gets a
+/// copy of them after each update, and gradients come back slot by slot: so the sums and the update
+/// are the same code, and the same bits, wherever gradients come from.
 #[derive(Debug)]
 pub struct TorchEngine {
     setup: EngineSetup,
     state: CpuState,
     slot: SlotProgram,
+    /// The parameters on the device while they are those of `state`; never on a CPU.
+    resident: Option<Weights>,
     normalize: Normalize,
     /// Normalised images of the slot, `[b, c, h, w]`.
     images: Vec<f32>,
@@ -75,16 +79,27 @@ pub struct TorchEngine {
 }
 
 impl TorchEngine {
-    /// Builds an engine with the initial state of the setup's seed.
+    /// Builds an engine on the CPU, with the initial state of the setup's seed.
     pub fn new(setup: EngineSetup) -> Result<Self, BuildEngineError> {
-        check_setup(&setup)?;
         let missing = runtime::missing_pins();
         if !missing.is_empty() {
             tracing::warn!(?missing, "process started without the pins that fix a CPU's bits");
         }
+        Self::build(setup, Place::Host)
+    }
+
+    /// Builds an engine that computes on `device`, which must be ready
+    /// ([`load`](crate::cuda::load), [`set_kernels`](crate::context::set_kernels)).
+    pub fn on_device(setup: EngineSetup, device: Device) -> Result<Self, BuildEngineError> {
+        Self::build(setup, Place::Device(device))
+    }
+
+    fn build(setup: EngineSetup, place: Place) -> Result<Self, BuildEngineError> {
+        check_setup(&setup)?;
         runtime::pin_threads();
-        let slot = SlotProgram::new(&setup.model, setup.slot_batch as usize);
+        let slot = SlotProgram::new(&setup.model, setup.slot_batch as usize, place);
         Ok(TorchEngine {
+            resident: None,
             state: CpuState::fresh(slot.layout.clone(), setup.seed),
             normalize: Normalize::new(&setup.mean, &setup.std),
             images: vec![0.0; slot.n_pixels()],
@@ -124,7 +139,8 @@ impl Engine for TorchEngine {
             weights: &batch.weights,
         };
         let param = self.state.section(Section::Param);
-        let (loss, grads) = guarded("compute a slot", || self.slot.run(param, &input))?;
+        let (slot, resident) = (&self.slot, &mut self.resident);
+        let (loss, grads) = guarded("compute a slot", || slot.run(param, resident, &input))?;
         for (block, grad) in grads {
             sink(SlotGrad { block, values: values(&grad) });
         }
@@ -132,6 +148,7 @@ impl Engine for TorchEngine {
     }
 
     fn apply(&mut self, mean: &[f32], update: &UpdateScalars) -> Result<(), EngineError> {
+        self.resident = None;
         self.state.apply(mean, update);
         Ok(())
     }
@@ -147,6 +164,7 @@ impl Engine for TorchEngine {
     }
 
     fn write(&mut self, section: Section, at: usize, values: &[f32]) -> Result<(), EngineError> {
+        self.resident = None;
         self.state.section_mut(section)[at..at + values.len()].copy_from_slice(values);
         Ok(())
     }
@@ -161,7 +179,7 @@ impl Engine for TorchEngine {
         }
         let micro = ModelConfig::preset("micro").expect("`micro` is a preset");
         let digest = guarded("compute the probe", || {
-            let small = SlotProgram::new(&micro, PROBE_BATCH).probe();
+            let small = SlotProgram::new(&micro, PROBE_BATCH, self.slot.place).probe();
             small.then(self.slot.probe())
         })?;
         self.probe = Some(digest.value);
@@ -169,7 +187,30 @@ impl Engine for TorchEngine {
     }
 
     fn describe(&self) -> String {
-        runtime::describe_cpu()
+        match self.slot.place {
+            Place::Host => runtime::describe_cpu(),
+            Place::Device(device) => {
+                format!("{device:?} (libtorch {}, f32)", runtime::library_version())
+            }
+        }
+    }
+}
+
+/// Where slots are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// On the CPU, from the host's memory.
+    Host,
+    /// On a device, from copies.
+    Device(Device),
+}
+
+impl Place {
+    fn device(self) -> Device {
+        match self {
+            Self::Host => Device::Cpu,
+            Self::Device(device) => device,
+        }
     }
 }
 
@@ -183,6 +224,7 @@ const PROBE_SEED: u64 = 0x1AC0_17A5;
 struct SlotProgram {
     model: ModelConfig,
     batch: usize,
+    place: Place,
     layout: Arc<Layout>,
     tables: PosTables,
     /// Tensors in the order in which the backward pass finishes them.
@@ -197,14 +239,15 @@ struct SlotInput<'a> {
 }
 
 impl SlotProgram {
-    fn new(model: &ModelConfig, batch: usize) -> Self {
+    fn new(model: &ModelConfig, batch: usize, place: Place) -> Self {
         let layout = Layout::new(model.params());
         SlotProgram {
             completion: completion_order(model, &layout),
-            tables: PosTables::new(model, Kind::Float),
+            tables: PosTables::new(model, Kind::Float).to_device(place.device()),
             layout,
             model: model.clone(),
             batch,
+            place,
         }
     }
 
@@ -242,24 +285,51 @@ impl SlotProgram {
         Ok(())
     }
 
-    /// Computes the loss and the gradient of every tensor, in completion order.
-    fn run(&self, param: &[f32], input: &SlotInput<'_>) -> (f32, Vec<(usize, Tensor)>) {
+    /// Computes the loss and the gradient of every tensor, in completion order, on the host.
+    ///
+    /// `resident` keeps the parameters on a device from slot to slot; where it is empty it gets
+    /// `param`, which must be what it holds otherwise.
+    fn run(
+        &self,
+        param: &[f32],
+        resident: &mut Option<Weights>,
+        input: &SlotInput<'_>,
+    ) -> (f32, Vec<(usize, Tensor)>) {
+        match self.place {
+            Place::Host => {
+                // SAFETY: `param` is borrowed until this function returns, and the graph is gone
+                // by then; gradients have storage of their own.
+                let weights = unsafe { Weights::view_of(&self.layout, param).trainable() };
+                self.differentiate(&weights, input)
+            }
+            Place::Device(device) => {
+                let copy = || Weights::copy_to(&self.layout, param, device).trainable();
+                self.differentiate(resident.get_or_insert_with(copy), input)
+            }
+        }
+    }
+
+    fn differentiate(
+        &self,
+        weights: &Weights,
+        input: &SlotInput<'_>,
+    ) -> (f32, Vec<(usize, Tensor)>) {
         runtime::pin_threads();
+        let device = self.place.device();
         let [height, width] = self.model.img_size.map(i64::from);
         let shape = [self.batch as i64, i64::from(self.model.channels), height, width];
-        // SAFETY: `param` and `input` are borrowed until this function returns, which drops the
-        // graph; gradients have storage of their own.
-        let (weights, images_bchw) = unsafe {
-            (Weights::view_of(&self.layout, param).trainable(), view(input.images, &shape))
-        };
+        // SAFETY: `input` is borrowed until this function returns, which drops the graph;
+        // gradients have storage of their own.
+        let images_bchw = unsafe { view(input.images, &shape) }.to_device(device);
         let (len_keep, n_patches) = mask_sizes(&self.model);
-        let masks = Masks::from_shuffle(input.ids_shuffle, n_patches, len_keep);
-        let mae = Mae::new(&self.model, &self.tables, &weights);
-        let loss = mae.loss(&images_bchw, &masks, &Tensor::from_slice(input.weights));
+        let masks = Masks::from_shuffle(input.ids_shuffle, n_patches, len_keep).to_device(device);
+        let mae = Mae::new(&self.model, &self.tables, weights);
+        let weights_b = Tensor::from_slice(input.weights).to_device(device);
+        let loss = mae.loss(&images_bchw, &masks, &weights_b);
         let leaves: Vec<&Tensor> =
             self.completion.iter().map(|&block| &weights.tensors()[block]).collect();
         let grads = Tensor::run_backward(&[&loss], &leaves, false, false);
-        let grads = grads.into_iter().map(|grad| grad.contiguous());
+        let grads = grads.into_iter().map(|grad| grad.contiguous().to_device(Device::Cpu));
         let loss = loss.double_value(&[]) as f32;
         (loss, self.completion.iter().copied().zip(grads).collect())
     }
@@ -282,7 +352,7 @@ impl SlotProgram {
         let ids_shuffle: Vec<u32> = (0..self.batch).flat_map(order).collect();
         let weights: Vec<f32> = vec![1.0; self.batch];
         let input = SlotInput { images: &images, ids_shuffle: &ids_shuffle, weights: &weights };
-        let (loss, grads) = self.run(&param, &input);
+        let (loss, grads) = self.run(&param, &mut None, &input);
         let digest = |sum: Crc64, grad: &(usize, Tensor)| sum.then(Crc64::of_f32(values(&grad.1)));
         grads.iter().fold(Crc64::of_f32(&[loss]), digest)
     }

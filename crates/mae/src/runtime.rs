@@ -18,6 +18,13 @@ pub const CPU_ENV: &[(&str, &str)] = &[
     ("MALLOC_TRIM_THRESHOLD_", "4294967296"),
 ];
 
+/// Environment of a CUDA trainer process, to be set before the process starts.
+///
+/// cuBLAS reads the first when it loads: its work space has a fixed size, so that it chooses the
+/// same algorithms each time. The host's own threads only prepare work for the device.
+pub const CUDA_ENV: &[(&str, &str)] =
+    &[("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1")];
+
 /// Returns the entries of [`CPU_ENV`] that decide bits and that this process was started without.
 pub fn missing_pins() -> Vec<(&'static str, &'static str)> {
     let decides_bits = |pin: &&(&str, &str)| !pin.0.starts_with("MALLOC_");

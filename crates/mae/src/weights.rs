@@ -41,6 +41,11 @@ impl Weights {
         Weights { layout: layout.clone(), tensors }
     }
 
+    /// Copies a flat buffer to `device`.
+    pub fn copy_to(layout: &Arc<Layout>, flat: &[f32], device: Device) -> Self {
+        Self::copy_of(layout, flat).to_device(device)
+    }
+
     /// Copies the tensors to `device`, or leaves them where they are already there.
     pub fn to_device(self, device: Device) -> Self {
         let tensors = self.tensors.iter().map(|tensor| tensor.to_device(device)).collect();

@@ -205,7 +205,7 @@ pub mod exit {
     pub const UNREACHABLE: u8 = 69;
     /// A bug in Lacuna.
     pub const INTERNAL: u8 = 70;
-    /// Reading data or a checkpoint, or writing one, failed.
+    /// Reading data or a checkpoint, or writing one, failed; or a device did.
     pub const IO: u8 = 74;
     /// Drained cleanly; start again to go on.
     pub const DRAINED: u8 = 75;
@@ -213,7 +213,7 @@ pub mod exit {
     pub const VERSION: u8 = 76;
     /// Not authorised.
     pub const UNAUTHORISED: u8 = 77;
-    /// This node is unfit: libtorch missing or wrong.
+    /// This node is unfit: libtorch, driver, device or NCCL missing, wrong or taken.
     pub const UNFIT: u8 = 78;
     /// Interrupted twice.
     pub const INTERRUPTED: u8 = 130;

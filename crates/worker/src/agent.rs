@@ -14,6 +14,7 @@ use anyhow::Context as _;
 use lacuna_api::client::connect;
 use lacuna_api::v1;
 use lacuna_api::v1::worker_service_client::WorkerServiceClient;
+use lacuna_cuda::Driver;
 use lacuna_types::{BuildId, exit};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
@@ -21,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{error, info, warn};
 
-use crate::args::{AgentArgs, parse_devices};
+use crate::args::{AgentArgs, DevicesError, parse_devices};
 use crate::engine::Backend;
 use crate::entry::CodedError;
 use crate::trainer::session::Signals;
@@ -41,7 +42,7 @@ const QUEUE: usize = 256;
 /// Runs an agent until its trainers have nothing more to do; returns the exit code.
 pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
     let usage = |message: String| CodedError { code: exit::USAGE, message };
-    let devices = parse_devices(&args.devices).map_err(usage)?;
+    let devices = devices(&args)?;
     if !args.bind_addr.ip().is_loopback() {
         let message = format!(
             "refusing to listen on {}: without tokens or TLS the collective is open to everybody \
@@ -59,6 +60,19 @@ pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
         .build()
         .context("start the agent's thread")?;
     Ok(runtime.block_on(Agent { args, node, devices, backend }.run()))
+}
+
+/// Lists the devices that the command line asks for.
+fn devices(args: &AgentArgs) -> Result<Vec<String>, CodedError> {
+    let cuda = args.transport.cuda_library.as_deref();
+    let n_cuda = || Driver::load(cuda).and_then(|driver| driver.n_devices());
+    parse_devices(&args.devices, n_cuda).map_err(|err| {
+        let code = match &err {
+            DevicesError::Bad(_) => exit::USAGE,
+            DevicesError::Cuda(_) => exit::UNFIT,
+        };
+        CodedError { code, message: err.to_string() }
+    })
 }
 
 fn host_name() -> String {
@@ -165,7 +179,7 @@ impl Agent {
             worker_id: format!("{}:{device}", self.node),
             device: device.to_string(),
             local_world: self.devices.len(),
-            env: self.backend.trainer_env(),
+            env: self.backend.trainer_env(device),
             reports,
             stopping,
             kills,
@@ -301,6 +315,7 @@ impl Supervisor {
             .args(["--local-world", &self.local_world.to_string()])
             .args(["--bind-addr", &self.args.bind_addr.to_string()])
             .args(["--give-up-seconds", &self.args.give_up_seconds.to_string()])
+            .args(self.args.transport.to_args())
             .envs(self.env.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::piped())
             .stderr(Stdio::piped())

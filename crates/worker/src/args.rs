@@ -1,9 +1,11 @@
 //! Command line of a worker binary.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Joins a coordinator and computes for whatever run needs workers.
 #[derive(Debug, Parser)]
@@ -37,7 +39,8 @@ pub struct AgentArgs {
     #[arg(long, short, env = "LACUNA_COORDINATOR", default_value = "http://127.0.0.1:7070")]
     pub coordinator: String,
 
-    /// Devices to use: `cpu`, or `cpu:N` for N trainers on the CPU.
+    /// Devices to use, each by a trainer of its own: `cpu`, or `cpu:N` for N trainers on the CPU;
+    /// `cuda` for all GPUs that CUDA_VISIBLE_DEVICES leaves, or `cuda:0,2` for some of them.
     #[arg(long, default_value = "cpu:1")]
     pub devices: String,
 
@@ -78,6 +81,54 @@ pub struct AgentArgs {
     /// End when standard input closes: for a parent that starts the agent with a pipe.
     #[arg(long, hide = true)]
     pub with_parent: bool,
+
+    /// How the trainers reach their peers.
+    #[command(flatten)]
+    pub transport: TransportArgs,
+}
+
+/// How a trainer's groups sum: the same for all workers of a run.
+#[derive(Args, Clone, Debug)]
+pub struct TransportArgs {
+    /// What carries sums between workers: `nccl` between CUDA devices and `tcp` otherwise, or one
+    /// of them always.
+    #[arg(long, env = "LACUNA_COLLECTIVE", value_enum, default_value_t = CollectiveKind::Auto)]
+    pub collective: CollectiveKind,
+
+    /// NCCL's library, where it is neither in the process nor where the loader looks.
+    #[arg(long, env = "LACUNA_NCCL_LIBRARY")]
+    pub nccl_library: Option<PathBuf>,
+
+    /// The CUDA driver's library, where it is not `libcuda.so.1`.
+    #[arg(long, env = "LACUNA_CUDA_LIBRARY", hide = true)]
+    pub cuda_library: Option<PathBuf>,
+}
+
+/// Kinds of collectives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CollectiveKind {
+    /// By the device.
+    Auto,
+    /// TCP between host memories.
+    Tcp,
+    /// NCCL between devices.
+    Nccl,
+}
+
+impl TransportArgs {
+    /// Returns the arguments that say the same to another process.
+    pub fn to_args(&self) -> Vec<OsString> {
+        let kind = self.collective.to_possible_value().expect("no kind is skipped");
+        let mut args: Vec<OsString> = vec!["--collective".into(), kind.get_name().into()];
+        for (name, path) in
+            [("--nccl-library", &self.nccl_library), ("--cuda-library", &self.cuda_library)]
+        {
+            if let Some(path) = path {
+                args.extend([name.into(), path.into()]);
+            }
+        }
+        args
+    }
 }
 
 impl AgentArgs {
@@ -125,6 +176,10 @@ pub struct TrainerArgs {
     /// Seconds without a coordinator after which to give up.
     #[arg(long)]
     pub give_up_seconds: u64,
+
+    /// How to reach peers.
+    #[command(flatten)]
+    pub transport: TransportArgs,
 }
 
 impl TrainerArgs {
@@ -137,31 +192,63 @@ impl TrainerArgs {
 /// Most trainers of one agent: more than any node has devices.
 pub const DEVICES_MAX: usize = 64;
 
-/// Parses `--devices`.
-pub fn parse_devices(text: &str) -> Result<Vec<String>, String> {
-    let bad =
-        || format!("`--devices {text}`: expected `cpu` or `cpu:N` with N from 1 to {DEVICES_MAX}");
-    let count = match text.split_once(':') {
-        None if text == "cpu" => 1,
-        Some(("cpu", n)) => n.parse::<usize>().map_err(|_| bad())?,
-        _ => return Err(bad()),
+/// Parses `--devices`; `n_cuda` counts the CUDA devices of this machine where that is asked for.
+pub fn parse_devices<E>(
+    text: &str,
+    n_cuda: impl FnOnce() -> Result<u32, E>,
+) -> Result<Vec<String>, DevicesError<E>> {
+    let bad = |what: &str| DevicesError::Bad(format!("`--devices {text}`: {what}"));
+    let (kind, numbers) = text.split_once(':').map_or((text, None), |(kind, n)| (kind, Some(n)));
+    let devices: Vec<u32> = match (kind, numbers) {
+        ("cpu", None) => vec![0],
+        ("cpu", Some(n)) => (0..n.parse().unwrap_or(0)).take(DEVICES_MAX + 1).collect(),
+        ("cuda", None) => (0..n_cuda().map_err(DevicesError::Cuda)?).collect(),
+        ("cuda", Some(list)) => {
+            let numbers: Result<Vec<u32>, _> = list.split(',').map(str::parse).collect();
+            numbers.map_err(|_| bad("after `cuda:` come numbers of devices, like 0,1"))?
+        }
+        _ => return Err(bad("expected `cpu`, `cpu:N`, `cuda` or `cuda:I,J`")),
     };
-    if !(1..=DEVICES_MAX).contains(&count) {
-        return Err(bad());
+    if !(1..=DEVICES_MAX).contains(&devices.len()) {
+        return Err(bad(&format!("expected 1 to {DEVICES_MAX} devices")));
     }
-    Ok((0..count).map(|i| format!("cpu{i}")).collect())
+    if let Some(twice) = devices.iter().enumerate().find(|(i, d)| devices[..*i].contains(d)) {
+        return Err(bad(&format!("device {} is named twice; one trainer uses one", twice.1)));
+    }
+    Ok(devices.into_iter().map(|number| format!("{kind}{number}")).collect())
+}
+
+/// Devices that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DevicesError<E> {
+    /// The text means nothing.
+    #[error("{0}")]
+    Bad(String),
+    /// The machine's devices cannot be counted.
+    #[error(transparent)]
+    Cuda(E),
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn parse(text: &str) -> Result<Vec<String>, String> {
+        parse_devices(text, || Ok::<u32, String>(3)).map_err(|err| err.to_string())
+    }
+
     #[test]
     fn devices() {
-        assert_eq!(parse_devices("cpu").unwrap(), ["cpu0"]);
-        assert_eq!(parse_devices("cpu:2").unwrap(), ["cpu0", "cpu1"]);
-        for bad in ["", "gpu", "cpu:0", "cpu:65", "cpu:x", "cuda:0"] {
-            assert!(parse_devices(bad).unwrap_err().contains("--devices"), "{bad}");
+        assert_eq!(parse("cpu").unwrap(), ["cpu0"]);
+        assert_eq!(parse("cpu:2").unwrap(), ["cpu0", "cpu1"]);
+        assert_eq!(parse("cuda").unwrap(), ["cuda0", "cuda1", "cuda2"]);
+        assert_eq!(parse("cuda:5,1").unwrap(), ["cuda5", "cuda1"]);
+        for bad in ["", "gpu", "cpu:0", "cpu:65", "cpu:x", "cuda:", "cuda:x", "cuda:1,", "tpu:0"] {
+            assert!(parse(bad).unwrap_err().contains("--devices"), "{bad}");
         }
+        let twice = "`--devices cuda:1,1`: device 1 is named twice; one trainer uses one";
+        assert_eq!(parse("cuda:1,1").unwrap_err(), twice);
+        let none = parse_devices("cuda", || Err("no NVIDIA driver"));
+        assert_eq!(none.unwrap_err().to_string(), "no NVIDIA driver");
     }
 }

@@ -116,8 +116,14 @@ pub trait Backend: Send + Sync + 'static {
     /// Describes the library for `--version`: `libtorch 2.11.0`.
     fn library(&self) -> String;
 
-    /// Returns the environment that trainer processes need from their start.
-    fn trainer_env(&self) -> Vec<(String, String)>;
+    /// Returns the environment that the trainer process of `device` needs from its start.
+    fn trainer_env(&self, device: &str) -> Vec<(String, String)>;
+
+    /// Opens what `device` needs, in a trainer process and before anything else does.
+    ///
+    /// # Errors
+    /// [`EngineError`]: this machine cannot compute on the device, and trying again cannot help.
+    fn prepare(&self, device: &str) -> Result<(), EngineError>;
 
     /// Builds an engine in a trainer process.
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError>;

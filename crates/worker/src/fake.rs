@@ -249,8 +249,16 @@ impl Backend for FakeBackend {
         "fake engine".to_string()
     }
 
-    fn trainer_env(&self) -> Vec<(String, String)> {
+    fn trainer_env(&self, _device: &str) -> Vec<(String, String)> {
         Vec::new()
+    }
+
+    fn prepare(&self, device: &str) -> Result<(), EngineError> {
+        if device.starts_with("cpu") {
+            return Ok(());
+        }
+        let context = format!("the fake engine has no device {device}");
+        Err(EngineError::Device { context, source: "it computes on CPUs only".into() })
     }
 
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {

@@ -18,3 +18,4 @@ pub mod engine;
 pub mod entry;
 pub mod fake;
 pub mod trainer;
+pub mod transport;

@@ -17,6 +17,9 @@ const fn row(name: &'static str, layer: u8, sideways: &'static [&'static str]) -
     Crate { name, layer, sideways, sideways_dev: &[] }
 }
 
+/// What takes a GPU's place in tests.
+const STAND_IN: &[&str] = &["lacuna-nccl-standin"];
+
 /// The layers: 0 words, 1 pure, 2 I/O, 3 libtorch, 4 tools. The same table as in ARCHITECTURE.md.
 const CRATES: &[Crate] = &[
     row("lacuna-types", 0, &[]),
@@ -26,8 +29,19 @@ const CRATES: &[Crate] = &[
     row("lacuna-api", 2, &[]),
     row("lacuna-data", 2, &[]),
     row("lacuna-checkpoint", 2, &[]),
-    row("lacuna-nccl", 2, &[]),
-    row("lacuna-collective", 2, &["lacuna-nccl"]),
+    Crate { name: "lacuna-cuda", layer: 2, sideways: &[], sideways_dev: STAND_IN },
+    Crate {
+        name: "lacuna-nccl",
+        layer: 2,
+        sideways: &[],
+        sideways_dev: &["lacuna-cuda", "lacuna-nccl-standin"],
+    },
+    Crate {
+        name: "lacuna-collective",
+        layer: 2,
+        sideways: &["lacuna-cuda", "lacuna-nccl"],
+        sideways_dev: STAND_IN,
+    },
     row("lacuna-telemetry", 2, &[]),
     row("lacuna-coordinator", 2, &["lacuna-api", "lacuna-checkpoint", "lacuna-telemetry"]),
     row(
@@ -37,8 +51,8 @@ const CRATES: &[Crate] = &[
             "lacuna-api",
             "lacuna-checkpoint",
             "lacuna-collective",
+            "lacuna-cuda",
             "lacuna-data",
-            "lacuna-nccl",
             "lacuna-telemetry",
         ],
     ),
@@ -55,7 +69,8 @@ const CRATES: &[Crate] = &[
     ),
     Crate { name: "lacuna-mae", layer: 3, sideways: &[], sideways_dev: &["lacuna-tests"] },
     row("lacuna-sim", 4, &[]),
-    row("lacuna-tests", 4, &["lacuna-sim"]),
+    row("lacuna-nccl-standin", 4, &[]),
+    row("lacuna-tests", 4, &["lacuna-sim", "lacuna-nccl-standin"]),
     row("xtask", 4, &[]),
 ];
 

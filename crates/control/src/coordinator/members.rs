@@ -266,7 +266,7 @@ impl Coordinator {
                 self.end(Ending::Failed { why, code: exit::FAILED });
                 return;
             }
-            FaultKind::Storage | FaultKind::Local => {
+            FaultKind::Storage | FaultKind::Local | FaultKind::Unfit => {
                 let told = match self.workers.get_mut(worker) {
                     Some(record) => record.unfit.replace(detail.to_string()).is_some(),
                     None => true,

@@ -75,7 +75,7 @@ fn alignment_of_the_parameters_does_not_change_bits() {
     for (preset, slot_batch) in [("micro", 4), ("demo", 8)] {
         let setup = setup(preset, slot_batch);
         let batch = batch(&setup, 0);
-        let program = SlotProgram::new(&setup.model, slot_batch as usize);
+        let program = SlotProgram::new(&setup.model, slot_batch as usize, Place::Host);
         let images: Vec<f32> = batch.pixels.iter().map(|&b| f32::from(b) / 64.0 - 2.0).collect();
         let input =
             SlotInput { images: &images, ids_shuffle: &batch.ids_shuffle, weights: &batch.weights };
@@ -84,7 +84,7 @@ fn alignment_of_the_parameters_does_not_change_bits() {
         let digest_at = |offset: usize| {
             let mut buffer: Vec<f32> = vec![0.0; param.len() + offset];
             buffer[offset..].copy_from_slice(param);
-            let (loss, grads) = program.run(&buffer[offset..], &input);
+            let (loss, grads) = program.run(&buffer[offset..], &mut None, &input);
             let start = Crc64::of_f32(&[loss]);
             grads.iter().fold(start, |sum, (_, grad)| sum.then(Crc64::of_f32(values(grad))))
         };
@@ -231,4 +231,36 @@ fn gradients_complete_from_the_end() {
         "patch_embed.proj.weight",
     ];
     assert!(want.map(place).is_sorted());
+}
+
+/// What a device does, with the CPU as the device: parameters are copies that follow the state.
+#[test]
+fn copies_of_the_parameters_follow_the_state() {
+    let setup = setup("micro", 2);
+    let mut host = TorchEngine::new(setup.clone()).unwrap();
+    let mut device = TorchEngine::on_device(setup.clone(), Device::Cpu).unwrap();
+    assert_eq!(host.probe().unwrap(), device.probe().unwrap());
+    let update = UpdateScalars {
+        lr: 1e-3,
+        t: 1,
+        adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.05 },
+        decay_tokens: true,
+    };
+    for step in 0..3 {
+        let batch = batch(&setup, step);
+        let [a, b] = [&mut host, &mut device].map(|engine| {
+            let grad = compute(engine, &batch);
+            assert!(compute(engine, &batch) == grad, "the slot again");
+            let mean: Vec<f32> = grad.1.iter().map(|bits| f32::from_bits(*bits)).collect();
+            engine
+                .apply(&mean, &UpdateScalars { t: u64::from(step) + 1, ..update.clone() })
+                .unwrap();
+            grad
+        });
+        assert!(a == b, "step {step}");
+    }
+    host.write(Section::Param, 3, &[0.5]).unwrap();
+    device.write(Section::Param, 3, &[0.5]).unwrap();
+    assert!(compute(&mut host, &batch(&setup, 9)) == compute(&mut device, &batch(&setup, 9)));
+    assert_eq!(device.describe(), format!("Cpu (libtorch {}, f32)", runtime::library_version()));
 }

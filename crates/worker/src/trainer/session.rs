@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use lacuna_api::{v1, wire};
 use lacuna_checkpoint::chain;
-use lacuna_collective::{AbortHandle, TrainerListener};
+use lacuna_collective::AbortHandle;
 use lacuna_control::message::{FaultKind, ToCoordinator};
 use lacuna_control::worker::{Command, Event, Patience, Report, Session};
 use lacuna_types::{Generation, Incarnation, Timestamp, WorkerId, exit};
@@ -21,6 +21,7 @@ use super::step_loop::StepLoop;
 use super::uplink::{HelloFacts, Net, QUEUE, Uplink};
 use crate::args::TrainerArgs;
 use crate::engine::Backend;
+use crate::transport::Peers;
 
 /// Longest time for the last message to arrive before the process ends.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_millis(500);
@@ -31,7 +32,7 @@ pub struct Driver {
     worker: WorkerId,
     incarnation: Incarnation,
     endpoint: String,
-    listener: Option<TrainerListener>,
+    peers: Option<Peers>,
     backend: Arc<dyn Backend>,
     machine: Session,
     started: Instant,
@@ -55,7 +56,7 @@ impl Driver {
         args: TrainerArgs,
         worker: WorkerId,
         incarnation: Incarnation,
-        listener: TrainerListener,
+        peers: Peers,
         backend: Arc<dyn Backend>,
     ) -> Self {
         let started = Instant::now();
@@ -68,8 +69,8 @@ impl Driver {
             ),
             worker,
             incarnation,
-            endpoint: listener.advertised().to_string(),
-            listener: Some(listener),
+            endpoint: peers.listener.advertised().to_string(),
+            peers: Some(peers),
             backend,
             started,
             shared: Arc::new(Shared::default()),
@@ -221,7 +222,7 @@ impl Driver {
             identity: (self.worker.clone(), self.incarnation),
             args: self.args.clone(),
             backend: self.backend.clone(),
-            listener: self.listener.take().expect("one loop a process"),
+            peers: self.peers.take().expect("one loop a process"),
             shared: self.shared.clone(),
             reports: self.reports.clone(),
         };
@@ -344,7 +345,7 @@ struct Start {
     identity: (WorkerId, Incarnation),
     args: TrainerArgs,
     backend: Arc<dyn Backend>,
-    listener: TrainerListener,
+    peers: Peers,
     shared: SharedHandle,
     reports: mpsc::Sender<Report>,
 }
@@ -371,7 +372,7 @@ impl Start {
             engine,
             loader,
             saver,
-            listener: self.listener,
+            peers: self.peers,
             shared: self.shared,
             reports: self.reports,
             counters: None,

@@ -10,9 +10,7 @@ use lacuna_checkpoint::layout::{Attempt, PartId};
 use lacuna_checkpoint::partition::Partition;
 use lacuna_checkpoint::state::{LeftoverSpec, Origin, StateView, plan_part};
 use lacuna_checkpoint::write::{BLOCK_BYTES, PartInfo};
-use lacuna_collective::{
-    AbortHandle, Collective, CollectiveError, Group, TcpCollective, TrainerListener,
-};
+use lacuna_collective::{AbortHandle, Collective, CollectiveError, Group};
 use lacuna_control::message::{FaultKind, Phase, StepMark};
 use lacuna_control::plan::{Origin as SyncOrigin, Plan, Sync};
 use lacuna_control::worker::Report;
@@ -31,6 +29,7 @@ use super::saver::{SaveJob, Saver};
 use super::shared::{Order, SharedHandle};
 use super::sync::{SyncError, synchronise};
 use crate::engine::{Engine, EngineError};
+use crate::transport::Peers;
 
 /// Longest wait for one slot of data: far above any healthy read, below anybody's patience.
 const DATA_DEADLINE: Duration = Duration::from_secs(120);
@@ -53,8 +52,8 @@ pub struct StepLoop {
     pub loader: Loader,
     /// Writes checkpoints.
     pub saver: Saver,
-    /// Where peers connect.
-    pub listener: TrainerListener,
+    /// How to meet peers.
+    pub peers: Peers,
     /// What the session sees.
     pub shared: SharedHandle,
     /// To the session.
@@ -69,7 +68,7 @@ pub struct StepLoop {
 struct Membership {
     plan: Arc<Plan>,
     rank: usize,
-    comm: TcpCollective,
+    comm: Box<dyn Collective>,
     abort: AbortHandle,
 }
 
@@ -91,7 +90,7 @@ enum StepError {
 impl StepError {
     fn kind(&self) -> FaultKind {
         match self {
-            StepError::Collective(_) => FaultKind::Communicator,
+            StepError::Collective(err) => communicator_fault(err),
             StepError::Engine(_) | StepError::Reduce(_) => FaultKind::Local,
             StepError::Data(_) => FaultKind::Storage,
             StepError::NonFinite { .. } => FaultKind::Run,
@@ -137,7 +136,11 @@ impl StepLoop {
         for order in orders {
             match order {
                 Order::Leave => {
-                    membership = None;
+                    if let Some(mut group) = membership.take()
+                        && let Err(err) = group.comm.leave()
+                    {
+                        self.fault(group.plan.generation, FaultKind::Local, &err);
+                    }
                     self.shared.clear_requests();
                     self.enter(Phase::Idle);
                     let state = self.counters.as_ref().map(|c| Step(c.step));
@@ -244,12 +247,11 @@ impl StepLoop {
             }
         };
         let deadline = Duration::from_secs(30) + Duration::from_millis(50) * plan.world() as u32;
-        let mut comm = match TcpCollective::connect(&self.listener, &group, abort.clone(), deadline)
-        {
+        let mut comm = match self.peers.connect(&group, abort.clone(), deadline) {
             Ok(comm) => comm,
             Err(CollectiveError::Aborted { .. }) => return None,
             Err(err) => {
-                self.fault(generation, FaultKind::Communicator, &err);
+                self.fault(generation, communicator_fault(&err), &err);
                 return None;
             }
         };
@@ -258,7 +260,7 @@ impl StepLoop {
         let kept =
             matches!(&sync.origin, SyncOrigin::Memory { healed, .. } if !healed.contains(&rank));
         let before = if kept { self.counters.clone() } else { self.counters.take() };
-        match synchronise(&self.job, self.engine.as_mut(), before, &mut comm, sync) {
+        match synchronise(&self.job, self.engine.as_mut(), before, comm.as_mut(), sync) {
             Ok(counters) => {
                 let step = Step(counters.step);
                 self.counters = Some(counters);
@@ -270,7 +272,7 @@ impl StepLoop {
             Err(err) => {
                 let kind = match &err {
                     SyncError::Collective(CollectiveError::Aborted { .. }) => return None,
-                    SyncError::Collective(_) => FaultKind::Communicator,
+                    SyncError::Collective(err) => communicator_fault(err),
                     SyncError::Checkpoint(_) | SyncError::OtherCheckpoint { .. } => {
                         FaultKind::Storage
                     }
@@ -534,6 +536,15 @@ impl StepLoop {
             block_bytes: BLOCK_BYTES,
         };
         Ok((digest, SaveJob { generation: group.plan.generation, attempt, info, snapshot }))
+    }
+}
+
+/// A communicator that failed can be formed again, unless this process has lost its device.
+fn communicator_fault(err: &CollectiveError) -> FaultKind {
+    match err {
+        CollectiveError::SharedDevice { .. } => FaultKind::Unfit,
+        err if err.ends_process() => FaultKind::Local,
+        _ => FaultKind::Communicator,
     }
 }
 

@@ -1,0 +1,224 @@
+//! The conformance suite over the stand-in library, and faults that only NCCL has.
+
+use std::net::SocketAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lacuna_nccl::NcclError;
+use lacuna_nccl_standin::inject;
+use lacuna_types::Generation;
+
+use super::{NcclCollective, NcclSetup};
+use crate::conformance::{self, Members, on_each, wait_until};
+use crate::{AbortHandle, Collective, CollectiveError, Exposure, Group, TrainerListener};
+
+const PATIENT: Duration = Duration::from_secs(60);
+const BRIEF: Duration = Duration::from_millis(300);
+/// How long an abort may take here.
+const PROMPT: Duration = Duration::from_secs(2);
+
+fn setup(rank: usize) -> NcclSetup {
+    let path = lacuna_nccl_standin::path();
+    NcclSetup::open(rank as u32, Some(&path), Some(&path)).expect("the stand-in loads")
+}
+
+fn bind(n: usize) -> Vec<TrainerListener> {
+    let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
+    (0..n).map(|_| TrainerListener::bind(any_port, None, Exposure::Loopback).unwrap()).collect()
+}
+
+/// Connects all ranks of a new generation; `faults` gives each its faults.
+fn connect_all(
+    listeners: &[TrainerListener],
+    generation: u64,
+    deadline: Duration,
+    faults: impl Fn(usize) -> &'static str,
+) -> Vec<Result<NcclCollective, CollectiveError>> {
+    let group = Group {
+        run: "vit-tiny".parse().unwrap(),
+        generation: Generation(generation),
+        rank: 0,
+        members: listeners.iter().map(TrainerListener::advertised).collect(),
+        key: [42; 32],
+    };
+    thread::scope(|scope| {
+        let start = |(rank, listener)| {
+            let (group, faults) = (Group { rank, ..group.clone() }, faults(rank));
+            scope.spawn(move || {
+                inject(faults);
+                let abort = AbortHandle::new();
+                NcclCollective::connect(listener, &group, &setup(rank), abort, deadline)
+            })
+        };
+        let threads: Vec<_> = listeners.iter().enumerate().map(start).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+fn group_with(world: usize, faults: impl Fn(usize) -> &'static str) -> Members {
+    let members = connect_all(&bind(world), 1, PATIENT, faults);
+    members.into_iter().map(|member| Box::new(member.unwrap()) as Box<dyn Collective>).collect()
+}
+
+fn group(world: usize) -> Members {
+    group_with(world, |_| "")
+}
+
+#[test]
+fn it_conforms() {
+    conformance::run(group, &[1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+#[test]
+fn the_survivors_form_the_next_generation_over_the_same_listeners() {
+    let listeners = bind(3);
+    let mut members = connect_all(&listeners, 1, PATIENT, |_| "");
+    drop(members.pop());
+    for member in &mut members {
+        let member = member.as_mut().unwrap();
+        member.barrier(PATIENT).expect_err("rank 2 left");
+        member.leave().expect("NCCL lets go");
+    }
+    let mut members: Members = connect_all(&listeners[..2], 2, PATIENT, |_| "")
+        .into_iter()
+        .map(|member| Box::new(member.unwrap()) as Box<dyn Collective>)
+        .collect();
+    on_each(&mut members, |member| {
+        let mut buffer = [member.rank() as i64 + 1; 3];
+        member.all_reduce_i64(&mut buffer, PATIENT).unwrap();
+        assert_eq!(buffer, [3; 3]);
+    });
+}
+
+#[test]
+fn a_rank_whose_nccl_does_not_get_ready_fails_and_so_do_the_others() {
+    let members = connect_all(&bind(2), 1, BRIEF, |rank| if rank == 1 { "init-hangs" } else { "" });
+    for (rank, member) in members.into_iter().enumerate() {
+        let error = member.expect_err("rank 1 hangs");
+        assert!(
+            matches!(
+                &error,
+                CollectiveError::Nccl { op_seq: 0, source: NcclError::Timeout { .. } }
+            ) || error.suspects() == [1 - rank],
+            "{error:?}"
+        );
+    }
+}
+
+#[test]
+fn a_rank_that_cannot_start_is_named_by_the_others() {
+    let members =
+        connect_all(&bind(3), 1, PATIENT, |rank| if rank == 1 { "init-error=2" } else { "" });
+    for (rank, member) in members.into_iter().enumerate() {
+        let error = member.expect_err("rank 1 fails");
+        if rank == 1 {
+            assert!(matches!(error, CollectiveError::Nccl { op_seq: 0, .. }), "{error:?}");
+        } else {
+            assert_eq!(error.suspects(), [1], "rank {rank}: {error:?}");
+        }
+    }
+}
+
+#[test]
+fn the_higher_rank_of_two_on_one_device_is_refused() {
+    let listeners = bind(2);
+    let group = Group {
+        run: "vit-tiny".parse().unwrap(),
+        generation: Generation(1),
+        rank: 0,
+        members: listeners.iter().map(TrainerListener::advertised).collect(),
+        key: [42; 32],
+    };
+    let connect = |rank: usize| {
+        let (group, abort) = (Group { rank, ..group.clone() }, AbortHandle::new());
+        let connected =
+            NcclCollective::connect(&listeners[rank], &group, &setup(5), abort, PATIENT);
+        connected.expect_err("they share a device")
+    };
+    let (first, second) = thread::scope(|scope| {
+        let second = scope.spawn(|| connect(1));
+        (connect(0), second.join().unwrap())
+    });
+    assert_eq!(first.suspects(), [1], "{first:?}");
+    let text = second.to_string();
+    assert!(text.starts_with("device 0000:05:00.0 of host "), "{text}");
+    assert!(text.ends_with(" is used by rank 0 already"), "{text}");
+}
+
+#[test]
+fn an_operation_that_hangs_on_a_device_times_out_and_is_abortable() {
+    let mut members = group_with(2, |rank| if rank == 1 { "op-hangs@1" } else { "" });
+    let started = Instant::now();
+    let errors = on_each(&mut members, |member| {
+        member.all_reduce_i64(&mut [1; 1000], BRIEF).expect_err("rank 1's device hangs")
+    });
+    assert!(started.elapsed() < BRIEF + PROMPT);
+    for error in errors {
+        // All have entered: nobody is to be named.
+        assert!(matches!(error, CollectiveError::Timeout { op_seq: 1, .. }), "{error:?}");
+        assert!(error.suspects().is_empty());
+    }
+    members.iter_mut().for_each(|member| member.leave().expect("NCCL lets go"));
+}
+
+#[test]
+fn a_call_that_does_not_return_is_ended_by_an_abort() {
+    let mut members = group_with(1, |_| "op-blocks@1");
+    let member = &mut members[0];
+    let (abort, ledger) = (member.abort_handle(), member.ledger());
+    let error = thread::scope(|scope| {
+        scope.spawn(move || {
+            wait_until("the call is made", || ledger.read().in_progress);
+            abort.abort("generation revoked");
+        });
+        member.all_reduce_i64(&mut [1], PATIENT).expect_err("aborted")
+    });
+    assert_eq!(error.to_string(), "collective aborted: generation revoked");
+    member.leave().expect("NCCL lets go");
+}
+
+#[test]
+fn a_failure_in_the_background_carries_nccls_words_and_names_nobody() {
+    let mut members = group_with(2, |rank| if rank == 0 { "op-fails@2=3" } else { "" });
+    let errors = on_each(&mut members, |member| {
+        member.all_reduce_i64(&mut [1; 8], PATIENT).expect("the first operation is well");
+        let failed = member.all_reduce_i64(&mut [1; 8], BRIEF);
+        (member.rank() == 0).then(|| failed.expect_err("injected"))
+    });
+    let error = errors[0].as_ref().expect("rank 0 failed");
+    let CollectiveError::Nccl { op_seq: 2, source } = error else { panic!("{error:?}") };
+    assert!(source.to_string().ends_with("injected: operation 2 fails"), "{source}");
+    assert!(!error.ends_process(), "another communicator may work");
+}
+
+#[test]
+fn a_call_that_fails_carries_nccls_words() {
+    let mut members = group_with(1, |_| "op-error@1=1");
+    let error = members[0].all_reduce_f32(&mut [1.0], PATIENT).expect_err("injected");
+    assert!(error.ends_process(), "CUDA failed inside NCCL: {error:?}");
+}
+
+#[test]
+fn an_abort_that_hangs_costs_the_process() {
+    let mut members = group_with(1, |_| "abort-hangs");
+    members[0].all_reduce_i64(&mut [1], PATIENT).unwrap();
+    let error = members[0].leave().expect_err("it hangs");
+    assert!(error.ends_process() && matches!(error, CollectiveError::Stuck { .. }), "{error:?}");
+    let later = members[0].barrier(PATIENT).expect_err("it is left");
+    assert!(matches!(later, CollectiveError::Stuck { .. }), "{later:?}");
+}
+
+#[test]
+fn setups_say_what_is_missing() {
+    use std::path::Path;
+    let path = lacuna_nccl_standin::path();
+    let nowhere = Path::new("/nowhere.so");
+    let no_driver = NcclSetup::open(0, Some(&path), Some(nowhere)).expect_err("no driver");
+    assert_eq!(no_driver.to_string(), "device cuda0 cannot be used");
+    let no_device = NcclSetup::open(99, Some(&path), Some(&path)).expect_err("no device 99");
+    assert_eq!(no_device.to_string(), "device cuda99 cannot be used");
+    let no_nccl = NcclSetup::open(0, Some(nowhere), Some(&path)).expect_err("no NCCL");
+    assert_eq!(no_nccl.to_string(), "NCCL cannot be used");
+    let there = NcclSetup::open(1, Some(&path), Some(&path)).unwrap().describe();
+    assert_eq!(there, format!("NCCL 2.28.9 (`{}`), cuda1", path.display()));
+}

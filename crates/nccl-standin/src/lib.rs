@@ -1,0 +1,84 @@
+//! NCCL and the CUDA driver without a GPU: their symbols over host memory and sockets.
+//!
+//! Tests load the shared library that this crate builds ([`path`]) in place of `libnccl.so.2` and
+//! of `libcuda.so.1`, so the code that runs is the code that runs on a GPU: streams pass work in
+//! order on threads of their own, communicators form in the background, calls say "in progress",
+//! peers die, hang and come late, and an aborted operation looks like a finished one and leaves
+//! garbage, as the real library does (measured with NCCL 2.28.9; `docs/benchmarks/gpu.md`).
+//!
+//! It is stricter than the original where that finds mistakes: a communicator used after it was
+//! freed ends the process with a message.
+//!
+//! What it deliberately does not do: be fast, know kernels, or promise anything about the real
+//! library beyond what was measured.
+//!
+//! # Faults
+//! [`inject`] gives faults to the communicator that this thread makes next; the environment
+//! variable `LACUNA_STANDIN_FAULTS` gives them to every communicator of a process. A
+//! comma-separated list of
+//!
+//! | fault | effect |
+//! |---|---|
+//! | `init-error=CODE` | making a communicator fails at once |
+//! | `init-fails=CODE` | it fails in the background |
+//! | `init-hangs` | it never becomes ready |
+//! | `op-error@N=CODE` | the call of operation N (from 1) fails |
+//! | `op-blocks@N` | the call of operation N does not return before an abort |
+//! | `op-hangs@N` | operation N never completes on its stream |
+//! | `op-fails@N=CODE` | operation N fails in the background |
+//! | `device-lost@N` | the device reports an illegal address from operation N on, for good |
+//! | `abort-hangs` | `ncclCommAbort` does not return |
+//! | `abort-error=CODE` | `ncclCommAbort` returns an error |
+//! | `once` | the list holds for the first communicator of the process only |
+//!
+//! Other variables: `LACUNA_STANDIN_DEVICES` (number, 64), `LACUNA_STANDIN_MEMORY` (bytes of each
+//! device, 4 GiB), `LACUNA_STANDIN_NCCL` (version code, 22809) and `NCCL_HOSTID`: two ranks on one
+//! device of one host are refused, as NCCL does.
+
+mod cuda;
+mod faults;
+mod nccl;
+mod net;
+mod run;
+mod stream;
+
+use std::ffi::{CString, c_char};
+use std::path::PathBuf;
+
+const FILE: &str = "liblacuna_nccl_standin.so";
+
+/// Returns the shared library, which Cargo puts beside the tests of every crate that depends on
+/// this one.
+///
+/// # Panics
+/// If it is not there.
+pub fn path() -> PathBuf {
+    let program = std::env::current_exe().expect("a program knows its file");
+    let folder = program.parent().expect("a file lies in a folder");
+    let places = [folder.join(FILE), folder.join("deps").join(FILE)];
+    let found = places.iter().find(|place| place.is_file());
+    found.unwrap_or_else(|| panic!("no {FILE} in {}", folder.display())).clone()
+}
+
+/// Gives faults to the communicator that this thread makes next with the library at [`path`].
+///
+/// # Panics
+/// If the list cannot be read.
+pub fn inject(list: &str) {
+    let list = CString::new(list).expect("a list holds no zero byte");
+    // SAFETY: the library is this crate's own; the symbol has the named type.
+    let accepted = unsafe {
+        let library = libloading::Library::new(path()).expect("the library loads");
+        let inject = library
+            .get::<unsafe extern "C" fn(*const c_char) -> bool>("lacuna_standin_inject")
+            .expect("the library is this crate's");
+        let accepted = inject(list.as_ptr());
+        // Its threads outlive this call.
+        std::mem::forget(library);
+        accepted
+    };
+    assert!(accepted, "{list:?} is no list of faults");
+}
+
+#[cfg(test)]
+mod tests;

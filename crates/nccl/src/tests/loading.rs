@@ -1,0 +1,74 @@
+//! What is said where NCCL is missing, old, or lacks something.
+
+use std::path::Path;
+
+use super::{library, on_each};
+use crate::{
+    Capabilities, CommConfig, Communicator, Library, LoadError, NcclError, Origin, Version,
+};
+
+#[test]
+fn versions_are_read_from_their_codes() {
+    assert_eq!(Version::from_code(22809).to_string(), "2.28.9");
+    assert_eq!(Version::from_code(2708).to_string(), "2.7.8");
+    assert!(Version::from_code(23007) > Version::from_code(22809));
+}
+
+#[test]
+fn the_library_says_what_it_is_and_can() {
+    let library = library();
+    assert_eq!(library.version().to_string(), "2.28.9");
+    assert_eq!(*library.origin(), Origin::File(lacuna_nccl_standin::path()));
+    let expected = Capabilities { shrink: false, revoke: true, grow: false };
+    assert_eq!(library.capabilities(), expected);
+}
+
+#[test]
+fn a_missing_library_is_looked_for_everywhere() {
+    let error = match Library::find(Some(Path::new("/nowhere/libnccl.so"))) {
+        Ok(library) => return println!("skipped: this machine has {library:?}"),
+        Err(error) => error,
+    };
+    let text = error.to_string();
+    assert!(matches!(error, LoadError::Missing { .. }), "{error:?}");
+    for place in ["not in this process", "libnccl.so.2", "/nowhere/libnccl.so"] {
+        assert!(text.contains(place), "{text}");
+    }
+}
+
+#[test]
+fn a_library_that_is_found_by_its_path_comes_last() {
+    let library = Library::find(Some(&lacuna_nccl_standin::path())).expect("it is there");
+    if *library.origin() != Origin::File(lacuna_nccl_standin::path()) {
+        println!("skipped: this machine has {library:?}");
+    }
+}
+
+#[test]
+fn another_library_is_no_nccl() {
+    let error = Library::open(Path::new("libc.so.6")).expect_err("the C library is no NCCL");
+    let expected = "the NCCL in `libc.so.6` has no `ncclGetVersion`: version 2.18.0 or newer is \
+                    needed";
+    assert_eq!(error.to_string(), expected);
+}
+
+#[test]
+fn what_the_library_lacks_is_an_error_with_its_version() {
+    on_each(1, |library, id, rank| {
+        let me = super::Rank::start(library, id, 1, rank).unwrap().ready().unwrap();
+        let error = me.comm.shrink(&[], &CommConfig::default(), true).expect_err("not there");
+        assert_eq!(error.to_string(), "NCCL 2.28.9 has no `ncclCommShrink`");
+        me.comm.revoke().expect("it is there");
+    });
+}
+
+#[test]
+fn no_device_is_an_error_and_not_a_crash() {
+    let library = library();
+    let id = library.unique_id().unwrap();
+    // No context is current on this thread.
+    let started = Communicator::start(&library, &id, 1, 0, &CommConfig::default());
+    let error = started.expect_err("no device is current");
+    assert!(matches!(error, NcclError::Call { call: "ncclCommInitRankConfig", .. }), "{error:?}");
+    assert_eq!(error.to_string(), "`ncclCommInitRankConfig` failed: unhandled cuda error");
+}
