@@ -31,7 +31,7 @@ rust_lane() {
     cargo build "${crates[@]}" --bins || return
     # One thread: the bits of libtorch's results depend on the number of threads, and OpenMP's
     # spinning starves a machine that runs several workers.
-    OMP_NUM_THREADS=1 cargo test "${crates[@]}"
+    OMP_NUM_THREADS=1 cargo test "${crates[@]}" --no-fail-fast
 }
 
 lane scripts python3 -m unittest discover --start-directory scripts --pattern '*_test.py'

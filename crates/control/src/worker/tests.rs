@@ -182,6 +182,17 @@ fn a_broken_device_ends_the_process_after_saying_so() {
     let fault = Report::Fault { generation, kind, suspects: vec![], detail };
     let out = feed(&mut session, Event::Report(fault));
     let said = out.iter().position(|c| matches!(c, Command::Send(ToCoordinator::Fault { .. })));
-    let left = out.iter().position(|c| matches!(c, Command::Exit { code: exit::FAILED, .. }));
+    let left = out.iter().position(|c| matches!(c, Command::Exit { code: exit::IO, .. }));
     assert!(said.is_some() && said < left, "{out:?}");
+}
+
+#[test]
+fn a_worker_that_was_started_wrongly_is_not_started_again() {
+    let mut session = training();
+    let (generation, kind) = (Generation(1), FaultKind::Unfit);
+    let detail = "the device is taken".to_string();
+    let fault = Report::Fault { generation, kind, suspects: vec![], detail };
+    let out = feed(&mut session, Event::Report(fault));
+    let unfit = |c: &Command| matches!(c, Command::Exit { code: exit::UNFIT, .. });
+    assert!(out.last().is_some_and(unfit), "{out:?}");
 }
