@@ -37,8 +37,8 @@ STAMP = "stamp.json"
 
 # Enough for the wheels, for what is unpacked of them, and for the release build.
 GB = 10**9
-WHEEL_BYTES = {"cpu": GB * 6 // 10, "cuda": GB * 26 // 10}
-UNPACKED_BYTES = {"cpu": GB * 6 // 10, "cuda": GB * 46 // 10}
+WHEEL_BYTES = {"cpu": GB * 7 // 10, "cuda": GB * 26 // 10}
+UNPACKED_BYTES = {"cpu": GB * 8 // 10, "cuda": GB * 46 // 10}
 BUILD_BYTES = 2 * GB
 
 DOWNLOAD_TRIES = 3

@@ -52,6 +52,40 @@ fn sums_over_nccl_have_the_bits_of_tcp_in_every_world() {
     assert!(log(&fixture, "a").contains("NCCL 2.28.9"), "it was NCCL: {}", log(&fixture, "a"));
 }
 
+/// State, sums and updates on the device: the numbers of the host, and all of them in one group.
+#[test]
+fn a_state_on_a_device_has_the_bits_of_the_host() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, 300);
+    let mut cluster = Cluster::start(&fixture);
+    let spec = fixture.spec("on-device", 300, &[("elastic.workers", "\"1:3\"")]);
+    let run = cluster.submit(&spec);
+    let there = [("LACUNA_FAKE_DEVICE", "1")];
+    add(&mut cluster, "a", 2, &there);
+    // One keeps its state on the host, and sums over NCCL with the others.
+    add(&mut cluster, "b", 1, &[]);
+    cluster.wait(&run, "three train", |seen| seen.run.workers.len() == 3 && seen.step() >= 10);
+    lacuna_tests::send_signal(cluster.pid("a:cpu1"), Signal::KILL);
+    let healed = |seen: &Seen| {
+        let formed = seen.events.iter().rfind(|event| event.kind == "formed");
+        seen.count("lost") == 1 && formed.is_some_and(|event| event.text.contains("3 workers"))
+    };
+    cluster.wait(&run, "the killed one is back", healed);
+    finished_with(&cluster.wait_end(&run), want);
+}
+
+/// Devices in a group of hosts: sums make the way over the host.
+#[test]
+fn a_state_on_a_device_is_summed_over_tcp_too() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, STEPS);
+    let mut cluster = Cluster::start(&fixture);
+    let run = submit(&cluster, &fixture, "over-tcp", "2:2");
+    add(&mut cluster, "a", 1, &[("LACUNA_FAKE_DEVICE", "1"), ("LACUNA_COLLECTIVE", "tcp")]);
+    add(&mut cluster, "b", 1, &[("LACUNA_COLLECTIVE", "tcp")]);
+    finished_with(&cluster.wait_end(&run), want);
+}
+
 #[test]
 fn a_killed_worker_changes_no_bit_and_comes_back() {
     let fixture = fixture();

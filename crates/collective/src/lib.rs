@@ -38,7 +38,7 @@ pub use form::Group;
 pub use listener::{Exposure, TrainerListener};
 pub use nccl::{NcclCollective, NcclSetup, SetupError};
 pub use tcp::TcpCollective;
-pub use traits::{Collective, OpLedger, OpProgress};
+pub use traits::{Collective, DeviceCollective, OpLedger, OpProgress};
 
 /// Largest group. A full mesh has `n·(n-1)/2` connections and every rank holds `n - 1` of them
 /// plus as many receive slots; beyond this, hierarchical sums are the better design.

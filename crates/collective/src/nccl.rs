@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lacuna_cuda::{DeviceBuffer, Stream};
 use lacuna_nccl::{
     Aborter, CommConfig, Communicator, DataType, NcclError, Progress, ReduceOp, ResultCode,
     UniqueId,
@@ -35,7 +36,7 @@ pub use setup::{NcclSetup, SetupError};
 use staging::Staging;
 
 use crate::exchange::DEPARTED_GRACE;
-use crate::traits::{Collective, OpLedger};
+use crate::traits::{Collective, DeviceCollective, OpLedger};
 use crate::{AbortHandle, CollectiveError, Group, OpKind, TcpCollective, TrainerListener};
 
 /// How long an abort may take: NCCL 2.28 takes half a second where nothing is wrong.
@@ -165,6 +166,47 @@ impl NcclCollective {
         match &self.staging {
             Some(staging) if !self.aborter.is_aborted() => staging.take(piece),
             _ => return Err(self.blame(NcclError::Aborted)),
+        }
+        Ok(())
+    }
+
+    /// Sums a buffer where it is.
+    fn sum_there(
+        &mut self,
+        buffer: &mut DeviceBuffer,
+        count: usize,
+        after: &Stream,
+        end: Instant,
+    ) -> Result<(), CollectiveError> {
+        let op_seq: u64 = self.mesh.op_seq();
+        let device = |source| CollectiveError::Device { op_seq, source };
+        let Some(staging) = &self.staging else {
+            return Err(CollectiveError::Stuck { source: NcclError::Aborted });
+        };
+        staging.follow(after).map_err(device)?;
+        let stream = staging.raw_stream();
+        // In the pieces of the host's entry: ranks of either kind may be in one group.
+        const PIECE: usize = Staging::BYTES / size_of::<i64>();
+        for first in (0..count).step_by(PIECE) {
+            let (n, at) = (PIECE.min(count - first), buffer.as_ptr().wrapping_byte_add(first * 8));
+            // SAFETY: the buffer is borrowed until the sum is there; after a fault until the abort
+            // has returned, or the error says that it must not be freed.
+            let launched =
+                unsafe { self.comm.all_reduce(at, at, n, DataType::I64, ReduceOp::Sum, stream) };
+            if let Err(error) = launched {
+                return Err(self.blame(error));
+            }
+            self.wait(end, |this| Ok(this.comm.poll() == Ok(Progress::Done)))?;
+        }
+        if let Some(staging) = &self.staging {
+            staging.mark().map_err(device)?;
+        }
+        let is_done = |this: &Self| this.staging.as_ref().map_or(Ok(true), Staging::is_done);
+        self.wait(end, |this| is_done(this).map_err(device))?;
+        // An aborted sum looks like a finished one.
+        self.abort.check()?;
+        if self.aborter.is_aborted() {
+            return Err(self.blame(NcclError::Aborted));
         }
         Ok(())
     }
@@ -367,6 +409,10 @@ impl Collective for NcclCollective {
         done.map_err(|fault| self.give_up(fault))
     }
 
+    fn on_device(&mut self) -> Option<&mut dyn DeviceCollective> {
+        Some(self)
+    }
+
     fn leave(&mut self) -> Result<(), CollectiveError> {
         match self.aborter.abort(ABORT_LIMIT) {
             Err(source @ (NcclError::AbortHangs { .. } | NcclError::Thread { .. })) => {
@@ -389,6 +435,28 @@ impl Collective for NcclCollective {
 
     fn ledger(&self) -> OpLedger {
         self.mesh.ledger()
+    }
+}
+
+impl DeviceCollective for NcclCollective {
+    fn all_reduce_i64_there(
+        &mut self,
+        buffer: &mut DeviceBuffer,
+        count: usize,
+        after: &Stream,
+        deadline: Duration,
+    ) -> Result<(), CollectiveError> {
+        let (end, n_bytes) = (Instant::now() + deadline, count * size_of::<i64>());
+        assert!(n_bytes <= buffer.n_bytes(), "{count} i64 in {} bytes", buffer.n_bytes());
+        let agreed = self.mesh.agree(OpKind::AllReduceI64, 0, n_bytes as u64, end);
+        agreed.map_err(|fault| self.give_up(fault))?;
+        if let Err(fault) = self.sum_there(buffer, count, after, end) {
+            let fault = self.give_up(fault);
+            // The device must let go before the caller may use its buffer again.
+            return Err(self.leave().err().unwrap_or(fault));
+        }
+        self.mesh.complete();
+        Ok(())
     }
 }
 

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use lacuna_cuda::{DeviceBuffer, Stream};
+
 use crate::{AbortHandle, CollectiveError};
 
 /// The members of one generation, as one of them sees it.
@@ -80,6 +82,11 @@ pub trait Collective: Send {
         self.all_reduce_i64(&mut [0], deadline)
     }
 
+    /// Returns the entry for buffers on this rank's device, where the group is one of devices.
+    fn on_device(&mut self) -> Option<&mut dyn DeviceCollective> {
+        None
+    }
+
     /// Leaves the group: frees what the communicator holds, which is dead afterwards.
     ///
     /// Dropping does the same and cannot say whether it went well.
@@ -93,6 +100,28 @@ pub trait Collective: Send {
 
     /// Returns the ledger that says from any thread which operation this rank is in.
     fn ledger(&self) -> OpLedger;
+}
+
+/// Operations on memory of a device.
+///
+/// They count and fail like those of [`Collective`]. After a failure the device has let go of the
+/// buffer, unless the error is [`CollectiveError::Stuck`]: then it must not be freed.
+pub trait DeviceCollective {
+    /// Replaces the first `count` i64 of `buffer` by their sums over all ranks, once `after` has
+    /// passed what it holds by now. Returns when the sums are there.
+    ///
+    /// # Errors
+    /// See [`CollectiveError`]; the communicator is dead afterwards.
+    ///
+    /// # Panics
+    /// If the buffer is smaller or lies on another device.
+    fn all_reduce_i64_there(
+        &mut self,
+        buffer: &mut DeviceBuffer,
+        count: usize,
+        after: &Stream,
+        deadline: Duration,
+    ) -> Result<(), CollectiveError>;
 }
 
 /// Number of the operation a rank is in, readable while the owner thread is blocked in it.

@@ -1,6 +1,6 @@
 //! Functions of `libcuda`, looked up by name.
 
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uchar, c_uint, c_void};
 
 use libloading::Library;
 
@@ -65,6 +65,14 @@ functions! {
     host_free: "cuMemFreeHost" (*mut c_void);
     copy_to_device: "cuMemcpyHtoDAsync_v2" (DevicePtr, *const c_void, usize, Handle);
     copy_to_host: "cuMemcpyDtoHAsync_v2" (*mut c_void, DevicePtr, usize, Handle);
+    fill: "cuMemsetD8Async" (DevicePtr, c_uchar, usize, Handle);
+    module_load: "cuModuleLoadData" (*mut Handle, *const c_void);
+    module_unload: "cuModuleUnload" (Handle);
+    module_function: "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
+    launch: "cuLaunchKernel" (
+        Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle,
+        *mut *mut c_void, *mut *mut c_void
+    );
     error_name: "cuGetErrorName" (c_int, *mut *const c_char);
     error_text: "cuGetErrorString" (c_int, *mut *const c_char);
 }

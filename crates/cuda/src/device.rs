@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::api::{Api, Handle};
-use crate::{CudaError, Driver};
+use crate::{CudaError, DeviceInfo, Driver};
 
 /// Longer than any bus id.
 const BUS_ID_BYTES: usize = 32;
@@ -52,6 +52,14 @@ impl Device {
     /// Returns its number among the devices that this process sees, from 0.
     pub fn ordinal(&self) -> u32 {
         self.shared.ordinal.unsigned_abs()
+    }
+
+    /// Describes it.
+    ///
+    /// # Errors
+    /// [`CudaError::Call`].
+    pub fn info(&self) -> Result<DeviceInfo, CudaError> {
+        self.shared.driver.info(self.shared.ordinal)
     }
 
     /// Returns its place on this machine's bus, `0000:3b:00.0`: the same whatever number a process

@@ -136,7 +136,7 @@ impl Driver {
         (0..self.n_devices()?).map(|ordinal| self.info(ordinal as c_int)).collect()
     }
 
-    fn info(&self, ordinal: c_int) -> Result<DeviceInfo, CudaError> {
+    pub(crate) fn info(&self, ordinal: c_int) -> Result<DeviceInfo, CudaError> {
         let api: &Api = self.api();
         let mut device: c_int = 0;
         // SAFETY: the first argument points to a live int.

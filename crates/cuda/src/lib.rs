@@ -1,4 +1,4 @@
-//! The CUDA driver, opened at run time: devices, streams, events and memory.
+//! The CUDA driver, opened at run time: devices, streams, events, memory and kernels.
 //!
 //! Nothing of CUDA is needed to build this crate, and a program that uses it starts on machines
 //! without a driver: [`Driver::load`] says what is missing. The functions are those of `libcuda`,
@@ -19,6 +19,9 @@
 //! All types may be sent and shared. A context is current per thread; every method makes the
 //! device's context current on the thread that calls it.
 //!
+//! Kernels are compiled at run time by NVRTC ([`Compiler`]), which is found the same way: neither a
+//! build nor a test needs CUDA's own compiler.
+//!
 //! Start reading at [`Driver`] and [`Device`].
 //!
 //! Source of all signatures and numbers: NVIDIA's `cuda.h`, CUDA driver API, version 13.0.
@@ -29,13 +32,17 @@ mod api;
 mod device;
 mod driver;
 mod error;
+mod kernel;
 mod memory;
+mod nvrtc;
 mod stream;
 
 pub use device::Device;
 pub use driver::{DeviceInfo, Driver, DriverVersion};
 pub use error::CudaError;
+pub use kernel::{Arg, Function, Grid, Module};
 pub use memory::{DeviceBuffer, PinnedBuffer};
+pub use nvrtc::{Architecture, CompileError, Compiler};
 pub use stream::{Event, Stream};
 
 #[cfg(test)]

@@ -37,9 +37,25 @@ impl DeviceBuffer {
         self.n_bytes
     }
 
+    /// Returns the device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Returns its address on the device.
     pub fn as_ptr(&self) -> *mut c_void {
         self.start as *mut c_void
+    }
+
+    /// Enqueues that all bytes become `byte`.
+    ///
+    /// # Errors
+    /// [`CudaError::Call`].
+    pub fn fill(&mut self, byte: u8, stream: &Stream) -> Result<(), CudaError> {
+        self.device.call("cuMemsetD8Async", |api| {
+            // SAFETY: the range is the buffer. Freeing it waits for the stream, as the driver does.
+            unsafe { (api.fill)(self.start, byte, self.n_bytes, stream.as_raw()) }
+        })
     }
 
     /// Enqueues a copy of the first `n_bytes` of `source` to the start of this buffer.
@@ -59,10 +75,32 @@ impl DeviceBuffer {
         n_bytes: usize,
         stream: &Stream,
     ) -> Result<(), CudaError> {
-        assert!(n_bytes <= self.n_bytes && n_bytes <= source.n_bytes, "the copy fits");
+        // SAFETY: by the caller.
+        unsafe { self.load_at(0, source, n_bytes, stream) }
+    }
+
+    /// Enqueues a copy of the first `n_bytes` of `source` to this buffer from byte `at` on.
+    ///
+    /// # Safety
+    /// See [`load`](Self::load).
+    ///
+    /// # Errors
+    /// [`CudaError::Call`].
+    ///
+    /// # Panics
+    /// If either buffer is smaller.
+    pub unsafe fn load_at(
+        &mut self,
+        at: usize,
+        source: &PinnedBuffer,
+        n_bytes: usize,
+        stream: &Stream,
+    ) -> Result<(), CudaError> {
+        let start: DevicePtr = self.range(at, n_bytes);
+        assert!(n_bytes <= source.n_bytes, "the copy fits");
         self.device.call("cuMemcpyHtoDAsync", |api| {
             // SAFETY: both ranges lie inside their buffers; the caller answers for the rest.
-            unsafe { (api.copy_to_device)(self.start, source.start, n_bytes, stream.as_raw()) }
+            unsafe { (api.copy_to_device)(start, source.start, n_bytes, stream.as_raw()) }
         })
     }
 
@@ -83,11 +121,40 @@ impl DeviceBuffer {
         n_bytes: usize,
         stream: &Stream,
     ) -> Result<(), CudaError> {
-        assert!(n_bytes <= self.n_bytes && n_bytes <= target.n_bytes, "the copy fits");
+        // SAFETY: by the caller.
+        unsafe { self.store_at(0, target, n_bytes, stream) }
+    }
+
+    /// Enqueues a copy of `n_bytes` of this buffer from byte `at` on to the start of `target`.
+    ///
+    /// # Safety
+    /// See [`store`](Self::store).
+    ///
+    /// # Errors
+    /// [`CudaError::Call`].
+    ///
+    /// # Panics
+    /// If either buffer is smaller.
+    pub unsafe fn store_at(
+        &self,
+        at: usize,
+        target: &mut PinnedBuffer,
+        n_bytes: usize,
+        stream: &Stream,
+    ) -> Result<(), CudaError> {
+        let start: DevicePtr = self.range(at, n_bytes);
+        assert!(n_bytes <= target.n_bytes, "the copy fits");
         self.device.call("cuMemcpyDtoHAsync", |api| {
             // SAFETY: both ranges lie inside their buffers; the caller answers for the rest.
-            unsafe { (api.copy_to_host)(target.start, self.start, n_bytes, stream.as_raw()) }
+            unsafe { (api.copy_to_host)(target.start, start, n_bytes, stream.as_raw()) }
         })
+    }
+
+    /// Returns the address of byte `at`, from which `n_bytes` lie inside.
+    fn range(&self, at: usize, n_bytes: usize) -> DevicePtr {
+        let fits = at.checked_add(n_bytes).is_some_and(|end| end <= self.n_bytes);
+        assert!(fits, "{n_bytes} bytes at {at} do not fit a buffer of {}", self.n_bytes);
+        self.start + at as u64
     }
 }
 

@@ -36,6 +36,12 @@ impl Stream {
         Ok(Self { device: device.clone(), handle })
     }
 
+    /// Returns the legacy default stream of the device's context, on which libraries work that are
+    /// told no other, libtorch among them.
+    pub fn legacy(device: &Device) -> Self {
+        Self { device: device.clone(), handle: std::ptr::null_mut() }
+    }
+
     /// Returns the driver's handle, a `CUstream`, which is the runtime's `cudaStream_t` too.
     pub fn as_raw(&self) -> *mut c_void {
         self.handle
@@ -69,6 +75,9 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        if self.handle.is_null() {
+            return;
+        }
         // SAFETY: the handle is live and used by nobody any more. The driver frees a stream with
         // work in it once the work is done, and does not wait.
         self.device.release(|api| unsafe { (api.stream_destroy)(self.handle) });

@@ -79,6 +79,7 @@ pub fn conformance() -> u8 {
             mean: vec![0.5; channels],
             std: vec![0.25; channels],
             slot_batch,
+            n_slots: 4,
             device: "cpu0".to_string(),
         };
         lacuna_worker::conformance::run(&spec, &TorchBackend);

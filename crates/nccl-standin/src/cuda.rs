@@ -12,13 +12,13 @@ use crate::stream::{Event, Stream};
 
 type Handle = *mut c_void;
 
-const SUCCESS: c_int = 0;
-const INVALID_VALUE: c_int = 1;
+pub const SUCCESS: c_int = 0;
+pub const INVALID_VALUE: c_int = 1;
 const OUT_OF_MEMORY: c_int = 2;
 const NO_DEVICE: c_int = 100;
 const INVALID_DEVICE: c_int = 101;
 const INVALID_CONTEXT: c_int = 201;
-const INVALID_HANDLE: c_int = 400;
+pub const INVALID_HANDLE: c_int = 400;
 const NOT_READY: c_int = 600;
 pub const ILLEGAL_ADDRESS: c_int = 700;
 
@@ -37,6 +37,8 @@ thread_local! {
 struct Objects {
     last: usize,
     streams: HashMap<usize, Arc<Stream>>,
+    /// Default streams by device.
+    legacy: HashMap<usize, Arc<Stream>>,
     events: HashMap<usize, Arc<Event>>,
     /// Sizes and devices of allocations by address.
     memory: HashMap<usize, (usize, usize)>,
@@ -79,8 +81,23 @@ pub fn current_device() -> Option<usize> {
     CURRENT.get().checked_sub(1)
 }
 
+/// Finds a stream; null is the legacy default stream of the current device.
 pub fn stream(handle: Handle) -> Option<Arc<Stream>> {
-    objects().streams.get(&(handle as usize)).cloned()
+    let mut objects = objects();
+    if !handle.is_null() {
+        return objects.streams.get(&(handle as usize)).cloned();
+    }
+    let device: usize = current_device()?;
+    if !objects.legacy.contains_key(&device) {
+        let pending = Arc::clone(objects.pending.entry(device).or_default());
+        objects.legacy.insert(device, Arc::new(Stream::new(pending)));
+    }
+    objects.legacy.get(&device).cloned()
+}
+
+/// Draws a handle that is never used twice.
+pub fn next_number() -> usize {
+    objects().next()
 }
 
 /// Checks what every call of a context checks.
@@ -92,7 +109,7 @@ fn context() -> c_int {
 }
 
 /// Runs `body` in a context.
-fn within(body: impl FnOnce() -> c_int) -> c_int {
+pub fn within(body: impl FnOnce() -> c_int) -> c_int {
     match context() {
         SUCCESS => body(),
         error => error,

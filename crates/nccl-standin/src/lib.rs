@@ -9,8 +9,11 @@
 //! It is stricter than the original where that finds mistakes: a communicator used after it was
 //! freed ends the process with a message.
 //!
-//! What it deliberately does not do: be fast, know kernels, or promise anything about the real
-//! library beyond what was measured.
+//! The kernels of `lacuna-device` run too: their source is C as well, and this crate compiles it
+//! for the host. NVRTC's symbols take that source and no other.
+//!
+//! What it deliberately does not do: be fast, or promise anything about the real libraries beyond
+//! what was measured.
 //!
 //! # Faults
 //! [`inject`] gives faults to the communicator that this thread makes next; the environment
@@ -37,6 +40,7 @@
 
 mod cuda;
 mod faults;
+mod kernels;
 mod nccl;
 mod net;
 mod run;

@@ -52,6 +52,23 @@ impl AdamW {
     }
 }
 
+impl<T> Update<T> {
+    /// Returns the scalars in the order in which the arithmetic names them: what the parameter
+    /// keeps, beta1, 1 - beta1, beta2, 1 - beta2, the step's size, the root's correction, eps.
+    pub fn to_array(self) -> [T; 8] {
+        [
+            self.keep,
+            self.beta1,
+            self.one_minus_beta1,
+            self.beta2,
+            self.one_minus_beta2,
+            self.step_size,
+            self.root_correction,
+            self.eps,
+        ]
+    }
+}
+
 macro_rules! adamw {
     ($real:ty, $update:ident, $apply:ident) => {
         impl AdamW {

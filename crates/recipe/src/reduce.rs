@@ -6,8 +6,13 @@
 //! bytes. The last [`CONTROL_LANES`] numbers of the buffer are the control word, which everybody
 //! reads after the same step.
 
-use crate::state::{Counters, Layout};
+mod word;
+
 use std::sync::Arc;
+
+pub use word::{CONTROL_LANES, ControlWord, Lane, REQUEST_ID_MAX, Reading, Request};
+
+use crate::state::{Counters, Layout};
 
 /// Exponent of every tensor before the first step.
 pub const EXPONENT_START: i32 = 30;
@@ -21,62 +26,6 @@ const TARGET_BITS: i32 = 50;
 const SUM_LIMIT: f64 = (1u64 << 61) as f64;
 /// Scale of the loss lane.
 const LOSS_SCALE: f64 = (1u64 << 40) as f64;
-/// i64 numbers of the control word.
-pub const CONTROL_LANES: usize = 16;
-
-/// Lanes of the control word. A lane is a sum over ranks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
-pub enum Lane {
-    /// Ranks with a slot gradient too large for its exponent.
-    Overflow = 0,
-    /// Ranks with a gradient or loss that is not finite.
-    NonFinite = 1,
-    /// Sum of slot losses in units of 2^-40.
-    Loss = 2,
-    /// Slots in the sum; must be V.
-    Slots = 3,
-    /// Sum of a 40-bit mix of the slot indices: with [`Lane::Slots`], each slot was there once.
-    SlotMix = 4,
-    /// Ranks that ask to stop at this step's end, with the sum and the sum of squares of their
-    /// change ids.
-    Stop = 5,
-    /// See [`Lane::Stop`].
-    StopId = 6,
-    /// See [`Lane::Stop`].
-    StopIdSquared = 7,
-    /// Ranks that ask to checkpoint this step's state, with sums of their attempt ids.
-    Checkpoint = 8,
-    /// See [`Lane::Checkpoint`].
-    CheckpointId = 9,
-    /// See [`Lane::Checkpoint`].
-    CheckpointIdSquared = 10,
-    /// Ranks in the sum; must be the world size.
-    Ranks = 11,
-}
-
-/// A request that takes effect at the first step whose control word carries it from every rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Request {
-    /// Stop at the step's end.
-    Stop,
-    /// Checkpoint the state at the step's end.
-    Checkpoint,
-}
-
-impl Request {
-    fn lanes(self) -> [Lane; 3] {
-        match self {
-            Request::Stop => [Lane::Stop, Lane::StopId, Lane::StopIdSquared],
-            Request::Checkpoint => {
-                [Lane::Checkpoint, Lane::CheckpointId, Lane::CheckpointIdSquared]
-            }
-        }
-    }
-}
-
-/// Largest id of a [`Request`]: its square times 2^16 ranks fits an i64.
-pub const REQUEST_ID_MAX: u64 = 1 << 23;
 
 /// One slot's gradient of one tensor.
 #[derive(Clone, Copy, Debug)]
@@ -98,8 +47,7 @@ pub struct Reducer {
     n_slots: u32,
     exponents: Vec<i32>,
     sums: Vec<i64>,
-    overflow: bool,
-    non_finite: bool,
+    word: ControlWord,
 }
 
 /// What everybody does with a reduced step.
@@ -156,58 +104,40 @@ impl Reducer {
     pub fn new(layout: Arc<Layout>, n_slots: u32) -> Self {
         let exponents = vec![EXPONENT_START; layout.n_blocks()];
         let sums = vec![0; layout.numel() + CONTROL_LANES];
-        Reducer { layout, n_slots, exponents, sums, overflow: false, non_finite: false }
+        Reducer { layout, n_slots, exponents, sums, word: ControlWord::new(n_slots) }
     }
 
     /// Starts a step whose exponents are `exponents`.
     pub fn begin(&mut self, exponents: &[i32]) {
         self.exponents.copy_from_slice(exponents);
         self.sums.fill(0);
-        self.overflow = false;
-        self.non_finite = false;
+        self.word = ControlWord::new(self.n_slots);
     }
 
     /// Adds one slot's gradient of one tensor.
     pub fn add(&mut self, grad: SlotGrad<'_>) {
         let range = self.layout.range(grad.block);
         let sums = &mut self.sums[range];
-        let limit = SUM_LIMIT / f64::from(self.n_slots);
-        match quantise_into(grad.values, self.exponents[grad.block], limit, sums) {
-            Quantised::Fine => {}
-            Quantised::Overflow => self.overflow = true,
-            Quantised::NonFinite => self.non_finite = true,
-        }
+        let limit = slot_limit(self.n_slots);
+        let quantised = quantise_into(grad.values, self.exponents[grad.block], limit, sums);
+        self.word.flag(quantised == Quantised::Overflow, quantised == Quantised::NonFinite);
     }
 
     /// Closes slot `index` of this rank, whose mean loss is `loss`.
     pub fn end_slot(&mut self, index: u32, loss: f32) {
-        if loss.is_finite()
-            && f64::from(loss.abs()) < SUM_LIMIT / LOSS_SCALE / f64::from(self.n_slots)
-        {
-            *self.lane(Lane::Loss) += (f64::from(loss) * LOSS_SCALE).round_ties_even() as i64;
-        } else {
-            self.non_finite = true;
-        }
-        *self.lane(Lane::Slots) += 1;
-        *self.lane(Lane::SlotMix) += mix(index);
+        self.word.end_slot(index, loss);
     }
 
     /// Asks, for this rank, that `request` number `id` takes effect at this step.
     pub fn raise(&mut self, request: Request, id: u64) {
-        assert!(id <= REQUEST_ID_MAX, "request id {id}");
-        let id = id as i64;
-        for (lane, value) in request.lanes().into_iter().zip([1, id, id * id]) {
-            *self.lane(lane) += value;
-        }
+        self.word.raise(request, id);
     }
 
     /// Returns this rank's sums with the control word at the end, to be added over the ranks in
     /// place.
     pub fn buffer(&mut self) -> &mut [i64] {
-        let (overflow, non_finite) = (i64::from(self.overflow), i64::from(self.non_finite));
-        *self.lane(Lane::Overflow) = overflow;
-        *self.lane(Lane::NonFinite) = non_finite;
-        *self.lane(Lane::Ranks) = 1;
+        let n = self.layout.numel();
+        self.sums[n..].copy_from_slice(self.word.lanes());
         &mut self.sums
     }
 
@@ -215,16 +145,12 @@ impl Reducer {
     ///
     /// `mean` is meaningful after [`Verdict::Apply`] only.
     pub fn finish(&mut self, world: usize, mean: &mut [f32]) -> Result<Verdict, ReduceError> {
-        self.check(world)?;
-        if *self.lane(Lane::Overflow) > 0 {
-            return Ok(Verdict::Redo);
-        }
-        let loss = *self.lane(Lane::Loss) as f64 / LOSS_SCALE / f64::from(self.n_slots);
-        let stop = self.agreed(Request::Stop, world);
-        let checkpoint = self.agreed(Request::Checkpoint, world);
-        if *self.lane(Lane::NonFinite) > 0 {
-            let (grad_norm, max_abs) = (0.0, Vec::new());
-            return Ok(Verdict::Skip(Summary { loss, grad_norm, max_abs, stop, checkpoint }));
+        let n = self.layout.numel();
+        let lanes = self.sums[n..].try_into().expect("the buffer ends with the word");
+        let reading = ControlWord::of_sum(self.n_slots, lanes).read(world)?;
+        let early = reading.verdict();
+        if let Some(verdict) = early {
+            return Ok(verdict);
         }
         let mut max_abs: Vec<f32> = Vec::with_capacity(self.layout.n_blocks());
         let mut square_sum = 0.0f64;
@@ -236,35 +162,30 @@ impl Reducer {
             max_abs.push(max);
             square_sum += squares;
         }
-        let grad_norm = square_sum.sqrt();
-        Ok(Verdict::Apply(Summary { loss, grad_norm, max_abs, stop, checkpoint }))
+        Ok(Verdict::Apply(reading.summary(square_sum.sqrt(), max_abs)))
     }
+}
 
-    fn check(&mut self, world: usize) -> Result<(), ReduceError> {
-        let ranks = *self.lane(Lane::Ranks);
-        if ranks != world as i64 {
-            return Err(ReduceError::Ranks { got: ranks, want: world });
+impl Reading {
+    /// Returns what everybody does where the mean gradient does not matter, else `None`.
+    pub fn verdict(&self) -> Option<Verdict> {
+        match self {
+            Reading { overflow: true, .. } => Some(Verdict::Redo),
+            Reading { non_finite: true, .. } => Some(Verdict::Skip(self.summary(0.0, Vec::new()))),
+            _ => None,
         }
-        let (got, slot_mix) = (*self.lane(Lane::Slots), *self.lane(Lane::SlotMix));
-        let want_mix = (0..self.n_slots).map(mix).sum::<i64>();
-        if got != i64::from(self.n_slots) || slot_mix != want_mix {
-            return Err(ReduceError::Slots { got, want: self.n_slots, mix: slot_mix });
-        }
-        Ok(())
     }
 
-    /// Tells whether every rank raised `request` with one id: n equal numbers x have sums n·x and
-    /// n·x².
-    fn agreed(&mut self, request: Request, world: usize) -> bool {
-        let [count, sum, squares] = request.lanes().map(|lane| i128::from(*self.lane(lane)));
-        let n = world as i128;
-        count == n && squares * n == sum * sum
+    /// Adds what the mean gradient says: its norm, and the largest magnitude of each tensor.
+    pub fn summary(&self, grad_norm: f64, max_abs: Vec<f32>) -> Summary {
+        let Reading { loss, stop, checkpoint, .. } = *self;
+        Summary { loss, grad_norm, max_abs, stop, checkpoint }
     }
+}
 
-    fn lane(&mut self, lane: Lane) -> &mut i64 {
-        let at = self.layout.numel() + lane as usize;
-        &mut self.sums[at]
-    }
+/// Largest magnitude of one element of one slot's gradient, in units of its exponent.
+pub fn slot_limit(n_slots: u32) -> f64 {
+    SUM_LIMIT / f64::from(n_slots)
 }
 
 /// Sets the exponents for the step after one whose mean gradient had magnitudes `max_abs`.
@@ -354,8 +275,8 @@ fn mean_of(sums: &[i64], exponent: i32, n_slots: u32, mean: &mut [f32]) -> (f32,
     (max, (squares[0] + squares[1]) + (squares[2] + squares[3]))
 }
 
-/// 2^e for |e| ≤ 1022.
-fn exp2(e: i32) -> f64 {
+/// 2^e for |e| ≤ 1022: what a gradient is multiplied by, and with -e what a sum is.
+pub fn exp2(e: i32) -> f64 {
     f64::from_bits(((1023 + e) as u64) << 52)
 }
 
@@ -367,15 +288,6 @@ fn exponent_of(x: f32) -> i32 {
 
 fn ceil_log2(n: u32) -> i32 {
     n.next_power_of_two().trailing_zeros() as i32
-}
-
-/// The top 40 bits of SplitMix64's finaliser: wrong sets of slots do not cancel, and 2^22 of them
-/// cannot overflow an i64.
-fn mix(index: u32) -> i64 {
-    let mut z = (u64::from(index) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    ((z ^ (z >> 31)) >> 24) as i64
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use lacuna_device::{DeviceError, DeviceState, Updating};
 use lacuna_recipe::adamw::AdamW;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
@@ -90,8 +91,44 @@ pub trait Engine: Send {
     /// gradients of fixed slots, of a small model and of the run's own shapes.
     fn probe(&mut self) -> Result<u64, EngineError>;
 
+    /// Returns the engine's half on a device, where sums, updates and state live there.
+    ///
+    /// Where there is one, a step uses it and not [`slot`](Engine::slot) and
+    /// [`apply`](Engine::apply), which give the same bits through the host.
+    fn on_device(&mut self) -> Option<&mut dyn DeviceEngine> {
+        None
+    }
+
     /// Describes device and library for people: `cpu (libtorch 2.11.0, avx2, 1 thread)`.
     fn describe(&self) -> String;
+}
+
+/// An engine whose gradients need not leave the device.
+pub trait DeviceEngine {
+    /// Returns the state and the sums of the step.
+    fn state(&mut self) -> &mut DeviceState;
+
+    /// Computes one slot, adds its gradients to the step's sums, and returns its mean loss.
+    fn slot_there(&mut self, batch: &SlotBatch) -> Result<f32, EngineError>;
+
+    /// Applies one update with the mean gradient that the state holds.
+    fn apply_there(&mut self, update: &UpdateScalars) -> Result<(), EngineError> {
+        Ok(self.state().apply(&update.on_device())?)
+    }
+}
+
+impl UpdateScalars {
+    /// Returns the same for a state on a device.
+    pub fn on_device(&self) -> Updating<'_> {
+        let UpdateScalars { lr, t, ref adamw, decay_tokens } = *self;
+        Updating { adamw, lr, t, decay_tokens }
+    }
+}
+
+impl From<DeviceError> for EngineError {
+    fn from(err: DeviceError) -> Self {
+        EngineError::Device { context: "the device failed".to_string(), source: Box::new(err) }
+    }
 }
 
 /// What an engine is built for.
@@ -107,6 +144,8 @@ pub struct EngineSpec {
     pub std: Vec<f64>,
     /// Samples of a slot.
     pub slot_batch: u32,
+    /// Slots of a step.
+    pub n_slots: u32,
     /// Device, `cpu0` or `cuda0`.
     pub device: String,
 }

@@ -3,9 +3,14 @@
 //! It runs over the same loader, masks, quantiser and AdamW as the torch engine, so that tests of
 //! processes, faults and checkpoints exercise everything but the tensor library.
 
+mod device;
+
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use device::FakeDeviceEngine;
 
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::model::{Init, ModelConfig, ParamSpec};
@@ -236,12 +241,14 @@ pub fn probe_batch(model: &ModelConfig, slot_batch: u32) -> SlotBatch {
 }
 
 /// The backend of [`FakeEngine`].
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct FakeBackend {
     /// Least time of a slot.
     pub slot_time: Duration,
     /// What breaks, and when.
     pub faults: Faults,
+    /// The library of a CUDA driver and of NVRTC: with one, state and sums are on a device.
+    pub device_library: Option<PathBuf>,
 }
 
 impl Backend for FakeBackend {
@@ -262,7 +269,11 @@ impl Backend for FakeBackend {
     }
 
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
-        Ok(Box::new(FakeEngine::new(spec.clone(), self.slot_time).with_faults(self.faults)))
+        let engine = FakeEngine::new(spec.clone(), self.slot_time).with_faults(self.faults);
+        match &self.device_library {
+            None => Ok(Box::new(engine)),
+            Some(library) => Ok(Box::new(FakeDeviceEngine::new(engine, library)?)),
+        }
     }
 }
 
@@ -277,6 +288,7 @@ mod tests {
             mean: vec![0.5; 3],
             std: vec![0.25; 3],
             slot_batch: 4,
+            n_slots: 4,
             device: "cpu0".into(),
         }
     }
@@ -284,6 +296,12 @@ mod tests {
     #[test]
     fn the_fake_engine_keeps_the_contract() {
         crate::conformance::run(&spec(), &FakeBackend::default());
+    }
+
+    #[test]
+    fn the_fake_engine_keeps_the_contract_on_a_device() {
+        let device_library = Some(lacuna_nccl_standin::path());
+        crate::conformance::run(&spec(), &FakeBackend { device_library, ..FakeBackend::default() });
     }
 
     /// The gradient agrees with differences of the loss.

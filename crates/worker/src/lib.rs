@@ -8,7 +8,6 @@
 //!
 //! No libtorch here: the torch engine lives in the `mae` crate; [`fake::FakeEngine`] is a real
 //! regression in plain Rust for tests of processes. Start with [`entry::run`].
-#![forbid(unsafe_code)]
 
 pub mod agent;
 pub mod args;

@@ -5,6 +5,7 @@ pub mod saver;
 pub mod session;
 pub mod shared;
 pub mod step_loop;
+mod step_math;
 mod sync;
 pub mod uplink;
 

@@ -30,6 +30,7 @@ const CRATES: &[Crate] = &[
     row("lacuna-data", 2, &[]),
     row("lacuna-checkpoint", 2, &[]),
     Crate { name: "lacuna-cuda", layer: 2, sideways: &[], sideways_dev: STAND_IN },
+    Crate { name: "lacuna-device", layer: 2, sideways: &["lacuna-cuda"], sideways_dev: STAND_IN },
     Crate {
         name: "lacuna-nccl",
         layer: 2,
@@ -44,18 +45,21 @@ const CRATES: &[Crate] = &[
     },
     row("lacuna-telemetry", 2, &[]),
     row("lacuna-coordinator", 2, &["lacuna-api", "lacuna-checkpoint", "lacuna-telemetry"]),
-    row(
-        "lacuna-worker",
-        2,
-        &[
+    Crate {
+        name: "lacuna-worker",
+        layer: 2,
+        sideways: &[
             "lacuna-api",
             "lacuna-checkpoint",
             "lacuna-collective",
             "lacuna-cuda",
             "lacuna-data",
+            "lacuna-device",
+            "lacuna-nccl",
             "lacuna-telemetry",
         ],
-    ),
+        sideways_dev: STAND_IN,
+    },
     row(
         "lacuna-cli",
         2,

@@ -7,8 +7,16 @@ const COLUMNS_MAX: usize = 100;
 const SIZED: &[&str] = &[".rs", ".py", ".sh"];
 
 /// Crates that call C or C++ and say why each call is sound.
-const UNSAFE_CRATES: &[&str] =
-    &["lacuna-cuda", "lacuna-nccl", "lacuna-collective", "lacuna-mae", "lacuna-nccl-standin"];
+const UNSAFE_CRATES: &[&str] = &[
+    "lacuna-cuda",
+    "lacuna-device",
+    "lacuna-nccl",
+    "lacuna-collective",
+    "lacuna-mae",
+    "lacuna-nccl-standin",
+    "lacuna-worker",
+    "lacuna-worker",
+];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Limit {

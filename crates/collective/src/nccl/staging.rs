@@ -28,6 +28,17 @@ impl Staging {
         })
     }
 
+    /// Lets what is enqueued from here on wait until `other` has passed what it holds by now.
+    pub fn follow(&self, other: &Stream) -> Result<(), CudaError> {
+        self.event.record(other)?;
+        self.stream.wait_for(&self.event)
+    }
+
+    /// Marks the end of what is enqueued.
+    pub fn mark(&self) -> Result<(), CudaError> {
+        self.event.record(&self.stream)
+    }
+
     /// Enqueues the copy of a piece to the device.
     pub fn load(&mut self, piece: &[u8]) -> Result<(), CudaError> {
         self.host.bytes_mut()[..piece.len()].copy_from_slice(piece);
@@ -40,10 +51,10 @@ impl Staging {
     pub fn store(&mut self, n_bytes: usize) -> Result<(), CudaError> {
         // SAFETY: as above; the bytes are read by `take`, which follows `is_done`.
         unsafe { self.device.store(&mut self.host, n_bytes, &self.stream) }?;
-        self.event.record(&self.stream)
+        self.mark()
     }
 
-    /// Tells whether everything up to the last `store` has passed.
+    /// Tells whether everything up to the last mark has passed.
     pub fn is_done(&self) -> Result<bool, CudaError> {
         self.event.is_done()
     }

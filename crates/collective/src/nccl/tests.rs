@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lacuna_cuda::{DeviceBuffer, PinnedBuffer, Stream};
 use lacuna_nccl::NcclError;
 use lacuna_nccl_standin::inject;
 use lacuna_types::Generation;
@@ -221,4 +222,49 @@ fn setups_say_what_is_missing() {
     assert_eq!(no_nccl.to_string(), "NCCL cannot be used");
     let there = NcclSetup::open(1, Some(&path), Some(&path)).unwrap().describe();
     assert_eq!(there, format!("NCCL 2.28.9 (`{}`), cuda1", path.display()));
+}
+
+#[test]
+fn buffers_of_a_device_are_summed_where_they_are() {
+    let mut members = group(3);
+    on_each(&mut members, |member| {
+        let rank = member.rank();
+        let device = setup(rank).device;
+        let (stream, n) = (Stream::new(&device).unwrap(), 1_000);
+        let mut host = PinnedBuffer::new(&device, n * 8).unwrap();
+        let mut buffer = DeviceBuffer::new(&device, n * 8).unwrap();
+        let values: Vec<i64> = (0..n as i64).map(|idx| (rank as i64 + 1) * (idx - 500)).collect();
+        host.bytes_mut().copy_from_slice(bytemuck::cast_slice(&values));
+        // SAFETY: the sum follows the copy, and the buffers outlive both.
+        unsafe { buffer.load(&host, n * 8, &stream) }.unwrap();
+        let there = member.on_device().expect("NCCL sums on devices");
+        there.all_reduce_i64_there(&mut buffer, n, &stream, PATIENT).unwrap();
+        // SAFETY: nothing else uses the buffers; the loop below waits.
+        unsafe { buffer.store(&mut host, n * 8, &stream) }.unwrap();
+        wait_until("the copy is back", || stream.is_idle().unwrap());
+        let sums: &[i64] = bytemuck::cast_slice(host.bytes());
+        assert!(sums.iter().enumerate().all(|(idx, sum)| *sum == 6 * (idx as i64 - 500)));
+        assert_eq!(member.ledger().read().op_seq, 1);
+        // The host's entry goes on in the same count.
+        member.all_reduce_i64(&mut [1], PATIENT).unwrap();
+        assert_eq!(member.ledger().read().op_seq, 2);
+    });
+}
+
+#[test]
+fn a_fault_lets_go_of_a_devices_buffer() {
+    let mut members = group_with(2, |rank| if rank == 1 { "op-hangs@1" } else { "" });
+    let errors = on_each(&mut members, |member| {
+        let device = setup(member.rank()).device;
+        let stream = Stream::new(&device).unwrap();
+        let mut buffer = DeviceBuffer::new(&device, 800).unwrap();
+        let there = member.on_device().expect("NCCL sums on devices");
+        let error = there.all_reduce_i64_there(&mut buffer, 100, &stream, BRIEF);
+        // Freeing it would not return if the device held it.
+        drop(buffer);
+        error.expect_err("rank 1's device hangs")
+    });
+    for error in errors {
+        assert!(matches!(error, CollectiveError::Timeout { op_seq: 1, .. }), "{error:?}");
+    }
 }

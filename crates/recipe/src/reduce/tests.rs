@@ -1,3 +1,4 @@
+use super::word::mix;
 use super::*;
 use crate::model::{Init, ParamSpec};
 use proptest::prelude::*;
@@ -158,6 +159,7 @@ fn wrong_slots_and_ranks_are_caught() {
     reducer.buffer();
     assert_eq!(reducer.finish(2, &mut mean), Err(ReduceError::Ranks { got: 1, want: 2 }));
     reducer.end_slot(0, 1.0);
+    reducer.buffer();
     let twice = reducer.finish(1, &mut mean).unwrap_err();
     assert!(twice.to_string().contains("holds 2 slots"), "{twice}");
 
@@ -172,8 +174,7 @@ fn wrong_slots_and_ranks_are_caught() {
 #[test]
 fn requests_need_every_rank_and_one_id() {
     let agreed = |ids: &[Option<u64>]| {
-        let mut total = Reducer::new(layout(&[1]), 1);
-        total.begin(&[30]);
+        let mut total = ControlWord::new(1);
         for id in ids.iter().flatten() {
             total.raise(Request::Checkpoint, *id);
         }

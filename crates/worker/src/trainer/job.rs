@@ -90,6 +90,7 @@ impl Job {
             mean: self.spec.data.mean.clone(),
             std: self.spec.data.std.clone(),
             slot_batch: self.spec.train.slot_batch,
+            n_slots: self.spec.n_slots(),
             device: device.to_string(),
         }
     }

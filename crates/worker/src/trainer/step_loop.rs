@@ -15,9 +15,7 @@ use lacuna_control::message::{FaultKind, Phase, StepMark};
 use lacuna_control::plan::{Origin as SyncOrigin, Plan, Sync};
 use lacuna_control::worker::Report;
 use lacuna_data::loader::{LoadError, Loader, SlotStream};
-use lacuna_recipe::reduce::{
-    Reducer, Request, Summary, Verdict, advance_exponents, back_off_exponents,
-};
+use lacuna_recipe::reduce::{Request, Summary, Verdict, advance_exponents, back_off_exponents};
 use lacuna_recipe::state::{Counters, state_digest};
 use lacuna_recipe::step::SlotBatch;
 use lacuna_types::{AttemptSeq, Generation, Incarnation, Slot, Step, WorkerId};
@@ -27,6 +25,7 @@ use tracing::{info, warn};
 use super::job::Job;
 use super::saver::{SaveJob, Saver};
 use super::shared::{Order, SharedHandle};
+use super::step_math::{MathError, StepMath};
 use super::sync::{SyncError, synchronise};
 use crate::engine::{Engine, EngineError};
 use crate::transport::Peers;
@@ -85,6 +84,16 @@ enum StepError {
     Reduce(#[from] lacuna_recipe::reduce::ReduceError),
     #[error("{n} steps in a row were not finite, up to step {step} ({detail})")]
     NonFinite { n: u32, step: u64, detail: String },
+}
+
+impl From<MathError> for StepError {
+    fn from(err: MathError) -> Self {
+        match err {
+            MathError::Collective(err) => StepError::Collective(err),
+            MathError::Engine(err) => StepError::Engine(err),
+            MathError::Reduce(err) => StepError::Reduce(err),
+        }
+    }
 }
 
 impl StepError {
@@ -314,17 +323,14 @@ impl StepLoop {
         let slots = group.plan.members[group.rank].slots.clone();
         let first = self.step();
         let mut stream = self.loader.stream(Step(first), Step(total), slots.clone())?;
-        let layout = self.engine.layout().clone();
-        let mut reducer = Reducer::new(layout.clone(), self.job.spec.n_slots());
-        let mut mean = vec![0f32; layout.numel()];
+        let mut math = StepMath::new(self.engine.as_mut(), self.job.spec.n_slots());
         let mut meter = Meter::new(0);
         while self.step() < total {
             let started = Instant::now();
             let step = self.step();
             let batches = self.load(&mut stream, &slots, step, &mut meter)?;
             let deadline = meter.deadline(step - first);
-            let summary =
-                self.reduce_step(group, &batches, &mut reducer, &mut mean, deadline, &mut meter)?;
+            let summary = self.reduce_step(group, &batches, &mut math, deadline, &mut meter)?;
             meter.step_done(started.elapsed());
             self.after_step(group, &summary, &mut meter)?;
             if summary.stop {
@@ -359,8 +365,7 @@ impl StepLoop {
         &mut self,
         group: &mut Membership,
         batches: &[SlotBatch],
-        reducer: &mut Reducer,
-        mean: &mut [f32],
+        math: &mut StepMath,
         deadline: Duration,
         meter: &mut Meter,
     ) -> Result<Summary, StepError> {
@@ -370,25 +375,24 @@ impl StepLoop {
         let step = counters.step;
         loop {
             self.shared.enter(step, Phase::Compute);
-            reducer.begin(&counters.exponents);
+            math.begin(self.engine.as_mut(), &counters.exponents)?;
             let mut suspects: Vec<String> = Vec::new();
             for batch in batches {
                 if group.abort.reason().is_some() {
                     group.abort.check()?;
                 }
                 let began = Instant::now();
-                let loss = self.engine.slot(batch, &mut |grad| reducer.add(grad))?;
+                let loss = math.slot(self.engine.as_mut(), batch)?;
                 self.shared.slot_took(began.elapsed());
                 if !loss.is_finite() {
                     suspects.push(describe_samples(batch));
                 }
-                reducer.end_slot(batch.slot.index, loss);
             }
-            self.raised_save = self.raise_requests(reducer);
+            self.raised_save = self.raise_requests(math);
             self.shared.enter(step, Phase::Reduce);
-            group.comm.all_reduce_i64(reducer.buffer(), deadline)?;
+            math.reduce(self.engine.as_mut(), group.comm.as_mut(), deadline)?;
             self.shared.enter(step, Phase::Optimizer);
-            match reducer.finish(group.plan.world(), mean)? {
+            match math.finish(self.engine.as_mut(), group.plan.world())? {
                 Verdict::Redo => {
                     back_off_exponents(&mut counters);
                     meter.redone += 1;
@@ -408,7 +412,7 @@ impl StepLoop {
                 }
                 Verdict::Apply(summary) => {
                     let update = self.job.update(step, counters.updates + 1);
-                    self.engine.apply(mean, &update)?;
+                    math.apply(self.engine.as_mut(), &update)?;
                     counters.step += 1;
                     counters.updates += 1;
                     counters.non_finite_in_row = 0;
@@ -421,14 +425,14 @@ impl StepLoop {
     }
 
     /// Raises the lanes that are asked for; returns the checkpoint attempt among them, 0 for none.
-    fn raise_requests(&self, reducer: &mut Reducer) -> u64 {
+    fn raise_requests(&self, math: &mut StepMath) -> u64 {
         let mut save = 0;
         for (request, cell) in
             [(Request::Stop, &self.shared.stop), (Request::Checkpoint, &self.shared.save)]
         {
             let id = cell.load(Ordering::Acquire);
             if id > 0 {
-                reducer.raise(request, id);
+                math.raise(request, id);
             }
             if request == Request::Checkpoint {
                 save = id;
