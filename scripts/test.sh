@@ -27,8 +27,9 @@ if [ -z "${LIBTORCH:-}" ] && [ ! -e third_party/libtorch/build-version ]; then
 fi
 
 rust_lane() {
-    # Process tests start these binaries; building the tests alone does not build them all.
-    cargo build "${crates[@]}" --bins || return
+    # Process tests start binaries of other crates, which building the tests alone does not build.
+    # Both at once: without tests, dependencies would have other features and be compiled twice.
+    cargo build "${crates[@]}" --bins --tests || return
     # One thread: the bits of libtorch's results depend on the number of threads, and OpenMP's
     # spinning starves a machine that runs several workers.
     OMP_NUM_THREADS=1 cargo test "${crates[@]}" --no-fail-fast
