@@ -22,6 +22,7 @@ mod staging;
 use std::ffi::c_void;
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -241,8 +242,11 @@ impl NcclCollective {
         if !watch.is_due() {
             return Ok(());
         }
-        let Some((rank, addr)) = self.mesh.departed()? else { return Ok(()) };
-        let since: Instant = *watch.departed.get_or_insert_with(Instant::now);
+        if watch.departed.is_none() {
+            // The first one counts: others may go because of it.
+            watch.departed = self.mesh.departed()?.map(|peer| (peer, Instant::now()));
+        }
+        let Some(((rank, addr), since)) = watch.departed else { return Ok(()) };
         if since.elapsed() < DEPARTED_GRACE {
             return Ok(());
         }
@@ -294,7 +298,7 @@ struct Watch {
     started: Instant,
     pause: Duration,
     looked: Instant,
-    departed: Option<Instant>,
+    departed: Option<((usize, SocketAddr), Instant)>,
 }
 
 impl Watch {

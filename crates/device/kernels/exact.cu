@@ -1,7 +1,8 @@
-// The arithmetic that decides bits, for CUDA devices: the exact sum, its mean, AdamW and CRC-64.
+// The arithmetic that decides bits, for CUDA devices: pixels to values, the exact sum, its mean,
+// AdamW and CRC-64.
 //
 // Each kernel gives the bits of its counterpart in Rust (crates/recipe: reduce.rs, adamw.rs,
-// digest.rs), whatever the number of threads: elements do not meet, but in maxima of integers and in
+// digest.rs, step.rs), whatever the number of threads: elements do not meet, but in maxima of integers and in
 // flags. Every operation is a single IEEE operation with one rounding; NVRTC must be told
 // --fmad=false, and where a mistake would hide, the intrinsics say it again.
 //
@@ -105,6 +106,17 @@ KERNEL adamw(float *param, float *exp_avg, float *exp_avg_sq, const float *grad,
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
     param[i] = SUB(MUL(param[i], keep), MUL(step_size, DIV(m, denominator)));
+  }
+}
+
+// Turns bytes [b, h, w, c] into values [b, c, h, w] by a table of 256 values for each channel.
+KERNEL normalise(const u8 *pixels, const float *table, float *values, u64 n, u64 plane,
+                 u64 channels) {
+  for (EACH(i, n)) {
+    const u64 image = i / (plane * channels);
+    const u64 channel = i / plane % channels;
+    const u64 place = i % plane;
+    values[i] = table[channel * 256 + pixels[(image * plane + place) * channels + channel]];
   }
 }
 

@@ -1,10 +1,23 @@
 //! The kernels of `kernels/exact.cu`, compiled for a device.
 
-use lacuna_cuda::{Architecture, CompileError, Compiler, CudaError, Device, Function, Module};
+use lacuna_cuda::{
+    Architecture, CompileError, Compiler, CudaError, Device, Function, Grid, Module,
+};
 
 /// Their source.
 pub const SOURCE: &str = include_str!("../kernels/exact.cu");
 const NAME: &str = "exact.cu";
+
+/// Threads of a block: a multiple of a warp that keeps every multiprocessor busy.
+const THREADS: u32 = 256;
+/// Most blocks of a launch: several for each multiprocessor of any device; threads loop.
+const BLOCKS_MAX: usize = 4096;
+
+/// A thread for each of `n` elements, up to a device's worth.
+pub(crate) fn grid_for(n: usize) -> Grid {
+    let blocks = n.div_ceil(THREADS as usize).clamp(1, BLOCKS_MAX);
+    Grid { blocks: blocks as u32, threads: THREADS }
+}
 
 /// The kernels on one device; cheap to clone.
 #[derive(Clone, Debug)]
@@ -15,6 +28,7 @@ pub struct Kernels {
     pub(crate) squares: Function,
     pub(crate) adamw: Function,
     pub(crate) crc64_pieces: Function,
+    pub(crate) normalise: Function,
 }
 
 /// Kernels that a device does not get.
@@ -50,6 +64,7 @@ impl Kernels {
             squares: module.function("squares")?,
             adamw: module.function("adamw")?,
             crc64_pieces: module.function("crc64_pieces")?,
+            normalise: module.function("normalise")?,
         })
     }
 }

@@ -16,10 +16,14 @@
 
 mod crc;
 mod kernels;
+mod pixels;
 mod state;
+mod wait;
 
 pub use kernels::{Kernels, KernelsError, SOURCE};
-pub use state::{DeviceError, DeviceState, Updating};
+pub use pixels::{Pixels, Shape};
+pub use state::{DeviceState, Updating};
+pub use wait::DeviceError;
 
 #[cfg(test)]
 mod tests;

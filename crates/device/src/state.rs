@@ -2,24 +2,17 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use lacuna_cuda::{
-    Arg, CudaError, Device, DeviceBuffer, Event, Function, Grid, PinnedBuffer, Stream,
-};
+use lacuna_cuda::{Arg, CudaError, Device, DeviceBuffer, Event, Function, PinnedBuffer, Stream};
 use lacuna_recipe::adamw::AdamW;
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::reduce::{CONTROL_LANES, ControlWord, exp2, slot_limit};
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 
-use crate::Kernels;
 use crate::crc;
+use crate::kernels::{Kernels, grid_for};
+use crate::wait::{DeviceError, drain};
 
-/// Threads of a block: a multiple of a warp that keeps every multiprocessor busy.
-const THREADS: u32 = 256;
-/// Most blocks of a launch: several for each multiprocessor of any device; threads loop.
-const BLOCKS_MAX: u32 = 4096;
 /// Partial sums of squares: enough threads to read at a device's rate, few enough to add on the
 /// host. Decides the bits of the norm.
 const PARTS: usize = 1 << 15;
@@ -27,36 +20,10 @@ const PARTS: usize = 1 << 15;
 const PIECE_BYTES: usize = 4096;
 /// Size of the buffer through which sections travel to the host and back.
 const STAGING_BYTES: usize = 16 << 20;
-/// Longest wait for the device: far above what any of these kernels takes.
-const DEADLINE: Duration = Duration::from_secs(120);
-/// Pauses between two looks at the device.
-const PAUSE_MIN: Duration = Duration::from_micros(5);
-const PAUSE_MAX: Duration = Duration::from_micros(200);
 
 const F32: usize = size_of::<f32>();
 const I64: usize = size_of::<i64>();
 const U64: usize = size_of::<u64>();
-
-/// A device that failed or does not answer.
-#[derive(Clone, Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DeviceError {
-    /// CUDA refused something, or reports that earlier work failed.
-    #[error("failed to {action} on the device")]
-    Cuda {
-        /// What was done.
-        action: &'static str,
-        /// What the driver said.
-        #[source]
-        source: CudaError,
-    },
-    /// Work did not come to its end.
-    #[error("the device did not {action} within {DEADLINE:?}")]
-    Timeout {
-        /// What was done.
-        action: &'static str,
-    },
-}
 
 /// Numbers of one update of the whole state.
 #[derive(Clone, Copy, Debug)]
@@ -456,10 +423,8 @@ impl DeviceState {
         if n == 0 {
             return Ok(());
         }
-        let blocks: usize = n.div_ceil(THREADS as usize).min(BLOCKS_MAX as usize);
-        let grid = Grid { blocks: blocks as u32, threads: THREADS };
         // SAFETY: by the caller.
-        let launched = unsafe { function.launch(grid, args, &self.stream) };
+        let launched = unsafe { function.launch(grid_for(n), args, &self.stream) };
         launched.map_err(|source| DeviceError::Cuda { action, source })
     }
 
@@ -492,17 +457,7 @@ impl DeviceState {
 
     /// Waits until the stream has passed everything.
     fn wait(&self, action: &'static str) -> Result<(), DeviceError> {
-        let failed = |source| DeviceError::Cuda { action, source };
-        self.event.record(&self.stream).map_err(failed)?;
-        let (deadline, mut pause) = (Instant::now() + DEADLINE, PAUSE_MIN);
-        while !self.event.is_done().map_err(failed)? {
-            if Instant::now() >= deadline {
-                return Err(DeviceError::Timeout { action });
-            }
-            thread::sleep(pause);
-            pause = (pause * 2).min(PAUSE_MAX);
-        }
-        Ok(())
+        drain(&self.event, &self.stream, action)
     }
 }
 

@@ -8,8 +8,10 @@ use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::model::{Init, ParamSpec};
 use lacuna_recipe::reduce::{ControlWord, Reducer, Request, SlotGrad, Verdict};
 use lacuna_recipe::state::{Layout, Section};
+use lacuna_recipe::step::Normalize;
 
-use crate::{DeviceState, Kernels, Updating};
+use crate::wait::drain;
+use crate::{DeviceState, Kernels, Pixels, Shape, Updating};
 
 const SLOTS: u32 = 4;
 
@@ -194,4 +196,24 @@ fn the_kernels_compile_for_all_supported_devices() {
     let error = compiler.compile("wrong.cu", "void f( {", &Architecture::named("sm_80"));
     let error = error.expect_err("it is no source").to_string();
     assert!(error.contains("wrong.cu(1)"), "{error}");
+}
+
+#[test]
+fn bytes_become_the_values_of_the_recipe() {
+    let (kernels, shape) = (kernels(), Shape { images: 3, plane: 20, channels: 3 });
+    let normalize = Normalize::new(&[0.48, 0.45, 0.4], &[0.22, 0.23, 0.25]);
+    let mut pixels = Pixels::new(&kernels, normalize.tables(), shape).unwrap();
+    let n: usize = shape.n_values();
+    let mut back = PinnedBuffer::new(&kernels.device, n * 4).unwrap();
+    let stream = Stream::legacy(&kernels.device);
+    for salt in 0..3 {
+        let bytes: Vec<u8> = (0..n).map(|idx| (idx * 37 + salt * 101) as u8).collect();
+        pixels.load(&bytes).unwrap();
+        let mut expected = vec![0f32; n];
+        normalize.apply(&bytes, shape.plane, &mut expected);
+        // SAFETY: the wait below ends before `back` is read.
+        unsafe { pixels.values.store(&mut back, n * 4, &stream) }.unwrap();
+        drain(&pixels.copied, &stream, "copy values").unwrap();
+        assert_eq!(back.bytes(), bytemuck::cast_slice::<f32, u8>(&expected), "slot {salt}");
+    }
 }

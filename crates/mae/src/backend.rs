@@ -2,7 +2,7 @@
 
 use lacuna_mae::context::{self, EXACT};
 use lacuna_mae::cuda;
-use lacuna_mae::engine::{EngineSetup, TorchEngine};
+use lacuna_mae::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, TorchEngine};
 use lacuna_mae::runtime::{CPU_ENV, CUDA_ENV, library_version};
 use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec};
 use tch::Device;
@@ -62,12 +62,18 @@ impl Backend for TorchBackend {
             context: format!("failed to build the engine on {}", spec.device),
             source: Box::new(source),
         };
-        let engine = match cuda_number(&spec.device) {
-            None => TorchEngine::new(setup),
-            // Its agent hides all devices but one.
-            Some(_) => TorchEngine::on_device(setup, Device::Cuda(0)),
+        if cuda_number(&spec.device).is_none() {
+            return Ok(Box::new(TorchEngine::new(setup).map_err(failed)?));
+        }
+        // Its agent hides all devices but one.
+        let place = DevicePlace {
+            device: Device::Cuda(0),
+            ordinal: 0,
+            driver: None,
+            compiler: cuda::nvrtc(),
+            n_slots: spec.n_slots,
         };
-        Ok(Box::new(engine.map_err(failed)?))
+        Ok(Box::new(DeviceTorchEngine::new(setup, place)?))
     }
 }
 

@@ -115,6 +115,15 @@ pub fn load() -> Result<CudaLibrary, CudaError> {
     Ok(CudaLibrary { path, runtime, config, driver, devices })
 }
 
+/// Returns NVRTC's file where it came with libtorch: wheels lie side by side, `torch/lib` and
+/// `nvidia/cu13/lib`.
+pub fn nvrtc() -> Option<PathBuf> {
+    let torch = loaded(CPU_LIBRARY)?;
+    let wheels = torch.parent()?.parent()?.parent()?;
+    let path = wheels.join("nvidia/cu13/lib/libnvrtc.so.13");
+    path.is_file().then_some(path)
+}
+
 /// Lists where the CUDA half may lie: beside the CPU half, then in the libtorch of the environment.
 fn places(cpu: Option<PathBuf>, libtorch: Option<OsString>) -> Vec<PathBuf> {
     let beside = cpu.map(|cpu| cpu.with_file_name(LIBRARY));

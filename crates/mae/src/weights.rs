@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lacuna_recipe::state::Layout;
 use tch::kind::Element;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The parameters of a model as tensors, in the canonical order of a [`Layout`].
 #[derive(Debug)]
@@ -41,9 +41,18 @@ impl Weights {
         Weights { layout: layout.clone(), tensors }
     }
 
-    /// Copies a flat buffer to `device`.
-    pub fn copy_to(layout: &Arc<Layout>, flat: &[f32], device: Device) -> Self {
-        Self::copy_of(layout, flat).to_device(device)
+    /// Views a flat f32 buffer at an address of `device` without copying it.
+    ///
+    /// # Safety
+    /// As for [`view_of`](Self::view_of), and the buffer has the layout's elements.
+    pub unsafe fn view_at(layout: &Arc<Layout>, address: u64, device: Device) -> Self {
+        let tensor = |block: usize| {
+            let at = address + (layout.range(block).start * size_of::<f32>()) as u64;
+            // SAFETY: by the caller; the tensor lies inside the buffer.
+            unsafe { view_at(at, &shape_of(layout, block), device) }
+        };
+        let tensors = (0..layout.n_blocks()).map(tensor).collect();
+        Weights { layout: layout.clone(), tensors }
     }
 
     /// Copies the tensors to `device`, or leaves them where they are already there.
@@ -88,6 +97,15 @@ pub(crate) unsafe fn view<T: Element>(values: &[T], shape: &[i64]) -> Tensor {
     // SAFETY: `data` points to as many elements of this kind as the shape has, row-major; the
     // caller keeps them alive. No strides means contiguous.
     unsafe { Tensor::from_blob(data, shape, &[], T::KIND, Device::Cpu) }
+}
+
+/// Views f32 at an address of `device` as a row-major tensor without copying them.
+///
+/// # Safety
+/// As for [`view`], and as many values as the shape has lie there.
+pub(crate) unsafe fn view_at(address: u64, shape: &[i64], device: Device) -> Tensor {
+    // SAFETY: by the caller. No strides means contiguous.
+    unsafe { Tensor::from_blob(address as *const u8, shape, &[], Kind::Float, device) }
 }
 
 /// Borrows the values of a contiguous tensor on the CPU.

@@ -5,5 +5,6 @@
 #define mean_of lacuna_standin_mean_of
 #define squares lacuna_standin_squares
 #define adamw lacuna_standin_adamw
+#define normalise lacuna_standin_normalise
 #define crc64_pieces lacuna_standin_crc64_pieces
 #include "../../device/kernels/exact.cu"

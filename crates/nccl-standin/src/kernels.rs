@@ -59,10 +59,19 @@ unsafe extern "C" {
         piece: u64,
         n_pieces: u64,
     );
+    fn lacuna_standin_normalise(
+        pixels: *const u8,
+        table: *const f32,
+        values: *mut f32,
+        n: u64,
+        plane: u64,
+        channels: u64,
+    );
 }
 
 /// A kernel, by its place in [`NAMES`] plus 1: that is its handle.
-const NAMES: [&CStr; 5] = [c"quantise_add", c"mean_of", c"squares", c"adamw", c"crc64_pieces"];
+const NAMES: [&CStr; 6] =
+    [c"quantise_add", c"mean_of", c"squares", c"adamw", c"crc64_pieces", c"normalise"];
 
 /// Reads argument `k` of a launch.
 ///
@@ -112,6 +121,12 @@ unsafe fn work(kernel: usize, args: *mut *mut c_void) -> Option<Box<dyn FnOnce()
                 let (a, b, c, n, piece, pieces) = (at(0), at(1), at(2), at(3), at(4), at(5));
                 Box::new(move || {
                     lacuna_standin_crc64_pieces(a as _, b as _, c as _, n, piece, pieces);
+                })
+            }
+            6 => {
+                let (a, b, c, n, plane, channels) = (at(0), at(1), at(2), at(3), at(4), at(5));
+                Box::new(move || {
+                    lacuna_standin_normalise(a as _, b as _, c as _, n, plane, channels);
                 })
             }
             _ => return None,

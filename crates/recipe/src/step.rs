@@ -105,6 +105,11 @@ impl Normalize {
         Normalize { table: mean.iter().zip(std).map(channel).collect() }
     }
 
+    /// Returns the values of all bytes, 256 for each channel.
+    pub fn tables(&self) -> &[f32] {
+        self.table.as_flattened()
+    }
+
     /// Converts `pixels` `[b, h, w, c]` to `out` `[b, c, h, w]`, `plane` = h · w.
     pub fn apply(&self, pixels: &[u8], plane: usize, out: &mut [f32]) {
         let channels = self.table.len();

@@ -71,7 +71,12 @@ const CRATES: &[Crate] = &[
             "lacuna-telemetry",
         ],
     ),
-    Crate { name: "lacuna-mae", layer: 3, sideways: &[], sideways_dev: &["lacuna-tests"] },
+    Crate {
+        name: "lacuna-mae",
+        layer: 3,
+        sideways: &[],
+        sideways_dev: &["lacuna-tests", "lacuna-nccl-standin"],
+    },
     row("lacuna-sim", 4, &[]),
     row("lacuna-nccl-standin", 4, &[]),
     row("lacuna-tests", 4, &["lacuna-sim", "lacuna-nccl-standin"]),

@@ -1,6 +1,10 @@
 use super::*;
 use lacuna_recipe::adamw::AdamW;
+use lacuna_recipe::digest::Crc64;
+use lacuna_recipe::mask::MaskOrder;
+use lacuna_recipe::reduce::{ControlWord, Reducer, Verdict};
 use lacuna_types::{SampleId, Slot, Step};
+use lacuna_worker::engine::DeviceEngine as _;
 
 fn setup(preset: &str, slot_batch: u32) -> EngineSetup {
     let model = ModelConfig::preset(preset).unwrap();
@@ -30,7 +34,7 @@ fn batch(setup: &EngineSetup, index: u32) -> SlotBatch {
 }
 
 /// Returns the loss and the flat gradient.
-fn compute(engine: &mut TorchEngine, batch: &SlotBatch) -> (u32, Vec<u32>) {
+fn compute(engine: &mut dyn Engine, batch: &SlotBatch) -> (u32, Vec<u32>) {
     let layout = engine.layout().clone();
     let mut flat = vec![f32::NAN; layout.numel()];
     let mut seen = vec![0; layout.n_blocks()];
@@ -75,17 +79,22 @@ fn alignment_of_the_parameters_does_not_change_bits() {
     for (preset, slot_batch) in [("micro", 4), ("demo", 8)] {
         let setup = setup(preset, slot_batch);
         let batch = batch(&setup, 0);
-        let program = SlotProgram::new(&setup.model, slot_batch as usize, Place::Host);
+        let program = SlotProgram::new(&setup.model, slot_batch as usize, Device::Cpu);
         let images: Vec<f32> = batch.pixels.iter().map(|&b| f32::from(b) / 64.0 - 2.0).collect();
-        let input =
-            SlotInput { images: &images, ids_shuffle: &batch.ids_shuffle, weights: &batch.weights };
         let fresh = CpuState::fresh(program.layout.clone(), 7);
         let param = fresh.section(Section::Param);
         let digest_at = |offset: usize| {
             let mut buffer: Vec<f32> = vec![0.0; param.len() + offset];
             buffer[offset..].copy_from_slice(param);
-            let (loss, grads) = program.run(&buffer[offset..], &mut None, &input);
-            let start = Crc64::of_f32(&[loss]);
+            // SAFETY: both buffers outlive the graph, which is gone at the end of this closure.
+            let (weights, images_bchw) = unsafe {
+                let weights = Weights::view_of(&program.layout, &buffer[offset..]).trainable();
+                (weights, view(&images, &program.image_shape()))
+            };
+            let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
+            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b };
+            let (loss, grads) = program.differentiate(&weights, &input);
+            let start = Crc64::of_f32(&[loss.double_value(&[]) as f32]);
             grads.iter().fold(start, |sum, (_, grad)| sum.then(Crc64::of_f32(values(grad))))
         };
         let want = digest_at(0);
@@ -215,7 +224,7 @@ fn setups_that_fit_nothing_are_refused() {
 fn gradients_complete_from_the_end() {
     let model = ModelConfig::preset("base").unwrap();
     let layout = Layout::new(model.params());
-    let order = completion_order(&model, &layout);
+    let order = slot::completion_order(&model, &layout);
     let place = |name: &str| {
         let block = layout.find(name).unwrap();
         order.iter().position(|&b| b == block).unwrap()
@@ -233,34 +242,65 @@ fn gradients_complete_from_the_end() {
     assert!(want.map(place).is_sorted());
 }
 
-/// What a device does, with the CPU as the device: parameters are copies that follow the state.
+/// The engine of devices with the CPU as the device, behind a stand-in for the driver.
+fn on_device(setup: EngineSetup) -> DeviceTorchEngine {
+    let library = Some(lacuna_nccl_standin::path());
+    let place = DevicePlace {
+        device: Device::Cpu,
+        ordinal: 0,
+        driver: library.clone(),
+        compiler: library,
+        n_slots: 2,
+    };
+    DeviceTorchEngine::new(setup, place).unwrap()
+}
+
 #[test]
-fn copies_of_the_parameters_follow_the_state() {
+fn steps_on_a_device_have_the_bits_of_the_host() {
     let setup = setup("micro", 2);
     let mut host = TorchEngine::new(setup.clone()).unwrap();
-    let mut device = TorchEngine::on_device(setup.clone(), Device::Cpu).unwrap();
-    assert_eq!(host.probe().unwrap(), device.probe().unwrap());
-    let update = UpdateScalars {
+    let mut there = on_device(setup.clone());
+    assert_eq!(host.probe().unwrap(), there.probe().unwrap());
+    assert_eq!(host.tensor_digests().unwrap(), there.tensor_digests().unwrap(), "initial state");
+    let mut update = UpdateScalars {
         lr: 1e-3,
-        t: 1,
+        t: 0,
         adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.05 },
         decay_tokens: true,
     };
+    let layout = host.layout().clone();
+    let mut reducer = Reducer::new(layout.clone(), 2);
+    let mut mean = vec![0f32; layout.numel()];
+    let exponents = vec![30; layout.n_blocks()];
     for step in 0..3 {
-        let batch = batch(&setup, step);
-        let [a, b] = [&mut host, &mut device].map(|engine| {
-            let grad = compute(engine, &batch);
-            assert!(compute(engine, &batch) == grad, "the slot again");
-            let mean: Vec<f32> = grad.1.iter().map(|bits| f32::from_bits(*bits)).collect();
-            engine
-                .apply(&mean, &UpdateScalars { t: u64::from(step) + 1, ..update.clone() })
-                .unwrap();
-            grad
-        });
-        assert!(a == b, "step {step}");
+        let mut word = ControlWord::new(2);
+        reducer.begin(&exponents);
+        there.state().begin(&exponents).unwrap();
+        for index in 0..2 {
+            let batch = batch(&setup, 2 * step + index);
+            let loss = host.slot(&batch, &mut |grad| reducer.add(grad)).unwrap();
+            reducer.end_slot(index, loss);
+            assert_eq!(there.slot_there(&batch).unwrap().to_bits(), loss.to_bits());
+            word.end_slot(index, loss);
+        }
+        reducer.buffer();
+        let Verdict::Apply(expected) = reducer.finish(1, &mut mean).unwrap() else {
+            panic!("step {step} is sound")
+        };
+        there.state().close(&mut word).unwrap();
+        assert_eq!(there.state().word().unwrap().read(1).unwrap().loss, expected.loss);
+        let (_, max_abs) = there.state().mean().unwrap();
+        assert_eq!(max_abs, expected.max_abs);
+        update.t += 1;
+        host.apply(&mean, &update).unwrap();
+        there.apply_there(&update).unwrap();
+        assert_eq!(host.tensor_digests().unwrap(), there.tensor_digests().unwrap(), "step {step}");
     }
-    host.write(Section::Param, 3, &[0.5]).unwrap();
-    device.write(Section::Param, 3, &[0.5]).unwrap();
-    assert!(compute(&mut host, &batch(&setup, 9)) == compute(&mut device, &batch(&setup, 9)));
-    assert_eq!(device.describe(), format!("Cpu (libtorch {}, f32)", runtime::library_version()));
+    // The entries of the host give the same.
+    let batch = batch(&setup, 99);
+    assert!(compute(&mut host, &batch) == compute(&mut there, &batch));
+    host.apply(&mean, &update).unwrap();
+    there.apply(&mean, &update).unwrap();
+    assert_eq!(host.tensor_digests().unwrap(), there.tensor_digests().unwrap());
+    assert!(there.describe().starts_with("stand-in (libtorch 2.11.0"), "{}", there.describe());
 }
