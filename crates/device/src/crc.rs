@@ -7,14 +7,12 @@ const VALUES: usize = 256;
 
 /// Returns eight tables after each other: table k is for bytes that k bytes follow.
 pub(crate) fn tables() -> Vec<u64> {
-    let mut tables: Vec<u64> = vec![0; 8 * VALUES];
-    for byte in 0..VALUES {
-        let step = |crc: u64| if crc & 1 == 1 { (crc >> 1) ^ POLYNOMIAL } else { crc >> 1 };
-        tables[byte] = (0..8).fold(byte as u64, |crc, _| step(crc));
-    }
+    let step = |crc: u64| if crc & 1 == 1 { (crc >> 1) ^ POLYNOMIAL } else { crc >> 1 };
+    let alone = |byte: usize| (0..8).fold(byte as u64, |crc, _| step(crc));
+    let mut tables: Vec<u64> = (0..VALUES).map(alone).collect();
     for at in VALUES..8 * VALUES {
         let before: u64 = tables[at - VALUES];
-        tables[at] = tables[(before & 0xff) as usize] ^ (before >> 8);
+        tables.push(tables[(before & 0xff) as usize] ^ (before >> 8));
     }
     tables
 }

@@ -169,7 +169,6 @@ pub unsafe extern "C" fn cuModuleGetFunction(
 }
 
 #[unsafe(no_mangle)]
-#[expect(clippy::too_many_arguments, reason = "the driver's signature")]
 pub unsafe extern "C" fn cuLaunchKernel(
     function: Handle,
     blocks: c_uint,
