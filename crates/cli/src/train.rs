@@ -31,6 +31,10 @@ pub struct TrainArgs {
     /// Trainers on this machine; by default one per core, within `elastic.workers`.
     #[arg(long)]
     workers: Option<u32>,
+    /// Devices to train on instead of the CPU, each by a trainer of its own: `cuda` for all GPUs,
+    /// `cuda:0,2` for some of them.
+    #[arg(long, value_name = "DEVICES", conflicts_with = "workers")]
+    devices: Option<String>,
     /// How progress is shown.
     #[arg(long, value_enum, default_value = "auto")]
     progress: ProgressMode,
@@ -77,6 +81,10 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
 fn choose_workers(args: &TrainArgs, spec: &RunSpec) -> anyhow::Result<u32> {
     let Workers { min, max } = spec.elastic.workers;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    if args.devices.is_some() {
+        // The agent counts them.
+        return Ok(max.min(spec.n_slots()));
+    }
     let n = args.workers.unwrap_or(cores.clamp(min, max)).min(spec.n_slots());
     if n == 0 {
         return Err(Coded::error(exit::USAGE, "`--workers` must be at least 1"));
@@ -172,9 +180,10 @@ impl Training<'_> {
             let file = File::options().create(true).append(true).open(&log);
             Stdio::from(file.with_context(|| format!("open `{}`", log.display()))?)
         };
+        let devices = self.args.devices.clone().unwrap_or_else(|| format!("cpu:{}", self.n));
         Command::new(&self.worker)
             .args(["--coordinator", &self.url])
-            .args(["--devices", &format!("cpu:{}", self.n)])
+            .args(["--devices", &devices])
             .args(["--node-name", "local", "--once", "--with-parent"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())

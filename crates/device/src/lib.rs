@@ -14,6 +14,7 @@
 //! All work is enqueued on the legacy default stream, on which libtorch works too. Methods that
 //! return numbers wait for them, under a deadline; the others return at once.
 
+pub mod conformance;
 mod crc;
 mod kernels;
 mod pixels;

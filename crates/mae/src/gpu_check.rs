@@ -3,7 +3,9 @@
 //! Writes one JSON file. Every item in it has a name, what was seen and whether it passed; an item
 //! that cannot run has failed, and the others run all the same.
 
+mod device;
 mod golden;
+pub mod nccl;
 mod slots;
 
 use std::panic::AssertUnwindSafe;
@@ -14,9 +16,11 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, ValueEnum};
 use lacuna_mae::context::{self, EXACT, Kernels};
 use lacuna_mae::cuda::{self, CudaLibrary};
+use lacuna_mae::engine::DevicePlace;
 use lacuna_mae::runtime;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_types::{BuildId, exit};
+use lacuna_worker::args::TransportArgs;
 use lacuna_worker::entry::CodedError;
 use serde_json::{Value, json};
 use tch::{Device, Kind};
@@ -42,6 +46,9 @@ pub struct GpuCheckArgs {
     /// Images of the timed slots; the first number is that of the repeated ones too.
     #[arg(long, value_delimiter = ',', default_value = "64,128", value_parser = images())]
     images: Vec<u32>,
+    /// How to reach NCCL and the driver; checked where there is a GPU or libraries are named.
+    #[command(flatten)]
+    transport: TransportArgs,
     /// Timed slots, after the ones that warm up.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     slots: u32,
@@ -108,6 +115,7 @@ pub fn run(args: &GpuCheckArgs) -> anyhow::Result<u8> {
     report.repeats("micro", &micro, MICRO_IMAGES, device);
     let repeated = args.images.first().context("`--images` names no number")?;
     report.repeats(&args.model, &model, *repeated, device);
+    report.device(args, device);
     for &images in &args.images {
         report.throughput(args, &model, images, device, EXACT);
         report.throughput(args, &model, images, device, Kernels { deterministic: false, ..EXACT });
@@ -163,6 +171,20 @@ impl Report {
         };
         self.add(format!("repeat.{name}.{images}"), attempt(|| slots.repeat()));
         self.add(format!("order.{name}.{images}"), attempt(|| slots.orders()));
+    }
+
+    /// The arithmetic, the engine and NCCL on the device.
+    fn device(&mut self, args: &GpuCheckArgs, device: Device) {
+        let library = &args.transport.cuda_library;
+        if device == Device::Cpu && library.is_none() {
+            return;
+        }
+        let compiler = if device == Device::Cpu { library.clone() } else { cuda::nvrtc() };
+        let (driver, n_slots) = (library.clone(), 4);
+        let place = DevicePlace { device, ordinal: 0, driver, compiler, n_slots };
+        self.add("device.arithmetic".to_string(), attempt(|| device::arithmetic(&place)));
+        self.add("device.engine".to_string(), attempt(|| device::contract(&place)));
+        self.add("nccl.pair".to_string(), attempt(|| nccl::pair(&args.transport)));
     }
 
     /// Times slots; passes where they ran and gave finite losses.

@@ -37,6 +37,9 @@ enum Command {
     /// Check a device: golden values, equal bits, first numbers.
     #[command(hide = true)]
     GpuCheck(gpu_check::GpuCheckArgs),
+    /// One of two ranks that `gpu-check` starts.
+    #[command(hide = true)]
+    GpuCheckRank(gpu_check::nccl::RankArgs),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +52,11 @@ fn main() -> ExitCode {
         Some(Command::GpuCheck(args)) => {
             init_logs();
             finish(gpu_check::run(&args))
+        }
+        Some(Command::GpuCheckRank(args)) => {
+            init_logs();
+            // NCCL's symbols come with libtorch's CUDA half, unless a file is named.
+            finish(gpu_check::nccl::prepare(&args).and_then(|()| gpu_check::nccl::rank(&args)))
         }
         Some(Command::Conformance) => {
             init_logs();

@@ -89,6 +89,27 @@ fn everything_passes_on_a_cpu() {
     assert!(stdout.lines().last().unwrap().contains("items passed"), "{stdout}");
 }
 
+/// What a machine with a GPU checks beyond that, over a library that stands in for its own.
+#[test]
+fn the_device_half_passes_over_the_stand_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = Run::new(dir.path(), &golden(), "cpu");
+    let library = lacuna_nccl_standin::path();
+    run.command.arg("--nccl-library").arg(&library).arg("--cuda-library").arg(&library);
+    let (code, stdout, stderr, file) = run.end();
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    for name in ["device.arithmetic", "device.engine", "nccl.pair"] {
+        assert_eq!(item(&file, name)["passed"], true, "{stdout}");
+    }
+    let heard = item(&file, "nccl.pair")["detail"]["heard"].as_array().unwrap();
+    let steps: Vec<&str> = heard
+        .iter()
+        .filter(|entry| entry["rank"] == 0)
+        .map(|entry| entry["step"].as_str().unwrap())
+        .collect();
+    assert_eq!(steps, ["formed", "summed", "lost", "left", "reformed"]);
+}
+
 #[test]
 fn a_wrong_value_fails_its_item_and_no_other() {
     let dir = tempfile::tempdir().unwrap();

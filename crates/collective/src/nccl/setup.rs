@@ -50,6 +50,11 @@ impl NcclSetup {
         Ok(Self { nccl: nccl.map_err(SetupError::Nccl)?, device })
     }
 
+    /// Returns the device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Names the device among all of a cluster: host and place on its bus.
     ///
     /// `NCCL_HOSTID` names the host where it is set, as it does for NCCL: so several ranks share a

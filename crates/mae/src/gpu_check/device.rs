@@ -1,0 +1,73 @@
+//! The arithmetic and the engine on the device.
+
+use anyhow::Context as _;
+use lacuna_cuda::{Compiler, Driver};
+use lacuna_device::{Kernels, conformance};
+use lacuna_mae::engine::{DevicePlace, DeviceTorchEngine, EngineSetup};
+use lacuna_recipe::model::ModelConfig;
+use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec};
+use serde_json::{Value, json};
+
+/// Runs the kernels against the arithmetic of the host.
+pub fn arithmetic(place: &DevicePlace) -> anyhow::Result<(bool, String, Value)> {
+    let driver = Driver::load(place.driver.as_deref())?;
+    let device = driver.device(place.ordinal)?;
+    let compiler = Compiler::load(place.compiler.as_deref())?;
+    let kernels = Kernels::compile(&device, &compiler)?;
+    conformance::run(&kernels);
+    let (major, minor) = compiler.version();
+    let text =
+        format!("sums, updates, digests and pixels have the host's bits (NVRTC {major}.{minor})");
+    Ok((true, text, json!({ "nvrtc": format!("{major}.{minor}") })))
+}
+
+/// Runs the contract of engines on the device.
+pub fn contract(place: &DevicePlace) -> anyhow::Result<(bool, String, Value)> {
+    let model = ModelConfig::preset("micro").context("no preset is named `micro`")?;
+    let channels = model.channels as usize;
+    let spec = EngineSpec {
+        model,
+        seed: 5,
+        mean: vec![0.5; channels],
+        std: vec![0.25; channels],
+        slot_batch: 3,
+        n_slots: 4,
+        device: format!("{:?}", place.device).to_lowercase(),
+    };
+    let backend = OnDevice { place: place.clone() };
+    lacuna_worker::conformance::run(&spec, &backend);
+    let engine = backend.engine(&spec)?.describe();
+    let text = format!("slots are pure, updates are the recipe's: {engine}");
+    Ok((true, text, json!({ "engine": engine })))
+}
+
+/// Engines at one place, whatever their specs say.
+struct OnDevice {
+    place: DevicePlace,
+}
+
+impl Backend for OnDevice {
+    fn library(&self) -> String {
+        format!("libtorch {}", lacuna_mae::runtime::library_version())
+    }
+
+    fn trainer_env(&self, _device: &str) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    fn prepare(&self, _device: &str) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
+        let setup = EngineSetup {
+            model: spec.model.clone(),
+            seed: spec.seed,
+            mean: spec.mean.clone(),
+            std: spec.std.clone(),
+            slot_batch: spec.slot_batch,
+        };
+        let place = DevicePlace { n_slots: spec.n_slots, ..self.place.clone() };
+        Ok(Box::new(DeviceTorchEngine::new(setup, place)?))
+    }
+}
