@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Checks a GPU: golden values, equal bits, first numbers. One JSON file is the result.
+# Checks a GPU: golden values, equal bits, arithmetic, NCCL, first numbers, and a run that trains
+# twice to the same bits. One JSON file and some logs are the result.
 #
 #   gpu_check.sh          build; run if this machine has a GPU, else say how to run it elsewhere
 #   gpu_check.sh build    put all that a machine without Rust needs into target/gpu-check/
 #   gpu_check.sh run      run it here; arguments go to `lacuna-worker gpu-check`
 #
 # Running needs the CUDA libraries of torch 2.11.0: LIBTORCH=folder, or `make setup CUDA=1` in this
-# checkout, or the `torch` of python3. OUT=folder says where gpu-check.json goes (default: here).
+# checkout, or the `torch` of python3. OUT=folder says where the results go (default: here).
+# DEVICES says what the run trains on (default: cuda:0).
 # Exit codes of `run`: 0 all passed, 1 something failed, 78 this machine cannot run it.
 set -euo pipefail
 
@@ -25,10 +27,10 @@ build() {
     cd "$here/.."
     local target=${CARGO_TARGET_DIR:-target} folder file
     folder=$target/gpu-check
-    cargo build --release --package lacuna-mae --bin lacuna-worker
+    cargo build --release --package lacuna-cli --package lacuna-mae --bins
     rm -rf "$folder"
     mkdir -p "$folder/golden"
-    strip -o "$folder/lacuna-worker" "$target/release/lacuna-worker"
+    for file in lacuna lacuna-worker; do strip -o "$folder/$file" "$target/release/$file"; done
     for file in "${golden_files[@]}"; do cp "tests/golden/$file" "$folder/golden/"; done
     cp "$self" "$folder/gpu_check.sh"
     cat > "$folder/run.sh" <<'RUN'
@@ -99,12 +101,43 @@ run() {
     LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torch \
         OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
         "$folder/lacuna-worker" gpu-check --golden "$folder/golden" --out "$out" "$@" || code=$?
+    if [ "$code" = 0 ]; then
+        LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
+            train_twice "$folder" "${OUT:-.}" || code=1
+    fi
     case $code in
         0) say "passed; the record is $out" ;;
         1) say "FAILED; the record is $out" ;;
         *) say "could not run (exit code $code)" ;;
     esac
     return "$code"
+}
+
+# Trains the same small run twice, in new processes, and compares the digests of the states.
+train_twice() { # folder, results
+    local folder results work name digests=()
+    folder=$(realpath "$1") results=$(realpath "$2") work=$(mktemp -d)
+    (
+        cd "$work"
+        "$folder/lacuna" data synthetic data --n 512 --size 28x28 --channels 1 --seed 1
+        "$folder/lacuna" init --preset demo --name first --data data
+    ) > "$results/train-setup.log" 2>&1 || { say "FAILED: $results/train-setup.log"; return 1; }
+    for name in first second; do
+        (
+            cd "$work"
+            LACUNA_WORKER=$folder/lacuna-worker timeout 300 "$folder/lacuna" train run.toml \
+                --devices "${DEVICES:-cuda:0}" --set name="$name" --set 'train.duration="80step"' \
+                --set train.batch=32 --set train.slot_batch=8
+        ) > "$results/train-$name.log" 2>&1 || { say "FAILED: $results/train-$name.log"; return 1; }
+        digests+=("$(grep -o 'state digest [0-9a-f]*' "$results/train-$name.log" | tail -n 1)")
+        cp -r "$work/runs/$name/logs/workers.log" "$results/train-$name-workers.log"
+    done
+    rm -rf "$work"
+    if [ -z "${digests[0]}" ] || [ "${digests[0]}" != "${digests[1]}" ]; then
+        say "FAILED: two runs gave '${digests[0]}' and '${digests[1]}'"
+        return 1
+    fi
+    say "trained twice on ${DEVICES:-cuda:0}: ${digests[0]}"
 }
 
 has_gpu() { [ -e /dev/nvidia0 ] || nvidia-smi --list-gpus >/dev/null 2>&1; }

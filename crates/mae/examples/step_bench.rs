@@ -108,7 +108,14 @@ impl Bench {
         let channels = model.channels as usize;
         let (mean, std) = (vec![0.45; channels], vec![0.25; channels]);
         let batch = synthetic(&model, slot_batch);
-        let engine = TorchEngine::new(EngineSetup { model, seed: 0, mean, std, slot_batch })?;
+        let engine = TorchEngine::new(EngineSetup {
+            model,
+            seed: 0,
+            mean,
+            std,
+            slot_batch,
+            precision: lacuna_spec::Precision::F32,
+        })?;
         let layout = engine.layout().clone();
         Ok(Bench {
             counters: Counters::fresh(layout.n_blocks(), slot_batch),

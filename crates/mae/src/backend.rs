@@ -1,9 +1,10 @@
 //! The torch engine as a worker's backend.
 
-use lacuna_mae::context::{self, EXACT};
+use lacuna_mae::context::{self, EXACT, Kernels};
 use lacuna_mae::cuda;
 use lacuna_mae::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, TorchEngine};
 use lacuna_mae::runtime::{CPU_ENV, CUDA_ENV, library_version};
+use lacuna_spec::Precision;
 use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec};
 use tch::Device;
 
@@ -57,6 +58,7 @@ impl Backend for TorchBackend {
             mean: spec.mean.clone(),
             std: spec.std.clone(),
             slot_batch: spec.slot_batch,
+            precision: spec.precision,
         };
         let failed = |source| EngineError::Device {
             context: format!("failed to build the engine on {}", spec.device),
@@ -65,6 +67,11 @@ impl Backend for TorchBackend {
         if cuda_number(&spec.device).is_none() {
             return Ok(Box::new(TorchEngine::new(setup).map_err(failed)?));
         }
+        let kernels = Kernels { tf32: spec.precision == Precision::Tf32, ..EXACT };
+        context::set_kernels(kernels).map_err(|err| EngineError::Device {
+            context: "failed to choose kernels".to_string(),
+            source: Box::new(err),
+        })?;
         // Its agent hides all devices but one.
         let place = DevicePlace {
             device: Device::Cuda(0),

@@ -80,6 +80,7 @@ pub fn conformance() -> u8 {
             std: vec![0.25; channels],
             slot_batch,
             n_slots: 4,
+            precision: lacuna_spec::Precision::F32,
             device: "cpu0".to_string(),
         };
         lacuna_worker::conformance::run(&spec, &TorchBackend);

@@ -12,6 +12,7 @@ use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::{Normalize, SlotBatch};
+use lacuna_spec::Precision;
 use lacuna_worker::cpu_state::CpuState;
 use lacuna_worker::engine::{Engine, EngineError, UpdateScalars};
 use tch::Device;
@@ -35,6 +36,8 @@ pub struct EngineSetup {
     pub std: Vec<f64>,
     /// Samples of a slot.
     pub slot_batch: u32,
+    /// Arithmetic of forward and backward passes.
+    pub precision: Precision,
 }
 
 /// A setup that no engine can be built from.
@@ -56,12 +59,15 @@ pub enum BuildEngineError {
         /// Channels of the model.
         channels: u32,
     },
+    /// The precision is one of CUDA devices.
+    #[error("`train.precision` = \"tf32\" needs a CUDA device; a CPU has f32 and bf16")]
+    NoTf32,
     /// The slot is empty.
     #[error("`slot_batch` must be positive")]
     EmptySlot,
 }
 
-/// MAE on libtorch, in f32, on one CPU thread.
+/// MAE on libtorch, on one CPU thread.
 ///
 /// Parameters and moments are plain memory of Rust that the optimizer updates in place; libtorch
 /// reads the parameters through views and owns only what a slot needs.
@@ -86,7 +92,11 @@ impl TorchEngine {
         }
         check_setup(&setup)?;
         runtime::pin_threads();
-        let slot = SlotProgram::new(&setup.model, setup.slot_batch as usize, Device::Cpu);
+        if setup.precision == Precision::Tf32 {
+            return Err(BuildEngineError::NoTf32);
+        }
+        let (batch, precision) = (setup.slot_batch as usize, setup.precision);
+        let slot = SlotProgram::new(&setup.model, batch, Device::Cpu, precision);
         Ok(TorchEngine {
             state: CpuState::fresh(slot.layout.clone(), setup.seed),
             normalize: Normalize::new(&setup.mean, &setup.std),
@@ -126,8 +136,8 @@ impl Engine for TorchEngine {
             // SAFETY: state and images are borrowed until this closure returns, and the graph is
             // gone by then; gradients have storage of their own.
             let (weights, images_bchw) = unsafe {
-                let weights = Weights::view_of(&self.slot.layout, param).trainable();
-                (weights, view(&self.images, &self.slot.image_shape()))
+                let weights = Weights::view_of(&self.slot.layout, param);
+                (self.slot.leaves(weights), view(&self.images, &self.slot.image_shape()))
             };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
             let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b };
@@ -170,7 +180,8 @@ impl Engine for TorchEngine {
         }
         let micro = ModelConfig::preset("micro").expect("`micro` is a preset");
         let digest = guarded("compute the probe", || {
-            let small = SlotProgram::new(&micro, PROBE_BATCH, Device::Cpu).probe();
+            let small = SlotProgram::new(&micro, PROBE_BATCH, Device::Cpu, self.setup.precision);
+            let small = small.probe();
             small.then(self.slot.probe())
         })?;
         self.probe = Some(digest.value);

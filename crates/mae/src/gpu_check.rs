@@ -19,6 +19,7 @@ use lacuna_mae::cuda::{self, CudaLibrary};
 use lacuna_mae::engine::DevicePlace;
 use lacuna_mae::runtime;
 use lacuna_recipe::model::ModelConfig;
+use lacuna_spec::Precision;
 use lacuna_types::{BuildId, exit};
 use lacuna_worker::args::TransportArgs;
 use lacuna_worker::entry::CodedError;
@@ -183,7 +184,14 @@ impl Report {
         let (driver, n_slots) = (library.clone(), 4);
         let place = DevicePlace { device, ordinal: 0, driver, compiler, n_slots };
         self.add("device.arithmetic".to_string(), attempt(|| device::arithmetic(&place)));
-        self.add("device.engine".to_string(), attempt(|| device::contract(&place)));
+        for &(word, precision) in Precision::ALL {
+            // A CPU has no such products, and its engine refuses them.
+            if device == Device::Cpu && precision == Precision::Tf32 {
+                continue;
+            }
+            let name = format!("device.engine.{word}");
+            self.add(name, attempt(|| device::contract(&place, precision)));
+        }
         self.add("nccl.pair".to_string(), attempt(|| nccl::pair(&args.transport)));
     }
 

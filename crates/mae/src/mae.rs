@@ -121,6 +121,8 @@ impl Mae {
     /// the decoder: `[b, 1 + l, e]`, without the final norm.
     fn decode(&self, latent_bnd: &Tensor, masks: &Masks) -> Tensor {
         let tokens_bne = self.decoder_embed.forward(latent_bnd);
+        // The residual stream is as precise as the tokens, in half precision too.
+        let tokens_bne = tokens_bne.to_kind(self.mask_token_11e.kind());
         let x_bne = unshuffle(&tokens_bne, &self.mask_token_11e, &masks.ids_restore_bl);
         run(&self.decoder_blocks, x_bne + &self.decoder_pos_embed_1ne)
     }

@@ -83,8 +83,9 @@ impl Linear {
         Linear { weight, bias }
     }
 
+    /// Computes in the weight's own precision, whatever comes in.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, Some(&self.bias))
+        x.to_kind(self.weight.kind()).linear(&self.weight, Some(&self.bias))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use lacuna_recipe::model::ParamSpec;
 use lacuna_recipe::state::Layout;
 use tch::kind::Element;
 use tch::{Device, Kind, Tensor};
@@ -61,10 +62,29 @@ impl Weights {
         Weights { tensors, ..self }
     }
 
+    /// Copies what matrix products use to bfloat16, and shares the rest: norms and tokens work on
+    /// the residual stream, which stays f32.
+    ///
+    /// Half the memory is moved by products, and parameters stay exact where they are updated.
+    pub fn half_products(&self) -> Self {
+        let convert = |(tensor, spec): (&Tensor, &ParamSpec)| {
+            let is_product = !spec.name.contains("norm") && !spec.name.ends_with("_token");
+            if is_product { tensor.to_kind(Kind::BFloat16) } else { tensor.shallow_clone() }
+        };
+        let tensors = self.tensors.iter().zip(self.layout.params()).map(convert).collect();
+        Weights { layout: self.layout.clone(), tensors }
+    }
+
     /// Makes every tensor a leaf that gradients are taken with respect to.
     pub fn trainable(self) -> Self {
         let tensors = self.tensors.iter().map(|tensor| tensor.set_requires_grad(true)).collect();
         Weights { tensors, ..self }
+    }
+
+    /// Returns the same tensors again, without copying them.
+    pub fn share(&self) -> Self {
+        let tensors = self.tensors.iter().map(Tensor::shallow_clone).collect();
+        Weights { layout: self.layout.clone(), tensors }
     }
 
     /// Returns the layout of the buffer.

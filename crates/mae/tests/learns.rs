@@ -105,8 +105,14 @@ struct Correct(TorchEngine);
 impl Correct {
     fn new(model: &ModelConfig) -> Self {
         let (mean, std) = (vec![0.5; 3], vec![0.25; 3]);
-        let setup =
-            EngineSetup { model: model.clone(), seed: 1, mean, std, slot_batch: BATCH as u32 };
+        let setup = EngineSetup {
+            model: model.clone(),
+            seed: 1,
+            mean,
+            std,
+            slot_batch: BATCH as u32,
+            precision: lacuna_spec::Precision::F32,
+        };
         Correct(TorchEngine::new(setup).unwrap())
     }
 }

@@ -138,7 +138,7 @@ const FIELDS: &[Field] = &[
     maths("train.duration", "\"800ep\"", "length of the run in ep or step"),
     maths("train.batch", "4096", "samples of a step over all workers"),
     maths("train.slot_batch", "128", "samples of a slot, the unit of work; divides `batch`"),
-    maths("train.precision", "\"f32\"", "arithmetic of the model: f32"),
+    maths("train.precision", "\"f32\"", "arithmetic of the model: f32, bf16, tf32 (GPU)"),
     maths("train.reduce", "\"exact\"", "sum of gradients: exact (same bits for any workers)"),
     maths("train.seed", "0", "key of every random draw"),
     placement(

@@ -81,6 +81,12 @@ word! {
     Precision {
         /// 32-bit IEEE floats.
         F32 = "f32",
+        /// 32-bit floats, whose matrix products round their inputs to 10 bits of mantissa: CUDA
+        /// devices only.
+        Tf32 = "tf32",
+        /// Matrix products and attention in bfloat16; parameters, sums, norms, the residual stream
+        /// and the loss in f32.
+        Bf16 = "bf16",
     }
 }
 

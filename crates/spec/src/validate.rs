@@ -19,7 +19,7 @@ const NOT_YET: &[&str] =
     &["data.cache", "checkpoint.keep.best", "track.reconstructions", "track.tensorboard"];
 
 /// Words of planned values, refused like [`NOT_YET`].
-const NOT_YET_WORDS: &[&str] = &["bf16", "tf32", "fast", "zero-weight"];
+const NOT_YET_WORDS: &[&str] = &["fast", "zero-weight"];
 
 /// What other training programs call our keys.
 const FOREIGN_NAMES: &[(&str, &str)] = &[

@@ -9,6 +9,7 @@ use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::SlotBatch;
+use lacuna_spec::Precision;
 
 /// A failure of an engine; the trainer process ends with it.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +147,8 @@ pub struct EngineSpec {
     pub slot_batch: u32,
     /// Slots of a step.
     pub n_slots: u32,
+    /// Arithmetic of the model.
+    pub precision: Precision,
     /// Device, `cpu0` or `cuda0`.
     pub device: String,
 }

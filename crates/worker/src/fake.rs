@@ -289,6 +289,7 @@ mod tests {
             std: vec![0.25; 3],
             slot_batch: 4,
             n_slots: 4,
+            precision: lacuna_spec::Precision::F32,
             device: "cpu0".into(),
         }
     }

@@ -16,11 +16,12 @@ use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::{Normalize, SlotBatch};
+use lacuna_spec::Precision;
 use lacuna_worker::engine::{DeviceEngine, Engine, EngineError, UpdateScalars};
 use tch::{Device, Tensor};
 
 use super::slot::{PROBE_BATCH, SlotInput, SlotProgram};
-use super::{EngineSetup, check_setup, guarded};
+use super::{BuildEngineError, EngineSetup, check_setup, guarded};
 use crate::runtime;
 use crate::weights::{Weights, values, view_at};
 
@@ -39,14 +40,17 @@ pub struct DevicePlace {
     pub n_slots: u32,
 }
 
-/// MAE on libtorch, in f32, on one device.
+/// MAE on libtorch, on one device.
 #[derive(Debug)]
 pub struct DeviceTorchEngine {
     setup: EngineSetup,
     place: DevicePlace,
     slot: SlotProgram,
     /// Views of the state's parameters.
-    weights: Weights,
+    views: Weights,
+    /// What gradients are taken of: the views, or copies in the slot's precision, which are made
+    /// anew after the parameters have changed.
+    leaves: Option<Weights>,
     /// In a cell because reading it moves bytes through a buffer of its own.
     state: RefCell<DeviceState>,
     pixels: Pixels,
@@ -72,7 +76,11 @@ impl DeviceTorchEngine {
         let kernels = Kernels::compile(&device, &compiler);
         let kernels = kernels.map_err(|err| failed("compile the kernels", err))?;
         let card = device.info().map_err(|err| failed("ask the device", err))?.name;
-        let slot = SlotProgram::new(&setup.model, setup.slot_batch as usize, place.device);
+        if place.device == Device::Cpu && setup.precision == Precision::Tf32 {
+            return Err(failed("build the engine", BuildEngineError::NoTf32));
+        }
+        let (batch, precision) = (setup.slot_batch as usize, setup.precision);
+        let slot = SlotProgram::new(&setup.model, batch, place.device, precision);
         let mut state = DeviceState::new(&kernels, slot.layout.clone(), place.n_slots)?;
         for (block, spec) in slot.layout.params().iter().enumerate() {
             let range = slot.layout.range(block);
@@ -80,12 +88,10 @@ impl DeviceTorchEngine {
             init::fill(spec, setup.seed, &mut param);
             state.write(Section::Param, range.start, &param)?;
         }
-        // SAFETY: the state never moves its memory, and `weights` is dropped before it (the order
+        // SAFETY: the state never moves its memory, and `views` is dropped before it (the order
         // of the fields). It is written by updates only, which the legacy stream orders.
-        let weights = unsafe {
-            let address = state.address(Section::Param);
-            Weights::view_at(&slot.layout, address, place.device).trainable()
-        };
+        let views =
+            unsafe { Weights::view_at(&slot.layout, state.address(Section::Param), place.device) };
         let [height, width] = setup.model.img_size;
         let shape = Shape {
             images: setup.slot_batch as usize,
@@ -95,7 +101,7 @@ impl DeviceTorchEngine {
         let normalize = Normalize::new(&setup.mean, &setup.std);
         let pixels = Pixels::new(&kernels, normalize.tables(), shape)?;
         let state = RefCell::new(state);
-        Ok(Self { setup, place, slot, weights, state, pixels, card, probe: None })
+        Ok(Self { setup, place, slot, views, leaves: None, state, pixels, card, probe: None })
     }
 
     /// Computes a slot; loss and gradients stay on the device, and may be on their way.
@@ -109,8 +115,10 @@ impl DeviceTorchEngine {
         if self.place.device == Device::Cpu {
             self.state.get_mut().finish()?;
         }
-        let (slot, weights, pixels) = (&self.slot, &self.weights, &self.pixels);
+        let (slot, views, pixels) = (&self.slot, &self.views, &self.pixels);
+        let leaves = &mut self.leaves;
         guarded("compute a slot", || {
+            let weights = leaves.get_or_insert_with(|| slot.leaves(views.share()));
             // SAFETY: the values are written by the next slot only, behind this one's work on the
             // same stream, and the graph is gone when this returns.
             let images_bchw =
@@ -155,6 +163,7 @@ impl Engine for DeviceTorchEngine {
     }
 
     fn write(&mut self, section: Section, at: usize, values: &[f32]) -> Result<(), EngineError> {
+        self.leaves = None;
         Ok(self.state.get_mut().write(section, at, values)?)
     }
 
@@ -167,9 +176,9 @@ impl Engine for DeviceTorchEngine {
             return Ok(digest);
         }
         let micro = ModelConfig::preset("micro").expect("`micro` is a preset");
-        let (slot, device) = (&self.slot, self.place.device);
+        let (slot, device, precision) = (&self.slot, self.place.device, self.setup.precision);
         let digest = guarded("compute the probe", || {
-            let small = SlotProgram::new(&micro, PROBE_BATCH, device).probe();
+            let small = SlotProgram::new(&micro, PROBE_BATCH, device, precision).probe();
             small.then(slot.probe())
         })?;
         self.probe = Some(digest.value);
@@ -182,7 +191,7 @@ impl Engine for DeviceTorchEngine {
 
     fn describe(&self) -> String {
         let (card, version) = (&self.card, runtime::library_version());
-        format!("{card} (libtorch {version}, f32, slots of {})", self.setup.slot_batch)
+        format!("{card} (libtorch {version}, {})", self.setup.precision)
     }
 }
 
@@ -204,6 +213,7 @@ impl DeviceEngine for DeviceTorchEngine {
     }
 
     fn apply_there(&mut self, update: &UpdateScalars) -> Result<(), EngineError> {
+        self.leaves = None;
         let state = self.state.get_mut();
         state.apply(&update.on_device())?;
         // Before the next slot reads the parameters, wherever libtorch computes it.

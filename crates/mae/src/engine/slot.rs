@@ -8,6 +8,7 @@ use lacuna_recipe::mask::MaskOrder;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::state::Layout;
 use lacuna_recipe::step::SlotBatch;
+use lacuna_spec::Precision;
 use lacuna_worker::engine::EngineError;
 use tch::{Device, Kind, Tensor};
 
@@ -26,6 +27,7 @@ pub(super) struct SlotProgram {
     model: ModelConfig,
     batch: usize,
     device: Device,
+    precision: Precision,
     pub layout: Arc<Layout>,
     tables: PosTables,
     /// Tensors in the order in which the backward pass finishes them.
@@ -40,7 +42,7 @@ pub(super) struct SlotInput<'a> {
 }
 
 impl SlotProgram {
-    pub fn new(model: &ModelConfig, batch: usize, device: Device) -> Self {
+    pub fn new(model: &ModelConfig, batch: usize, device: Device, precision: Precision) -> Self {
         let layout = Layout::new(model.params());
         SlotProgram {
             completion: completion_order(model, &layout),
@@ -49,6 +51,7 @@ impl SlotProgram {
             model: model.clone(),
             batch,
             device,
+            precision,
         }
     }
 
@@ -88,7 +91,7 @@ impl SlotProgram {
     }
 
     /// Computes the loss and the gradient of every tensor, in completion order. All of `input`, the
-    /// weights and what comes back is on the program's device.
+    /// weights and what comes back is on the program's device; gradients are f32.
     pub fn differentiate(
         &self,
         weights: &Weights,
@@ -104,8 +107,16 @@ impl SlotProgram {
         let leaves: Vec<&Tensor> =
             self.completion.iter().map(|&block| &weights.tensors()[block]).collect();
         let grads = Tensor::run_backward(&[&loss], &leaves, false, false);
-        let grads = grads.into_iter().map(|grad| grad.contiguous());
+        let grads = grads.into_iter().map(|grad| grad.to_kind(Kind::Float).contiguous());
         (loss.detach(), self.completion.iter().copied().zip(grads).collect())
+    }
+
+    /// Makes leaves of f32 weights: what gradients are taken of, in the slot's precision.
+    pub fn leaves(&self, weights: Weights) -> Weights {
+        match self.precision {
+            Precision::F32 | Precision::Tf32 => weights.trainable(),
+            Precision::Bf16 => weights.half_products().trainable(),
+        }
     }
 
     /// Returns the shape of a slot's images, `[b, c, h, w]`.
@@ -134,7 +145,7 @@ impl SlotProgram {
         // SAFETY: `images` lives until this function returns, and the graph does not.
         let images_bchw = unsafe { view(&images, &self.image_shape()) }.to_device(self.device);
         let input = SlotInput { images_bchw, ids_shuffle: &ids_shuffle, weights: &weights };
-        let copy = Weights::copy_of(&self.layout, &param).to_device(self.device).trainable();
+        let copy = self.leaves(Weights::copy_of(&self.layout, &param).to_device(self.device));
         let (loss, grads) = self.differentiate(&copy, &input);
         let digest = |sum: Crc64, grad: &(usize, Tensor)| {
             sum.then(Crc64::of_f32(values(&grad.1.to_device(Device::Cpu))))

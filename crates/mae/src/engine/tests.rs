@@ -15,6 +15,7 @@ fn setup(preset: &str, slot_batch: u32) -> EngineSetup {
         mean: vec![0.45; channels],
         std: vec![0.25; channels],
         slot_batch,
+        precision: Precision::F32,
     }
 }
 
@@ -79,7 +80,8 @@ fn alignment_of_the_parameters_does_not_change_bits() {
     for (preset, slot_batch) in [("micro", 4), ("demo", 8)] {
         let setup = setup(preset, slot_batch);
         let batch = batch(&setup, 0);
-        let program = SlotProgram::new(&setup.model, slot_batch as usize, Device::Cpu);
+        let program =
+            SlotProgram::new(&setup.model, slot_batch as usize, Device::Cpu, Precision::F32);
         let images: Vec<f32> = batch.pixels.iter().map(|&b| f32::from(b) / 64.0 - 2.0).collect();
         let fresh = CpuState::fresh(program.layout.clone(), 7);
         let param = fresh.section(Section::Param);
@@ -257,7 +259,19 @@ fn on_device(setup: EngineSetup) -> DeviceTorchEngine {
 
 #[test]
 fn steps_on_a_device_have_the_bits_of_the_host() {
-    let setup = setup("micro", 2);
+    for precision in [Precision::F32, Precision::Bf16] {
+        steps_agree(EngineSetup { precision, ..setup("micro", 2) });
+    }
+}
+
+#[test]
+fn products_of_ten_bits_need_a_device() {
+    let setup = EngineSetup { precision: Precision::Tf32, ..setup("micro", 2) };
+    let text = TorchEngine::new(setup).unwrap_err().to_string();
+    assert_eq!(text, "`train.precision` = \"tf32\" needs a CUDA device; a CPU has f32 and bf16");
+}
+
+fn steps_agree(setup: EngineSetup) {
     let mut host = TorchEngine::new(setup.clone()).unwrap();
     let mut there = on_device(setup.clone());
     assert_eq!(host.probe().unwrap(), there.probe().unwrap());

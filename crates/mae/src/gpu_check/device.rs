@@ -5,6 +5,7 @@ use lacuna_cuda::{Compiler, Driver};
 use lacuna_device::{Kernels, conformance};
 use lacuna_mae::engine::{DevicePlace, DeviceTorchEngine, EngineSetup};
 use lacuna_recipe::model::ModelConfig;
+use lacuna_spec::Precision;
 use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec};
 use serde_json::{Value, json};
 
@@ -22,7 +23,10 @@ pub fn arithmetic(place: &DevicePlace) -> anyhow::Result<(bool, String, Value)> 
 }
 
 /// Runs the contract of engines on the device.
-pub fn contract(place: &DevicePlace) -> anyhow::Result<(bool, String, Value)> {
+pub fn contract(
+    place: &DevicePlace,
+    precision: Precision,
+) -> anyhow::Result<(bool, String, Value)> {
     let model = ModelConfig::preset("micro").context("no preset is named `micro`")?;
     let channels = model.channels as usize;
     let spec = EngineSpec {
@@ -32,6 +36,7 @@ pub fn contract(place: &DevicePlace) -> anyhow::Result<(bool, String, Value)> {
         std: vec![0.25; channels],
         slot_batch: 3,
         n_slots: 4,
+        precision,
         device: format!("{:?}", place.device).to_lowercase(),
     };
     let backend = OnDevice { place: place.clone() };
@@ -66,6 +71,7 @@ impl Backend for OnDevice {
             mean: spec.mean.clone(),
             std: spec.std.clone(),
             slot_batch: spec.slot_batch,
+            precision: spec.precision,
         };
         let place = DevicePlace { n_slots: spec.n_slots, ..self.place.clone() };
         Ok(Box::new(DeviceTorchEngine::new(setup, place)?))

@@ -42,7 +42,7 @@ fn what_this_build_lacks() {
     let cases = [
         "[track]\ntensorboard = \"tb\"\nreconstructions = { every = \"1ep\" }",
         "data.cache = { dir = \"/nvme\", size = \"500GB\" }",
-        "train.precision = \"bf16\"\ntrain.reduce = \"fats\"",
+        "train.precision = \"bf-16\"\ntrain.reduce = \"fast\"",
         "data.bad_samples = \"zero-weight\"\ndata.order = \"random\"",
         "checkpoint.to = \"s3://bucket/run\"",
     ];

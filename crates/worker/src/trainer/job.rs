@@ -91,6 +91,7 @@ impl Job {
             std: self.spec.data.std.clone(),
             slot_batch: self.spec.train.slot_batch,
             n_slots: self.spec.n_slots(),
+            precision: self.spec.train.precision,
             device: device.to_string(),
         }
     }
