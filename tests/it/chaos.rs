@@ -9,12 +9,12 @@ use crate::binaries;
 /// Long enough for a step to be applied between the faults of every cell.
 const STEPS: u64 = 150;
 
-/// Kinds of faults and numbers of workers: each kind once, and no world twice in a row.
+/// Kinds of faults and numbers of workers: each kind and each number of the matrix.
 const CELLS: [(Row, usize); 5] = [
     (Row::Kills, 3),
     (Row::Coordinator, 2),
     (Row::JoinDrain, 1),
-    (Row::Stops, 2),
+    (Row::Stops, 5),
     (Row::Partitions, 3),
 ];
 

@@ -271,3 +271,46 @@ fn an_operator_gives_silent_members_up() {
     lacuna_tests::send_signal(trainer, Signal::CONT);
     drop(agent);
 }
+
+/// Each run has its own workers, its own group and its own result.
+#[test]
+fn two_runs_at_once_do_not_disturb_each_other() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, STEPS);
+    let mut cluster = Cluster::start(&fixture);
+    let runs = ["first", "second"]
+        .map(|name| cluster.submit(&fixture.spec(name, STEPS, &[("elastic.workers", "\"2:2\"")])));
+    for node in ["a", "b", "c", "d"] {
+        cluster.add(node, 1);
+    }
+    let members = |run: &String| {
+        let trains = |seen: &Seen| seen.run.workers.len() == 2 && seen.step() >= 3;
+        let seen = cluster.wait(run, "both have two members", trains);
+        seen.run.workers.iter().map(|w| w.worker_id.clone()).collect::<Vec<String>>()
+    };
+    let [first, second] = [members(&runs[0]), members(&runs[1])];
+    assert!(first.iter().all(|worker| !second.contains(worker)), "{first:?} and {second:?}");
+    lacuna_tests::send_signal(cluster.pid(&first[0]), Signal::KILL);
+    let seen = runs.each_ref().map(|run| cluster.wait_end(run));
+    seen.iter().for_each(|seen| finished_with(seen, want));
+    assert_eq!(seen[1].count("lost"), 0, "the other run lost nobody: {}", seen[1].text());
+}
+
+/// How a trainer ended is in the event of its loss, and its agent waits longer each time.
+#[test]
+fn ends_say_how_and_new_processes_wait_longer() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start_with(&fixture, &["quarantine=600s"]);
+    let spec = fixture.spec("words", 400, &[("elastic.workers", "\"2:2\"")]);
+    let run = cluster.submit(&spec);
+    // Rank 0 computes the first slot, which is the one that kills.
+    cluster.add_with("a", 1, &[], &[("LACUNA_FAKE_DIE_AT", "30")]);
+    cluster.add("b", 1);
+    let seen = cluster.wait(&run, "a dies twice", |seen| seen.count("lost") >= 2);
+    let lost = seen.events.iter().find(|event| event.kind == "lost").expect("just seen");
+    assert!(lost.text.contains("signal 6"), "{}", lost.text);
+    let log = std::fs::read_to_string(fixture.path("a.log")).expect("a has a log");
+    let pauses: Vec<&str> = log.split("starting the trainer again").skip(1).collect();
+    assert!(pauses[0].contains("pause=200ms"), "{log}");
+    assert!(pauses.len() < 2 || pauses[1].contains("pause=400ms"), "{log}");
+}
