@@ -139,6 +139,17 @@ impl World {
         self.procs[pid].step_loop.comm = Some((at, rank));
     }
 
+    /// Tells whether the newest communicator has so many members and has come to its sums.
+    pub fn is_reducing(&self, world: usize) -> bool {
+        let newest = self.comms.last();
+        newest.is_some_and(|comm| comm.members.len() == world && comm.kind == Kind::Reduce)
+    }
+
+    /// Returns the generation of the newest communicator, 0 before the first.
+    pub fn newest_generation(&self) -> u64 {
+        self.comms.last().map_or(0, |comm| comm.generation)
+    }
+
     /// A member brings its gift; the last one completes the operation.
     pub(crate) fn contribute(&mut self, pid: Pid, kind: Kind, gift: Gift) {
         let (at, rank) = self.procs[pid].step_loop.comm.expect("a member is in a communicator");

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use lacuna_sim::bugs::Bug;
 use lacuna_sim::coverage::Coverage;
-use lacuna_sim::goodput::{Measured, estimate};
+use lacuna_sim::goodput::{self, Cell};
 use lacuna_sim::history::{draw, play};
 use lacuna_sim::script::Script;
 use lacuna_sim::shrink::shrink;
@@ -17,9 +17,8 @@ usage:
   lacuna-sim run --seeds A..B [--plant BUG] [--keep-going] [--coverage]
   lacuna-sim replay SEED [--plant BUG] [--shrink] [--messages]
   lacuna-sim play FILE [--messages]
-  lacuna-sim goodput [--workers N] [--slots V] [--mtbf S] [--step S] [--detect S] [--reform S]
-      [--heal S] [--respawn S] [--checkpoint S] [--pause S] [--restart S] [--load S] [--wall S]
-      [--seed N]
+  lacuna-sim goodput [--workers N] [--slots V] [--slot-ms N] [--mean S] [--latency-ms N]
+      [--warm-ms N] [--load-ms N] [--heal-ms N] [--checkpoint STEPS] [--seconds S] [--seed N]
 ";
 
 /// Lines of a long transcript that are shown of its beginning, and of its end.
@@ -34,7 +33,7 @@ fn main() -> ExitCode {
     let done = match args.first().map(String::as_str) {
         Some("run") => run(&args[1..]),
         Some("replay") => replay(&args[1..]),
-        Some("goodput") => goodput(&args[1..]),
+        Some("goodput") => play_goodput(&args[1..]),
         Some("play") => play_file(&args[1..]),
         _ => Err(USAGE.to_string()),
     };
@@ -176,13 +175,13 @@ fn play_file(args: &[String]) -> Result<bool, String> {
     Ok(show(&script, detail(args)))
 }
 
-fn goodput(args: &[String]) -> Result<bool, String> {
-    let mut measured = Measured::default();
+fn play_goodput(args: &[String]) -> Result<bool, String> {
+    let mut cell = Cell::default();
     for pair in args.chunks(2) {
         let [flag, value] = pair else { return Err(USAGE.to_string()) };
-        measured.set(flag, value)?;
+        cell.set(flag, value)?;
     }
-    print!("{}", estimate(&measured));
+    print!("{}", goodput::play(&cell)?);
     Ok(true)
 }
 

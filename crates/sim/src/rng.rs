@@ -37,7 +37,7 @@ impl Rng {
     pub fn exponential(&mut self, mean: f64) -> f64 {
         let uniform = ((self.next() >> 11) as f64 + 1.0) / (1u64 << 53) as f64;
         // The logarithm of the platform decides no bit of a model, only when a simulated fault
-        // comes in the goodput estimate.
+        // comes when goodput is played.
         #[allow(clippy::disallowed_methods)]
         let log = uniform.ln();
         -log * mean

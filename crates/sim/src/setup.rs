@@ -44,6 +44,8 @@ pub struct Setup {
     pub commit_ms: u64,
     /// Sending a state to healed members.
     pub heal_ms: u64,
+    /// What reading a checkpoint takes beyond the usual few milliseconds.
+    pub load_ms: u64,
     /// From the start of a trainer to its warm report.
     pub warm_ms: u64,
     /// Clocks run fast or slow by up to this many millionths.
@@ -78,6 +80,7 @@ impl Default for Setup {
             part_ms: 40,
             commit_ms: 20,
             heal_ms: 60,
+            load_ms: 0,
             warm_ms: 200,
             skew_ppm: 0,
             deadline_ms: 6_000,
@@ -118,7 +121,7 @@ impl Setup {
         }
     }
 
-    fn fields(&mut self) -> [(&'static str, &mut u64); 18] {
+    fn fields(&mut self) -> [(&'static str, &mut u64); 19] {
         [
             ("seed", &mut self.seed),
             ("steps", &mut self.steps),
@@ -132,6 +135,7 @@ impl Setup {
             ("part_ms", &mut self.part_ms),
             ("commit_ms", &mut self.commit_ms),
             ("heal_ms", &mut self.heal_ms),
+            ("load_ms", &mut self.load_ms),
             ("warm_ms", &mut self.warm_ms),
             ("skew_ppm", &mut self.skew_ppm),
             ("deadline_ms", &mut self.deadline_ms),

@@ -386,7 +386,7 @@ impl World {
         match origin {
             Origin::Seed => self.work(pid, Doing::Loading, 5 * MS),
             Origin::Checkpoint { .. } => {
-                let after = self.rng.range(10, 60) * MS;
+                let after = self.rng.range(10, 60) * MS + self.setup.load_ms * MS;
                 self.work(pid, Doing::Loading, after);
             }
             Origin::Memory { healed, .. } if healed.is_empty() => self.synced(pid),
