@@ -9,10 +9,14 @@ CRATES := --workspace $(if $(LIBTORCH)$(wildcard third_party/libtorch/build-vers
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
+# What `make setup` found: cargo's arguments, and tools that building needs.
+FEATURES := $(shell cat third_party/features 2>/dev/null)
+export PATH := $(CURDIR)/third_party/tools/bin:$(PATH)
+
 setup: ## check the tools, fetch libtorch, build (CUDA=1 fetches the CUDA libraries too)
 	@python3 scripts/setup.py
 build: ## build `lacuna` and `lacuna-worker` into target/release
-	@cargo build --release --package lacuna-cli --package lacuna-mae
+	@cargo build --release --package lacuna-cli --package lacuna-mae $(FEATURES)
 demo: build ## pack images, train with two workers, kill one, look at the result (DATA_DIR=folder)
 	@python3 scripts/demo.py
 test: ## run every test that needs no GPU
@@ -23,7 +27,7 @@ check: fmt clippy tidy deny ## check format, lints, layers and licences
 fmt: ## check the format
 	@cargo fmt --all --check
 clippy: ## check the lints
-	@cargo clippy $(CRATES) --all-targets -- -D warnings
+	@cargo clippy $(CRATES) $(FEATURES) --all-targets -- -D warnings
 	@$(if $(findstring exclude,$(CRATES)),echo "clippy: lacuna-mae skipped: no libtorch (make setup)")
 tidy: ## check layers, purity, file sizes, links
 	@cargo xtask tidy
@@ -37,8 +41,8 @@ proto: ## generate the gRPC code from proto/ anew
 	@cargo run --quiet --package xtask --features codegen -- proto
 bench: ## time a training step here and in PyTorch (BENCH="--python v/bin/python", "--help")
 	@python3 scripts/bench/step.py $(BENCH)
-bench-data: ## measure the data path on this machine (BENCH="--help" for more)
-	@cargo run --release --package lacuna-cli -- data bench $(BENCH)
+bench-data: ## images a second, here and in Python's loaders (BENCH="--python v/bin/python")
+	@python3 scripts/bench/data.py $(BENCH)
 chaos: ## runs under seeded faults against an undisturbed one (MINUTES=60 SEED=1 CHAOS="--help")
 	@cargo build --release --quiet --package lacuna-tests --bins
 	@target/release/lacuna-chaos run --minutes $(or $(MINUTES),0) --seed $(or $(SEED),1) $(CHAOS)

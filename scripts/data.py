@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
-import subprocess
 import sys
 import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 from common import EXIT_NO_DATA, EXIT_UNFIT, Unfit, cache_dir, locked, say, sha256_of  # noqa: E402
+from debian import NoPackage, unpack  # noqa: E402
 
 PACKAGE = "dataset-fashion-mnist"
 PACKAGE_DATA = "usr/share/datasets/fashion-mnist"
@@ -34,16 +33,9 @@ FILES = {
     "t10k-labels-idx1-ubyte.gz":
         "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
 }
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 # The check of DATA_DIR stops at the first image; so many entries without one are not a data set.
 ENTRIES_MAX = 100_000
-# 31 MB by apt, and an index of 9 MB where the machine has none.
-APT_SECONDS_MAX = 300
-
-
-class NoData(Exception):
-    """The package cannot be had here; the text says why."""
-
 
 def is_image_file(name: str) -> bool:
     """Tells whether a file name is that of an image or of an IDX file of images."""
@@ -64,50 +56,13 @@ def check_data_dir(text: str) -> pathlib.Path:
         n_entries += len(names) + 1
         if n_entries > ENTRIES_MAX:
             break
-    raise Unfit(f"DATA_DIR={text} holds neither JPEG or PNG images nor IDX files")
+    raise Unfit(f"DATA_DIR={text} holds neither PNG, JPEG or WebP images nor IDX files")
 
 
 def is_complete(folder: pathlib.Path) -> bool:
     """Tells whether a folder holds the four files of Fashion-MNIST, bit for bit."""
     return all((folder / name).is_file() and sha256_of(folder / name) == digest
                for name, digest in FILES.items())
-
-
-def run(command: list[str], folder: pathlib.Path) -> bool:
-    """Runs a program in a folder; its output goes to stderr only where it fails."""
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False,
-                              timeout=APT_SECONDS_MAX)
-    except subprocess.TimeoutExpired:
-        say("data", f"`{command[0]}` took longer than {APT_SECONDS_MAX} s")
-        return False
-    if done.returncode != 0:
-        say("data", f"`{' '.join(command[:1] + command[-2:])}` failed: {done.stderr.strip()}")
-    return done.returncode == 0
-
-
-def apt_options(state: pathlib.Path) -> list[str]:
-    """Builds the options under which apt reads the system's sources but keeps its own state."""
-    for name in ["lists/partial", "cache/archives/partial"]:
-        (state / name).mkdir(parents=True, exist_ok=True)
-    return ["-o", f"Dir::State::Lists={state}/lists", "-o", f"Dir::Cache={state}/cache",
-            "-o", "APT::Sandbox::User=", "-o", "Debug::NoLocking=1", "-qq"]
-
-
-def download(scratch: pathlib.Path, state: pathlib.Path) -> pathlib.Path:
-    """Fetches the package into `scratch`: by the system's index, else by an index of our own."""
-    for tool in ["apt-get", "dpkg-deb"]:
-        if shutil.which(tool) is None:
-            raise NoData(f"`{tool}` is missing, so Debian's package {PACKAGE} cannot be fetched")
-    plain = ["apt-get", "-o", "APT::Sandbox::User=", "-qq", "download", PACKAGE]
-    if not run(plain, scratch):
-        say("data", "reading the package index into the cache")
-        options = apt_options(state)
-        if not run(["apt-get", *options, "update"], scratch):
-            raise NoData("the package index cannot be read")
-        if not run(["apt-get", *options, "download", PACKAGE], scratch):
-            raise NoData(f"the package {PACKAGE} cannot be fetched")
-    return next(scratch.glob("*.deb"))
 
 
 def fashion_mnist(cache: pathlib.Path) -> pathlib.Path:
@@ -121,13 +76,9 @@ def fashion_mnist(cache: pathlib.Path) -> pathlib.Path:
             return place
         with tempfile.TemporaryDirectory(prefix=".data-", dir=cache) as text:
             scratch = pathlib.Path(text)
-            say("data", f"fetching {PACKAGE} (31 MB)")
-            package = download(scratch, cache / "apt")
-            if not run(["dpkg-deb", "-x", str(package), "unpacked"], scratch):
-                raise NoData(f"{package.name} cannot be unpacked")
-            found = scratch / "unpacked" / PACKAGE_DATA
+            found = unpack(PACKAGE, scratch, cache / "apt") / PACKAGE_DATA
             if not is_complete(found):
-                raise NoData(f"{package.name} holds other files than the pinned ones")
+                raise NoPackage(f"{PACKAGE} holds other files than the pinned ones")
             if place.exists():
                 os.rename(place, scratch / "old")
             os.rename(found, place)
@@ -139,7 +90,7 @@ def main() -> int:
     own = os.environ.get("DATA_DIR")
     try:
         print(check_data_dir(own) if own else fashion_mnist(cache_dir()))
-    except NoData as error:
+    except NoPackage as error:
         say("data", f"no images here: {error}; set DATA_DIR to a folder of images")
         return EXIT_NO_DATA
     except Unfit as error:

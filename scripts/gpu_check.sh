@@ -27,7 +27,7 @@ build() {
     cd "$here/.."
     local target=${CARGO_TARGET_DIR:-target} folder file
     folder=$target/gpu-check
-    cargo build --release --package lacuna-cli --package lacuna-mae --bins
+    make --no-print-directory build
     rm -rf "$folder"
     mkdir -p "$folder/golden"
     for file in lacuna lacuna-worker; do strip -o "$folder/$file" "$target/release/$file"; done

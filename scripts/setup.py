@@ -3,8 +3,9 @@
 
     python3 scripts/setup.py [--no-build]
 
-Environment: LIBTORCH (use that libtorch, fetch nothing), CUDA=1 (fetch the CUDA libraries too),
-XDG_CACHE_HOME (downloads are kept in its folder `lacuna/wheels`, and never fetched twice).
+Environment: LIBTORCH (use that libtorch, fetch none), CUDA=1 (fetch the CUDA libraries too),
+TURBO=0 (decode JPEG in Rust, without libjpeg-turbo and the tools to build it), XDG_CACHE_HOME
+(downloads are kept in its folder `lacuna/wheels`, and never fetched twice).
 Exit codes: 0 done, 1 the build failed, 78 this machine lacks something; the last line says what.
 No root needed.
 """
@@ -26,6 +27,7 @@ import zipfile
 from typing import Iterable, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import tools  # noqa: E402
 from common import EXIT_UNFIT, Unfit, cache_dir, locked, say, sha256_of  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -357,11 +359,25 @@ def prepare(flavor: str) -> str:
     return install(flavor, ROOT / "third_party", cache_dir() / "wheels")
 
 
+def cmake_wheel() -> pathlib.Path:
+    """Returns the file of the pinned cmake."""
+    folder = cache_dir() / "wheels"
+    folder.mkdir(parents=True, exist_ok=True)
+    [wheel] = parse_requirements((SCRIPTS / "build-tools.txt").read_text())
+    with locked(folder / ".lock", "setup"):
+        return cached(wheel, folder) or fetch(wheel, folder)
+
+
+def prepare_jpeg() -> str:
+    """Finds or fetches the tools for libjpeg-turbo; returns one line about it."""
+    return tools.prepare(ROOT / "third_party", cache_dir() / "apt", cmake_wheel)
+
+
 def build() -> int:
-    """Builds both binaries and returns cargo's exit code."""
-    command = ["cargo", "build", "--release", "--package", "lacuna-cli", "--package", "lacuna-mae"]
-    say("setup", " ".join(command))
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    """Builds both binaries and returns make's exit code."""
+    say("setup", "make build")
+    return subprocess.run(["make", "--no-print-directory", "build"], cwd=ROOT,
+                          check=False).returncode
 
 
 def main() -> int:
@@ -373,6 +389,7 @@ def main() -> int:
     try:
         check_tools()
         line = prepare("cuda" if os.environ.get("CUDA") == "1" else "cpu")
+        line = f"{line}; {prepare_jpeg()}"
         if not args.no_build and build() != 0:
             say("setup", "the build failed: see cargo's message above")
             return 1

@@ -11,7 +11,9 @@ import unittest.mock
 import zipfile
 
 import data
+import debian
 import setup
+import tools
 from common import Unfit
 
 CPU_MEMBERS = {
@@ -170,12 +172,44 @@ class Data(WithFolder):
 
     def test_without_apt_there_is_no_data(self):
         with unittest.mock.patch.dict(os.environ, {"PATH": str(self.root)}):
-            self.assertRaisesRegex(data.NoData, "apt-get", data.download, self.root, self.root)
+            self.assertRaisesRegex(debian.NoPackage, "apt-get", debian.download, "nasm",
+                                   self.root, self.root)
 
     def test_files_with_other_bytes_are_not_taken(self):
         for name in data.FILES:
             (self.root / name).write_bytes(b"x")
         self.assertFalse(data.is_complete(self.root))
+
+
+class Tools(WithFolder):
+    """What turns libjpeg-turbo on."""
+
+    def prepare(self, **environment):
+        with unittest.mock.patch.dict(os.environ, {"PATH": str(self.root), **environment}):
+            line = tools.prepare(self.root / "third_party", self.root / "apt", self.wheel)
+        return line, (self.root / "third_party" / "features").read_text()
+
+    def wheel(self):
+        path = self.root / "cmake.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("cmake/data/bin/cmake", "#!/bin/sh\n")
+        return path
+
+    def test_without_nasm_jpeg_is_decoded_in_rust(self):
+        line, features = self.prepare()
+        self.assertIn("decoded in Rust", line)
+        self.assertNotIn("turbo", features)
+
+    def test_with_both_tools_it_is_on(self):
+        nasm = self.root / "third_party" / "tools" / "bin" / "nasm"
+        nasm.parent.mkdir(parents=True)
+        nasm.touch(mode=0o755)
+        line, features = self.prepare()
+        self.assertIn("libjpeg-turbo", line)
+        self.assertIn("lacuna-cli/turbo", features)
+        self.assertTrue(os.access(nasm.with_name("cmake"), os.X_OK))
+        _, features = self.prepare(TURBO="0")
+        self.assertNotIn("turbo", features)
 
 
 if __name__ == "__main__":

@@ -22,17 +22,22 @@ skip() { # name, reason
 # One selection of crates for everything: cargo chooses the features of dependencies by it, and
 # another one would compile half of them again.
 crates=(--workspace)
+features=()
 if [ -z "${LIBTORCH:-}" ] && [ ! -e third_party/libtorch/build-version ]; then
     crates+=(--exclude lacuna-mae)
+fi
+if [ -e third_party/features ]; then
+    read -ra features < third_party/features
+    PATH=$PWD/third_party/tools/bin:$PATH
 fi
 
 rust_lane() {
     # Process tests start binaries of other crates, which building the tests alone does not build.
     # Both at once: without tests, dependencies would have other features and be compiled twice.
-    cargo build "${crates[@]}" --bins --tests || return
+    cargo build "${crates[@]}" "${features[@]}" --bins --tests || return
     # One thread: the bits of libtorch's results depend on the number of threads, and OpenMP's
     # spinning starves a machine that runs several workers.
-    OMP_NUM_THREADS=1 cargo test "${crates[@]}" --no-fail-fast
+    OMP_NUM_THREADS=1 cargo test "${crates[@]}" "${features[@]}" --no-fail-fast
 }
 
 lane scripts python3 -m unittest discover --start-directory scripts --pattern '*_test.py'
@@ -45,6 +50,9 @@ elif [ -n "${CI:-}" ]; then
     failed=1
 else
     skip torch "no libtorch (make setup)"
+fi
+if [[ "${features[*]}" != *turbo* ]]; then
+    skip turbo "no libjpeg-turbo, JPEG is decoded in Rust (make setup)"
 fi
 if [ "${LACUNA_GPU_TESTS:-}" = 1 ]; then
     skip gpu "its tests ran inside the other lanes (LACUNA_GPU_TESTS=1)"

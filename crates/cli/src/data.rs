@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use clap::{Args, Subcommand, ValueEnum};
+use lacuna_data::mds::MDS_INDEX_NAME;
 use lacuna_data::pack::{
     Existing, PackConfig, PackError, PackOutcome, PackReport, PackSource, SHARD_BYTES_DEFAULT, pack,
 };
@@ -36,7 +37,7 @@ pub struct DataArgs {
 /// What to do with data.
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
-    /// Pack a folder of images, or IDX files, into shards with an index.
+    /// Pack a folder of images, or IDX, MDS or Parquet files, into shards with an index.
     Pack(PackArgs),
     /// Generate images and pack them: data for machines without any.
     Synthetic(SyntheticArgs),
@@ -55,7 +56,8 @@ pub enum DataCommand {
 /// `lacuna data pack`.
 #[derive(Args, Debug)]
 pub struct PackArgs {
-    /// A folder of images or of IDX files, an IDX file of images, or one of images and its labels.
+    /// A folder of images, IDX files, MDS shards or Parquet files; a Parquet file; an IDX file of
+    /// images, or one of images and its labels.
     #[arg(required = true, num_args = 1.., value_name = "SRC")]
     sources: Vec<PathBuf>,
     /// Folder that gets shards and index.
@@ -66,7 +68,8 @@ pub struct PackArgs {
     /// IDX file of labels; otherwise found by its name beside the images.
     #[arg(long, value_name = "FILE")]
     labels: Option<PathBuf>,
-    /// Which part of SRC: picks IDX files called train… or t10k…/test…, or such a folder.
+    /// Which part of SRC: picks IDX or Parquet files called train… or t10k…/test…/val…, or such a
+    /// folder.
     #[arg(long, value_enum)]
     split: Option<Split>,
     #[command(flatten)]
@@ -93,12 +96,16 @@ struct ShardArgs {
 /// Kinds of input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
-    /// IDX files where there are some, else images.
+    /// IDX, MDS or Parquet files where there are some, else images.
     Auto,
-    /// PNG and JPEG images, at any depth; sub-folders may be classes.
+    /// PNG, JPEG and WebP images, at any depth; sub-folders may be classes.
     Folder,
     /// IDX files, gzipped or not.
     Idx,
+    /// MosaicML's MDS shards with their index.json.
+    Mds,
+    /// Parquet files as of Hugging Face (builds with the feature `parquet`).
+    Parquet,
 }
 
 /// Parts of a data set.
@@ -134,7 +141,7 @@ pub struct SyntheticArgs {
 /// `lacuna data index`.
 #[derive(Args, Debug)]
 pub struct IndexArgs {
-    /// Folder of .tar shards.
+    /// Folder of .tar shards, or of uncompressed MDS shards with their index.json.
     dir: PathBuf,
     /// Threads [default: one per core].
     #[arg(long)]
@@ -190,7 +197,7 @@ fn shape(size: [u32; 2], channels: u32) -> anyhow::Result<ImageShape> {
         return Err(usage(format!(
             "images of {height}x{width} with {channels} channels: sides must be 1 to {}, \
              channels 1 or 3",
-            lacuna_data::decode::SHAPE_SIDE_MAX
+            lacuna_data::SHAPE_SIDE_MAX
         )));
     }
     Ok(shape)
@@ -220,36 +227,51 @@ fn choose_source(args: &PackArgs) -> anyhow::Result<PackSource> {
             ));
         }
     };
-    let path = match args.split {
-        Some(split) => find_split(path, split)?,
-        None => path.clone(),
+    let source = match args.split {
+        Some(split) => find_split(path, split, args.from)?,
+        None => detect(path, args.from)?,
     };
-    let source = match args.from {
-        Kind::Folder => PackSource::Folder(path),
-        Kind::Auto | Kind::Idx => PackSource::detect(&path).map_err(pack_error)?,
-    };
+    let wrong = |what: &str| Err(usage(format!("`{}` {what}", path.display())));
     match (source, &args.labels) {
-        (PackSource::Folder(path), _) if args.from == Kind::Idx => Err(usage(format!(
-            "`{}` holds no IDX file of images (…{IMAGES_PART}, gzipped or not)",
-            path.display()
-        ))),
         (PackSource::Idx { images, .. }, Some(labels)) => {
             Ok(PackSource::Idx { images, labels: Some(labels.clone()) })
         }
-        (PackSource::Folder(path), Some(_)) => Err(usage(format!(
-            "`{}` is a folder of images, whose labels are its sub-folders: --labels goes with IDX \
-             files",
-            path.display()
-        ))),
-        (source, _) => Ok(source),
+        (PackSource::Folder(_), Some(_)) => wrong(
+            "is a folder of images, whose labels are its sub-folders: --labels goes with IDX files",
+        ),
+        (_, Some(_)) => wrong("has labels of its own: --labels goes with IDX files"),
+        (source, None) => Ok(source),
     }
+}
+
+/// Tells what a path is, which must be of the kind that is wanted.
+fn detect(path: &Path, from: Kind) -> anyhow::Result<PackSource> {
+    if from == Kind::Folder {
+        return Ok(PackSource::Folder(path.to_path_buf()));
+    }
+    let source = PackSource::detect(path).map_err(pack_error)?;
+    let (is_wanted, wanted) = match from {
+        Kind::Auto | Kind::Folder => (true, String::new()),
+        Kind::Idx => (
+            matches!(source, PackSource::Idx { .. }),
+            format!("IDX file of images (…{IMAGES_PART}, gzipped or not)"),
+        ),
+        Kind::Mds => {
+            (matches!(source, PackSource::Mds(_)), format!("{MDS_INDEX_NAME} of MDS shards"))
+        }
+        Kind::Parquet => (matches!(source, PackSource::Parquet(_)), "Parquet file".to_string()),
+    };
+    if is_wanted {
+        return Ok(source);
+    }
+    Err(usage(format!("`{}` holds no {wanted}", path.display())))
 }
 
 /// Part of the name of an IDX file of images.
 const IMAGES_PART: &str = "images-idx3-ubyte";
 
-/// Finds the IDX images or the sub-folder of a split.
-fn find_split(path: &Path, split: Split) -> anyhow::Result<PathBuf> {
+/// Finds the IDX images, the sub-folder or the Parquet files of a split.
+fn find_split(path: &Path, split: Split, from: Kind) -> anyhow::Result<PackSource> {
     let names: &[&str] = match split {
         Split::Train => &["train"],
         Split::Test => &["t10k", "test", "val"],
@@ -264,14 +286,20 @@ fn find_split(path: &Path, split: Split) -> anyhow::Result<PathBuf> {
     };
     let idx = names.iter().find_map(|prefix| entries.iter().find(|entry| is_idx(entry, prefix)));
     let folder = names.iter().map(|name| path.join(name)).find(|folder| folder.is_dir());
-    idx.cloned().or(folder).ok_or_else(|| {
-        usage(format!(
-            "`{}` has no split like that: neither an IDX file nor a folder whose name \
-             starts with {}",
-            path.display(),
-            names.join(" or ")
-        ))
-    })
+    if let Some(found) = idx.cloned().or(folder) {
+        return detect(&found, from);
+    }
+    if matches!(from, Kind::Auto | Kind::Parquet)
+        && let Some(source) = PackSource::parquet_split(path, names).map_err(pack_error)?
+    {
+        return Ok(source);
+    }
+    Err(usage(format!(
+        "`{}` has no split like that: neither an IDX or Parquet file nor a folder whose name \
+         starts with {}",
+        path.display(),
+        names.join(" or ")
+    )))
 }
 
 /// Gives an error of packing its exit code: what other arguments would cure is bad usage.

@@ -69,20 +69,18 @@ pub struct SamplePlace {
     pub shard: PathBuf,
     /// First byte of the image in the shard.
     pub offset: u64,
-    /// Name of the image in the shard, where its header can be read.
+    /// Name of the image in the shard, where the shard gives names and they can be read.
     pub member: Option<String>,
 }
 
 impl fmt::Display for SamplePlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let member = self.member.as_deref().unwrap_or("?");
-        let Self { sample, shard, offset, .. } = self;
-        write!(
-            f,
-            "sample {sample} (`{}` at byte {offset} of shard `{}`)",
-            member.escape_debug(),
-            shard.display()
-        )
+        let Self { sample, shard, offset, member } = self;
+        write!(f, "sample {sample} (")?;
+        if let Some(member) = member {
+            write!(f, "`{}` at ", member.escape_debug())?;
+        }
+        write!(f, "byte {offset} of shard `{}`)", shard.display())
     }
 }
 
@@ -229,6 +227,10 @@ impl Dataset {
 
     /// Reads the member's name from the tar header in front of its data.
     fn member_name(&self, shard: usize, offset: u64) -> Option<String> {
+        // Other shards, MDS ones, have no headers, and their samples no names.
+        if !self.index.shards()[shard].name.ends_with(".tar") {
+            return None;
+        }
         let mut header = tar::Header::new_old();
         let at = offset.checked_sub(TAR_BLOCK)?;
         self.file(shard).ok()?.read_exact_at(header.as_mut_bytes(), at).ok()?;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use image::codecs::jpeg::JpegEncoder;
 use image::codecs::png::PngEncoder;
 use image::{ExtendedColorType, ImageEncoder};
+use lacuna_pixels::ImageShape;
 
 use crate::dataset::Dataset;
-use crate::decode::ImageShape;
 use crate::pack::{Existing, PackConfig, PackReport, PackSource, pack};
 use crate::synthetic::SyntheticSpec;
 

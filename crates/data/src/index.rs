@@ -10,9 +10,9 @@ use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use lacuna_pixels::Codec;
 use lacuna_types::SampleId;
 
-use crate::decode::Codec;
 use crate::files::write_atomic;
 
 /// Name of the index in a data set's folder.
@@ -30,6 +30,15 @@ const NO_LABEL: u32 = 0xFF_FFFF;
 
 /// Largest class label: 24 bits, of which the last value means none.
 pub const LABEL_MAX: u32 = NO_LABEL - 1;
+
+/// Makes a label of a number from a column of labels, where -1 is a common word for none.
+pub(crate) fn label_of(value: i128) -> Result<Option<u32>, String> {
+    match u32::try_from(value) {
+        Ok(label) if label <= LABEL_MAX => Ok(Some(label)),
+        _ if value == -1 => Ok(None),
+        _ => Err(format!("its label {value} is no number up to {LABEL_MAX}")),
+    }
+}
 
 /// A chunk is closed once it spans this much of a shard: large enough that reading it whole is
 /// cheaper than seeking, small enough that a lane's few chunks stay in memory.
@@ -384,7 +393,7 @@ fn parse_bounds(
 }
 
 /// Tells whether a name stays below the folder it is joined to.
-fn is_plain_relative(name: &str) -> bool {
+pub(crate) fn is_plain_relative(name: &str) -> bool {
     !name.is_empty()
         && !name.contains('\0')
         && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))

@@ -5,16 +5,20 @@
 //! tensors here, no child processes, no shared memory and no state outside the values below.
 //!
 //! Start reading at [`loader`] (what training uses), then [`dataset`] and [`index`] (what is on
-//! disk), [`decode`] (bytes to pixels) and [`pack`] (how a data set comes to be).
+//! disk) and [`pack`] (how a data set comes to be). Of other programs' shards, [`wds`] and [`mds`]
+//! are used as they are, and [`mds`] and [`parquet`] repacked. Bytes become pixels in
+//! `lacuna-pixels`.
 #![forbid(unsafe_code)]
 
 pub mod dataset;
-pub mod decode;
 mod files;
 pub mod idx;
 pub mod index;
 pub mod loader;
+pub mod mds;
 pub mod pack;
+pub mod parquet;
+pub mod planes;
 pub mod reader;
 pub mod stats;
 pub mod synthetic;
@@ -22,7 +26,7 @@ pub mod verify;
 pub mod wds;
 
 pub use dataset::Dataset;
-pub use decode::{DECODER_ID, ImageShape};
+pub use lacuna_pixels::{DECODER_ID, ImageShape, SHAPE_SIDE_MAX, probe_pixels};
 pub use loader::{Loader, LoaderConfig, SlotStream};
 pub use reader::SampleReader;
 

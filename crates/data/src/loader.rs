@@ -19,9 +19,10 @@ use lacuna_types::{SampleId, Slot, Step};
 
 pub use self::stream::SlotStream;
 use crate::dataset::{Dataset, SamplePlace};
-use crate::decode::ImageShape;
 use crate::files::chain;
+use crate::planes::PlaneCache;
 use crate::reader::{SampleError, SampleReader};
+use lacuna_pixels::ImageShape;
 
 /// Bad samples in a row that fail a slot: scattered damage is repaired, a broken disk is not.
 pub const BAD_IN_ROW_MAX: u32 = 100;
@@ -99,6 +100,8 @@ pub struct LoaderConfig {
     pub bad_samples: BadSamplePolicy,
     /// Told about bad samples that were replaced.
     pub on_bad_sample: OnBadSample,
+    /// Decoded planes of this data set; changes no pixel.
+    pub planes: Option<Arc<PlaneCache>>,
 }
 
 impl fmt::Debug for LoaderConfig {
@@ -363,11 +366,15 @@ impl Inner {
         bad_in_row: &mut u32,
         out: &mut [u8],
     ) -> Result<(), LoadError> {
-        let LoaderConfig { dataset, order, augment, shape, .. } = &self.config;
+        let LoaderConfig { dataset, order, augment, shape, planes, .. } = &self.config;
         let mut candidate = ordered;
         for attempt in 0.. {
             let choose = |size| augment.draw(order.seed, epoch, ordered.0, size);
-            let error = match reader.render(dataset, candidate, choose, *shape, out) {
+            let rendered = match planes {
+                Some(cache) => reader.render_cached(cache, dataset, candidate, choose, *shape, out),
+                None => reader.render(dataset, candidate, choose, *shape, out),
+            };
+            let error = match rendered {
                 Ok(()) => {
                     *bad_in_row = 0;
                     return Ok(());

@@ -1,4 +1,4 @@
-//! Makes shards: from a folder of images, from IDX files, or from nothing.
+//! Makes shards: from a folder of images, from IDX, MDS or Parquet files, or from nothing.
 //!
 //! The bytes of a shard depend on the input alone (no times, no owners). A shard appears under its
 //! name when it is complete and synced; the index is written after all shards, and `pack.json`,
@@ -21,6 +21,8 @@ use crate::dataset::Dataset;
 use crate::files::{PARTIAL, partial_path, write_atomic};
 use crate::idx::ReadIdxError;
 use crate::index::{Fingerprint, INDEX_NAME, Index};
+use crate::mds::ReadMdsError;
+use crate::parquet::ReadParquetError;
 use crate::wds::image_record;
 use crate::{OnProgress, Progress, SkipList};
 
@@ -100,7 +102,7 @@ pub enum PackError {
     #[error("{0}")]
     Config(String),
     /// The folder holds no images.
-    #[error("`{}` holds no png or jpeg images", path.display())]
+    #[error("`{}` holds no png, jpeg or webp images", path.display())]
     NoImages {
         /// The folder.
         path: PathBuf,
@@ -125,6 +127,12 @@ pub enum PackError {
     /// An IDX file is unusable.
     #[error(transparent)]
     Idx(#[from] ReadIdxError),
+    /// MDS shards are unusable.
+    #[error(transparent)]
+    Mds(#[from] ReadMdsError),
+    /// Parquet files are unusable.
+    #[error(transparent)]
+    Parquet(#[from] ReadParquetError),
     /// Images and labels do not belong together.
     #[error("`{}` has {n_labels} labels for {n_images} images", labels.display())]
     LabelCount {
@@ -181,7 +189,11 @@ pub fn pack(
     progress: OnProgress<'_>,
 ) -> Result<PackReport, PackError> {
     check_config(config)?;
-    let source = Source::open(source)?;
+    let mut source = Source::open(source)?;
+    if source.n() == 0 {
+        let path = source.path().to_path_buf();
+        return Err(PackError::NoImages { path });
+    }
     let identity =
         format!("{PACK_VERSION}\n{}\n{}\n{}", config.name, config.shard_bytes, source.identity());
     let input = blake3::hash(identity.as_bytes()).to_hex().to_string();
@@ -192,7 +204,7 @@ pub fn pack(
     clear(out, config)?;
     let marker = partial_path(&out.join(PACK_NAME));
     fs::write(&marker, b"packing\n").map_err(at(&marker))?;
-    let (index, skipped) = write_shards(&source, out, config, progress)?;
+    let (index, skipped) = write_shards(&mut source, out, config, progress)?;
     index.write(out).map_err(at(&out.join(INDEX_NAME)))?;
     let record = PackRecord {
         version: PACK_VERSION,
@@ -241,7 +253,7 @@ fn check_config(config: &PackConfig) -> Result<(), PackError> {
 }
 
 fn write_shards(
-    source: &Source,
+    source: &mut Source,
     out: &Path,
     config: &PackConfig,
     progress: OnProgress<'_>,
@@ -253,7 +265,11 @@ fn write_shards(
     let mut n_written: u64 = 0;
     for i in 0..total {
         source.read(i, &mut item)?;
-        match image_record(&item.bytes, 0) {
+        let record = match item.lacks {
+            Some(reason) => Err(reason.to_string()),
+            None => image_record(&item.bytes, 0),
+        };
+        match record {
             Ok(record) => {
                 let mut key = format!("{n_written:09}");
                 if !item.stem.is_empty() {

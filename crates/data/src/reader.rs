@@ -1,10 +1,13 @@
 //! One sample at a time, from its place on disk to pixels.
 
+use lacuna_pixels::{DecodeError, Decoder, ImageShape};
+#[cfg(feature = "turbo")]
+use lacuna_pixels::{PlaneBuffers, Planes};
 use lacuna_recipe::augment::{CropBox, Size};
 use lacuna_types::SampleId;
 
 use crate::dataset::{Dataset, ReadSampleError, SamplePlace};
-use crate::decode::{DecodeError, Decoder, ImageShape};
+use crate::planes::PlaneCache;
 
 /// A sample that gives no pixels.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,8 @@ impl SampleError {
 pub struct SampleReader {
     bytes: Vec<u8>,
     decoder: Decoder,
+    #[cfg(feature = "turbo")]
+    planes: PlaneBuffers,
 }
 
 impl SampleReader {
@@ -59,6 +64,63 @@ impl SampleReader {
         decoded.map_err(|source| SampleError::Decode { place: Box::new(dataset.place(id)), source })
     }
 
+    /// Renders a sample as [`render`](SampleReader::render) does, out of a cache of planes if they
+    /// are there, and adds them if they are not.
+    #[cfg(feature = "turbo")]
+    pub fn render_cached(
+        &mut self,
+        cache: &PlaneCache,
+        dataset: &Dataset,
+        id: SampleId,
+        choose: impl Fn(Size) -> (CropBox, bool),
+        shape: ImageShape,
+        out: &mut [u8],
+    ) -> Result<(), SampleError> {
+        let record = dataset.index().record(id);
+        if !cache.takes(&record) {
+            return self.render(dataset, id, choose, shape, out);
+        }
+        let size = Size { height: record.height.into(), width: record.width.into() };
+        let (crop, flip) = choose(size);
+        let failed = |source| SampleError::Decode { place: Box::new(dataset.place(id)), source };
+        if let Some((layout, first_band)) = cache.read(id, &record, crop, &mut self.planes) {
+            let planes = Planes { layout, first_band, rows: &self.planes };
+            return self.decoder.render_planes(planes, crop, flip, shape, out).map_err(failed);
+        }
+        if cache.is_closed_to(id) {
+            return self.render(dataset, id, choose, shape, out);
+        }
+        dataset.read(id, &mut self.bytes)?;
+        match self.decoder.planes(&self.bytes, &mut self.planes) {
+            Ok(Some(layout)) if layout.size == size => {
+                cache.write(id, &record, &layout, &self.planes);
+                let planes = Planes { layout, first_band: 0, rows: &self.planes };
+                self.decoder.render_planes(planes, crop, flip, shape, out).map_err(failed)
+            }
+            // What is too damaged to decode whole may still give the crop, and that alone decides:
+            // a worker without a cache must come to the same end.
+            _ => {
+                cache.refuse(id);
+                let rendered = self.decoder.decode_and_render(&self.bytes, choose, shape, out);
+                rendered.map(|_| ()).map_err(failed)
+            }
+        }
+    }
+
+    /// There is no cache without libjpeg-turbo.
+    #[cfg(not(feature = "turbo"))]
+    pub fn render_cached(
+        &mut self,
+        _cache: &PlaneCache,
+        dataset: &Dataset,
+        id: SampleId,
+        choose: impl Fn(Size) -> (CropBox, bool),
+        shape: ImageShape,
+        out: &mut [u8],
+    ) -> Result<(), SampleError> {
+        self.render(dataset, id, choose, shape, out)
+    }
+
     /// Reads a sample and renders it into `out` as `choose` decides from the image's size.
     pub fn render(
         &mut self,
@@ -68,10 +130,11 @@ impl SampleReader {
         shape: ImageShape,
         out: &mut [u8],
     ) -> Result<(), SampleError> {
-        let (crop, flip) = choose(self.decode(dataset, id)?);
-        let rendered = self.decoder.render(crop, flip, shape, out);
-        rendered
-            .map_err(|source| SampleError::Decode { place: Box::new(dataset.place(id)), source })
+        dataset.read(id, &mut self.bytes)?;
+        match self.decoder.decode_and_render(&self.bytes, choose, shape, out) {
+            Ok(_) => Ok(()),
+            Err(source) => Err(SampleError::Decode { place: Box::new(dataset.place(id)), source }),
+        }
     }
 
     /// Reads a sample as evaluation sees it: the largest centred box, resized, not mirrored.

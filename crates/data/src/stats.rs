@@ -3,10 +3,10 @@
 use lacuna_types::SampleId;
 
 use crate::dataset::Dataset;
-use crate::decode::ImageShape;
 use crate::files::chain;
 use crate::reader::{SampleError, SampleReader};
 use crate::{OnProgress, Progress, SkipList};
+use lacuna_pixels::ImageShape;
 
 /// Added to a patch's variance before its root is taken, as in the objective.
 const VARIANCE_EPS: f64 = 1e-6;

@@ -8,7 +8,7 @@
 use lacuna_recipe::philox::{Draws, Tag};
 use serde::{Deserialize, Serialize};
 
-use crate::decode::ImageShape;
+use lacuna_pixels::ImageShape;
 
 /// Kinds of shape, hence classes: disc, box, ring, cross.
 pub const N_CLASSES: u32 = 4;

@@ -11,8 +11,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
-use crate::decode::{IMAGE_BYTES_MAX, probe};
+use lacuna_pixels::{IMAGE_BYTES_MAX, probe};
+
 use crate::index::{Index, LABEL_MAX, SampleRecord, ShardEntry, ShardRecords, crc32};
+use crate::mds::{self, MDS_INDEX_NAME, ReadMdsError};
 use crate::{OnProgress, Progress, SkipList};
 
 /// Buffer between a shard and the tar reader: few system calls, small beside an image.
@@ -34,13 +36,13 @@ pub enum BuildIndexError {
         source: io::Error,
     },
     /// The folder holds no shards.
-    #[error("`{}` holds no .tar files", path.display())]
+    #[error("`{}` holds no .tar files, and no {MDS_INDEX_NAME} that lists shards", path.display())]
     NoShards {
         /// The folder.
         path: PathBuf,
     },
     /// No shard holds an image.
-    #[error("the shards in `{}` hold no png or jpeg images", path.display())]
+    #[error("the shards in `{}` hold no png, jpeg or webp images", path.display())]
     NoSamples {
         /// The folder.
         path: PathBuf,
@@ -91,6 +93,9 @@ pub enum BuildIndexError {
         /// First byte of the member's data.
         offset: u64,
     },
+    /// MDS shards that cannot be used.
+    #[error(transparent)]
+    Mds(#[from] ReadMdsError),
 }
 
 /// Splits a member's path into key and lower-case suffix; `None` if it belongs to no sample.
@@ -116,6 +121,7 @@ pub struct IndexReport {
 }
 
 /// Indexes all `*.tar` files of `folder`, by name, with `threads` threads, and writes the index.
+/// A folder without any may have MDS shards instead, which its `index.json` lists.
 ///
 /// Progress counts shards.
 pub fn build_index(
@@ -136,13 +142,22 @@ pub fn build_index(
         }
     }
     names.sort();
+    if names.is_empty() && mds::is_mds(folder) {
+        return mds::build_index(folder, threads, progress);
+    }
     if names.is_empty() {
         let path = folder.to_path_buf();
         return Err(BuildIndexError::NoShards { path });
     }
+    let scan = |i: usize| scan_shard(&folder.join(&names[i]), &names[i]);
+    finish(folder, scan_all(names.len(), threads, &scan, progress)?)
+}
+
+/// Builds and writes the index of scanned shards.
+pub(crate) fn finish(folder: &Path, scanned: Vec<Scanned>) -> Result<IndexReport, BuildIndexError> {
     let mut shards: Vec<ShardRecords> = Vec::new();
     let mut skipped = SkipList::default();
-    for (shard, skips) in scan_all(folder, &names, threads, progress)? {
+    for (shard, skips) in scanned {
         skipped.extend(skips);
         if shard.records.is_empty() {
             skipped.push(shard.entry.name, "the shard holds no images");
@@ -155,21 +170,26 @@ pub fn build_index(
         return Err(BuildIndexError::NoSamples { path });
     }
     let index = Index::build(&shards);
-    index.write(folder).map_err(at(folder))?;
+    let path = folder.to_path_buf();
+    index.write(folder).map_err(|source| BuildIndexError::Io { path, source })?;
     Ok(IndexReport { index, skipped })
 }
 
-type Scanned = (ShardRecords, SkipList);
+/// A shard with its samples, and what was left out of it.
+pub(crate) type Scanned = (ShardRecords, SkipList);
 
-fn scan_all(
-    folder: &Path,
-    names: &[String],
+/// Calls `scan` for every shard number below `total`; returns what it found, in order.
+pub(crate) fn scan_all(
+    total: usize,
     threads: usize,
+    scan: &(dyn Fn(usize) -> Result<Scanned, BuildIndexError> + Sync),
     progress: OnProgress<'_>,
 ) -> Result<Vec<Scanned>, BuildIndexError> {
+    if total == 0 {
+        return Ok(Vec::new());
+    }
     let next = AtomicUsize::new(0);
-    let total = names.len();
-    let mut scanned: Vec<Option<Scanned>> = names.iter().map(|_| None).collect();
+    let mut scanned: Vec<Option<Scanned>> = (0..total).map(|_| None).collect();
     // One message a shard, so the bound is the number of shards: nobody ever waits.
     let (sender, receiver) = mpsc::sync_channel(total);
     thread::scope(|scope| {
@@ -178,8 +198,10 @@ fn scan_all(
             scope.spawn(move || {
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(name) = names.get(i) else { break };
-                    let result = scan_shard(&folder.join(name), name);
+                    if i >= total {
+                        break;
+                    }
+                    let result = scan(i);
                     if result.is_err() {
                         next.store(total, Ordering::Relaxed);
                     }
@@ -318,7 +340,7 @@ impl Scan<'_> {
             Some((_, None)) => {}
             None => {
                 let place = format!("{}: {}", self.shard.display(), group.key);
-                self.skipped.push(place, "the sample has no png or jpeg image");
+                self.skipped.push(place, "the sample has no png, jpeg or webp image");
             }
         }
         Ok(())
@@ -327,7 +349,7 @@ impl Scan<'_> {
 
 fn is_image_suffix(suffix: &str) -> bool {
     let last = suffix.rsplit('.').next().unwrap_or(suffix);
-    matches!(last, "png" | "jpg" | "jpeg")
+    matches!(last, "png" | "jpg" | "jpeg" | "webp")
 }
 
 /// Decides whether a further image member is the sample's image: a plain suffix (`jpg`) wins over a

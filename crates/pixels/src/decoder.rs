@@ -1,248 +1,39 @@
-//! Bytes to pixels: PNG and JPEG, cut, resized and mirrored.
-//!
-//! The format is told by the first bytes, never by a file name. Orientation tags are not applied
-//! and alpha is dropped, as in the reference recipe. 16-bit images keep their high byte, in grey
-//! images too (Pillow clips those at 255, which turns nearly all of them white). One channel from
-//! colour is Pillow's `L`: `(19595 R + 38470 G + 7471 B + 2^15) >> 16`.
+//! Decodes, cuts, resizes and mirrors.
 
-use std::io::Cursor;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
-use image::codecs::jpeg::JpegDecoder;
-use image::codecs::png::PngDecoder;
-use image::{ColorType, ImageDecoder, Limits};
+use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
+use fast_image_resize::pixels::{U8, U8x3};
+use fast_image_resize::{FilterType, PixelTrait, ResizeAlg, ResizeError, ResizeOptions, Resizer};
 use lacuna_recipe::augment::{CropBox, Size};
-use serde::{Deserialize, Serialize};
 
-/// Names the code that turns bytes into pixels; stored with a run, because another one gives other
-/// pixels. The last part is raised when the code of this module changes a pixel.
-pub const DECODER_ID: &str = "image-0.25+fir-6.1/1";
-
-/// Most pixels of a source image. Beyond it lie mistakes and decompression bombs: at 8 bytes a
-/// pixel (16-bit RGBA) this many take 512 MiB.
-pub const PIXELS_MAX: u64 = 1 << 26;
-
-/// Most bytes of an encoded image: four times what the largest 8-bit colour image takes raw is not
-/// an image any more.
-pub const IMAGE_BYTES_MAX: u64 = 256 << 20;
-
-/// Most bytes that the PNG decoder may allocate for its own use (colour profiles, rows).
-const PNG_ALLOC_MAX: u64 = 256 << 20;
-
-/// Format of an encoded image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Codec {
-    /// Portable network graphics.
-    Png = 1,
-    /// JPEG, baseline or progressive.
-    Jpeg = 2,
-}
-
-impl Codec {
-    /// Returns the codec that a byte of an index means.
-    pub fn from_byte(byte: u8) -> Option<Self> {
-        [Codec::Png, Codec::Jpeg].into_iter().find(|&codec| codec as u8 == byte)
-    }
-
-    /// Returns the suffix of the codec's shard members.
-    pub fn extension(self) -> &'static str {
-        match self {
-            Codec::Png => "png",
-            Codec::Jpeg => "jpg",
-        }
-    }
-}
-
-/// What an image's header says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ImageInfo {
-    /// Format, by the first bytes.
-    pub codec: Codec,
-    /// Height and width.
-    pub size: Size,
-}
-
-/// Height, width and channels of the images that a model takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ImageShape {
-    /// Rows.
-    pub height: u32,
-    /// Columns.
-    pub width: u32,
-    /// 1 (grey) or 3 (red, green, blue).
-    pub channels: u32,
-}
-
-/// Largest side of a model's images: far above any model, and small enough for 32-bit sizes.
-pub const SHAPE_SIDE_MAX: u32 = 8192;
-
-impl ImageShape {
-    /// Returns the bytes of one image.
-    pub fn bytes(&self) -> usize {
-        self.height as usize * self.width as usize * self.channels as usize
-    }
-
-    /// Returns height and width.
-    pub fn size(&self) -> Size {
-        Size { height: self.height, width: self.width }
-    }
-
-    /// Tells whether images of this shape can be made.
-    pub fn is_supported(&self) -> bool {
-        let sides = 1..=SHAPE_SIDE_MAX;
-        sides.contains(&self.height)
-            && sides.contains(&self.width)
-            && matches!(self.channels, 1 | 3)
-    }
-}
-
-/// Bytes that are no usable image.
-#[derive(Debug, thiserror::Error)]
-pub enum DecodeError {
-    /// Neither PNG nor JPEG.
-    #[error("not a png or jpeg image: it starts with {0:02x?}")]
-    UnknownFormat(Vec<u8>),
-    /// The header ends early or makes no sense.
-    #[error("the {codec:?} header is damaged at byte {at}")]
-    Header {
-        /// Format, by the first bytes.
-        codec: Codec,
-        /// Where reading stopped.
-        at: usize,
-    },
-    /// More pixels than [`PIXELS_MAX`], or none.
-    #[error("{}x{} pixels, accepted are 1 to {PIXELS_MAX}", size.width, size.height)]
-    Pixels {
-        /// Size by the header.
-        size: Size,
-    },
-    /// The end of the image is missing.
-    #[error("the {codec:?} data is cut off")]
-    Truncated {
-        /// Format, by the first bytes.
-        codec: Codec,
-    },
-    /// The decoder refused the data.
-    #[error("the {codec:?} data does not decode")]
-    Data {
-        /// Format, by the first bytes.
-        codec: Codec,
-        /// What the decoder said.
-        #[source]
-        source: image::ImageError,
-    },
-    /// The decoder failed in a way that is its own bug.
-    #[error("the {codec:?} decoder panicked")]
-    Panicked {
-        /// Format, by the first bytes.
-        codec: Codec,
-    },
-    /// The result could not be resized.
-    #[error("resizing failed")]
-    Resize(#[source] fast_image_resize::ResizeError),
-}
-
-/// Reads format and size from the first bytes, without decoding.
-pub fn probe(bytes: &[u8]) -> Result<ImageInfo, DecodeError> {
-    let info = if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
-        let field = |at: usize| -> Option<u32> {
-            let raw: [u8; 4] = bytes.get(at..at + 4)?.try_into().ok()?;
-            Some(u32::from_be_bytes(raw))
-        };
-        let codec = Codec::Png;
-        let sides = (bytes.get(12..16) == Some(b"IHDR")).then(|| (field(20), field(16)));
-        let Some((Some(height), Some(width))) = sides else {
-            return Err(DecodeError::Header { codec, at: 8 });
-        };
-        let size = Size { height, width };
-        ImageInfo { codec, size }
-    } else if bytes.starts_with(&[0xFF, 0xD8, 0xFF]) {
-        let (size, _) = walk_jpeg(bytes)?;
-        let codec = Codec::Jpeg;
-        ImageInfo { codec, size }
-    } else {
-        let head = bytes[..bytes.len().min(8)].to_vec();
-        return Err(DecodeError::UnknownFormat(head));
-    };
-    let size = info.size;
-    let pixels = u64::from(size.height) * u64::from(size.width);
-    if !(1..=PIXELS_MAX).contains(&pixels) {
-        return Err(DecodeError::Pixels { size });
-    }
-    Ok(info)
-}
-
-/// Walks a JPEG's segments; returns its size and where the first scan starts.
-fn walk_jpeg(bytes: &[u8]) -> Result<(Size, usize), DecodeError> {
-    let damaged = |at: usize| DecodeError::Header { codec: Codec::Jpeg, at };
-    let two = |at: usize| -> Result<u32, DecodeError> {
-        let pair = bytes.get(at..at + 2).ok_or(damaged(at))?;
-        Ok(u32::from(pair[0]) << 8 | u32::from(pair[1]))
-    };
-    let mut size: Option<Size> = None;
-    let mut at: usize = 2;
-    loop {
-        // Stray bytes between segments are passed over, as libjpeg does.
-        while *bytes.get(at).ok_or(damaged(at))? != 0xFF {
-            at += 1;
-        }
-        while *bytes.get(at).ok_or(damaged(at))? == 0xFF {
-            at += 1;
-        }
-        let marker = bytes[at];
-        at += 1;
-        match marker {
-            0x00 | 0x01 | 0xD0..=0xD7 => continue,
-            0xDA => break,
-            0xD9 => return Err(damaged(at)),
-            0xC4 | 0xC8 | 0xCC => {}
-            0xC0..=0xCF => {
-                let (height, width) = (two(at + 3)?, two(at + 5)?);
-                size = Some(Size { height, width });
-            }
-            _ => {}
-        }
-        let length = two(at)? as usize;
-        if length < 2 {
-            return Err(damaged(at));
-        }
-        at += length;
-    }
-    Ok((size.ok_or(damaged(at))?, at))
-}
-
-/// Checks that a JPEG ends; decoders fill what is missing with grey and say nothing.
-fn check_jpeg_end(bytes: &[u8]) -> Result<(), DecodeError> {
-    let (_, scan) = walk_jpeg(bytes)?;
-    let ended = bytes[scan..].windows(2).rev().any(|pair| pair == [0xFF, 0xD9]);
-    let codec = Codec::Jpeg;
-    ended.then_some(()).ok_or(DecodeError::Truncated { codec })
-}
-
-/// How decoded samples lie in memory.
-#[derive(Clone, Copy, Debug)]
-struct Layout {
-    /// 1 grey, 2 grey and alpha, 3 colour, 4 colour and alpha.
-    channels: usize,
-    /// Bytes of a channel: 1 or 2.
-    depth: usize,
-}
+use crate::convert::{Layout, cut, mirror};
+use crate::format::{Codec, DecodeError, ImageInfo, ImageShape, check_jpeg_end, probe};
+use crate::library;
+#[cfg(feature = "turbo")]
+use crate::planes::{Chroma, PlaneBuffers, PlaneLayout, Planes, Smooth};
+#[cfg(feature = "turbo")]
+use crate::turbo::{Colours, Header, Turbo};
 
 /// Decodes images one after another, reusing its buffers.
 #[derive(Debug)]
 pub struct Decoder {
+    /// Decoded pixels of `region`.
     raw: Vec<u8>,
+    /// Size of the whole image.
     size: Size,
+    /// The part of the image that `raw` holds.
+    region: CropBox,
     layout: Layout,
     cut: Vec<u8>,
     /// The cut image after the rows were resized.
     half: Vec<u8>,
     resizer: Resizer,
     options: ResizeOptions,
+    #[cfg(feature = "turbo")]
+    turbo: Option<Turbo>,
+    #[cfg(feature = "turbo")]
+    colours: Option<Colours>,
+    #[cfg(feature = "turbo")]
+    smooth: Smooth,
 }
 
 impl Default for Decoder {
@@ -251,38 +42,158 @@ impl Default for Decoder {
     }
 }
 
+fn whole(size: Size) -> CropBox {
+    CropBox { top: 0, left: 0, height: size.height, width: size.width }
+}
+
 impl Decoder {
     /// Builds a decoder with empty buffers.
     pub fn new() -> Self {
         // Catmull–Rom is the bicubic filter with a = −0.5; as a convolution it is antialiased.
         let algorithm = ResizeAlg::Convolution(FilterType::CatmullRom);
+        let empty = Size { height: 0, width: 0 };
         Decoder {
             raw: Vec::new(),
-            size: Size { height: 0, width: 0 },
+            size: empty,
+            region: whole(empty),
             layout: Layout { channels: 1, depth: 1 },
             cut: Vec::new(),
             half: Vec::new(),
             resizer: Resizer::new(),
             options: ResizeOptions::new().resize_alg(algorithm).use_alpha(false),
+            #[cfg(feature = "turbo")]
+            turbo: None,
+            #[cfg(feature = "turbo")]
+            colours: None,
+            #[cfg(feature = "turbo")]
+            smooth: Smooth::default(),
         }
     }
 
     /// Decodes an image, keeps its pixels for [`render`](Decoder::render) and returns its size.
     pub fn decode(&mut self, bytes: &[u8]) -> Result<Size, DecodeError> {
+        self.decode_part(bytes, &whole)?;
+        Ok(self.size)
+    }
+
+    /// Decodes an image as far as the box needs it that `choose` names for its size, and renders
+    /// that into `out` as [`render`](Decoder::render) does. Returns the image's size.
+    ///
+    /// The pixels are those of [`decode`](Decoder::decode) and [`render`](Decoder::render). Damage
+    /// outside the box may go unnoticed.
+    ///
+    /// # Panics
+    /// If the box leaves the image, or `out` is not one image of `shape`.
+    pub fn decode_and_render(
+        &mut self,
+        bytes: &[u8],
+        choose: impl FnOnce(Size) -> (CropBox, bool),
+        shape: ImageShape,
+        out: &mut [u8],
+    ) -> Result<Size, DecodeError> {
+        let ImageInfo { size, .. } = probe(bytes)?;
+        let (crop, flip) = choose(size);
+        assert_inside(crop, size);
+        self.decode_part(bytes, &|_| crop)?;
+        self.render(crop, flip, shape, out)?;
+        Ok(size)
+    }
+
+    /// Decodes at least the box that `wanted` names for the image's size.
+    fn decode_part(
+        &mut self,
+        bytes: &[u8],
+        wanted: &dyn Fn(Size) -> CropBox,
+    ) -> Result<(), DecodeError> {
         let ImageInfo { codec, size } = probe(bytes)?;
         if codec == Codec::Jpeg {
             check_jpeg_end(bytes)?;
         }
         self.size = Size { height: 0, width: 0 };
-        let raw = &mut self.raw;
-        // Decoders are other people's code that reads other people's bytes: a panic is a bad image.
-        let decoded = catch_unwind(AssertUnwindSafe(|| decode_into(codec, bytes, raw)));
-        let (got, layout) = decoded.map_err(|_| DecodeError::Panicked { codec })??;
+        self.region = whole(self.size);
+        let (got, region, layout) = match codec {
+            #[cfg(feature = "turbo")]
+            Codec::Jpeg => self.decode_jpeg(bytes, wanted(size)).map_err(|source| {
+                let source = Box::new(source);
+                DecodeError::Data { codec, source }
+            })?,
+            _ => {
+                let _ = wanted;
+                let (got, layout) = library::decode(codec, bytes, &mut self.raw)?;
+                (got, whole(got), layout)
+            }
+        };
         if got != size {
             return Err(DecodeError::Header { codec, at: 0 });
         }
-        (self.size, self.layout) = (size, layout);
-        Ok(size)
+        (self.size, self.region, self.layout) = (size, region, layout);
+        Ok(())
+    }
+
+    #[cfg(feature = "turbo")]
+    fn decode_jpeg(
+        &mut self,
+        bytes: &[u8],
+        wanted: CropBox,
+    ) -> Result<(Size, CropBox, Layout), crate::turbo::TurboError> {
+        let turbo = self.turbo.get_or_insert_with(Turbo::new);
+        let header: Header = turbo.header(bytes)?;
+        let inside = wanted.top.saturating_add(wanted.height) <= header.size.height
+            && wanted.left.saturating_add(wanted.width) <= header.size.width;
+        let region = if inside { header.around(wanted) } else { whole(header.size) };
+        let layout = turbo.decode(bytes, &header, region, &mut self.raw)?;
+        Ok((header.size, region, layout))
+    }
+
+    /// Decodes a JPEG as far as what is the same for every crop; `None` for other images.
+    #[cfg(feature = "turbo")]
+    pub fn planes(
+        &mut self,
+        bytes: &[u8],
+        out: &mut PlaneBuffers,
+    ) -> Result<Option<PlaneLayout>, DecodeError> {
+        let ImageInfo { codec, .. } = probe(bytes)?;
+        if codec != Codec::Jpeg {
+            return Ok(None);
+        }
+        check_jpeg_end(bytes)?;
+        let planes = self.turbo.get_or_insert_with(Turbo::new).planes(bytes, out);
+        planes.map_err(|source| DecodeError::Data { codec, source: Box::new(source) })
+    }
+
+    /// Renders a box out of planes: the bytes that the JPEG gives.
+    ///
+    /// # Panics
+    /// If the planes do not hold the box, or `out` is not one image of `shape`.
+    #[cfg(feature = "turbo")]
+    pub fn render_planes(
+        &mut self,
+        planes: Planes<'_>,
+        crop: CropBox,
+        flip: bool,
+        shape: ImageShape,
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        let held = planes.layout.size;
+        assert_inside(crop, held);
+        let size = Size { height: crop.height, width: crop.width };
+        let (luma, stride) = (planes.luma(crop), held.width as usize);
+        if planes.layout.chroma == Chroma::Grey {
+            self.layout = Layout { channels: 1, depth: 1 };
+            self.raw.resize(size.height as usize * size.width as usize, 0);
+            let rows = self.raw.chunks_exact_mut(size.width as usize).zip(luma.chunks(stride));
+            rows.for_each(|(to, from)| to.copy_from_slice(&from[..to.len()]));
+        } else {
+            self.layout = Layout { channels: 3, depth: 1 };
+            self.raw.resize(3 * size.height as usize * size.width as usize, 0);
+            planes.smooth(crop, &mut self.smooth);
+            let colours = self.colours.get_or_insert_with(Colours::new);
+            let converted = colours.convert((luma, stride), &self.smooth, size, &mut self.raw);
+            let codec = Codec::Jpeg;
+            converted.map_err(|source| DecodeError::Data { codec, source: Box::new(source) })?;
+        }
+        (self.size, self.region) = (held, crop);
+        self.render(crop, flip, shape, out)
     }
 
     /// Cuts, resizes and mirrors the decoded image into `out`, rows of interleaved channels.
@@ -300,22 +211,24 @@ impl Decoder {
     ) -> Result<(), DecodeError> {
         assert!(shape.is_supported(), "{shape:?} cannot be made");
         assert_eq!(out.len(), shape.bytes(), "one image");
-        let Size { height, width } = self.size;
-        assert!(
-            crop.height > 0
-                && crop.width > 0
-                && u64::from(crop.top) + u64::from(crop.height) <= u64::from(height)
-                && u64::from(crop.left) + u64::from(crop.width) <= u64::from(width),
-            "{crop:?} lies inside {height}x{width}"
-        );
+        assert_inside(crop, self.size);
+        let crop =
+            CropBox { top: crop.top - self.region.top, left: crop.left - self.region.left, ..crop };
+        let held = Size { height: self.region.height, width: self.region.width };
         let channels = shape.channels as usize;
         if (crop.height, crop.width) == (shape.height, shape.width) {
-            cut(&self.raw, self.size, self.layout, crop, channels, out);
+            cut(&self.raw, held, self.layout, crop, channels, out);
+        } else if self.layout == (Layout { channels, depth: 1 }) {
+            self.resize(held, crop, shape, out).map_err(DecodeError::Resize)?;
         } else {
             let bytes = crop.height as usize * crop.width as usize * channels;
             self.cut.resize(bytes, 0);
-            cut(&self.raw, self.size, self.layout, crop, channels, &mut self.cut);
-            self.resize(crop, shape, out).map_err(DecodeError::Resize)?;
+            cut(&self.raw, held, self.layout, crop, channels, &mut self.cut);
+            std::mem::swap(&mut self.raw, &mut self.cut);
+            let size = Size { height: crop.height, width: crop.width };
+            let resized = self.resize(size, whole(size), shape, out);
+            std::mem::swap(&mut self.raw, &mut self.cut);
+            resized.map_err(DecodeError::Resize)?;
         }
         if flip {
             mirror(out, shape);
@@ -323,121 +236,78 @@ impl Decoder {
         Ok(())
     }
 
+    /// Resizes a box of `raw`, an image of `held` with the channels of `shape`.
     fn resize(
         &mut self,
+        held: Size,
         crop: CropBox,
         shape: ImageShape,
         out: &mut [u8],
-    ) -> Result<(), fast_image_resize::ResizeError> {
-        let pixel = match shape.channels {
-            1 => PixelType::U8,
-            _ => PixelType::U8x3,
-        };
-        let sized = "the buffers were sized for the crop and the shape";
-        let mut from = ImageRef::new(crop.width, crop.height, &self.cut, pixel).expect(sized);
-        if crop.width != shape.width && crop.height != shape.height {
-            // Rows first, as Pillow does when it shrinks; left to itself the crate starts with
-            // columns.
-            let bytes = shape.width as usize * crop.height as usize * shape.channels as usize;
-            self.half.resize(bytes, 0);
-            let (width, height) = (shape.width, crop.height);
-            let mut half = Image::from_slice_u8(width, height, &mut self.half, pixel).expect(sized);
-            self.resizer.resize(&from, &mut half, &self.options)?;
-            from = ImageRef::new(width, height, &self.half, pixel).expect(sized);
+    ) -> Result<(), ResizeError> {
+        // By type: a pixel type that is told at run time has the compiler make all ten.
+        match shape.channels {
+            1 => self.resize_as::<U8>(held, crop, shape.size(), out),
+            _ => self.resize_as::<U8x3>(held, crop, shape.size(), out),
         }
-        let mut to = Image::from_slice_u8(shape.width, shape.height, out, pixel).expect(sized);
-        self.resizer.resize(&from, &mut to, &self.options)
+    }
+
+    fn resize_as<P: PixelTrait>(
+        &mut self,
+        held: Size,
+        crop: CropBox,
+        target: Size,
+        out: &mut [u8],
+    ) -> Result<(), ResizeError> {
+        let Size { height, width } = target;
+        let between = Size { height: crop.height, width };
+        let (resizer, options) = (&mut self.resizer, &self.options);
+        if crop.width == width || crop.height == height {
+            return resize_box::<P>(resizer, options, (&self.raw, held, crop), (out, target));
+        }
+        // Rows first, as Pillow does when it shrinks; left to itself the crate starts with columns.
+        self.half.resize(width as usize * crop.height as usize * P::size(), 0);
+        let from = (self.raw.as_slice(), held, crop);
+        resize_box::<P>(resizer, options, from, (&mut self.half, between))?;
+        resize_box::<P>(resizer, options, (&self.half, between, whole(between)), (out, target))
     }
 
     /// Returns the whole decoded image with `channels` (1 or 3) channels, not resized.
+    ///
+    /// # Panics
+    /// If the image was not decoded whole.
     pub fn whole(&mut self, channels: u32) -> &[u8] {
         assert!(matches!(channels, 1 | 3), "grey or colour");
+        assert_eq!(self.region, whole(self.size), "a whole image");
         let Size { height, width } = self.size;
         let bytes = height as usize * width as usize * channels as usize;
         self.cut.resize(bytes, 0);
-        let crop = CropBox { top: 0, left: 0, height, width };
-        cut(&self.raw, self.size, self.layout, crop, channels as usize, &mut self.cut);
+        let (raw, layout) = (&self.raw, self.layout);
+        cut(raw, self.size, layout, self.region, channels as usize, &mut self.cut);
         &self.cut
     }
 }
 
-/// Decodes into `raw`, grown as needed; returns what lies there.
-fn decode_into(
-    codec: Codec,
-    bytes: &[u8],
-    raw: &mut Vec<u8>,
-) -> Result<(Size, Layout), DecodeError> {
-    let bad = |source| DecodeError::Data { codec, source };
-    match codec {
-        Codec::Png => {
-            let mut limits = Limits::no_limits();
-            limits.max_alloc = Some(PNG_ALLOC_MAX);
-            let decoder = PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(bad)?;
-            read_pixels(decoder, raw).map_err(bad)
-        }
-        Codec::Jpeg => {
-            let decoder = JpegDecoder::new(Cursor::new(bytes)).map_err(bad)?;
-            read_pixels(decoder, raw).map_err(bad)
-        }
-    }
+/// Resizes a box of an image into another image.
+fn resize_box<P: PixelTrait>(
+    resizer: &mut Resizer,
+    options: &ResizeOptions,
+    (from, size, crop): (&[u8], Size, CropBox),
+    (to, target): (&mut [u8], Size),
+) -> Result<(), ResizeError> {
+    let sized = "the buffers were sized for these images";
+    let image = TypedImageRef::<P>::from_buffer(size.width, size.height, from).expect(sized);
+    let part = TypedCroppedImage::from_ref(&image, crop.left, crop.top, crop.width, crop.height);
+    let mut out = TypedImage::<P>::from_buffer(target.width, target.height, to).expect(sized);
+    resizer.resize_typed(&part.expect("the box lies inside"), &mut out, options)
 }
 
-fn read_pixels(
-    decoder: impl ImageDecoder,
-    raw: &mut Vec<u8>,
-) -> Result<(Size, Layout), image::ImageError> {
-    let (width, height) = decoder.dimensions();
-    let color: ColorType = decoder.color_type();
-    let channels = usize::from(color.channel_count());
-    let depth = usize::from(color.bytes_per_pixel()) / channels;
-    // The header was checked against `PIXELS_MAX`, so this is at most 512 MiB.
-    raw.resize(decoder.total_bytes() as usize, 0);
-    decoder.read_image(raw)?;
-    let size = Size { height, width };
-    Ok((size, Layout { channels, depth }))
+fn assert_inside(crop: CropBox, size: Size) {
+    let Size { height, width } = size;
+    assert!(
+        crop.height > 0
+            && crop.width > 0
+            && u64::from(crop.top) + u64::from(crop.height) <= u64::from(height)
+            && u64::from(crop.left) + u64::from(crop.width) <= u64::from(width),
+        "{crop:?} lies inside {height}x{width}"
+    );
 }
-
-/// Copies a box of `raw` into `out` with 1 or 3 channels.
-fn cut(raw: &[u8], size: Size, layout: Layout, crop: CropBox, channels: usize, out: &mut [u8]) {
-    let Layout { channels: from, depth } = layout;
-    let pixel = from * depth;
-    let row_bytes = size.width as usize * pixel;
-    let start = crop.left as usize * pixel;
-    let end = start + crop.width as usize * pixel;
-    // 16-bit samples lie in the machine's byte order.
-    let high = if cfg!(target_endian = "little") { depth - 1 } else { 0 };
-    let rows = raw.chunks_exact(row_bytes).skip(crop.top as usize).map(|row| &row[start..end]);
-    for (row, out) in rows.zip(out.chunks_exact_mut(crop.width as usize * channels)) {
-        let pixels = row.chunks_exact(pixel).map(|p| &p[high..]);
-        match (from >= 3, channels) {
-            _ if depth == 1 && from == channels => out.copy_from_slice(row),
-            (false, 1) => pixels.zip(out).for_each(|(p, to)| *to = p[0]),
-            (false, _) => pixels.zip(out.chunks_exact_mut(3)).for_each(|(p, to)| to.fill(p[0])),
-            (true, 1) => {
-                pixels.zip(out).for_each(|(p, to)| *to = luma(p[0], p[depth], p[2 * depth]))
-            }
-            (true, _) => pixels
-                .zip(out.chunks_exact_mut(3))
-                .for_each(|(p, to)| to.copy_from_slice(&[p[0], p[depth], p[2 * depth]])),
-        }
-    }
-}
-
-fn luma(r: u8, g: u8, b: u8) -> u8 {
-    let sum = u32::from(r) * 19595 + u32::from(g) * 38470 + u32::from(b) * 7471 + 0x8000;
-    (sum >> 16) as u8
-}
-
-/// Mirrors an image from left to right.
-fn mirror(image: &mut [u8], shape: ImageShape) {
-    let channels = shape.channels as usize;
-    for row in image.chunks_exact_mut(shape.width as usize * channels) {
-        row.reverse();
-        if channels > 1 {
-            row.chunks_exact_mut(channels).for_each(<[u8]>::reverse);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests;

@@ -3,8 +3,50 @@ use image::ExtendedColorType as Color;
 use proptest::prelude::{ProptestConfig, any};
 use proptest::{collection, prop_assert, proptest};
 
+use std::error::Error;
+
+use image::ImageEncoder;
+use image::codecs::jpeg::JpegEncoder;
+use image::codecs::png::PngEncoder;
+use lacuna_recipe::augment::{CropBox, Size};
+
 use super::*;
-use crate::fixtures::{jpeg, noise, png};
+use crate::convert::luma;
+
+#[cfg(feature = "turbo")]
+mod turbo;
+
+fn png(pixels: &[u8], width: u32, height: u32, color: Color) -> Vec<u8> {
+    let mut out: Vec<u8> = Vec::new();
+    PngEncoder::new(&mut out).write_image(pixels, width, height, color).unwrap();
+    out
+}
+
+fn jpeg(pixels: &[u8], width: u32, height: u32, color: Color) -> Vec<u8> {
+    let mut out: Vec<u8> = Vec::new();
+    JpegEncoder::new_with_quality(&mut out, 95).write_image(pixels, width, height, color).unwrap();
+    out
+}
+
+/// Bytes that differ from place to place and look like noise.
+fn noise(n: usize, seed: u32) -> Vec<u8> {
+    let mut x: u32 = seed.wrapping_mul(2_654_435_761) | 1;
+    let next = || {
+        x ^= x << 13;
+        x ^= x >> 17;
+        x ^= x << 5;
+        (x >> 24) as u8
+    };
+    std::iter::repeat_with(next).take(n).collect()
+}
+
+/// The error with all that caused it.
+fn chain(error: &dyn Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
 
 fn shape(height: u32, width: u32, channels: u32) -> ImageShape {
     ImageShape { height, width, channels }
@@ -95,6 +137,32 @@ fn crop_of_the_wanted_size_is_a_copy() {
     }
 }
 
+#[test]
+fn mirroring_twice_is_nothing_and_once_reverses_pixels() {
+    for width in 1..40 {
+        for channels in [1, 3] {
+            let shape = shape(2, width, channels);
+            let before = noise(shape.bytes(), width);
+            let mut image = before.clone();
+            crate::convert::mirror(&mut image, shape);
+            let row = (width * channels) as usize;
+            for (got, from) in image.chunks(row).zip(before.chunks(row)) {
+                let pixels = from.chunks(channels as usize).rev();
+                assert_eq!(got, pixels.flatten().copied().collect::<Vec<u8>>());
+            }
+            crate::convert::mirror(&mut image, shape);
+            assert_eq!(image, before);
+        }
+    }
+}
+
+/// A build that makes other pixels must say so by its id.
+#[test]
+fn the_probe_has_the_pixels_that_its_id_stands_for() {
+    let want = if cfg!(feature = "turbo") { 8081961084167795445 } else { 0 };
+    assert_eq!(probe_pixels().value, want, "{DECODER_ID}");
+}
+
 /// The antialiased bicubic filter with a = −0.5, one axis, straight from its definition.
 fn reference_row(from: &[u8], to: usize) -> Vec<f64> {
     let filter = |x: f64| -> f64 {
@@ -163,10 +231,10 @@ fn resizing_agrees_with_pillow() {
 fn bad_bytes_are_named() {
     let message = |bytes: &[u8]| {
         let error = Decoder::new().decode(bytes).unwrap_err();
-        crate::files::chain(&error)
+        chain(&error)
     };
     let good = png(&noise(64, 1), 8, 8, Color::L8);
-    expect!["not a png or jpeg image: it starts with [47, 49, 46, 38]"]
+    expect!["not a png, jpeg or webp image: it starts with [47, 49, 46, 38]"]
         .assert_eq(&message(b"GIF8"));
     expect!["the Png header is damaged at byte 8"].assert_eq(&message(&good[..20]));
     assert!(message(&good[..good.len() / 2]).starts_with("the Png data does not decode: "));

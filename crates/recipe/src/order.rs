@@ -246,11 +246,16 @@ struct Lanes {
     per_step: u64,
     /// Positions of an epoch's whole steps.
     used: u64,
-    /// Place of each chunk's first sample in the shuffled data; ascending.
+    /// The chunks in the shuffled order.
+    chunks: Vec<u32>,
+    /// Place of the first sample of every [`PLACES_STRIDE`]th of them; ascending.
     places: Vec<u64>,
-    /// First sample of each chunk, in the same order.
-    firsts: Vec<u64>,
+    /// First sample of each chunk, by its number, and last the number of samples.
+    bounds: Arc<[u64]>,
 }
+
+/// Of so many chunks one has its place stored: half the memory for at most one more step.
+const PLACES_STRIDE: usize = 2;
 
 /// A block's samples in the shuffled data, and their permutation.
 struct Block {
@@ -338,14 +343,13 @@ impl Lanes {
         let bounds = &spec.chunk_bounds;
         let n_chunks = u32::try_from(bounds.len() - 1).expect("checked: chunks fit");
         let chunks = shuffle(&draws(spec.seed, epoch, Purpose::Chunks, 0), n_chunks);
-        let mut places: Vec<u64> = Vec::with_capacity(chunks.len());
-        let mut firsts: Vec<u64> = Vec::with_capacity(chunks.len());
+        let mut places: Vec<u64> = Vec::with_capacity(chunks.len().div_ceil(PLACES_STRIDE));
         let mut place: u64 = 0;
-        for chunk in chunks {
-            let at = chunk as usize;
-            places.push(place);
-            firsts.push(bounds[at]);
-            place += bounds[at + 1] - bounds[at];
+        for (nth, &chunk) in chunks.iter().enumerate() {
+            if nth % PLACES_STRIDE == 0 {
+                places.push(place);
+            }
+            place += bounds[chunk as usize + 1] - bounds[chunk as usize];
         }
         let lanes = u64::from(spec.params.lanes);
         Lanes {
@@ -353,8 +357,9 @@ impl Lanes {
             block: spec.params.block,
             per_step: u64::from(spec.batch) / lanes,
             used: spec.steps_per_epoch() * u64::from(spec.batch),
+            chunks,
             places,
-            firsts,
+            bounds: bounds.clone(),
         }
     }
 
@@ -389,8 +394,18 @@ impl Lanes {
 
     /// Returns the sample at a place of the shuffled data.
     fn sample_of(&self, place: u64) -> u64 {
-        let chunk = self.places.partition_point(|&start| start <= place) - 1;
-        self.firsts[chunk] + (place - self.places[chunk])
+        let known = self.places.partition_point(|&start| start <= place) - 1;
+        let mut offset = place - self.places[known];
+        let mut nth = known * PLACES_STRIDE;
+        loop {
+            let chunk = self.chunks[nth] as usize;
+            let (first, end) = (self.bounds[chunk], self.bounds[chunk + 1]);
+            if offset < end - first {
+                return first + offset;
+            }
+            offset -= end - first;
+            nth += 1;
+        }
     }
 }
 

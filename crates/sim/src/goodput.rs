@@ -154,6 +154,9 @@ pub struct Goodput {
     pub restart: Group,
 }
 
+const HEADER: &str = "| group | kills | useful steps | redone | goodput | next step (p50) | \
+                      full strength (p50) |";
+
 fn median(sorted: &[f64]) -> f64 {
     let mut all = sorted.to_vec();
     all.sort_by(f64::total_cmp);
@@ -163,10 +166,7 @@ fn median(sorted: &[f64]) -> f64 {
 impl fmt::Display for Goodput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "an undisturbed step: {:.1} ms", 1000.0 * self.step)?;
-        writeln!(
-            f,
-            "| group | kills | useful steps | redone | goodput | next step (p50) | full strength (p50) |"
-        )?;
+        writeln!(f, "{HEADER}")?;
         writeln!(f, "|---|---|---|---|---|---|---|")?;
         for (name, of) in [("elastic", &self.elastic), ("restart", &self.restart)] {
             writeln!(
@@ -296,7 +296,10 @@ mod tests {
         let goodput = play(&cell).expect("no invariant breaks");
         let (elastic, restart) = (&goodput.elastic, &goodput.restart);
         assert!(elastic.kills > 10 && restart.kills > 10, "{goodput}");
-        assert_eq!(elastic.full.len(), elastic.next_step.len(), "{goodput}");
+        // A kill may come before the group is whole again after the last.
+        let (next, full) = (elastic.next_step.len(), elastic.full.len());
+        assert!((elastic.kills as usize - 2..=elastic.kills as usize).contains(&next), "{goodput}");
+        assert!(full <= next && full > next / 2, "{goodput}");
         assert!(elastic.redone < restart.redone, "{goodput}");
         assert!(elastic.goodput > restart.goodput, "{goodput}");
         assert!((0.8..1.0).contains(&elastic.goodput), "{goodput}");

@@ -135,6 +135,12 @@ const FIELDS: &[Field] = &[
         "what an undecodable sample does: fail, substitute",
     ),
     placement("data.threads", "4", "threads of a worker that decode, or \"auto\""),
+    placement(
+        "data.cache.dir",
+        "\"/nvme/lacuna\"",
+        "folder on a local disk for decoded planes of JPEG, which later epochs crop from",
+    ),
+    placement("data.cache.size", "\"500GB\"", "most that the cache of this data may take"),
     maths("train.duration", "\"800ep\"", "length of the run in ep or step"),
     maths("train.batch", "4096", "samples of a step over all workers"),
     maths("train.slot_batch", "128", "samples of a slot, the unit of work; divides `batch`"),

@@ -211,8 +211,9 @@ impl Loader<'_> {
             self.problem(at, "", message, fix);
         }
         if let Some(folder) = folder {
-            root_path(&mut table, "data", "shards", &folder);
-            root_path(&mut table, "checkpoint", "to", &folder);
+            root_path(&mut table, &["data", "shards"], &folder);
+            root_path(&mut table, &["data", "cache", "dir"], &folder);
+            root_path(&mut table, &["checkpoint", "to"], &folder);
         }
         table
     }
@@ -366,11 +367,12 @@ fn located(value: Value, at: At) -> Node {
 }
 
 /// Makes a relative path that a file wrote start from the file's folder.
-fn root_path(table: &mut Table, section: &str, key: &str, folder: &Path) {
-    if let Some(Node { value: Value::Table(section), .. }) = table.get_mut(section)
-        && let Some(Node { value: Value::Text(path), .. }) = section.get_mut(key)
-    {
-        *path = join(folder, path);
+fn root_path(table: &mut Table, keys: &[&str], folder: &Path) {
+    let [key, rest @ ..] = keys else { return };
+    match table.get_mut(*key).map(|node| &mut node.value) {
+        Some(Value::Table(inner)) => root_path(inner, rest, folder),
+        Some(Value::Text(path)) if rest.is_empty() => *path = join(folder, path),
+        _ => {}
     }
 }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::load;
 use crate::problem::{Problems, SpecError};
-use crate::units::{Cadence, EPOCHS_MAX, Length, STEPS_MAX};
+use crate::units::{Bytes, Cadence, EPOCHS_MAX, Length, STEPS_MAX};
 
 macro_rules! word {
     ($(#[$doc:meta])* $name:ident {
@@ -181,6 +181,16 @@ pub struct DataSpec {
     pub flip: f64,
     pub bad_samples: BadSamples,
     pub threads: AutoOr<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheSpec>,
+}
+
+/// Key `data.cache`: decoded planes of JPEG on a local disk.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "the table of fields documents each key once")]
+pub struct CacheSpec {
+    pub dir: String,
+    pub size: Bytes,
 }
 
 /// Section `[train]`.
@@ -410,7 +420,8 @@ impl RunSpec {
     /// Those that a file wrote start from that file's folder already; those of `--set` and of the
     /// defaults do not.
     pub fn resolve_paths(&mut self, base: &Path) {
-        for path in [&mut self.data.shards, &mut self.checkpoint.to] {
+        let cache = self.data.cache.as_mut().map(|cache| &mut cache.dir);
+        for path in [&mut self.data.shards, &mut self.checkpoint.to].into_iter().chain(cache) {
             *path = load::join(base, path);
         }
     }

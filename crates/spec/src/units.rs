@@ -225,5 +225,36 @@ pub fn parse_bytes(text: &str) -> Result<u64, UnitError> {
     within(n, (1 << 63) / factor, unit).map(|n| n * factor)
 }
 
+/// A size in bytes, as [`parse_bytes`] reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl FromStr for Bytes {
+    type Err = UnitError;
+
+    fn from_str(text: &str) -> Result<Self, UnitError> {
+        parse_bytes(text).map(Bytes)
+    }
+}
+
+impl fmt::Display for Bytes {
+    /// Writes the largest unit of a thousand that divides it, so that it reads as it was written.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [("TB", 1_000_000_000_000), ("GB", 1_000_000_000), ("MB", 1_000_000)];
+        let binary = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("B", 1)];
+        let all = units.into_iter().chain(binary);
+        let (unit, factor) = { all }
+            .find(|(_, factor): &(&str, u64)| self.0.is_multiple_of(*factor))
+            .expect("one divides all");
+        write!(f, "{}{unit}", self.0 / factor)
+    }
+}
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -15,8 +15,7 @@ use crate::units::UnitError;
 const PATH_BYTES_MAX: usize = 4096;
 
 /// Keys that are planned: refused until they do something, because ignoring them would mislead.
-const NOT_YET: &[&str] =
-    &["data.cache", "checkpoint.keep.best", "track.reconstructions", "track.tensorboard"];
+const NOT_YET: &[&str] = &["checkpoint.keep.best", "track.reconstructions", "track.tensorboard"];
 
 /// Words of planned values, refused like [`NOT_YET`].
 const NOT_YET_WORDS: &[&str] = &["fast", "zero-weight"];

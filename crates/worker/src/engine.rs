@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use lacuna_device::{DeviceError, DeviceState, Updating};
 use lacuna_recipe::adamw::AdamW;
+use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
@@ -102,6 +103,13 @@ pub trait Engine: Send {
 
     /// Describes device and library for people: `cpu (libtorch 2.11.0, avx2, 1 thread)`.
     fn describe(&self) -> String;
+}
+
+/// Computes a worker's probe: what pixels this machine makes of a picture, and what its engine
+/// computes. Workers with different probes may not share a run.
+pub fn whole_probe(engine: &mut dyn Engine) -> Result<u64, EngineError> {
+    let computed = Crc64::of(&engine.probe()?.to_le_bytes());
+    Ok(lacuna_data::probe_pixels().then(computed).value)
 }
 
 /// An engine whose gradients need not leave the device.

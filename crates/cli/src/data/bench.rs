@@ -144,6 +144,7 @@ fn measure(
         ahead_slots: AHEAD_SLOTS,
         bad_samples: BadSamplePolicy::Substitute,
         on_bad_sample: warn_of_bad_samples(),
+        planes: None,
     };
     let loader = Loader::new(config).map_err(|error| io(&error))?;
     let stream = loader.stream(Step(0), Step(u64::from(u32::MAX)), vec![0]);

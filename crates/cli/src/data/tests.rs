@@ -68,3 +68,38 @@ fn folders_of_images() {
         assert_eq!(coded.code, exit::USAGE, "{error}");
     }
 }
+
+#[test]
+fn mds_and_parquet_are_told_by_their_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let (mds, parquet) = (root.join("mds"), root.join("parquet"));
+    for folder in [&mds, &parquet] {
+        fs::create_dir(folder).unwrap();
+    }
+    fs::write(mds.join("index.json"), r#"{"shards": [], "version": 2}"#).unwrap();
+    let files = ["test-0.parquet", "train-0.parquet", "train-1.parquet"];
+    let files = files.map(|name| parquet.join(name));
+    for file in &files {
+        fs::write(file, "").unwrap();
+    }
+    let choose = |path: &Path, from, split| choose_source(&args(&[path], from, split));
+    for from in [Kind::Auto, Kind::Mds] {
+        assert_eq!(choose(&mds, from, None).unwrap(), PackSource::Mds(mds.clone()));
+    }
+    let (test, train) = (files[..1].to_vec(), files[1..].to_vec());
+    for from in [Kind::Auto, Kind::Parquet] {
+        let chosen = |split| choose(&parquet, from, split).unwrap();
+        assert_eq!(chosen(None), PackSource::Parquet(train.clone()));
+        assert_eq!(chosen(Some(Split::Train)), PackSource::Parquet(train.clone()));
+        assert_eq!(chosen(Some(Split::Test)), PackSource::Parquet(test.clone()));
+        assert_eq!(choose(&files[0], from, None).unwrap(), PackSource::Parquet(test.clone()));
+    }
+    for (path, from) in [(&mds, Kind::Parquet), (&parquet, Kind::Mds), (&parquet, Kind::Idx)] {
+        let error = choose(path, from, None).unwrap_err();
+        assert!(error.to_string().contains("holds no "), "{error}");
+    }
+    let labels = Some(root.join("l"));
+    let error = choose_source(&PackArgs { labels, ..args(&[&mds], Kind::Auto, None) });
+    assert!(error.unwrap_err().to_string().contains("labels of its own"));
+}

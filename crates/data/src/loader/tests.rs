@@ -1,11 +1,14 @@
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use lacuna_recipe::order::{OrderMode, OrderParams};
+use proptest::prelude::{ProptestConfig, any};
+use proptest::{collection, prop_assert_eq, proptest};
 
 use super::*;
-use crate::decode::Decoder;
-use crate::fixtures::{damage, grey_png, pack_quietly, synthetic};
+use crate::fixtures::{damage, grey_png, jpeg, noise, pack_quietly, synthetic};
 use crate::pack::PackSource;
+use lacuna_pixels::Decoder;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -23,6 +26,7 @@ fn config(dataset: Arc<Dataset>, threads: usize) -> LoaderConfig {
         ahead_slots: 3,
         bad_samples: BadSamplePolicy::Substitute,
         on_bad_sample: Arc::new(|_| {}),
+        planes: None,
     }
 }
 
@@ -58,6 +62,83 @@ fn batches_depend_on_the_slot_alone() {
                 }
             }
             assert!(matches!(stream.next(DEADLINE), Err(LoadError::Ended)));
+        }
+    }
+}
+
+/// Photographs small enough for many cases.
+fn jpegs(folder: &Path, n: u32) -> Arc<Dataset> {
+    let images = folder.join("images");
+    std::fs::create_dir(&images).unwrap();
+    for i in 0..n {
+        let (width, height) = (18 + i % 5, 17 + i % 3);
+        let pixels = noise((3 * width * height) as usize, i);
+        let bytes = jpeg(&pixels, width, height, image::ExtendedColorType::Rgb8);
+        std::fs::write(images.join(format!("{i:03}.jpg")), bytes).unwrap();
+    }
+    pack_quietly(&PackSource::Folder(images), &folder.join("packed"), 20_000);
+    Arc::new(Dataset::open(&folder.join("packed")).unwrap())
+}
+
+/// Planes for every other worker, where this build has them.
+fn some_planes(folder: &Path, dataset: &Arc<Dataset>, rank: u32) -> Option<Arc<PlaneCache>> {
+    let dir = folder.join("cache");
+    match PlaneCache::open(&dir, u64::MAX, dataset.clone()) {
+        Ok(cache) if rank % 2 == 1 => Some(Arc::new(cache)),
+        _ => None,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    /// Any number of workers, changing at any step, with steps that are done again by other workers
+    /// after a loss: every slot has the same samples and the same pixels, and an epoch each sample
+    /// at most once.
+    #[test]
+    fn any_history_of_worlds_delivers_the_same(
+        changes in collection::vec((1u32..=17, 1u64..4, any::<bool>()), 3..7),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let dataset = jpegs(folder.path(), 61);
+        let config = || {
+            let mut config = config(dataset.clone(), 1);
+            config.geometry.batch = 17;
+            config.geometry.slot_batch = 1;
+            config.order = dataset.order_spec(
+                OrderParams { mode: OrderMode::Block, lanes: 1, block: 20 }, 99, 17);
+            config
+        };
+        let reference = Loader::new(config()).unwrap();
+        let mut step = 0;
+        let mut epochs: BTreeMap<u64, Vec<SampleId>> = BTreeMap::new();
+        for (world, steps, lost) in changes {
+            // After a loss the last step is computed again.
+            let first = if lost { u64::saturating_sub(step, 1) } else { step };
+            for rank in 0..world {
+                let slots: Vec<u32> = (17 * rank / world..17 * (rank + 1) / world).collect();
+                let planes = some_planes(folder.path(), &dataset, rank);
+                let loader = Loader::new(LoaderConfig { planes, ..config() }).unwrap();
+                let mut stream =
+                    loader.stream(Step(first), Step(step + steps), slots.clone()).unwrap();
+                for at in first..step + steps {
+                    for &index in &slots {
+                        let got = stream.next(DEADLINE).unwrap();
+                        prop_assert_eq!(&got, &reference.load(slot(at, index)).unwrap());
+                        if at >= step {
+                            epochs.entry(at / 3).or_default().extend(&got.samples);
+                        }
+                    }
+                }
+            }
+            step += steps;
+        }
+        for (epoch, mut samples) in epochs {
+            let n = samples.len() as u64;
+            samples.sort();
+            samples.dedup();
+            prop_assert_eq!(samples.len() as u64, n, "epoch {}", epoch);
+            prop_assert_eq!(n, 17 * (step - 3 * epoch).min(3));
         }
     }
 }

@@ -9,9 +9,12 @@ use std::time::UNIX_EPOCH;
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{ExtendedColorType, ImageEncoder};
 
+use lacuna_pixels::{IMAGE_BYTES_MAX, ImageShape};
+
 use super::{PackError, at};
-use crate::decode::{IMAGE_BYTES_MAX, ImageShape};
 use crate::idx::{self, IdxImages};
+use crate::mds::{self, MdsFolder, MdsReader};
+use crate::parquet::{self, Rows};
 use crate::synthetic::{self, SyntheticSpec};
 
 /// Deepest folder below the given one; deeper ones are links in a circle.
@@ -36,16 +39,24 @@ pub enum PackSource {
         /// Their labels (`…-labels-idx1-ubyte`).
         labels: Option<PathBuf>,
     },
+    /// A folder with the `index.json` of MDS shards.
+    Mds(PathBuf),
+    /// Parquet files, in this order.
+    Parquet(Vec<PathBuf>),
     /// Generated images.
     Synthetic(SyntheticSpec),
 }
 
 impl PackSource {
-    /// Tells what a path is: an IDX file of images, a folder with one (of several, the one called
-    /// `train…`), or a folder of images. Labels are found by their name beside the images.
+    /// Tells what a path is: a Parquet file, an IDX file of images, or a folder: with one of these
+    /// (of several, what is called `train…`), with the list of MDS shards, or with images. Labels
+    /// of IDX images are found by their name beside them.
     pub fn detect(path: &Path) -> Result<Self, PackError> {
         if !fs::metadata(path).map_err(at(path))?.is_dir() {
-            return Ok(PackSource::idx(path));
+            return Ok(match parquet::is_parquet(path) {
+                true => PackSource::Parquet(vec![path.to_path_buf()]),
+                false => PackSource::idx(path),
+            });
         }
         let mut candidates: Vec<PathBuf> = Vec::new();
         for entry in fs::read_dir(path).map_err(at(path))? {
@@ -56,10 +67,26 @@ impl PackSource {
         }
         candidates.sort();
         let train = candidates.iter().find(|file| file_name(file).starts_with("train"));
-        Ok(match train.or(candidates.first()) {
-            Some(images) => PackSource::idx(images),
-            None => PackSource::Folder(path.to_path_buf()),
+        if let Some(images) = train.or(candidates.first()) {
+            return Ok(PackSource::idx(images));
+        }
+        if mds::is_mds(path) {
+            return Ok(PackSource::Mds(path.to_path_buf()));
+        }
+        let files = parquet::list(path).map_err(at(path))?;
+        let train = of_split(&files, &["train"]);
+        Ok(match (train.is_empty(), files.is_empty()) {
+            (false, _) => PackSource::Parquet(train),
+            (true, false) => PackSource::Parquet(files),
+            (true, true) => PackSource::Folder(path.to_path_buf()),
         })
+    }
+
+    /// Finds the Parquet files in `folder` whose names start with one of `prefixes`; of several
+    /// prefixes the first that has files counts.
+    pub fn parquet_split(folder: &Path, prefixes: &[&str]) -> Result<Option<Self>, PackError> {
+        let files = of_split(&parquet::list(folder).map_err(at(folder))?, prefixes);
+        Ok((!files.is_empty()).then_some(PackSource::Parquet(files)))
     }
 
     fn idx(images: &Path) -> Self {
@@ -70,6 +97,13 @@ impl PackSource {
             labels: (labels != images && labels.is_file()).then_some(labels),
         }
     }
+}
+
+fn of_split(files: &[PathBuf], prefixes: &[&str]) -> Vec<PathBuf> {
+    let of = |prefix: &&str| -> Vec<PathBuf> {
+        files.iter().filter(|file| file_name(file).starts_with(prefix)).cloned().collect()
+    };
+    prefixes.iter().map(of).find(|found| !found.is_empty()).unwrap_or_default()
 }
 
 fn file_name(path: &Path) -> String {
@@ -86,12 +120,16 @@ pub(super) struct Item {
     pub(super) stem: String,
     /// Names the image in reports.
     pub(super) place: String,
+    /// Why there are no bytes, where that is known.
+    pub(super) lacks: Option<&'static str>,
 }
 
 /// An opened source.
 pub(super) enum Source {
     Folder(Folder),
     Idx { path: PathBuf, images: IdxImages, labels: Option<Vec<u8>> },
+    Mds { reader: MdsReader, identity: String },
+    Parquet { root: PathBuf, rows: Box<Rows>, identity: String },
     Synthetic(SyntheticSpec),
 }
 
@@ -124,6 +162,17 @@ impl Source {
                 };
                 Ok(Source::Idx { path, images, labels })
             }
+            PackSource::Mds(root) => {
+                let folder = MdsFolder::open(root)?;
+                let identity = identity_of("mds", root, &folder.files())?;
+                Ok(Source::Mds { reader: MdsReader::new(folder), identity })
+            }
+            PackSource::Parquet(files) => {
+                let root = files.first().and_then(|file| file.parent()).unwrap_or(Path::new(""));
+                let rows = Box::new(Rows::open(files)?);
+                let identity = identity_of("parquet", root, files)?;
+                Ok(Source::Parquet { root: root.to_path_buf(), rows, identity })
+            }
             PackSource::Synthetic(spec) => {
                 if spec.n_images == 0 || !spec.shape.is_supported() {
                     let text =
@@ -140,6 +189,8 @@ impl Source {
         match self {
             Source::Folder(folder) => folder.files.len() as u64,
             Source::Idx { images, .. } => images.n(),
+            Source::Mds { reader, .. } => reader.folder().n(),
+            Source::Parquet { rows, .. } => rows.n(),
             Source::Synthetic(spec) => spec.n_images,
         }
     }
@@ -148,6 +199,8 @@ impl Source {
         match self {
             Source::Folder(folder) => &folder.root,
             Source::Idx { path, .. } => path,
+            Source::Mds { reader, .. } => reader.folder().root(),
+            Source::Parquet { root, .. } => root,
             Source::Synthetic(_) => Path::new("(generated)"),
         }
     }
@@ -161,10 +214,12 @@ impl Source {
 
     /// Returns a text that changes when the input does.
     ///
-    /// For folders these are names, sizes and times of the files; their content is not read.
+    /// For folders, MDS and Parquet these are names, sizes and times of the files; their content is
+    /// not read.
     pub(super) fn identity(&self) -> String {
         match self {
             Source::Folder(folder) => folder.identity.clone(),
+            Source::Mds { identity, .. } | Source::Parquet { identity, .. } => identity.clone(),
             Source::Idx { images, labels, .. } => {
                 let pixels = blake3::hash(&images.pixels).to_hex();
                 let labels = labels.as_deref().map(|labels| blake3::hash(labels).to_hex());
@@ -174,11 +229,12 @@ impl Source {
         }
     }
 
-    /// Reads image number `i`.
-    pub(super) fn read(&self, i: u64, item: &mut Item) -> Result<(), PackError> {
+    /// Reads image number `i`; numbers must rise by one from call to call.
+    pub(super) fn read(&mut self, i: u64, item: &mut Item) -> Result<(), PackError> {
         item.bytes.clear();
         item.stem.clear();
         item.label = None;
+        item.lacks = None;
         match self {
             Source::Folder(folder) => folder.read(i, item),
             Source::Idx { images, labels, .. } => {
@@ -186,6 +242,17 @@ impl Source {
                 item.label = labels.as_ref().map(|labels| u32::from(labels[i as usize]));
                 item.place = format!("image {i}");
                 encode_png(i, images.image(i), shape, &mut item.bytes)
+            }
+            Source::Mds { reader, .. } => {
+                item.label = reader.read(i, &mut item.bytes)?;
+                item.place = reader.place(i);
+                Ok(())
+            }
+            Source::Parquet { rows, .. } => {
+                item.label = rows.read(i, &mut item.bytes)?;
+                item.place = rows.place(i);
+                item.lacks = item.bytes.is_empty().then_some("the row holds no bytes of an image");
+                Ok(())
             }
             Source::Synthetic(spec) => {
                 let image = synthetic::image(spec, i);
@@ -213,6 +280,22 @@ fn encode_png(
         .map_err(|source| PackError::Encode { index, source })
 }
 
+/// Describes files by their names below `root`, sizes and times.
+fn identity_of(kind: &str, root: &Path, files: &[PathBuf]) -> Result<String, PackError> {
+    let mut identity = format!("{kind}\n");
+    for file in files {
+        let meta = fs::metadata(file).map_err(at(file))?;
+        let time = meta
+            .modified()
+            .ok()
+            .and_then(|time| time.duration_since(UNIX_EPOCH).ok())
+            .map_or(0, |age| age.as_nanos());
+        let relative = file.strip_prefix(root).unwrap_or(file);
+        identity.push_str(&format!("{relative:?} {} {time}\n", meta.len()));
+    }
+    Ok(identity)
+}
+
 impl Folder {
     fn list(root: &Path) -> Result<Self, PackError> {
         let mut files: Vec<PathBuf> = Vec::new();
@@ -223,17 +306,7 @@ impl Folder {
             let path = root.to_path_buf();
             return Err(PackError::NoImages { path });
         }
-        let mut identity = String::from("folder\n");
-        for file in &files {
-            let meta = fs::metadata(file).map_err(at(file))?;
-            let time = meta
-                .modified()
-                .ok()
-                .and_then(|time| time.duration_since(UNIX_EPOCH).ok())
-                .map_or(0, |age| age.as_nanos());
-            let relative = file.strip_prefix(root).unwrap_or(file);
-            identity.push_str(&format!("{relative:?} {} {time}\n", meta.len()));
-        }
+        let identity = identity_of("folder", root, &files)?;
         let classes = classes_of(root, &files);
         Ok(Folder { root: root.to_path_buf(), files, classes, identity })
     }
@@ -294,7 +367,7 @@ fn walk(
 
 fn has_image_suffix(path: &Path) -> bool {
     let suffix = path.extension().unwrap_or_default().to_ascii_lowercase();
-    ["png", "jpg", "jpeg"].iter().any(|known| suffix == *known)
+    ["png", "jpg", "jpeg", "webp"].iter().any(|known| suffix == *known)
 }
 
 fn first_folder(root: &Path, file: &Path) -> Option<String> {

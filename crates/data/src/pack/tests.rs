@@ -175,11 +175,29 @@ fn unusable_input_is_named() {
     expect!["failed to access `DIR/in`: No such file or directory (os error 2)"]
         .assert_eq(&message(&folder));
     write(&input, "readme.md", b"text");
-    expect!["`DIR/in` holds no png or jpeg images"].assert_eq(&message(&folder));
+    expect!["`DIR/in` holds no png, jpeg or webp images"].assert_eq(&message(&folder));
     write(&input, "a.png", b"text");
-    expect!["none of the 1 images in `DIR/in` can be used; the first: `DIR/in/a.png`: not a png or jpeg image: it starts with [74, 65, 78, 74]"]
+    expect!["none of the 1 images in `DIR/in` can be used; the first: `DIR/in/a.png`: not a png, jpeg or webp image: it starts with [74, 65, 78, 74]"]
         .assert_eq(&message(&folder));
     let config = PackConfig { name: "a/b".to_string(), ..config(1) };
     let error = pack(&generated(1, 1), &out, &config, &mut |_| {}).unwrap_err();
     assert!(matches!(error, PackError::Config(_)));
+}
+
+#[test]
+fn webp_files_are_packed_and_indexed() {
+    let root = tempfile::tempdir().unwrap();
+    let (input, out) = (root.path().join("in"), root.path().join("out"));
+    let rgb = noise(6 * 4 * 3, 2);
+    let mut webp: Vec<u8> = Vec::new();
+    let encoder = image::codecs::webp::WebPEncoder::new_lossless(&mut webp);
+    encoder.encode(&rgb, 6, 4, ExtendedColorType::Rgb8).unwrap();
+    write(&input, "a.WebP", &webp);
+    let report = pack_quietly(&PackSource::Folder(input), &out, SHARD_BYTES_DEFAULT);
+    let dataset = Dataset::open(&out).unwrap();
+    assert_eq!(dataset.place(SampleId(0)).member.as_deref(), Some("000000000-a.webp"));
+    assert_eq!(dataset.sample(SampleId(0)).unwrap(), webp);
+    assert_eq!(SampleReader::new().whole(&dataset, SampleId(0), 3).unwrap(), rgb);
+    let index = crate::wds::build_index(&out, 1, &mut |_| {}).unwrap().index;
+    assert_eq!(index.fingerprint(), report.fingerprint);
 }

@@ -60,10 +60,10 @@ fn members_form_samples() {
         })
         .collect();
     expect![[r#"
-        0.tar: note -- the sample has no png or jpeg image
-        0.tar: x/3.jpg -- not a png or jpeg image: it starts with [6e, 6f, 74, 20, 61, 6e, 20, 69]
-        1.tar: x/4 -- the sample has no png or jpeg image
-        2.tar: only -- the sample has no png or jpeg image
+        0.tar: note -- the sample has no png, jpeg or webp image
+        0.tar: x/3.jpg -- not a png, jpeg or webp image: it starts with [6e, 6f, 74, 20, 61, 6e, 20, 69]
+        1.tar: x/4 -- the sample has no png, jpeg or webp image
+        2.tar: only -- the sample has no png, jpeg or webp image
         s-2.tar -- the shard holds no images"#]]
     .assert_eq(&skipped.join("\n"));
 }
@@ -84,7 +84,7 @@ fn unusable_shards_are_named() {
         .assert_eq(&message(&[("a.png", &image), ("a.jpg", &image)]));
     expect!["sample `a` of shard `DIR/bad.tar` has label `cat`, not a number up to 16777214"]
         .assert_eq(&message(&[("a.png", &image), ("a.cls", b"cat")]));
-    expect!["the shards in `DIR` hold no png or jpeg images"]
+    expect!["the shards in `DIR` hold no png, jpeg or webp images"]
         .assert_eq(&message(&[("a.txt", b"x")]));
     let empty = tempfile::tempdir().unwrap();
     let error = index_quietly(empty.path()).unwrap_err();

@@ -10,7 +10,7 @@ fn spec(overrides: &[&str]) -> RunSpec {
     parse_text("run.toml", text, &overrides).unwrap().spec
 }
 
-/// Every leaf of an effective spec is in the table, and every field but the optional one is a leaf.
+/// Every leaf of an effective spec is in the table, and every field is a leaf where it is set.
 #[test]
 fn the_table_and_the_structs_agree() {
     fn leaves(out: &mut Vec<String>, path: &str, value: &Value) {
@@ -24,7 +24,8 @@ fn the_table_and_the_structs_agree() {
         }
     }
     let mut found: Vec<String> = Vec::new();
-    leaves(&mut found, "", &spec(&["checkpoint.keep.every=5ep"]).to_json());
+    let optional = ["checkpoint.keep.every=5ep", "data.cache.dir=/nvme", "data.cache.size=500GB"];
+    leaves(&mut found, "", &spec(&optional).to_json());
     found.sort();
     let mut table: Vec<&str> = FIELDS.iter().map(|field| field.path).collect();
     table.sort();
@@ -36,7 +37,8 @@ fn examples_are_accepted() {
     for field in FIELDS {
         // Some keys bind others: the example must at least have the right type.
         let set = format!("{}={}", field.path, field.example);
-        let text = "base = \"preset:base\"\nschema = 1\nname = \"a\"\ndata.shards = \"d\"";
+        let text = "base = \"preset:base\"\nschema = 1\nname = \"a\"\ndata.shards = \"d\"\n\
+                    data.cache = { dir = \"c\", size = \"1GB\" }";
         parse_text("run.toml", text, &[set]).unwrap();
     }
 }
@@ -86,7 +88,11 @@ fn canonical_json_is_pinned() {
 
 #[test]
 fn json_and_toml_hold_the_whole_spec() {
-    let spec = spec(&["checkpoint.keep.every=2h", "data.shards=é \"quoted\""]);
+    let spec = spec(&[
+        "checkpoint.keep.every=2h",
+        "data.shards=é \"quoted\"",
+        "data.cache={ dir = \"/nvme\", size = \"64GiB\" }",
+    ]);
     let again: RunSpec = serde_json::from_str(&spec.canonical_json()).unwrap();
     assert_eq!(again, spec);
     let again = parse_text("effective.toml", &spec.effective_toml(), &[]).unwrap().spec;

@@ -46,3 +46,11 @@ fn anything_else_is_refused_with_a_reason() {
     "#]]
     .assert_eq(&out);
 }
+
+#[test]
+fn sizes_read_as_they_were_written() {
+    for text in ["500GB", "3TB", "256MiB", "7B", "1GiB", "1500MB"] {
+        let bytes: Bytes = text.parse().unwrap();
+        assert_eq!(bytes.to_string(), text);
+    }
+}

@@ -10,8 +10,8 @@ use super::Reader;
 use crate::node::{Value, find};
 use crate::problem::echo;
 use crate::run_spec::{
-    AutoOr, BadSamples, CheckpointSpec, DataSpec, ElasticSpec, KeepSpec, OptimSpec, Order,
-    Precision, Reduce, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, Workers,
+    AutoOr, BadSamples, CacheSpec, CheckpointSpec, DataSpec, ElasticSpec, KeepSpec, OptimSpec,
+    Order, Precision, Reduce, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, Workers,
 };
 use crate::units::{Cadence, Length};
 
@@ -304,6 +304,7 @@ impl Reader<'_> {
         let flip = self.float("data.flip", share, "from 0 to 1");
         let bad_samples = self.word("data.bad_samples", BadSamples::ALL);
         let threads = self.threads();
+        let cache = self.cache();
         Some(DataSpec {
             shards: shards?,
             order: order?,
@@ -316,7 +317,17 @@ impl Reader<'_> {
             flip: flip?,
             bad_samples: bad_samples?,
             threads: threads?,
+            cache: cache?,
         })
+    }
+
+    /// Reads the cache, which is none where its table is not there.
+    fn cache(&mut self) -> Option<Option<CacheSpec>> {
+        if find(self.root, "data.cache").is_none() {
+            return Some(None);
+        }
+        let (dir, size) = (self.path("data.cache.dir"), self.quantity("data.cache.size"));
+        Some(Some(CacheSpec { dir: dir?, size: size? }))
     }
 
     /// Reads the lanes, which by default follow from the batch.

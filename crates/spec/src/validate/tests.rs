@@ -41,7 +41,9 @@ fn misspelt_keys() {
 fn what_this_build_lacks() {
     let cases = [
         "[track]\ntensorboard = \"tb\"\nreconstructions = { every = \"1ep\" }",
-        "data.cache = { dir = \"/nvme\", size = \"500GB\" }",
+        "data.cache = { dir = \"/nvme\", size = \"500 gigs\" }",
+        "data.cache = { size = \"500GB\" }",
+        "data.cache = \"/nvme\"",
         "train.precision = \"bf-16\"\ntrain.reduce = \"fast\"",
         "data.bad_samples = \"zero-weight\"\ndata.order = \"random\"",
         "checkpoint.to = \"s3://bucket/run\"",

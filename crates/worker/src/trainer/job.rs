@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use lacuna_api::v1;
 use lacuna_checkpoint::layout::RunDir;
+use lacuna_data::ImageShape;
 use lacuna_data::dataset::Dataset;
-use lacuna_data::decode::ImageShape;
 use lacuna_data::loader::{BadSamplePolicy, Loader, LoaderConfig, warn_of_bad_samples};
-use lacuna_spec::{AutoOr, BadSamples, RunSpec};
+use lacuna_data::planes::PlaneCache;
+use lacuna_spec::{AutoOr, BadSamples, CacheSpec, RunSpec};
 use lacuna_types::RunId;
 
 use crate::engine::{EngineSpec, UpdateScalars};
@@ -128,10 +129,24 @@ impl Job {
                 BadSamples::Substitute => BadSamplePolicy::Substitute,
             },
             on_bad_sample: warn_of_bad_samples(),
+            planes: self.planes(&dataset),
             dataset,
         };
         let path = spec.data.shards.clone();
         Loader::new(config).map_err(|err| JobError::Data { path, source: Box::new(err) })
+    }
+
+    /// Opens the cache that the spec names; one that cannot be used is left out and said so.
+    fn planes(&self, dataset: &Arc<Dataset>) -> Option<Arc<PlaneCache>> {
+        let CacheSpec { dir, size } = self.spec.data.cache.as_ref()?;
+        match PlaneCache::open(Path::new(dir), size.0, dataset.clone()) {
+            Ok(cache) => Some(Arc::new(cache)),
+            Err(error) => {
+                let why = anyhow::Error::from(error);
+                tracing::warn!("data.cache.dir = {dir}: {why:#}; images are decoded each time");
+                None
+            }
+        }
     }
 
     /// Returns the scalars of the update that step `step` makes, the `t`-th.

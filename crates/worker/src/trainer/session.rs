@@ -20,7 +20,7 @@ use super::shared::{Order, Shared, SharedHandle};
 use super::step_loop::StepLoop;
 use super::uplink::{HelloFacts, Net, QUEUE, Uplink};
 use crate::args::TrainerArgs;
-use crate::engine::Backend;
+use crate::engine::{Backend, whole_probe};
 use crate::transport::Peers;
 
 /// Longest time for the last message to arrive before the process ends.
@@ -360,7 +360,7 @@ impl Start {
             self.job.loader(dataset, self.args.local_world).map_err(|err| storage(&err))?;
         let engine_spec = self.job.engine_spec(&self.args.device);
         let mut engine = self.backend.engine(&engine_spec).map_err(|err| local(&err))?;
-        let probe = engine.probe().map_err(|err| local(&err))?;
+        let probe = whole_probe(engine.as_mut()).map_err(|err| local(&err))?;
         info!(device = engine.describe(), probe = format!("{probe:016x}"), "engine ready");
         let saver =
             Saver::start(self.job.dir.clone(), self.reports.clone()).map_err(|err| local(&err))?;

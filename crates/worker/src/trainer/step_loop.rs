@@ -27,7 +27,7 @@ use super::saver::{SaveJob, Saver};
 use super::shared::{Order, SharedHandle};
 use super::step_math::{MathError, StepMath};
 use super::sync::{SyncError, synchronise};
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, whole_probe};
 use crate::transport::Peers;
 
 /// Longest wait for one slot of data: far above any healthy read, below anybody's patience.
@@ -226,7 +226,7 @@ impl StepLoop {
     /// Computes the probe again: states of this generation's members differ.
     fn audit(&mut self, generation: Generation) {
         self.enter(Phase::Compute);
-        match self.engine.probe() {
+        match whole_probe(self.engine.as_mut()) {
             Ok(probe) => self.report(Report::Audited { generation, probe }),
             Err(err) => self.fault(generation, FaultKind::Local, &err),
         }

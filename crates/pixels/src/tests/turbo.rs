@@ -1,0 +1,125 @@
+//! What libjpeg-turbo gives.
+
+use lacuna_recipe::augment::{CropBox, Size};
+use proptest::prelude::{ProptestConfig, any};
+use proptest::{collection, prop_assert, prop_assert_eq, proptest};
+
+use super::{noise, shape};
+use crate::turbo::{Encoding, encode};
+use crate::{Decoder, PlaneBuffers, PlaneLayout, Planes};
+
+/// A picture with edges, slopes and noise, so that a wrong neighbour shows.
+fn picture(size: Size, channels: usize, seed: u32) -> Vec<u8> {
+    let n = size.width as usize * size.height as usize;
+    let noise = noise(n * channels, seed);
+    let value = |at: usize| {
+        let (pixel, channel) = (at / channels, at % channels);
+        let (x, y) = (pixel % size.width as usize, pixel / size.width as usize);
+        let edge = if (x / 7 + y / 5 + channel) % 3 == 0 { 90 } else { 0 };
+        (edge + x * (channel + 1) + y * 2) as u8 / 2 + noise[at] / 4
+    };
+    (0..n * channels).map(value).collect()
+}
+
+fn pixels(bytes: &[u8], crop: CropBox, target: crate::ImageShape, cut: bool) -> Vec<u8> {
+    let mut decoder = Decoder::new();
+    let mut out = vec![0; target.bytes()];
+    if cut {
+        decoder.decode_and_render(bytes, |_| (crop, false), target, &mut out).unwrap();
+    } else {
+        decoder.decode(bytes).unwrap();
+        decoder.render(crop, false, target, &mut out).unwrap();
+    }
+    out
+}
+
+/// What the bands that the crop needs give, and nothing else of the planes.
+fn from_planes(bytes: &[u8], crop: CropBox, target: crate::ImageShape) -> Option<Vec<u8>> {
+    let (mut decoder, mut all) = (Decoder::new(), PlaneBuffers::default());
+    let layout = decoder.planes(bytes, &mut all).unwrap()?;
+    let bands = layout.bands_of(crop);
+    let (luma, chroma) = layout.bytes_of(&(0..bands.start));
+    let mut rows = PlaneBuffers::default();
+    rows.resize(&layout, &bands);
+    let (n_luma, n_chroma) = layout.bytes_of(&bands);
+    rows.luma.copy_from_slice(&all.luma[luma..luma + n_luma]);
+    for (to, from) in rows.chroma.iter_mut().zip(&all.chroma) {
+        to.copy_from_slice(&from[chroma..chroma + n_chroma]);
+    }
+    let planes = Planes { layout, first_band: bands.start, rows: &rows };
+    let mut out = vec![0; target.bytes()];
+    decoder.render_planes(planes, crop, false, target, &mut out).unwrap();
+    Some(out)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
+    /// Decoding a part gives the bytes that decoding the whole image gives.
+    #[test]
+    fn a_part_is_a_part_of_the_whole(
+        (height, width) in (1u32..150, 1u32..150),
+        corners in [any::<u32>(), any::<u32>(), any::<u32>(), any::<u32>()],
+        subsampling in 0i32..7,
+        quality in 30i32..100,
+        progressive in any::<bool>(),
+        copied in any::<bool>(),
+        seed in any::<u32>(),
+    ) {
+        let size = Size { height, width };
+        let how = Encoding { subsampling, quality, progressive, channels: 3 };
+        let bytes = encode(&picture(size, 3, seed), size, how);
+        let (a, b) = (corners[0] % height, corners[1] % height);
+        let (c, d) = (corners[2] % width, corners[3] % width);
+        let crop = CropBox {
+            top: a.min(b),
+            left: c.min(d),
+            height: a.abs_diff(b) + 1,
+            width: c.abs_diff(d) + 1,
+        };
+        let target = if copied { shape(crop.height, crop.width, 3) } else { shape(32, 32, 3) };
+        let whole = pixels(&bytes, crop, target, false);
+        prop_assert_eq!(&pixels(&bytes, crop, target, true), &whole);
+        if let Some(kept) = from_planes(&bytes, crop, target) {
+            prop_assert_eq!(kept, whole);
+        } else {
+            prop_assert!(subsampling > 4 || !PlaneLayout::is_worth(size));
+        }
+    }
+
+    /// Damage gives the same pixels on every way, or an error: what a worker computes does not
+    /// depend on whether it keeps planes.
+    #[test]
+    fn damaged_images_are_the_same_on_every_way(
+        subsampling in 0i32..5,
+        progressive in any::<bool>(),
+        edits in collection::vec((any::<u32>(), any::<u8>()), 1..6),
+        (top, left) in (0u32..40, 0u32..40),
+    ) {
+        let size = Size { height: 75, width: 83 };
+        let how = Encoding { subsampling, quality: 75, progressive, channels: 3 };
+        let mut bytes = encode(&picture(size, 3, 5), size, how);
+        for (at, byte) in edits {
+            // Mostly behind the tables, where damage does not end decoding at once.
+            let at = at as usize % bytes.len();
+            bytes[at.max(2)] = byte;
+        }
+        let crop = CropBox { top, left, height: 33, width: 41 };
+        let target = shape(16, 16, 3);
+        let (mut whole, mut part) = (vec![0; target.bytes()], vec![0; target.bytes()]);
+        let mut decoder = Decoder::new();
+        if decoder.decode(&bytes).ok() != Some(size) {
+            return Ok(());
+        }
+        decoder.render(crop, false, target, &mut whole).unwrap();
+        let cut = Decoder::new().decode_and_render(&bytes, |_| (crop, false), target, &mut part);
+        prop_assert!(cut.is_ok(), "{cut:?}");
+        prop_assert_eq!(&part, &whole);
+        let mut rows = PlaneBuffers::default();
+        if let Ok(Some(layout)) = decoder.planes(&bytes, &mut rows) {
+            let planes = Planes { layout, first_band: 0, rows: &rows };
+            decoder.render_planes(planes, crop, false, target, &mut part).unwrap();
+            prop_assert_eq!(&part, &whole);
+        }
+    }
+}
