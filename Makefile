@@ -42,7 +42,7 @@ proto: ## generate the gRPC code from proto/ anew
 bench: ## time a training step here and in PyTorch (BENCH="--python v/bin/python", "--help")
 	@python3 scripts/bench/step.py $(BENCH)
 bench-data: ## images a second, here and in Python's loaders (BENCH="--python v/bin/python")
-	@python3 scripts/bench/data.py $(BENCH)
+	@python3 scripts/bench/images.py $(BENCH)
 chaos: ## runs under seeded faults against an undisturbed one (MINUTES=60 SEED=1 CHAOS="--help")
 	@cargo build --release --quiet --package lacuna-tests --bins
 	@target/release/lacuna-chaos run --minutes $(or $(MINUTES),0) --seed $(or $(SEED),1) $(CHAOS)

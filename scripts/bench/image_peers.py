@@ -19,6 +19,7 @@ import math
 import os
 import random
 import resource
+import signal
 import tempfile
 import time
 
@@ -144,21 +145,28 @@ def source(what: str, folder: str, workers: int, scratch: str):
     return again(), None
 
 
+def children() -> list[int]:
+    """Lists the processes that this one has started."""
+    found = []
+    for path in glob.glob(f"/proc/{os.getpid()}/task/*/children"):
+        with open(path) as file:
+            found += [int(child) for child in file.read().split()]
+    return found
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and of ended children; running children count by /proc."""
     total = 0.0
     own = resource.getrusage(resource.RUSAGE_SELF)
     total += own.ru_utime + own.ru_stime
     tick = os.sysconf("SC_CLK_TCK")
-    for path in glob.glob(f"/proc/{os.getpid()}/task/*/children"):
-        with open(path) as file:
-            for child in file.read().split():
-                try:
-                    with open(f"/proc/{child}/stat") as stat:
-                        fields = stat.read().rsplit(")", 1)[1].split()
-                    total += (int(fields[11]) + int(fields[12])) / tick
-                except OSError:
-                    pass
+    for child in children():
+        try:
+            with open(f"/proc/{child}/stat") as stat:
+                fields = stat.read().rsplit(")", 1)[1].split()
+            total += (int(fields[11]) + int(fields[12])) / tick
+        except OSError:
+            pass
     return total
 
 
@@ -182,7 +190,10 @@ def main() -> None:
         wall, cpu = time.perf_counter() - start, cpu_seconds() - cpu
         print(json.dumps({"what": args.what, "workers": args.workers,
                           "images_per_s": count / wall, "per_cpu_s": count / cpu}), flush=True)
-    os._exit(0)  # Loaders with workers may take long to end.
+    # Loaders with workers may take long to end, and what is left of them holds the output open.
+    for child in children():
+        os.kill(child, signal.SIGKILL)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 //! `lacuna train`: coordinator, agent and trainers on one machine, in one command.
 
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -66,7 +67,9 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
         let service = Service::open(listener, options).await.map_err(coded)?;
         let url = format!("http://{}", service.addr());
         let mut serving = tokio::spawn(service.serve(std::future::pending()));
-        let session = Training { args: &args, url, worker, place, n };
+        let log = place.join("logs/workers.log");
+        let log_from = std::fs::metadata(&log).map_or(0, |meta| meta.len());
+        let session = Training { args: &args, url, worker, place, n, log, log_from };
         tokio::select! {
             ended = session.run(request) => ended,
             served = &mut serving => match served {
@@ -149,6 +152,10 @@ struct Training<'a> {
     worker: PathBuf,
     place: PathBuf,
     n: u32,
+    /// What the workers say, unless it is shown.
+    log: PathBuf,
+    /// Its size before they started.
+    log_from: u64,
 }
 
 impl Training<'_> {
@@ -176,9 +183,8 @@ impl Training<'_> {
         let stderr = if self.args.verbose {
             Stdio::inherit()
         } else {
-            let log = self.place.join("logs/workers.log");
-            let file = File::options().create(true).append(true).open(&log);
-            Stdio::from(file.with_context(|| format!("open `{}`", log.display()))?)
+            let file = File::options().create(true).append(true).open(&self.log);
+            Stdio::from(file.with_context(|| format!("open `{}`", self.log.display()))?)
         };
         let devices = self.args.devices.clone().unwrap_or_else(|| format!("cpu:{}", self.n));
         Command::new(&self.worker)
@@ -250,10 +256,31 @@ impl Training<'_> {
         }
         let status = status.context("wait for the workers")?;
         let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::FAILED);
-        let log = self.place.join("logs/workers.log");
-        let text = format!("the workers ended ({status}); their log is `{}`", log.display());
+        let mut text = format!("the workers ended ({status})");
+        if !self.args.verbose {
+            if let Some(error) = last_error(&self.log, self.log_from) {
+                text += &format!(": {error}");
+            }
+            text += &format!("; their log is `{}`", self.log.display());
+        }
         Err(Coded::error(code.max(1), text))
     }
+}
+
+/// Most bytes of a log's end that are searched for an error.
+const LOG_TAIL_BYTES: u64 = 64 << 10;
+
+/// Returns the last error in a log from byte `from` on, without time and place in the code.
+fn last_error(log: &Path, from: u64) -> Option<String> {
+    let mut file = File::open(log).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(from.max(length.saturating_sub(LOG_TAIL_BYTES)))).ok()?;
+    let mut text = Vec::new();
+    file.take(LOG_TAIL_BYTES).read_to_end(&mut text).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let (_, said) = text.lines().rev().find_map(|line| line.split_once(" ERROR "))?;
+    let (_, message) = said.split_once(": ").unwrap_or(("", said));
+    Some(message.trim().to_string())
 }
 
 fn print_end(run: &v1::Run, place: &Path) {
@@ -269,5 +296,24 @@ fn print_end(run: &v1::Run, place: &Path) {
             println!("stopped at step {}; {saved}; run the same command to go on", run.step)
         }
         state => println!("{state} at step {}: {}; {saved}", run.step, run.why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_error_of_this_run_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("workers.log");
+        let old = "2026-01-01T00:00:00Z ERROR lacuna_worker::agent: an old one\n";
+        let new = "2026-01-02T00:00:00Z ERROR lacuna_worker::entry: no driver: libcuda.so.1\n\
+                   2026-01-02T00:00:01Z  INFO lacuna_worker::agent: ended\n";
+        std::fs::write(&log, format!("{old}{new}")).unwrap();
+        let from = old.len() as u64;
+        assert_eq!(last_error(&log, from).as_deref(), Some("no driver: libcuda.so.1"));
+        assert_eq!(last_error(&log, (old.len() + new.len()) as u64), None);
+        assert_eq!(last_error(&folder.path().join("none"), 0), None);
     }
 }

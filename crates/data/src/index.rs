@@ -202,6 +202,11 @@ impl Index {
         write_atomic(&folder.join(INDEX_NAME), &self.bytes)
     }
 
+    /// Returns the bytes of the file.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Checks the bytes of an index; `path` is named in errors.
     pub fn parse(bytes: Vec<u8>, path: &Path) -> Result<Self, ReadIndexError> {
         let owned = || path.to_path_buf();

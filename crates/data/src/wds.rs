@@ -4,6 +4,8 @@
 //! suffix. Consecutive members with one key are one sample; grouping never crosses a shard. Members
 //! that are not regular files, and names that start with two underscores, are passed over.
 
+mod resume;
+
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -13,6 +15,7 @@ use std::thread;
 
 use lacuna_pixels::{IMAGE_BYTES_MAX, probe};
 
+use self::resume::Parts;
 use crate::index::{Index, LABEL_MAX, SampleRecord, ShardEntry, ShardRecords, crc32};
 use crate::mds::{self, MDS_INDEX_NAME, ReadMdsError};
 use crate::{OnProgress, Progress, SkipList};
@@ -123,7 +126,7 @@ pub struct IndexReport {
 /// Indexes all `*.tar` files of `folder`, by name, with `threads` threads, and writes the index.
 /// A folder without any may have MDS shards instead, which its `index.json` lists.
 ///
-/// Progress counts shards.
+/// Progress counts shards. After an interruption, shards of tar that were read are not read again.
 pub fn build_index(
     folder: &Path,
     threads: usize,
@@ -149,8 +152,14 @@ pub fn build_index(
         let path = folder.to_path_buf();
         return Err(BuildIndexError::NoShards { path });
     }
-    let scan = |i: usize| scan_shard(&folder.join(&names[i]), &names[i]);
-    finish(folder, scan_all(names.len(), threads, &scan, progress)?)
+    let parts = Parts::of(folder);
+    let scan = |i: usize| {
+        let (path, name) = (folder.join(&names[i]), &names[i]);
+        parts.through(&path, name, || scan_shard(&path, name))
+    };
+    let report = finish(folder, scan_all(names.len(), threads, &scan, progress)?)?;
+    parts.remove();
+    Ok(report)
 }
 
 /// Builds and writes the index of scanned shards.

@@ -271,6 +271,14 @@ impl Decoder {
         resize_box::<P>(resizer, options, (&self.half, between, whole(between)), (out, target))
     }
 
+    /// Has images resized with these instructions, which the processor has.
+    #[cfg(all(test, feature = "turbo"))]
+    pub(crate) fn set_cpu_extensions(&mut self, extensions: fast_image_resize::CpuExtensions) {
+        assert!(extensions.is_supported(), "{extensions:?} on this processor");
+        // SAFETY: the processor has them.
+        unsafe { self.resizer.set_cpu_extensions(extensions) }
+    }
+
     /// Returns the whole decoded image with `channels` (1 or 3) channels, not resized.
     ///
     /// # Panics

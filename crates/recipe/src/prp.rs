@@ -105,8 +105,19 @@ fn mix(half: u64, key: u64) -> u64 {
 /// Shuffles `0..n` (Fisher–Yates); word `i` of `draws` decides the swap of place `i`.
 pub fn shuffle(draws: &Draws, n: u32) -> Vec<u32> {
     let mut out: Vec<u32> = (0..n).collect();
-    for i in (1..n).rev() {
-        out.swap(i as usize, draws.below(i, i + 1) as usize);
+    // Draws first, then swaps, some at a time: the processor then waits for several places of a
+    // large table at once.
+    let mut with = [0u32; 64];
+    let mut end = n;
+    while end > 1 {
+        let start = end.saturating_sub(with.len() as u32).max(1);
+        for (to, i) in with.iter_mut().zip((start..end).rev()) {
+            *to = draws.below(i, i + 1);
+        }
+        for (other, i) in with.iter().zip((start..end).rev()) {
+            out.swap(i as usize, *other as usize);
+        }
+        end = start;
     }
     out
 }

@@ -5,7 +5,7 @@ use lacuna_types::SampleId;
 use super::*;
 use crate::dataset::Dataset;
 use crate::files::chain;
-use crate::fixtures::{grey_png, jpeg, noise, write_tar};
+use crate::fixtures::{damage, grey_png, jpeg, noise, write_tar};
 
 fn index_quietly(folder: &Path) -> Result<IndexReport, BuildIndexError> {
     build_index(folder, 2, &mut |_| {})
@@ -119,4 +119,38 @@ fn indexing_packed_shards_gives_the_packed_index() {
         assert_eq!(report.index.fingerprint(), dataset.fingerprint());
         assert_eq!(seen.len(), dataset.index().shards().len());
     }
+}
+
+/// A shard is read again only if it has changed since an interrupted indexing read it.
+#[test]
+fn an_interrupted_indexing_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for (i, name) in ["a.tar", "b.tar", "c.tar"].into_iter().enumerate() {
+        let image = grey_png(8, i as u32);
+        write_tar(&at(name), &[("0.png", &image), ("1.txt", b"no image")]);
+    }
+    let sound = fs::read(at("c.tar")).unwrap();
+    fs::write(at("c.tar"), &sound[..600]).unwrap();
+    let index = || build_index(folder.path(), 1, &mut |_| {});
+    assert!(matches!(index().unwrap_err(), BuildIndexError::Truncated { .. }));
+    fs::write(at("c.tar"), sound).unwrap();
+    // A change that size and time do not show, so that reading it again would: its own digest.
+    let digest = blake3::hash(&fs::read(at("a.tar")).unwrap());
+    let changed = fs::metadata(at("a.tar")).unwrap().modified().unwrap();
+    let last = fs::metadata(at("a.tar")).unwrap().len() - 1;
+    damage(&at("a.tar"), last);
+    File::options().write(true).open(at("a.tar")).unwrap().set_modified(changed).unwrap();
+    // One that they do show.
+    let before = fs::metadata(at("b.tar")).unwrap().modified().unwrap();
+    damage(&at("b.tar"), last);
+    let later = before + std::time::Duration::from_secs(5);
+    File::options().write(true).open(at("b.tar")).unwrap().set_modified(later).unwrap();
+    let report = index().unwrap();
+    let shards = report.index.shards();
+    assert_eq!(shards[0].digest, *digest.as_bytes(), "not read again");
+    let now = blake3::hash(&fs::read(at("b.tar")).unwrap());
+    assert_eq!(shards[1].digest, *now.as_bytes(), "read again");
+    assert_eq!((report.index.n_samples(), report.skipped.n), (3, 3));
+    assert!(!folder.path().join(".index-parts").exists());
 }

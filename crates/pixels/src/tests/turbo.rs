@@ -1,6 +1,11 @@
 //! What libjpeg-turbo gives.
 
+use std::path::Path;
+use std::process::Command;
+
+use fast_image_resize::CpuExtensions;
 use lacuna_recipe::augment::{CropBox, Size};
+use lacuna_recipe::digest::Crc64;
 use proptest::prelude::{ProptestConfig, any};
 use proptest::{collection, prop_assert, prop_assert_eq, proptest};
 
@@ -50,6 +55,59 @@ fn from_planes(bytes: &[u8], crop: CropBox, target: crate::ImageShape) -> Option
     let mut out = vec![0; target.bytes()];
     decoder.render_planes(planes, crop, false, target, &mut out).unwrap();
     Some(out)
+}
+
+/// Digest of the golden photographs, decoded and resized with these extensions of the resizer.
+fn digest(extensions: CpuExtensions) -> Crc64 {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut all = Crc64::default();
+    for name in ["photo-420", "photo-422", "photo-444", "progressive", "grey", "cmyk"] {
+        let bytes = std::fs::read(folder.join(format!("{name}.jpg"))).unwrap();
+        let mut decoder = Decoder::new();
+        if extensions.is_supported() {
+            decoder.set_cpu_extensions(extensions);
+        }
+        let size = decoder.decode(&bytes).unwrap();
+        all = all.then(Crc64::of(decoder.whole(3)));
+        let crop = CropBox { top: 0, left: 0, height: size.height - 1, width: size.width - 3 };
+        for target in [shape(40, 48, 3), shape(160, 171, 3), shape(33, 200, 1)] {
+            let mut out = vec![0; target.bytes()];
+            decoder.render(crop, true, target, &mut out).unwrap();
+            all = all.then(Crc64::of(&out));
+        }
+    }
+    all
+}
+
+const PRINT_DIGEST: &str = "LACUNA_TEST_PRINT_DIGEST";
+
+/// Prints the digest for the process of the next test, where that asks for it.
+#[test]
+fn digest_of_this_process() {
+    if std::env::var_os(PRINT_DIGEST).is_some() {
+        println!("digest {:016x}", digest(CpuExtensions::default()).value);
+    }
+}
+
+/// Workers with older processors make the same pixels.
+#[test]
+fn every_instruction_set_gives_the_same_pixels() {
+    let want = digest(CpuExtensions::default());
+    for extensions in [CpuExtensions::None, CpuExtensions::Sse4_1, CpuExtensions::Avx2] {
+        assert_eq!(digest(extensions), want, "resizing with {extensions:?}");
+    }
+    // libjpeg-turbo looks at these once in a process.
+    for force in ["JSIMD_FORCENONE", "JSIMD_FORCESSE2", "JSIMD_FORCEAVX2"] {
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "tests::turbo::digest_of_this_process", "--nocapture"])
+            .env(force, "1")
+            .env(PRINT_DIGEST, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&child.stdout);
+        let line = format!("digest {:016x}", want.value);
+        assert!(text.contains(&line), "{force}: {text}");
+    }
 }
 
 proptest! {

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Compares loading of JPEG images with the usual loaders of Python on this machine.
 
-    python3 scripts/bench/data.py --python v/bin/python [--rounds 5] [--seconds 3] [--out data.json]
+    python3 scripts/bench/images.py --python v/bin/python [--rounds 5] [--out data.json]
 
+Beside the file of `--out` a plot is written, data.svg.
 The Python needs Pillow; OpenCV, torchvision, webdataset and mosaicml-streaming are measured where
 it has them, and named where not. All take turns, round by round. `images/s of CPU time` is one
 core's work; `images/s, two workers` is by wall time, with as many processes or threads that decode.
@@ -130,6 +131,32 @@ def table(results: Results, unit: str) -> str:
     return "\n".join(lines)
 
 
+def plot(everything: dict[str, dict[str, Results]]) -> str:
+    """Draws bars: medians of images per second of CPU time, with their ranges, set by set."""
+    rows = [(f"{name}, set {which}" if name != "" else "", values)
+            for which, results in everything.items()
+            for name, values in [*results["cpu"].items(), ("", [])]]
+    most = max(max(values) for _, values in rows if values)
+    left, width, step = 210, 480, 22
+    at = lambda value: left + width * value / most  # noqa: E731
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 70}" '
+             f'height="{step * len(rows) + 30}" font-family="sans-serif" font-size="12">',
+             '<rect width="100%" height="100%" fill="white"/>',
+             '<text x="8" y="16">images a second of one core; line: range over rounds</text>']
+    for i, (label, values) in enumerate(rows):
+        if not values:
+            continue
+        y, middle = 30 + step * i, statistics.median(values)
+        colour = "#2b6cb0" if label.startswith("ours") else "#a0aec0"
+        lines += [f'<text x="{left - 6}" y="{y + 12}" text-anchor="end">{label}</text>',
+                  f'<rect x="{left}" y="{y}" width="{at(middle) - left:.1f}" height="15" '
+                  f'fill="{colour}"/>',
+                  f'<path d="M{at(min(values)):.1f} {y + 7.5}H{at(max(values)):.1f}" '
+                  'stroke="black"/>',
+                  f'<text x="{at(max(values)) + 5:.1f}" y="{y + 12}">{middle:.0f}</text>']
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
 def main() -> int:
     """Runs the program and returns its exit code."""
     parser = argparse.ArgumentParser(description="Compares loading of JPEG images.")
@@ -158,6 +185,7 @@ def main() -> int:
             everything[name] = {"cpu": cpu, "two_workers": wall, "overhead": overhead}
         if args.out:
             args.out.write_text(json.dumps(everything, indent=1) + "\n")
+            args.out.with_suffix(".svg").write_text(plot(everything))
     except Unfit as error:
         say("bench-data", str(error))
         return EXIT_UNFIT
