@@ -278,9 +278,16 @@ fn last_error(log: &Path, from: u64) -> Option<String> {
     let mut text = Vec::new();
     file.take(LOG_TAIL_BYTES).read_to_end(&mut text).ok()?;
     let text = String::from_utf8_lossy(&text);
-    let (_, said) = text.lines().rev().find_map(|line| line.split_once(" ERROR "))?;
-    let (_, message) = said.split_once(": ").unwrap_or(("", said));
-    Some(message.trim().to_string())
+    // A program's last words begin with `error: `; its log has time, level and module before them.
+    let said = |line: &'_ str| match line.strip_prefix("error: ") {
+        Some(message) => Some(message.trim().to_string()),
+        None => {
+            let (_, logged) = line.split_once(" ERROR ")?;
+            let (_, message) = logged.split_once(": ").unwrap_or(("", logged));
+            Some(message.trim().to_string())
+        }
+    };
+    text.lines().rev().find_map(said)
 }
 
 fn print_end(run: &v1::Run, place: &Path) {
@@ -315,5 +322,7 @@ mod tests {
         assert_eq!(last_error(&log, from).as_deref(), Some("no driver: libcuda.so.1"));
         assert_eq!(last_error(&log, (old.len() + new.len()) as u64), None);
         assert_eq!(last_error(&folder.path().join("none"), 0), None);
+        std::fs::write(&log, format!("{new}error: no NVIDIA driver: none\n")).unwrap();
+        assert_eq!(last_error(&log, 0).as_deref(), Some("no NVIDIA driver: none"));
     }
 }
