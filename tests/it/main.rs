@@ -1,6 +1,7 @@
 //! Real processes: the claim, faults, restarts, and bad input.
 
 mod bad_input;
+mod cache;
 mod chaos;
 mod claim;
 mod faults;

@@ -72,7 +72,7 @@ impl Decoder {
 
     /// Decodes an image, keeps its pixels for [`render`](Decoder::render) and returns its size.
     pub fn decode(&mut self, bytes: &[u8]) -> Result<Size, DecodeError> {
-        self.decode_part(bytes, &whole)?;
+        self.decode_part(bytes, None)?;
         Ok(self.size)
     }
 
@@ -94,17 +94,13 @@ impl Decoder {
         let ImageInfo { size, .. } = probe(bytes)?;
         let (crop, flip) = choose(size);
         assert_inside(crop, size);
-        self.decode_part(bytes, &|_| crop)?;
+        self.decode_part(bytes, Some(crop))?;
         self.render(crop, flip, shape, out)?;
         Ok(size)
     }
 
-    /// Decodes at least the box that `wanted` names for the image's size.
-    fn decode_part(
-        &mut self,
-        bytes: &[u8],
-        wanted: &dyn Fn(Size) -> CropBox,
-    ) -> Result<(), DecodeError> {
+    /// Decodes at least the box that is wanted, or everything.
+    fn decode_part(&mut self, bytes: &[u8], wanted: Option<CropBox>) -> Result<(), DecodeError> {
         let ImageInfo { codec, size } = probe(bytes)?;
         if codec == Codec::Jpeg {
             check_jpeg_end(bytes)?;
@@ -113,7 +109,7 @@ impl Decoder {
         self.region = whole(self.size);
         let (got, region, layout) = match codec {
             #[cfg(feature = "turbo")]
-            Codec::Jpeg => self.decode_jpeg(bytes, wanted(size)).map_err(|source| {
+            Codec::Jpeg => self.decode_jpeg(bytes, wanted).map_err(|source| {
                 let source = Box::new(source);
                 DecodeError::Data { codec, source }
             })?,
@@ -134,13 +130,17 @@ impl Decoder {
     fn decode_jpeg(
         &mut self,
         bytes: &[u8],
-        wanted: CropBox,
+        wanted: Option<CropBox>,
     ) -> Result<(Size, CropBox, Layout), crate::turbo::TurboError> {
         let turbo = self.turbo.get_or_insert_with(Turbo::new);
         let header: Header = turbo.header(bytes)?;
-        let inside = wanted.top.saturating_add(wanted.height) <= header.size.height
-            && wanted.left.saturating_add(wanted.width) <= header.size.width;
-        let region = if inside { header.around(wanted) } else { whole(header.size) };
+        // A header that says another size than ours read is refused by the caller.
+        let inside = |crop: &CropBox| {
+            crop.top.saturating_add(crop.height) <= header.size.height
+                && crop.left.saturating_add(crop.width) <= header.size.width
+        };
+        let wanted = wanted.filter(inside);
+        let region = wanted.map_or(whole(header.size), |crop| header.around(crop));
         let layout = turbo.decode(bytes, &header, region, &mut self.raw)?;
         Ok((header.size, region, layout))
     }

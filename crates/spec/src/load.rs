@@ -37,8 +37,9 @@ pub struct Loaded {
 
 /// Reads the spec at `path`, and the files that it is based on, through `read`.
 ///
-/// Relative paths in a file (`data.shards`, `checkpoint.to`, `base`) start from that file's folder;
-/// the result is relative to whatever `path` is. [`RunSpec::resolve_paths`] deals with the others.
+/// Relative paths in a file (`data.shards`, `data.cache.dir`, `checkpoint.to`, `base`) start from
+/// that file's folder; the result is relative to whatever `path` is.
+/// [`RunSpec::resolve_paths`] deals with the others.
 /// `overrides` are `key=value`, laid over everything; a value that is not TOML is a string.
 ///
 /// # Errors
