@@ -18,6 +18,9 @@ const MEMORY_MAX: c_int = 512;
 /// Columns and rows that are decoded around a box: smooth chroma looks one chroma sample to each
 /// side, and the first rows after a skip have no row above.
 const MARGIN: u32 = 4;
+/// Blocks that are decoded to the left of a box in a progressive image: where a scan lacks, blocks
+/// are smoothed over two neighbours, and the first that is decoded counts as the image's edge.
+const SMOOTHED: u32 = 2;
 
 /// What libjpeg-turbo says of an image that it cannot decode.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +69,8 @@ pub(crate) struct Header {
     space: c_int,
     /// Whether parts of it can be decoded.
     cuts: bool,
+    /// Whether its blocks come in many scans.
+    progressive: bool,
 }
 
 impl Header {
@@ -89,7 +94,9 @@ impl Header {
         }
         let before = |at: u32, unit: u32| at.saturating_sub(MARGIN) / unit * unit;
         let after = |at: u32, end: u32| at.saturating_add(MARGIN).min(end);
+        let smoothed = if self.progressive { SMOOTHED * mcu.0 } else { 0 };
         let (left, top) = (before(crop.left, mcu.0), before(crop.top, mcu.1));
+        let left = left.saturating_sub(smoothed);
         let right = after(crop.left + crop.width, width);
         let bottom = after(crop.top + crop.height, height);
         CropBox { top, left, height: bottom - top, width: right - left }
@@ -163,6 +170,7 @@ impl Turbo {
             subsampling: self.get(tj::TJPARAM_TJPARAM_SUBSAMP),
             space: self.get(tj::TJPARAM_TJPARAM_COLORSPACE),
             cuts: self.get(tj::TJPARAM_TJPARAM_LOSSLESS) == 0,
+            progressive: self.get(tj::TJPARAM_TJPARAM_PROGRESSIVE) != 0,
         })
     }
 

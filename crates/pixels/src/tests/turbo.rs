@@ -6,7 +6,7 @@ use std::process::Command;
 use fast_image_resize::CpuExtensions;
 use lacuna_recipe::augment::{CropBox, Size};
 use lacuna_recipe::digest::Crc64;
-use proptest::prelude::{ProptestConfig, any};
+use proptest::prelude::{ProptestConfig, TestCaseError, any};
 use proptest::{collection, prop_assert, prop_assert_eq, proptest};
 
 use super::{noise, shape};
@@ -152,32 +152,76 @@ proptest! {
         subsampling in 0i32..5,
         progressive in any::<bool>(),
         edits in collection::vec((any::<u32>(), any::<u8>()), 1..6),
-        (top, left) in (0u32..40, 0u32..40),
+        corner in (0u32..40, 0u32..40),
     ) {
-        let size = Size { height: 75, width: 83 };
-        let how = Encoding { subsampling, quality: 75, progressive, channels: 3 };
-        let mut bytes = encode(&picture(size, 3, 5), size, how);
+        let mut bytes = encode(&picture(DAMAGED, 3, 5), DAMAGED, Encoding {
+            subsampling,
+            quality: 75,
+            progressive,
+            channels: 3,
+        });
         for (at, byte) in edits {
-            // Mostly behind the tables, where damage does not end decoding at once.
             let at = at as usize % bytes.len();
             bytes[at.max(2)] = byte;
         }
-        let crop = CropBox { top, left, height: 33, width: 41 };
-        let target = shape(16, 16, 3);
-        let (mut whole, mut part) = (vec![0; target.bytes()], vec![0; target.bytes()]);
-        let mut decoder = Decoder::new();
-        if decoder.decode(&bytes).ok() != Some(size) {
-            return Ok(());
-        }
-        decoder.render(crop, false, target, &mut whole).unwrap();
-        let cut = Decoder::new().decode_and_render(&bytes, |_| (crop, false), target, &mut part);
-        prop_assert!(cut.is_ok(), "{cut:?}");
-        prop_assert_eq!(&part, &whole);
-        let mut rows = PlaneBuffers::default();
-        if let Ok(Some(layout)) = decoder.planes(&bytes, &mut rows) {
-            let planes = Planes { layout, first_band: 0, rows: &rows };
-            decoder.render_planes(planes, crop, false, target, &mut part).unwrap();
-            prop_assert_eq!(&part, &whole);
-        }
+        same_on_every_way(&bytes, corner)?;
     }
+
+    /// A progressive image that lacks its last scans, or whose scan ends early, is legal or nearly
+    /// so, and the decoder fills in what lacks from the blocks around.
+    #[test]
+    fn unfinished_scans_are_the_same_on_every_way(
+        subsampling in 0i32..5,
+        quality in 10i32..95,
+        lacks in any::<u32>(),
+        whole_scans in any::<bool>(),
+        corner in (0u32..40, 0u32..40),
+    ) {
+        let how = Encoding { subsampling, quality, progressive: true, channels: 3 };
+        let mut bytes = encode(&picture(DAMAGED, 3, 5), DAMAGED, how);
+        let scans: Vec<usize> =
+            (0..bytes.len() - 1).filter(|&at| bytes[at..at + 2] == [0xff, 0xda]).collect();
+        let end = match whole_scans {
+            true => scans[1 + lacks as usize % (scans.len() - 1)],
+            false => scans[0] + lacks as usize % (bytes.len() - scans[0]),
+        };
+        bytes.truncate(end);
+        bytes.extend([0xff, 0xd9]);
+        same_on_every_way(&bytes, corner)?;
+    }
+}
+
+const DAMAGED: Size = Size { height: 75, width: 83 };
+
+/// Decodes whole, in part, and by planes.
+fn same_on_every_way(bytes: &[u8], (top, left): (u32, u32)) -> Result<(), TestCaseError> {
+    let crop = CropBox { top, left, height: 33, width: 41 };
+    let target = shape(16, 16, 3);
+    let (mut whole, mut part) = (vec![0; target.bytes()], vec![0; target.bytes()]);
+    let mut decoder = Decoder::new();
+    if decoder.decode(bytes).ok() != Some(DAMAGED) {
+        return Ok(());
+    }
+    decoder.render(crop, false, target, &mut whole).unwrap();
+    let cut = Decoder::new().decode_and_render(bytes, |_| (crop, false), target, &mut part);
+    prop_assert!(cut.is_ok(), "{cut:?}");
+    prop_assert_eq!(&part, &whole);
+    let mut rows = PlaneBuffers::default();
+    if let Ok(Some(layout)) = decoder.planes(bytes, &mut rows) {
+        let planes = Planes { layout, first_band: 0, rows: &rows };
+        decoder.render_planes(planes, crop, false, target, &mut part).unwrap();
+        prop_assert_eq!(&part, &whole);
+    }
+    Ok(())
+}
+
+/// A byte of a scan's header changed, which ends the scan before it: only the columns at a part's
+/// left edge tell.
+#[test]
+fn a_scan_lost_to_damage_is_smoothed_over_alike() {
+    let how = Encoding { subsampling: 3, quality: 75, progressive: true, channels: 3 };
+    let mut bytes = encode(&picture(DAMAGED, 3, 5), DAMAGED, how);
+    let at = 1_115_753_307 % bytes.len();
+    bytes[at] = 217;
+    same_on_every_way(&bytes, (0, 12)).unwrap();
 }
