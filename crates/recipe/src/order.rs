@@ -15,12 +15,15 @@
 //! `floor(N / batch) · batch / K` is a whole number that is at most `N / K`, hence at most
 //! `floor(N / K)`, the length of the shortest lane.
 
+mod chunk_steps;
+
 use std::ops::Range;
 use std::sync::Arc;
 
 use lacuna_types::SampleId;
 use serde::{Deserialize, Serialize};
 
+pub use self::chunk_steps::ChunkSteps;
 use crate::philox::{Draws, Tag};
 use crate::prp::{N_MAX, Prp, shuffle};
 

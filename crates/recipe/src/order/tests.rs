@@ -59,6 +59,40 @@ proptest! {
         prop_assert!(spec.steps_per_epoch() * u64::from(spec.batch) <= n);
     }
 
+    /// Every step reads only chunks whose steps it is among, and chunks are not said to be read long
+    /// before or after they are.
+    #[test]
+    fn chunks_know_their_steps(spec in any_spec(), epoch in 0u32..3) {
+        let order = EpochOrder::new(&spec, epoch);
+        let steps = ChunkSteps::new(&spec, epoch);
+        let batch = u64::from(spec.batch);
+        let n_chunks = spec.chunk_bounds.len() - 1;
+        let mut used = vec![Vec::new(); n_chunks];
+        for step in 0..spec.steps_per_epoch() {
+            for sample in order.samples(step * batch..(step + 1) * batch) {
+                let chunk = spec.chunk_bounds.partition_point(|&bound| bound <= sample.0) - 1;
+                used[chunk].push(step);
+            }
+        }
+        let per_step = batch / u64::from(spec.params.lanes);
+        for (chunk, used) in used.iter().enumerate() {
+            let ranges = steps.steps(chunk);
+            prop_assert!(used.iter().all(|step| ranges.iter().any(|range| range.contains(step))));
+            if spec.params.mode == OrderMode::Block {
+                // A range is as long as the blocks that the chunk is part of.
+                let size = spec.chunk_bounds[chunk + 1] - spec.chunk_bounds[chunk];
+                let longest = (size + 4 * spec.params.block).div_ceil(per_step) + 2;
+                prop_assert!(ranges.iter().all(|range| range.end - range.start <= longest));
+            }
+            let first = ranges.iter().map(|range| range.start).min();
+            prop_assert_eq!(steps.next(chunk, 0), first);
+            prop_assert_eq!(steps.next(chunk, spec.steps_per_epoch()), None);
+            for &step in used {
+                prop_assert_eq!(steps.next(chunk, step), Some(step));
+            }
+        }
+    }
+
     #[test]
     fn cuts_are_found_again(length in 1u64..5000, pieces in 1u64..64) {
         let pieces = pieces.min(length);

@@ -1,0 +1,88 @@
+//! From a URL to the store behind it.
+
+use std::sync::Arc;
+
+use object_store::aws::AmazonS3Builder;
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::http::HttpBuilder;
+use object_store::path::Path;
+use object_store::{ClientOptions, ObjectStore, ObjectStoreScheme, RetryConfig};
+use url::{Position, Url};
+
+use crate::error::StoreError;
+use crate::limits::Limits;
+
+/// Tells whether a text is a URL rather than a path of the file system.
+pub fn is_url(text: &str) -> bool {
+    let Some((scheme, _)) = text.split_once("://") else { return false };
+    let mut chars = scheme.chars();
+    chars.next().is_some_and(|first| first.is_ascii_alphabetic())
+        && chars.all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'))
+}
+
+/// A store, and the folder of it that a URL names.
+pub(crate) struct Place {
+    pub store: Arc<dyn ObjectStore>,
+    pub folder: Path,
+}
+
+/// Finds the store behind a URL; nothing is asked of it yet.
+///
+/// Credentials and endpoints come from the environment variables that the providers' own tools read
+/// (`AWS_…`, `GOOGLE_…`, `AZURE_…`); `options` win over them.
+pub(crate) fn open(
+    text: &str,
+    options: &[(&str, &str)],
+    limits: &Limits,
+) -> Result<Place, StoreError> {
+    let wrong = |why: String| StoreError::Url { url: text.to_string(), why };
+    let url = Url::parse(text).map_err(|error| wrong(error.to_string()))?;
+    let (scheme, folder) =
+        ObjectStoreScheme::parse(&url).map_err(|error| wrong(error.to_string()))?;
+    // Another one that is already there will do as well.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    // Asking again is done by `fetch.rs`, which keeps what came.
+    let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
+    let client = ClientOptions::new()
+        .with_timeout(limits.attempt + limits.stall)
+        .with_connect_timeout(limits.stall);
+    /// All builders have the same functions and no common trait.
+    macro_rules! build {
+        ($builder:expr) => {{
+            let mut builder = $builder;
+            for (key, value) in options {
+                let key =
+                    key.parse().map_err(|error: object_store::Error| wrong(error.to_string()))?;
+                builder = builder.with_config(key, *value);
+            }
+            Arc::new(builder.build().map_err(|error| wrong(error.to_string()))?)
+        }};
+    }
+    let from_env = |name: &str| std::env::var(name).is_ok_and(|value| value == "true");
+    let store: Arc<dyn ObjectStore> = match scheme {
+        ObjectStoreScheme::AmazonS3 => {
+            let client = client.with_allow_http(from_env("AWS_ALLOW_HTTP"));
+            let builder = AmazonS3Builder::from_env().with_client_options(client);
+            build!(builder.with_url(text).with_retry(retry))
+        }
+        ObjectStoreScheme::GoogleCloudStorage => {
+            let builder = GoogleCloudStorageBuilder::from_env().with_client_options(client);
+            build!(builder.with_url(text).with_retry(retry))
+        }
+        ObjectStoreScheme::MicrosoftAzure => {
+            let builder = MicrosoftAzureBuilder::from_env().with_client_options(client);
+            build!(builder.with_url(text).with_retry(retry))
+        }
+        ObjectStoreScheme::Http => {
+            let client = client.with_allow_http(url.scheme() == "http");
+            let builder = HttpBuilder::new().with_url(&url[..Position::BeforePath]);
+            build!(builder.with_client_options(client).with_retry(retry))
+        }
+        _ => {
+            let known = "s3, gs, az, abfs, http and https are known";
+            return Err(wrong(format!("scheme `{}` is not served: {known}", url.scheme())));
+        }
+    };
+    Ok(Place { store, folder })
+}
