@@ -1,19 +1,22 @@
-//! An opened data set: the index and the shards beside it.
+//! An opened data set: the index and the shards beside it, in a folder or behind a URL.
+
+mod files;
+mod remote;
 
 use std::fmt;
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use lacuna_recipe::order::{OrderParams, OrderSpec};
+use lacuna_store::{Limits, Stop, StoreError, StoreStats, is_url};
 use lacuna_types::SampleId;
 
+use self::files::ShardFiles;
+use self::remote::RemoteShards;
+use crate::chunks::{ChunkCache, ChunkCacheConfig};
 use crate::index::{Fingerprint, INDEX_NAME, Index, ReadIndexError, crc32};
-
-/// Shards kept open at a time: a common limit of open files is 1024, and a process has other uses.
-const FILES_OPEN_MAX: usize = 256;
 
 /// Size of a tar header, which lies right before a member's data.
 const TAR_BLOCK: u64 = 512;
@@ -47,6 +50,24 @@ pub enum OpenError {
     MissingShard {
         /// Where the index says it is.
         path: PathBuf,
+    },
+    /// The store does not give it.
+    #[error("failed to open data set `{url}`")]
+    Store {
+        /// The data set's URL.
+        url: String,
+        /// Why.
+        #[source]
+        source: Box<StoreError>,
+    },
+    /// The folder of a cache of chunks cannot be used.
+    #[error("failed to use `{}` as a cache of chunks", dir.display())]
+    Cache {
+        /// The folder.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// A shard was changed or copied in part.
     #[error("shard `{}` has {found} bytes where the index says {expected}", path.display())]
@@ -108,25 +129,46 @@ pub enum ReadSampleError {
     },
 }
 
+/// How a data set behind a URL is reached; one in a folder takes no notice of it.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// How long is tried.
+    pub limits: Limits,
+    /// Options of the store, which win over the environment.
+    pub options: Vec<(String, String)>,
+    /// Where chunks are kept; without it each sample is a request.
+    pub chunks: Option<ChunkCacheConfig>,
+}
+
 /// An opened data set.
 #[derive(Debug)]
 pub struct Dataset {
     folder: PathBuf,
-    index: Index,
-    files: Vec<Mutex<Option<OpenShard>>>,
+    index: Arc<Index>,
+    shards: Shards,
 }
 
-#[derive(Clone, Debug)]
-struct OpenShard {
-    shard: usize,
-    file: Arc<File>,
+#[derive(Debug)]
+enum Shards {
+    Files(ShardFiles),
+    Remote(Box<RemoteShards>),
 }
 
 impl Dataset {
-    /// Opens the data set in a folder, or the one whose index file is given.
+    /// Opens the data set in a folder or behind a URL, or the one whose index file is given.
     ///
-    /// The index is checked completely; of the shards, presence and size.
+    /// The index is checked completely; of the shards in a folder, presence and size.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
+        Dataset::open_with(path, &Access::default())
+    }
+
+    /// Opens a data set; behind a URL as `access` says.
+    pub fn open_with(path: &Path, access: &Access) -> Result<Self, OpenError> {
+        if let Some(url) = path.to_str().filter(|text| is_url(text)) {
+            let (folder, index, remote) = remote::open(url, access)?;
+            let shards = Shards::Remote(Box::new(remote));
+            return Ok(Dataset { folder: PathBuf::from(folder), index, shards });
+        }
         let io = |source| OpenError::Io { path: path.to_path_buf(), source };
         let meta = fs::metadata(path).map_err(io)?;
         let (folder, index_path) = if meta.is_dir() {
@@ -139,25 +181,11 @@ impl Dataset {
             return Err(OpenError::NoIndex { path: folder });
         }
         let index = Index::read(&index_path)?;
-        for shard in index.shards() {
-            let path = folder.join(&shard.name);
-            let found = match fs::metadata(&path) {
-                Ok(meta) => meta.len(),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    return Err(OpenError::MissingShard { path });
-                }
-                Err(source) => return Err(OpenError::Io { path, source }),
-            };
-            if found != shard.bytes {
-                return Err(OpenError::ShardSize { path, found, expected: shard.bytes });
-            }
-        }
-        let n_files = index.shards().len().min(FILES_OPEN_MAX);
-        let files = (0..n_files).map(|_| Mutex::new(None)).collect();
-        Ok(Dataset { folder, index, files })
+        let shards = Shards::Files(ShardFiles::open(&folder, &index)?);
+        Ok(Dataset { folder, index: Arc::new(index), shards })
     }
 
-    /// Returns the folder of index and shards.
+    /// Returns the folder of index and shards, or its URL.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -196,12 +224,30 @@ impl Dataset {
 
     /// Reads a sample's encoded image into `out`, replacing what it holds.
     pub fn read(&self, id: SampleId, out: &mut Vec<u8>) -> Result<(), ReadSampleError> {
+        self.read_unless(&Stop::default(), id, out)
+    }
+
+    /// Reads as [`Dataset::read`] does, and gives up when `stop` is raised while bytes come from
+    /// afar.
+    pub fn read_unless(
+        &self,
+        stop: &Stop,
+        id: SampleId,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ReadSampleError> {
         let record = self.index.record(id);
-        let shard = self.index.shard_of(id);
-        out.resize(record.bytes as usize, 0);
-        self.file(shard)
-            .and_then(|file| file.read_exact_at(out, record.offset))
-            .map_err(|source| ReadSampleError::Io { place: Box::new(self.place(id)), source })?;
+        let read = match &self.shards {
+            Shards::Files(files) => {
+                out.resize(record.bytes as usize, 0);
+                files.read(self.index.shard_of(id), record.offset, out)
+            }
+            Shards::Remote(remote) => remote.read(&self.index, id, out, stop),
+        };
+        read.map_err(|source| {
+            // What does not answer is not asked for a name.
+            let place = if self.is_remote() { self.bare_place(id) } else { self.place(id) };
+            ReadSampleError::Io { place: Box::new(place), source }
+        })?;
         let found = crc32(out);
         if found != record.crc {
             return Err(ReadSampleError::Corrupt {
@@ -213,43 +259,65 @@ impl Dataset {
         Ok(())
     }
 
+    /// Reads a shard from its beginning to its end.
+    pub fn shard_reader(&self, shard: usize) -> io::Result<Box<dyn Read + Send>> {
+        let name = &self.index.shards()[shard].name;
+        match &self.shards {
+            Shards::Files(_) => Ok(Box::new(fs::File::open(self.folder.join(name))?)),
+            Shards::Remote(remote) => remote.reader(name),
+        }
+    }
+
+    /// Returns the cache of chunks, which a data set behind a URL may have.
+    pub fn chunks(&self) -> Option<&Arc<ChunkCache>> {
+        match &self.shards {
+            Shards::Files(_) => None,
+            Shards::Remote(remote) => remote.chunks(),
+        }
+    }
+
+    /// Tells whether the shards lie behind a URL.
+    pub fn is_remote(&self) -> bool {
+        matches!(self.shards, Shards::Remote(_))
+    }
+
+    /// Returns what its store has done so far; nothing for a folder.
+    pub fn store_stats(&self) -> StoreStats {
+        match &self.shards {
+            Shards::Files(_) => StoreStats::default(),
+            Shards::Remote(remote) => remote.stats(),
+        }
+    }
+
     /// Returns where a sample lies, for messages.
     pub fn place(&self, id: SampleId) -> SamplePlace {
-        let shard = self.index.shard_of(id);
+        let place = self.bare_place(id);
+        SamplePlace { member: self.member_name(self.index.shard_of(id), place.offset), ..place }
+    }
+
+    /// Returns where a sample lies, without a look at its shard.
+    fn bare_place(&self, id: SampleId) -> SamplePlace {
+        let shard = self.folder.join(&self.index.shards()[self.index.shard_of(id)].name);
         let offset = self.index.record(id).offset;
-        SamplePlace {
-            sample: id,
-            shard: self.folder.join(&self.index.shards()[shard].name),
-            offset,
-            member: self.member_name(shard, offset),
-        }
+        SamplePlace { sample: id, shard, offset, member: None }
     }
 
     /// Reads the member's name from the tar header in front of its data.
     fn member_name(&self, shard: usize, offset: u64) -> Option<String> {
         // Other shards, MDS ones, have no headers, and their samples no names.
-        if !self.index.shards()[shard].name.ends_with(".tar") {
+        let name = &self.index.shards()[shard].name;
+        if !name.ends_with(".tar") {
             return None;
         }
         let mut header = tar::Header::new_old();
         let at = offset.checked_sub(TAR_BLOCK)?;
-        self.file(shard).ok()?.read_exact_at(header.as_mut_bytes(), at).ok()?;
-        Some(String::from_utf8_lossy(&header.path_bytes()).into_owned())
-    }
-
-    /// Returns the open file of a shard; shards share places, so few are open at a time.
-    fn file(&self, shard: usize) -> io::Result<Arc<File>> {
-        let mut place =
-            self.files[shard % self.files.len()].lock().unwrap_or_else(PoisonError::into_inner);
-        match &*place {
-            Some(open) if open.shard == shard => Ok(open.file.clone()),
-            _ => {
-                let path = self.folder.join(&self.index.shards()[shard].name);
-                let file = Arc::new(File::open(path)?);
-                *place = Some(OpenShard { shard, file: file.clone() });
-                Ok(file)
+        match &self.shards {
+            Shards::Files(files) => files.read(shard, at, header.as_mut_bytes()).ok()?,
+            Shards::Remote(remote) => {
+                header.as_mut_bytes().copy_from_slice(&remote.bytes(name, at..offset)?);
             }
         }
+        Some(String::from_utf8_lossy(&header.path_bytes()).into_owned())
     }
 }
 

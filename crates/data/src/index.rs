@@ -45,7 +45,7 @@ pub(crate) fn label_of(value: i128) -> Result<Option<u32>, String> {
 pub const CHUNK_BYTES: u64 = 16 << 20;
 
 /// Most bytes of an index: 24 GiB hold 10^9 samples.
-const INDEX_BYTES_MAX: u64 = 32 << 30;
+pub(crate) const INDEX_BYTES_MAX: u64 = 32 << 30;
 
 /// Identity of a data set's content: the BLAKE3 digest that its index ends with.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

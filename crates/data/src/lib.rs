@@ -10,6 +10,7 @@
 //! `lacuna-pixels`.
 #![forbid(unsafe_code)]
 
+pub mod chunks;
 pub mod dataset;
 mod files;
 pub mod idx;
@@ -25,7 +26,7 @@ pub mod synthetic;
 pub mod verify;
 pub mod wds;
 
-pub use dataset::Dataset;
+pub use dataset::{Access, Dataset};
 pub use lacuna_pixels::{DECODER_ID, ImageShape, SHAPE_SIDE_MAX, probe_pixels};
 pub use loader::{Loader, LoaderConfig, SlotStream};
 pub use reader::SampleReader;

@@ -4,10 +4,11 @@
 //! was loaded before. [`Loader::load`] computes one slot in the calling thread;
 //! [`Loader::stream`] computes slots ahead of their use in threads of its own.
 
+mod ahead;
 mod stream;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use lacuna_recipe::augment::{Augment, AugmentError};
 use lacuna_recipe::mask::MaskOrder;
 use lacuna_recipe::order::{EpochOrder, OrderError, OrderSpec, substitute};
 use lacuna_recipe::step::{Geometry, GeometryError, SlotBatch};
+use lacuna_store::Stop;
 use lacuna_types::{SampleId, Slot, Step};
 
 pub use self::stream::SlotStream;
@@ -250,7 +252,7 @@ impl Loader {
 
     /// Loads one slot in the calling thread.
     pub fn load(&self, slot: Slot) -> Result<SlotBatch, LoadError> {
-        self.inner.load_pooled(slot, &AtomicBool::new(false))
+        self.inner.load_pooled(slot, &Stop::default())
     }
 
     /// Starts to load `slots` of the steps from `first_step` up to `end_step`, step by step.
@@ -316,9 +318,10 @@ impl Inner {
     }
 
     /// Loads a slot with a reader of the pool; gives up between samples when `stop` is raised.
-    fn load_pooled(&self, slot: Slot, stop: &AtomicBool) -> Result<SlotBatch, LoadError> {
+    fn load_pooled(&self, slot: Slot, stop: &Stop) -> Result<SlotBatch, LoadError> {
         let lock = || self.readers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut reader = lock().pop().unwrap_or_default();
+        reader.set_stop(stop.clone());
         let result = self.load(slot, &mut reader, stop);
         lock().push(reader);
         result
@@ -328,7 +331,7 @@ impl Inner {
         &self,
         slot: Slot,
         reader: &mut SampleReader,
-        stop: &AtomicBool,
+        stop: &Stop,
     ) -> Result<SlotBatch, LoadError> {
         let LoaderConfig { geometry, shape, n_patches, order, .. } = &self.config;
         assert!(
@@ -338,12 +341,12 @@ impl Inner {
             geometry.n_slots()
         );
         let (epoch, _) = geometry.place(slot.step);
-        let samples = self.order(epoch).samples(geometry.positions(slot));
+        let samples = self.samples(slot);
         let mut pixels: Vec<u8> = vec![0; samples.len() * shape.bytes()];
         let mut ids_shuffle: Vec<u32> = Vec::with_capacity(samples.len() * n_patches);
         let mut bad_in_row: u32 = 0;
         for (&id, out) in samples.iter().zip(pixels.chunks_exact_mut(shape.bytes())) {
-            if stop.load(Ordering::Relaxed) {
+            if stop.is_raised() {
                 return Err(LoadError::Stopped);
             }
             self.fill(slot, epoch, id, reader, &mut bad_in_row, out)?;

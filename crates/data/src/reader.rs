@@ -4,6 +4,7 @@ use lacuna_pixels::{DecodeError, Decoder, ImageShape};
 #[cfg(feature = "turbo")]
 use lacuna_pixels::{PlaneBuffers, Planes};
 use lacuna_recipe::augment::{CropBox, Size};
+use lacuna_store::Stop;
 use lacuna_types::SampleId;
 
 use crate::dataset::{Dataset, ReadSampleError, SamplePlace};
@@ -46,6 +47,7 @@ impl SampleError {
 #[derive(Debug, Default)]
 pub struct SampleReader {
     bytes: Vec<u8>,
+    stop: Stop,
     decoder: Decoder,
     #[cfg(feature = "turbo")]
     planes: PlaneBuffers,
@@ -57,9 +59,14 @@ impl SampleReader {
         SampleReader::default()
     }
 
+    /// Makes it give up what comes from afar once `stop` is raised.
+    pub fn set_stop(&mut self, stop: Stop) {
+        self.stop = stop;
+    }
+
     /// Reads and decodes a sample and returns the image's size.
     pub fn decode(&mut self, dataset: &Dataset, id: SampleId) -> Result<Size, SampleError> {
-        dataset.read(id, &mut self.bytes)?;
+        dataset.read_unless(&self.stop, id, &mut self.bytes)?;
         let decoded = self.decoder.decode(&self.bytes);
         decoded.map_err(|source| SampleError::Decode { place: Box::new(dataset.place(id)), source })
     }
@@ -90,7 +97,7 @@ impl SampleReader {
         if cache.is_closed_to(id) {
             return self.render(dataset, id, choose, shape, out);
         }
-        dataset.read(id, &mut self.bytes)?;
+        dataset.read_unless(&self.stop, id, &mut self.bytes)?;
         match self.decoder.planes(&self.bytes, &mut self.planes) {
             Ok(Some(layout)) if layout.size == size => {
                 cache.write(id, &record, &layout, &self.planes);
@@ -130,7 +137,7 @@ impl SampleReader {
         shape: ImageShape,
         out: &mut [u8],
     ) -> Result<(), SampleError> {
-        dataset.read(id, &mut self.bytes)?;
+        dataset.read_unless(&self.stop, id, &mut self.bytes)?;
         match self.decoder.decode_and_render(&self.bytes, choose, shape, out) {
             Ok(_) => Ok(()),
             Err(source) => Err(SampleError::Decode { place: Box::new(dataset.place(id)), source }),

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::sync::Arc;
 
+use crate::error::StoreError;
 use crate::limits::Stop;
 use crate::store::{Pending, Store};
 
@@ -42,6 +43,23 @@ impl ObjectReader {
         self.bytes
     }
 
+    /// Reads what is left of it.
+    pub(crate) fn read_all(mut self) -> Result<Vec<u8>, StoreError> {
+        let mut all: Vec<u8> = Vec::with_capacity(self.bytes as usize);
+        while let Some(piece) = self.next_piece()? {
+            all.extend(piece);
+        }
+        Ok(all)
+    }
+
+    fn next_piece(&mut self) -> Result<Option<Vec<u8>>, StoreError> {
+        self.ask();
+        let Some(pending) = self.coming.pop_front() else { return Ok(None) };
+        let piece = pending.wait(&self.stop)?;
+        self.ask();
+        Ok(Some(piece))
+    }
+
     fn ask(&mut self) {
         while self.coming.len() < AHEAD && self.asked < self.bytes {
             let end = self.bytes.min(self.asked + PIECE);
@@ -54,11 +72,8 @@ impl ObjectReader {
 impl Read for ObjectReader {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if self.at == self.piece.len() {
-            self.ask();
-            let Some(pending) = self.coming.pop_front() else { return Ok(0) };
-            self.piece = pending.wait(&self.stop).map_err(io::Error::other)?;
-            self.at = 0;
-            self.ask();
+            let Some(piece) = self.next_piece().map_err(io::Error::other)? else { return Ok(0) };
+            (self.piece, self.at) = (piece, 0);
         }
         let n = out.len().min(self.piece.len() - self.at);
         out[..n].copy_from_slice(&self.piece[self.at..self.at + n]);

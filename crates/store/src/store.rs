@@ -239,6 +239,11 @@ impl Store {
         self.read(name, 0..bytes, stop)
     }
 
+    /// Reads a whole object of any length, piece by piece, each with a deadline of its own.
+    pub fn read_long(self: &Arc<Self>, name: &str, stop: &Stop) -> Result<Vec<u8>, StoreError> {
+        self.reader(name, stop)?.read_all()
+    }
+
     /// Writes a whole object.
     pub fn put(&self, name: &str, bytes: Vec<u8>, stop: &Stop) -> Result<(), StoreError> {
         let owned = name.to_string();

@@ -118,7 +118,7 @@ fn faults_cost_time_and_no_byte() {
 #[test]
 fn attempts_go_on_where_the_one_before_ended() {
     let desk = desk(Duration::ZERO, Box::new(|_, _| Fault::Cut(50)));
-    let store = desk.http(limits());
+    let store = desk.http(Limits { deadline: Duration::from_secs(1), ..limits() });
     // Halves of 64, 32, … bytes; the last byte never comes by halves.
     let error = store.read("a.tar", 0..64, &Stop::default()).unwrap_err();
     assert!(matches!(error, StoreError::Deadline { received: 63, .. }), "{error}");

@@ -1,18 +1,19 @@
 //! Slots computed ahead of their use, delivered in order.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use lacuna_recipe::step::SlotBatch;
+use lacuna_store::Stop;
 use lacuna_types::{Slot, Step};
 
+use super::ahead::{self, Ahead};
 use super::{Inner, LoadError};
 
 /// How long a thread sleeps at most before it looks whether it is still wanted.
-const IDLE_WAIT: Duration = Duration::from_millis(500);
+pub(super) const IDLE_WAIT: Duration = Duration::from_millis(500);
 
 /// How long dropping a stream waits for its threads; one that hangs in a read is left behind.
 const JOIN_WAIT: Duration = Duration::from_secs(1);
@@ -27,18 +28,20 @@ pub struct SlotStream {
 }
 
 #[derive(Debug)]
-struct Shared {
-    inner: Arc<Inner>,
+pub(super) struct Shared {
+    pub inner: Arc<Inner>,
     first_step: Step,
     slots: Vec<u32>,
     /// Slots of the whole stream.
-    total: u64,
+    pub total: u64,
     state: Mutex<State>,
     /// A thread may find work.
     room: Condvar,
     /// The consumer may find a slot, or a thread has ended.
     ready: Condvar,
-    stop: AtomicBool,
+    stop: Stop,
+    /// What is fetched from a store meanwhile.
+    ahead: Option<Ahead>,
 }
 
 /// Slots are numbered from 0 in delivery order.
@@ -52,6 +55,8 @@ struct State {
     loaded: BTreeMap<u64, Result<SlotBatch, LoadError>>,
     /// Threads that run.
     live: usize,
+    /// Those of them that load slots.
+    loading: usize,
 }
 
 impl Shared {
@@ -59,7 +64,13 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn slot(&self, number: u64) -> Slot {
+    /// Returns how many slots were delivered.
+    pub fn delivered(&self) -> u64 {
+        self.lock().delivered
+    }
+
+    /// Returns a slot by its number.
+    pub fn slot(&self, number: u64) -> Slot {
         let per_step = self.slots.len() as u64;
         Slot {
             step: Step(self.first_step.0 + number / per_step),
@@ -72,7 +83,7 @@ impl Shared {
         let ahead = self.inner.config.ahead_slots as u64;
         let mut state = self.lock();
         loop {
-            if self.stop.load(Ordering::Relaxed) || state.claimed == self.total {
+            if self.stop.is_raised() || state.claimed == self.total {
                 return None;
             }
             if state.claimed < state.delivered + ahead {
@@ -85,22 +96,35 @@ impl Shared {
     }
 
     fn work(&self) {
-        let _alive = Alive(self);
+        let _alive = Alive { shared: self, loads: true };
         while let Some(number) = self.claim() {
             let result = self.inner.load_pooled(self.slot(number), &self.stop);
             self.lock().loaded.insert(number, result);
             self.ready.notify_all();
         }
     }
+
+    fn fetch(&self) {
+        let _alive = Alive { shared: self, loads: false };
+        if let Some(ahead) = &self.ahead {
+            ahead.work(self, &self.stop);
+        }
+    }
 }
 
 /// Counts a thread as live until it ends, by a panic too.
-struct Alive<'a>(&'a Shared);
+struct Alive<'a> {
+    shared: &'a Shared,
+    loads: bool,
+}
 
 impl Drop for Alive<'_> {
     fn drop(&mut self) {
-        self.0.lock().live -= 1;
-        self.0.ready.notify_all();
+        let mut state = self.shared.lock();
+        state.live -= 1;
+        state.loading -= usize::from(self.loads);
+        drop(state);
+        self.shared.ready.notify_all();
     }
 }
 
@@ -115,6 +139,8 @@ impl SlotStream {
         assert!(slots.iter().all(|&slot| slot < n_slots), "slots {slots:?} are below {n_slots}");
         let total = end_step.0.saturating_sub(first_step.0) * slots.len() as u64;
         let n_threads = (inner.config.threads as u64).min(total) as usize;
+        let ahead = Ahead::new(&inner, first_step.0);
+        let n_ahead = if ahead.is_some() { ahead::THREADS } else { 0 };
         let shared = Arc::new(Shared {
             inner,
             first_step,
@@ -124,22 +150,26 @@ impl SlotStream {
                 claimed: 0,
                 delivered: 0,
                 loaded: BTreeMap::new(),
-                live: n_threads,
+                live: n_threads + n_ahead,
+                loading: n_threads,
             }),
             room: Condvar::new(),
             ready: Condvar::new(),
-            stop: AtomicBool::new(false),
+            stop: Stop::default(),
+            ahead,
         });
-        let threads: Vec<JoinHandle<()>> = Vec::with_capacity(n_threads);
-        let mut stream = SlotStream { shared, threads };
-        for i in 0..n_threads {
+        let n_all = n_threads + n_ahead;
+        let mut stream = SlotStream { shared, threads: Vec::with_capacity(n_all) };
+        for i in 0..n_all {
             let shared = stream.shared.clone();
-            let named = Builder::new().name(format!("lacuna-load-{i}"));
-            match named.spawn(move || shared.work()) {
+            let (name, work): (&str, fn(&Shared)) =
+                if i < n_threads { ("load", Shared::work) } else { ("fetch", Shared::fetch) };
+            let named = Builder::new().name(format!("lacuna-{name}-{i}"));
+            match named.spawn(move || work(&shared)) {
                 Ok(thread) => stream.threads.push(thread),
                 Err(source) => {
                     // The threads that did start are joined by dropping the stream.
-                    stream.shared.lock().live -= n_threads - i;
+                    stream.shared.lock().live -= n_all - i;
                     return Err(LoadError::Spawn(source));
                 }
             }
@@ -165,9 +195,12 @@ impl SlotStream {
                 state.delivered += 1;
                 drop(state);
                 shared.room.notify_one();
+                if let Some(ahead) = &shared.ahead {
+                    ahead.advance(shared.slot(number).step.0, number + 1);
+                }
                 return result;
             }
-            if state.live == 0 {
+            if state.loading == 0 {
                 return Err(LoadError::Died);
             }
             let left = deadline.saturating_sub(start.elapsed());
@@ -189,8 +222,9 @@ impl SlotStream {
 
 impl Drop for SlotStream {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.stop.raise();
         self.shared.room.notify_all();
+        self.shared.ahead.iter().for_each(Ahead::wake);
         let start = Instant::now();
         let mut state = self.shared.lock();
         while state.live > 0 {

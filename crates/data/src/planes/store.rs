@@ -162,6 +162,11 @@ impl PlaneCache {
         None
     }
 
+    /// Tells whether a sample's planes are there, as far as its chunk's table says.
+    pub fn holds(&self, id: SampleId) -> bool {
+        self.chunk_file(id).is_ok_and(|chunk| chunk.chroma_of(id).is_some())
+    }
+
     /// Remembers that a sample has no planes to keep.
     pub(crate) fn refuse(&self, id: SampleId) {
         if let Ok(chunk) = self.chunk_file(id) {
