@@ -1,7 +1,7 @@
 //! What coordinator and workers say to each other, free of any wire format.
 //!
-//! Every message belongs to a generation; a receiver drops what belongs to a lower one. What is said
-//! of a process or of the data belongs to none.
+//! Every message belongs to a generation, and a receiver drops what belongs to a lower one; but
+//! what is said of a process or of the data belongs to none.
 
 use std::sync::Arc;
 

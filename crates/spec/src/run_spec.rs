@@ -66,12 +66,12 @@ word! {
     }
 }
 
-/// Share of an epoch's samples that may be bad where a spec does not say. Scattered damage of real
-/// sets is rarer by far: the few broken files of ImageNet are one of a hundred thousand.
+/// Share of an epoch's samples that may be bad where a spec does not say: scattered damage of real
+/// sets is rarer by far, and a broken disk damages more.
 pub const BAD_SAMPLES_SHARE: f64 = 0.001;
 
-/// Bad samples of an epoch that never fail a run: of a few thousand samples or fewer the share alone
-/// would allow none.
+/// Bad samples of an epoch that never fail a run: of a few thousand samples or fewer the share
+/// alone would allow none.
 pub const BAD_SAMPLES_FREE: u64 = 9;
 
 word! {

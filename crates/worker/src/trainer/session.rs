@@ -340,11 +340,10 @@ impl Driver {
         }
     }
 
-    /// Sends what one message takes of the bad samples, if the stream has room: it is there for
-    /// what the group waits for.
+    /// Sends bad samples while the stream has room: half of it is for what the group waits for.
     fn send_bad_samples(&mut self) {
-        let Some(requests) = &self.requests else { return };
-        if requests.capacity() > QUEUE / 2
+        let room = |requests: &mpsc::Sender<_>| requests.capacity() > QUEUE / 2;
+        while self.requests.as_ref().is_some_and(room)
             && let Some(report) = self.shared.bad_samples.take()
         {
             self.send(ToCoordinator::BadSamples(report));
