@@ -1,6 +1,7 @@
 //! Real processes: the claim, faults, restarts, and bad input.
 
 mod bad_input;
+mod bad_samples;
 mod cache;
 mod chaos;
 mod claim;

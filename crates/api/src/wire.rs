@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use lacuna_control::coordinator::Hello;
-use lacuna_control::message::{Beat, FaultKind, Phase, StepMark, ToCoordinator, ToWorker};
+use lacuna_control::message::{
+    BadSample, BadSamples, Beat, FaultKind, Phase, StepMark, ToCoordinator, ToWorker,
+};
 use lacuna_control::plan::{Communicator, Member, Origin, Plan, Sync};
-use lacuna_types::{AttemptSeq, BuildId, Generation, Incarnation, NameError, Step};
+use lacuna_types::{AttemptSeq, BuildId, Generation, Incarnation, NameError, SampleId, Step};
 use prost::Message as _;
 
 use crate::v1;
@@ -137,6 +139,34 @@ fn mark_from_wire(mark: v1::StepMark) -> StepMark {
     }
 }
 
+fn bad_samples_to_wire(report: BadSamples) -> v1::BadSamples {
+    let sample = |bad: BadSample| v1::BadSample {
+        step: bad.step.0,
+        sample: bad.sample.0,
+        key: bad.key,
+        shard: bad.shard,
+        offset: bad.offset,
+        error: bad.error,
+        stand_in: bad.stand_in.0,
+    };
+    let samples = report.samples.into_iter().map(sample).collect();
+    v1::BadSamples { epoch: report.epoch, samples, dropped: report.dropped }
+}
+
+fn bad_samples_from_wire(report: v1::BadSamples) -> BadSamples {
+    let sample = |bad: v1::BadSample| BadSample {
+        step: Step(bad.step),
+        sample: SampleId(bad.sample),
+        key: bad.key,
+        shard: bad.shard,
+        offset: bad.offset,
+        error: bad.error,
+        stand_in: SampleId(bad.stand_in),
+    };
+    let samples = report.samples.into_iter().map(sample).collect();
+    BadSamples { epoch: report.epoch, samples, dropped: report.dropped }
+}
+
 /// Puts a worker's message on the wire.
 pub fn to_coordinator(message: ToCoordinator) -> v1::SessionRequest {
     use v1::session_request::Message as M;
@@ -188,6 +218,7 @@ pub fn to_coordinator(message: ToCoordinator) -> v1::SessionRequest {
             M::PartFailed(v1::PartFailed { generation: generation.0, attempt: attempt.0, detail })
         }
         ToCoordinator::Leaving { why } => M::Leaving(v1::Leaving { why }),
+        ToCoordinator::BadSamples(report) => M::BadSamples(bad_samples_to_wire(report)),
     };
     v1::SessionRequest { message: Some(message) }
 }
@@ -250,6 +281,7 @@ pub fn from_worker(request: v1::SessionRequest) -> Result<ToCoordinator, WireErr
             detail: m.detail,
         },
         M::Leaving(m) => ToCoordinator::Leaving { why: m.why },
+        M::BadSamples(m) => ToCoordinator::BadSamples(bad_samples_from_wire(m)),
     })
 }
 

@@ -14,6 +14,7 @@
 //!
 //! A machine made from a journal whose group was running starts in Recovering.
 
+mod bad_samples;
 mod conduct;
 mod dispute;
 mod forming;
@@ -354,6 +355,7 @@ impl Coordinator {
                 }
             }
             ToCoordinator::Leaving { why } => self.on_leaving(worker, &why),
+            ToCoordinator::BadSamples(report) => self.on_bad_samples(report),
         }
     }
 
@@ -373,6 +375,7 @@ impl Coordinator {
             Ending::Stopped { .. } => ("stopped", false),
             Ending::Paused { .. } => ("paused", true),
         };
+        self.tell_unlisted(true);
         self.record(Record::Ended(ending));
         self.note(kind, warning, why.clone());
         if let Some(group) = self.group.take() {

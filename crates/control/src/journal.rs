@@ -4,11 +4,11 @@
 //! driver to make durable. So the state after replaying a journal is the state before the crash,
 //! by construction (invariant I8).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
-use lacuna_types::{AttemptSeq, Generation, Step, WorkerId};
+use lacuna_types::{AttemptSeq, Generation, SampleId, Step, WorkerId};
 
 use crate::coordinator::Ending;
 use crate::plan::{CheckpointRef, Plan};
@@ -68,10 +68,41 @@ pub enum Record {
     },
     /// An operator lets a worker back in.
     Released(WorkerId),
+    /// Bad samples of an epoch that were not known before.
+    BadSamples {
+        /// The epoch.
+        epoch: u32,
+        /// The samples.
+        samples: Vec<SampleId>,
+        /// How many more workers met than they could keep to report.
+        dropped: u64,
+    },
+    /// People were told how many bad samples of an epoch are not listed.
+    BadSamplesTold {
+        /// The epoch.
+        epoch: u32,
+        /// How many.
+        unlisted: u64,
+    },
     /// The run is over, or rests.
     Ended(Ending),
     /// A run that rested goes on.
     Resumed,
+}
+
+/// Epochs whose bad samples are remembered: the one that trains, the next, into which loaders reach
+/// ahead, and some that a return to a checkpoint may train again.
+pub const BAD_EPOCHS_KEPT: usize = 4;
+
+/// Bad samples of one epoch, as far as they were reported.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BadEpoch {
+    /// The samples.
+    pub samples: BTreeSet<SampleId>,
+    /// How many more workers met than they could keep to report.
+    pub dropped: u64,
+    /// How many people were told are not listed.
+    pub told: u64,
 }
 
 /// What is known of a run from before: all empty for a new one.
@@ -105,6 +136,8 @@ pub struct Saved {
     pub draining: BTreeMap<WorkerId, String>,
     /// Workers that stay out until an operator lets them back in, and why.
     pub banned: BTreeMap<WorkerId, String>,
+    /// Bad samples by epoch, of at most [`BAD_EPOCHS_KEPT`] epochs.
+    pub bad_samples: BTreeMap<u32, BadEpoch>,
     /// How the run came to rest, if it did.
     pub ending: Option<Ending>,
 }
@@ -160,8 +193,29 @@ impl Saved {
                 self.draining.clear();
                 self.ending = Some(ending);
             }
-            Record::Resumed => self.ending = None,
+            Record::BadSamples { epoch, samples, dropped } => {
+                let bad = self.bad_epoch(epoch);
+                bad.samples.extend(samples);
+                bad.dropped = bad.dropped.saturating_add(dropped);
+            }
+            Record::BadSamplesTold { epoch, unlisted } => self.bad_epoch(epoch).told = unlisted,
+            Record::Resumed => {
+                if let Some(Ending::Failed { .. }) = self.ending.take() {
+                    // Whoever lets it go on has looked, and may have mended the data.
+                    self.bad_samples.clear();
+                }
+            }
         }
+    }
+
+    /// Finds an epoch's bad samples; forgets those of the epoch that is farthest from it if there
+    /// are too many.
+    fn bad_epoch(&mut self, epoch: u32) -> &mut BadEpoch {
+        if !self.bad_samples.contains_key(&epoch) && self.bad_samples.len() >= BAD_EPOCHS_KEPT {
+            let farthest = self.bad_samples.keys().copied().max_by_key(|e| e.abs_diff(epoch));
+            farthest.map(|epoch| self.bad_samples.remove(&epoch));
+        }
+        self.bad_samples.entry(epoch).or_default()
     }
 
     /// Adds up a journal.
@@ -194,6 +248,14 @@ impl fmt::Display for Record {
             Record::Gone(worker) => write!(f, "{worker} has left"),
             Record::Banned { worker, why } => write!(f, "{worker} is kept out: {why}"),
             Record::Released(worker) => write!(f, "{worker} may join again"),
+            Record::BadSamples { epoch, samples, dropped } => {
+                let n = samples.len();
+                write!(f, "epoch {epoch}: {n} bad samples, {dropped} without a report:")?;
+                samples.iter().try_for_each(|sample| write!(f, " {sample}"))
+            }
+            Record::BadSamplesTold { epoch, unlisted } => {
+                write!(f, "epoch {epoch}: {unlisted} bad samples are not listed")
+            }
             Record::Ended(Ending::Finished { step, digest }) => {
                 write!(f, "finished at step {step} with state {digest:016x}")
             }

@@ -11,6 +11,7 @@
 //! [`worker::Session::handle`].
 #![forbid(unsafe_code)]
 
+pub mod bad_samples;
 pub mod coordinator;
 pub mod invariants;
 pub mod journal;

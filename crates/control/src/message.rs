@@ -1,11 +1,13 @@
 //! What coordinator and workers say to each other, free of any wire format.
 //!
-//! Every message belongs to a generation; a receiver drops what belongs to a lower one.
+//! Every message belongs to a generation, and a receiver drops what belongs to a lower one; but
+//! what is said of a process or of the data belongs to none.
 
 use std::sync::Arc;
 
 use lacuna_types::{AttemptSeq, Generation, Step};
 
+pub use crate::bad_samples::{BadSample, BadSamples};
 use crate::plan::{Plan, Sync};
 
 /// Coordinator to worker.
@@ -183,6 +185,8 @@ pub enum ToCoordinator {
         /// Why, for people.
         why: String,
     },
+    /// Samples that could not be decoded and were replaced; may be said again.
+    BadSamples(BadSamples),
 }
 
 /// What kind of trouble a worker reports, by what the coordinator does about it.

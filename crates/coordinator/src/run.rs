@@ -112,6 +112,7 @@ pub(crate) fn run_config(spec: &RunSpec, n_samples: u64) -> Result<RunConfig, St
     let resolved = spec.resolve(n_samples).map_err(|err| err.to_string())?;
     let per_epoch = resolved.geometry.steps_per_epoch();
     let every = &spec.checkpoint.every;
+    let epoch_samples = per_epoch * u64::from(spec.train.batch);
     Ok(RunConfig {
         n_slots: spec.n_slots(),
         total_steps: resolved.total_steps,
@@ -119,6 +120,9 @@ pub(crate) fn run_config(spec: &RunSpec, n_samples: u64) -> Result<RunConfig, St
         workers_max: spec.elastic.workers.max as usize,
         checkpoint_steps: every.iter().filter_map(|c| cadence_steps(c, per_epoch)).min(),
         checkpoint_interval: every.iter().filter_map(cadence_time).min(),
+        epoch_steps: per_epoch,
+        epoch_samples,
+        bad_samples_max: spec.bad_samples_max(epoch_samples),
     })
 }
 

@@ -19,7 +19,7 @@ pub const STAGES: [&str; 11] = [
     "paused",
 ];
 /// Events of the coordinator.
-pub const EVENTS: [&str; 24] = [
+pub const EVENTS: [&str; 25] = [
     "Tick",
     "Hello",
     "StreamLost",
@@ -44,6 +44,7 @@ pub const EVENTS: [&str; 24] = [
     "PartFailed",
     "Leaving",
     "Audited",
+    "BadSamples",
 ];
 /// Stages of a worker's session.
 pub const PLACES: [&str; 8] =
@@ -136,6 +137,7 @@ fn event(event: &Event) -> usize {
             ToCoordinator::PartFailed { .. } => 21,
             ToCoordinator::Leaving { .. } => 22,
             ToCoordinator::Audited { .. } => 23,
+            ToCoordinator::BadSamples(_) => 24,
         },
     }
 }

@@ -20,6 +20,7 @@ fn generation_of(message: &mut ToCoordinator) -> Option<&mut Generation> {
         // What is wrong with a process is wrong in every generation.
         ToCoordinator::Fault { .. }
         | ToCoordinator::Warm { .. }
+        | ToCoordinator::BadSamples(_)
         | ToCoordinator::Leaving { .. } => None,
     }
 }

@@ -102,6 +102,9 @@ impl Setup {
             workers_max: self.max,
             checkpoint_steps: (self.checkpoint > 0).then_some(self.checkpoint),
             checkpoint_interval: None,
+            epoch_steps: self.steps,
+            epoch_samples: self.steps,
+            bad_samples_max: 0,
         }
     }
 

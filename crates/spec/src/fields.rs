@@ -134,6 +134,11 @@ const FIELDS: &[Field] = &[
         "\"substitute\"",
         "what an undecodable sample does: fail, substitute",
     ),
+    placement(
+        "data.bad_samples_max",
+        "0.001",
+        "share of an epoch's samples that may be bad before the run fails; under 10 never do",
+    ),
     placement("data.threads", "4", "threads of a worker that decode, or \"auto\""),
     placement(
         "data.cache.dir",

@@ -66,6 +66,14 @@ word! {
     }
 }
 
+/// Share of an epoch's samples that may be bad where a spec does not say: scattered damage of real
+/// sets is rarer by far, and a broken disk damages more.
+pub const BAD_SAMPLES_SHARE: f64 = 0.001;
+
+/// Bad samples of an epoch that never fail a run: of a few thousand samples or fewer the share
+/// alone would allow none.
+pub const BAD_SAMPLES_FREE: u64 = 9;
+
 word! {
     /// What happens to a sample that cannot be decoded.
     BadSamples {
@@ -180,6 +188,7 @@ pub struct DataSpec {
     pub crop_ratio: [f64; 2],
     pub flip: f64,
     pub bad_samples: BadSamples,
+    pub bad_samples_max: f64,
     pub threads: AutoOr<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheSpec>,
@@ -326,6 +335,12 @@ impl RunSpec {
     /// Returns V, the slots of a step.
     pub fn n_slots(&self) -> u32 {
         self.train.batch / self.train.slot_batch
+    }
+
+    /// Returns how many samples of an epoch of `epoch_samples` may be bad; one more fails the run.
+    pub fn bad_samples_max(&self, epoch_samples: u64) -> u64 {
+        let share = (self.data.bad_samples_max * epoch_samples as f64).floor() as u64;
+        share.max(BAD_SAMPLES_FREE)
     }
 
     /// Returns the peak of the learning rate, `base_lr · batch / 256`.

@@ -1,5 +1,6 @@
 //! A trainer process: one device, one run at a time.
 
+pub mod bad_samples;
 pub mod job;
 pub mod saver;
 pub mod session;

@@ -1436,7 +1436,7 @@ pub mod admin_service_server {
 pub struct SessionRequest {
     #[prost(
         oneof = "session_request::Message",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"
     )]
     pub message: ::core::option::Option<session_request::Message>,
 }
@@ -1470,6 +1470,8 @@ pub mod session_request {
         Leaving(super::Leaving),
         #[prost(message, tag = "13")]
         Audited(super::Audited),
+        #[prost(message, tag = "14")]
+        BadSamples(super::BadSamples),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1671,6 +1673,40 @@ pub struct PartFailed {
 pub struct Leaving {
     #[prost(string, tag = "1")]
     pub why: ::prost::alloc::string::String,
+}
+/// Samples of one epoch that could not be decoded and were replaced. It is of no generation: the data
+/// is what it is. The same sample may be reported again, and by several workers.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct BadSamples {
+    #[prost(uint32, tag = "1")]
+    pub epoch: u32,
+    #[prost(message, repeated, tag = "2")]
+    pub samples: ::prost::alloc::vec::Vec<BadSample>,
+    /// How many more there were of the epoch than the worker could keep, since it last said so.
+    #[prost(uint64, tag = "3")]
+    pub dropped: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BadSample {
+    /// The step that wanted it.
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    #[prost(uint64, tag = "2")]
+    pub sample: u64,
+    /// Its name in the shard, where that gives names and they can be read.
+    #[prost(string, optional, tag = "3")]
+    pub key: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, tag = "4")]
+    pub shard: ::prost::alloc::string::String,
+    /// First byte of the image in the shard.
+    #[prost(uint64, tag = "5")]
+    pub offset: u64,
+    /// Why it is bad, for people.
+    #[prost(string, tag = "6")]
+    pub error: ::prost::alloc::string::String,
+    /// The sample that took its place.
+    #[prost(uint64, tag = "7")]
+    pub stand_in: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Welcome {

@@ -39,6 +39,18 @@ fn every_message_to_a_worker_survives_the_wire() {
     }
 }
 
+fn bad_sample(key: Option<&str>) -> BadSample {
+    BadSample {
+        step: Step(3),
+        sample: SampleId(u64::MAX),
+        key: key.map(ToString::to_string),
+        shard: "s.tar".into(),
+        offset: 512,
+        error: "e".into(),
+        stand_in: SampleId(4),
+    }
+}
+
 #[test]
 fn every_message_to_the_coordinator_survives_the_wire() {
     let generation = Generation(7);
@@ -88,6 +100,11 @@ fn every_message_to_the_coordinator_survives_the_wire() {
         ToCoordinator::PartDone { generation, attempt, receipt: "{}".into() },
         ToCoordinator::PartFailed { generation, attempt, detail: "d".into() },
         ToCoordinator::Leaving { why: "w".into() },
+        ToCoordinator::BadSamples(BadSamples {
+            epoch: 2,
+            samples: vec![bad_sample(Some("a.jpg")), bad_sample(None)],
+            dropped: u64::MAX,
+        }),
     ];
     for message in all {
         assert_eq!(from_worker(to_coordinator(message.clone())), Ok(message));

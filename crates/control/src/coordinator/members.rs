@@ -197,6 +197,7 @@ impl Coordinator {
         self.slow_verdicts = 0;
         self.suspicions.clear();
         self.fruitless = 0;
+        self.tell_unlisted(false);
     }
 
     pub(super) fn on_stream_lost(

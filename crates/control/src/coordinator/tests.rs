@@ -1,4 +1,5 @@
 mod any_events;
+mod bad_samples;
 mod transcripts;
 
 use super::*;
@@ -13,6 +14,9 @@ const CONFIG: RunConfig = RunConfig {
     workers_max: 1,
     checkpoint_steps: None,
     checkpoint_interval: None,
+    epoch_steps: 4,
+    epoch_samples: 1000,
+    bad_samples_max: 150,
 };
 
 fn coordinator() -> Coordinator {

@@ -23,6 +23,12 @@ pub struct RunConfig {
     pub checkpoint_steps: Option<u64>,
     /// Checkpoint whenever this much time has passed.
     pub checkpoint_interval: Option<Duration>,
+    /// Steps of an epoch.
+    pub epoch_steps: u64,
+    /// Samples of an epoch.
+    pub epoch_samples: u64,
+    /// Most bad samples of an epoch; one more fails the run.
+    pub bad_samples_max: u64,
 }
 
 /// What happens to a run.

@@ -32,7 +32,9 @@ impl Answers {
             M::Held { .. } => &mut self.held,
             M::Audited { .. } => &mut self.audited,
             M::Fault { .. } => &mut self.fault,
-            M::Beat(_) | M::Warm { .. } | M::StepMark(_) | M::Leaving { .. } => return,
+            M::Beat(_) | M::Warm { .. } | M::StepMark(_) | M::Leaving { .. } | M::BadSamples(_) => {
+                return;
+            }
         };
         *place = Some(message.clone());
     }

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use lacuna_control::coordinator::Ending;
 use lacuna_control::plan::{CheckpointRef, Communicator, Member, Plan};
-use lacuna_types::{AttemptSeq, Generation, Incarnation, Step, WorkerId};
+use lacuna_types::{AttemptSeq, Generation, Incarnation, SampleId, Step, WorkerId};
 
 use super::*;
 
@@ -100,6 +100,8 @@ fn facts() -> Vec<Record> {
         Record::Gone(worker.clone()),
         Record::Banned { worker: worker.clone(), why: why() },
         Record::Released(worker),
+        Record::BadSamples { epoch: 3, samples: vec![SampleId(8), SampleId(9)], dropped: 2 },
+        Record::BadSamplesTold { epoch: 3, unlisted: 2 },
         Record::Ended(Ending::Failed { why: why(), code: 74 }),
         Record::Ended(Ending::Stopped { step: Step(9), why: why() }),
         Record::Ended(Ending::Paused { why: why() }),

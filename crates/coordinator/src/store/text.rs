@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lacuna_control::coordinator::Ending;
 use lacuna_control::journal::Record;
 use lacuna_control::plan::{CheckpointRef, Communicator, Member, Plan};
-use lacuna_types::{AttemptSeq, Generation, Incarnation, NameError, Step, WorkerId};
+use lacuna_types::{AttemptSeq, Generation, Incarnation, NameError, SampleId, Step, WorkerId};
 use serde::{Deserialize, Serialize};
 
 #[derive(Serialize, Deserialize)]
@@ -28,6 +28,8 @@ enum Text {
     Gone { worker: String },
     Banned { worker: String, why: String },
     Released { worker: String },
+    BadSamples { epoch: u32, samples: Vec<u64>, dropped: u64 },
+    BadSamplesTold { epoch: u32, unlisted: u64 },
     Finished { step: u64, digest: String },
     Failed { why: String, code: u8 },
     Stopped { step: u64, why: String },
@@ -83,6 +85,11 @@ pub(super) fn render(record: &Record) -> String {
         Record::Gone(worker) => Text::Gone { worker: worker.to_string() },
         Record::Banned { worker, why } => Text::Banned { worker: worker.to_string(), why },
         Record::Released(worker) => Text::Released { worker: worker.to_string() },
+        Record::BadSamples { epoch, samples, dropped } => {
+            let samples = samples.into_iter().map(|sample| sample.0).collect();
+            Text::BadSamples { epoch, samples, dropped }
+        }
+        Record::BadSamplesTold { epoch, unlisted } => Text::BadSamplesTold { epoch, unlisted },
         Record::Ended(Ending::Finished { step, digest }) => {
             Text::Finished { step: step.0, digest: hex(digest) }
         }
@@ -124,6 +131,11 @@ pub(super) fn parse(text: &str) -> Result<Record, String> {
         Text::Gone { worker: name } => Record::Gone(worker(&name)?),
         Text::Banned { worker: name, why } => Record::Banned { worker: worker(&name)?, why },
         Text::Released { worker: name } => Record::Released(worker(&name)?),
+        Text::BadSamples { epoch, samples, dropped } => {
+            let samples = samples.into_iter().map(SampleId).collect();
+            Record::BadSamples { epoch, samples, dropped }
+        }
+        Text::BadSamplesTold { epoch, unlisted } => Record::BadSamplesTold { epoch, unlisted },
         Text::Finished { step, digest } => {
             Record::Ended(Ending::Finished { step: Step(step), digest: unhex(&digest)? })
         }

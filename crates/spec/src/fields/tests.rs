@@ -33,6 +33,23 @@ fn the_table_and_the_structs_agree() {
 }
 
 #[test]
+fn a_share_of_the_samples_may_be_bad_and_a_few_in_any_case() {
+    let most = |overrides: &[&str], n| spec(overrides).bad_samples_max(n);
+    assert_eq!(most(&[], 1_281_167), 1281);
+    assert_eq!(most(&[], 500), crate::BAD_SAMPLES_FREE);
+    assert_eq!(most(&["data.bad_samples_max=0.05"], 256), 12);
+    assert_eq!(most(&["data.bad_samples_max=1.0"], 256), 256);
+}
+
+#[test]
+fn a_spec_of_an_older_build_allows_the_usual_share() {
+    let mut json = spec(&[]).to_json();
+    json["data"].as_object_mut().unwrap().remove("bad_samples_max");
+    let read: RunSpec = serde_json::from_value(json).unwrap();
+    assert_eq!(read, spec(&[]));
+}
+
+#[test]
 fn examples_are_accepted() {
     for field in FIELDS {
         // Some keys bind others: the example must at least have the right type.

@@ -10,8 +10,9 @@ use super::Reader;
 use crate::node::{Value, find};
 use crate::problem::echo;
 use crate::run_spec::{
-    AutoOr, BadSamples, CacheSpec, CheckpointSpec, DataSpec, ElasticSpec, KeepSpec, OptimSpec,
-    Order, Precision, Reduce, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, Workers,
+    AutoOr, BAD_SAMPLES_SHARE, BadSamples, CacheSpec, CheckpointSpec, DataSpec, ElasticSpec,
+    KeepSpec, OptimSpec, Order, Precision, Reduce, Resume, RunSpec, SLOTS_MAX, TrackSpec,
+    TrainSpec, Workers,
 };
 use crate::units::{Cadence, Length};
 
@@ -303,6 +304,10 @@ impl Reader<'_> {
         let crop_ratio = self.range("data.crop_ratio", ratio, "from 0.01 to 100");
         let flip = self.float("data.flip", share, "from 0 to 1");
         let bad_samples = self.word("data.bad_samples", BadSamples::ALL);
+        let bad_samples_max = match find(self.root, "data.bad_samples_max") {
+            Some(_) => self.float("data.bad_samples_max", share, "from 0 to 1"),
+            None => Some(BAD_SAMPLES_SHARE),
+        };
         let threads = self.threads();
         let cache = self.cache();
         Some(DataSpec {
@@ -316,6 +321,7 @@ impl Reader<'_> {
             crop_ratio: crop_ratio?,
             flip: flip?,
             bad_samples: bad_samples?,
+            bad_samples_max: bad_samples_max?,
             threads: threads?,
             cache: cache?,
         })

@@ -7,11 +7,15 @@ use lacuna_api::v1;
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_data::ImageShape;
 use lacuna_data::dataset::Dataset;
-use lacuna_data::loader::{BadSamplePolicy, Loader, LoaderConfig, warn_of_bad_samples};
+use lacuna_data::loader::{
+    BadSamplePolicy, Loader, LoaderConfig, OnBadSample, warn_of_bad_samples,
+};
 use lacuna_data::planes::PlaneCache;
 use lacuna_spec::{AutoOr, BadSamples, CacheSpec, RunSpec};
 use lacuna_types::RunId;
 
+use super::bad_samples::describe;
+use super::shared::SharedHandle;
 use crate::engine::{EngineSpec, UpdateScalars};
 
 /// Slots computed ahead of their use: enough to hide a slow read, little enough to fit anywhere.
@@ -110,8 +114,14 @@ impl Job {
         Ok(Arc::new(dataset))
     }
 
-    /// Builds the loader; `local_world` trainers share this machine's cores.
-    pub fn loader(&self, dataset: Arc<Dataset>, local_world: usize) -> Result<Loader, JobError> {
+    /// Builds the loader, which tells `shared` of bad samples; `local_world` trainers share this
+    /// machine's cores.
+    pub fn loader(
+        &self,
+        dataset: Arc<Dataset>,
+        local_world: usize,
+        shared: SharedHandle,
+    ) -> Result<Loader, JobError> {
         let spec = &self.spec;
         let [height, width] = spec.model.img_size;
         let index = dataset.index();
@@ -128,12 +138,22 @@ impl Job {
                 BadSamples::Fail => BadSamplePolicy::Fail,
                 BadSamples::Substitute => BadSamplePolicy::Substitute,
             },
-            on_bad_sample: warn_of_bad_samples(),
+            on_bad_sample: self.on_bad_sample(shared),
             planes: self.planes(&dataset),
             dataset,
         };
         let path = spec.data.shards.clone();
         Loader::new(config).map_err(|err| JobError::Data { path, source: Box::new(err) })
+    }
+
+    /// Logs bad samples, and queues them for the coordinator.
+    fn on_bad_sample(&self, shared: SharedHandle) -> OnBadSample {
+        let (warn, geometry) = (warn_of_bad_samples(), self.resolved.geometry);
+        Arc::new(move |bad| {
+            warn(bad);
+            let (epoch, _) = geometry.place(bad.slot.step);
+            shared.bad_samples.push(epoch, describe(bad));
+        })
     }
 
     /// Opens the cache that the spec names; one that cannot be used is left out and said so.

@@ -118,10 +118,13 @@ impl Driver {
                 },
                 report = self.inbox.recv() => {
                     let report = report.expect("the session holds a sender itself");
+                    // Before what ends an epoch or the run.
+                    self.send_bad_samples();
                     Some(Event::Report(report))
                 }
                 _ = beat.tick() => {
                     self.send_beat();
+                    self.send_bad_samples();
                     Some(Event::Tick)
                 }
                 name = signals.next() => Some(Event::Drain { why: name.to_string() }),
@@ -167,7 +170,10 @@ impl Driver {
                 Some(Event::Connected)
             }
             Net::Welcome(welcome) => match self.on_welcome(&welcome) {
-                Ok(()) => Some(Event::Welcomed),
+                Ok(()) => {
+                    self.shared.bad_samples.say_again();
+                    Some(Event::Welcomed)
+                }
                 Err((code, why)) => {
                     error!("{why}");
                     self.exit = Some(code);
@@ -334,6 +340,16 @@ impl Driver {
         }
     }
 
+    /// Sends bad samples while the stream has room: half of it is for what the group waits for.
+    fn send_bad_samples(&mut self) {
+        let room = |requests: &mpsc::Sender<_>| requests.capacity() > QUEUE / 2;
+        while self.requests.as_ref().is_some_and(room)
+            && let Some(report) = self.shared.bad_samples.take()
+        {
+            self.send(ToCoordinator::BadSamples(report));
+        }
+    }
+
     fn fatal(&self) -> u8 {
         self.exit.unwrap_or(exit::INTERNAL)
     }
@@ -356,8 +372,10 @@ impl Start {
         let storage = |err: &dyn std::error::Error| (FaultKind::Storage, chain_of(err));
         let local = |err: &dyn std::error::Error| (FaultKind::Local, chain_of(err));
         let dataset = self.job.open_data().map_err(|err| storage(&err))?;
-        let loader =
-            self.job.loader(dataset, self.args.local_world).map_err(|err| storage(&err))?;
+        let loader = self
+            .job
+            .loader(dataset, self.args.local_world, self.shared.clone())
+            .map_err(|err| storage(&err))?;
         let engine_spec = self.job.engine_spec(&self.args.device);
         let mut engine = self.backend.engine(&engine_spec).map_err(|err| local(&err))?;
         let probe = whole_probe(engine.as_mut()).map_err(|err| local(&err))?;

@@ -9,6 +9,8 @@ use lacuna_control::message::{Beat, Phase};
 use lacuna_control::plan::{Plan, Sync};
 use lacuna_types::{AttemptSeq, Generation, Step};
 
+use super::bad_samples::BadSampleQueue;
+
 /// What the session orders the step loop to do.
 #[derive(Debug)]
 pub enum Order {
@@ -56,6 +58,8 @@ pub struct Shared {
     pub stop: AtomicU64,
     /// Attempt to raise the checkpoint lane with, 0 for none.
     pub save: AtomicU64,
+    /// Bad samples that the coordinator has not heard of.
+    pub bad_samples: BadSampleQueue,
     progress: Mutex<Progress>,
 }
 
@@ -80,7 +84,12 @@ impl Default for Shared {
             ledger: OpLedger::default(),
             slot: Duration::ZERO,
         };
-        Shared { stop: AtomicU64::new(0), save: AtomicU64::new(0), progress: Mutex::new(progress) }
+        Shared {
+            stop: AtomicU64::new(0),
+            save: AtomicU64::new(0),
+            bad_samples: BadSampleQueue::default(),
+            progress: Mutex::new(progress),
+        }
     }
 }
 

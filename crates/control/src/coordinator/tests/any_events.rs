@@ -1,10 +1,11 @@
 //! Whatever workers say in whatever order: the machine never fails, never says what is not durable,
 //! and is what its journal adds up to.
 
+use lacuna_types::SampleId;
 use proptest::prelude::*;
 
 use super::*;
-use crate::message::{Beat, FaultKind, Phase};
+use crate::message::{BadSample, BadSamples, Beat, FaultKind, Phase};
 use crate::plan::CheckpointRef;
 
 fn worker() -> impl Strategy<Value = (WorkerId, Incarnation)> {
@@ -70,6 +71,19 @@ fn message() -> impl Strategy<Value = ToCoordinator> {
             probe,
         }),
         1 => Just(ToCoordinator::Leaving { why: "x".into() }),
+        1 => (0..4u32, 0..12u64, 0..20u64).prop_map(|(epoch, step, sample)| {
+            let bad = BadSample {
+                step: Step(step),
+                sample: SampleId(sample),
+                key: None,
+                shard: "s".into(),
+                offset: 0,
+                error: "e".into(),
+                stand_in: SampleId(0),
+            };
+            let (samples, dropped) = (vec![bad], sample / 19);
+            ToCoordinator::BadSamples(BadSamples { epoch, samples, dropped })
+        }),
     ]
 }
 
@@ -121,7 +135,7 @@ proptest! {
     fn no_order_of_events_breaks_the_machine(
         events in prop::collection::vec((event(), 0..2000u64), 1..120),
     ) {
-        let config = RunConfig { n_slots: 4, workers_max: 3, ..CONFIG };
+        let config = RunConfig { n_slots: 4, workers_max: 3, bad_samples_max: 4, ..CONFIG };
         let mut machine =
             Coordinator::new(config, Timing::one_machine(), Saved::default(), Timestamp(0));
         let (mut now, mut durable) = (Timestamp(0), Saved::default());
