@@ -10,7 +10,9 @@
 //! `lacuna-pixels`.
 #![forbid(unsafe_code)]
 
+pub mod bad;
 pub mod dataset;
+pub mod exclude;
 mod files;
 pub mod idx;
 pub mod index;
@@ -20,6 +22,7 @@ pub mod pack;
 pub mod parquet;
 pub mod planes;
 pub mod reader;
+pub mod stages;
 pub mod stats;
 pub mod synthetic;
 pub mod verify;
@@ -80,3 +83,5 @@ impl SkipList {
 
 #[cfg(test)]
 mod fixtures;
+#[cfg(test)]
+mod hostile;
