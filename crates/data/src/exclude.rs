@@ -1,7 +1,7 @@
 //! Taking known bad samples out of an index.
 //!
-//! The shards stay as they are; the new index leaves their bad samples out, so that they never enter
-//! the order of a run. Why it is not a mask over the order: `docs/adr/0013`.
+//! The shards stay as they are; the new index leaves their bad samples out, so that they never
+//! enter the order of a run. Why it is not a mask over the order: `docs/adr/0013`.
 
 use std::fs;
 use std::io;
@@ -87,8 +87,8 @@ pub struct Excluded {
 /// Rewrites the index at `index_path` without the bad samples that verifying `dataset` found.
 ///
 /// The old index is kept beside it. Shards whose bytes are not those that were indexed get their
-/// present digest: every sample that stays was read and has the bytes it was indexed with. Without a
-/// bad sample nothing is done.
+/// present digest: every sample that stays was read and has the bytes it was indexed with. Without
+/// a bad sample nothing is done.
 pub fn exclude(
     dataset: &Dataset,
     index_path: &Path,

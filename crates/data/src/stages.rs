@@ -1,8 +1,8 @@
 //! How long one thread takes for each part of turning a sample into pixels.
 //!
 //! The parts are those of [`SampleReader`]: reading with its checksum, decoding as far as the crop
-//! needs it, and cutting, resizing and mirroring. They are measured on one data set's samples in the
-//! order in which a loader takes them.
+//! needs it, and cutting, resizing and mirroring. They are measured on one data set's samples in
+//! the order in which a loader takes them.
 
 use std::time::{Duration, Instant};
 
@@ -80,8 +80,8 @@ pub struct Stages {
     pub decode: Stage,
     /// Cutting, resizing and mirroring what was decoded.
     pub resize: Stage,
-    /// All of it from planes that are in the cache, reading them included; empty without a cache, or
-    /// where it takes none of the images.
+    /// All of it from planes that are in the cache, reading them included; empty without a cache,
+    /// or where it takes none of the images.
     pub planes: Stage,
     /// How many of the decoded images were JPEG.
     pub n_jpeg: u64,

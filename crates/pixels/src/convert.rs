@@ -13,8 +13,8 @@ pub(crate) struct Layout {
     pub depth: usize,
 }
 
-/// Makes a buffer `n` bytes long, whatever they are. Memory that is new is left to the system, which
-/// gives it page by page to whoever writes there: a header may promise more than its data keeps.
+/// Makes a buffer `n` bytes long, whatever they are. New memory is left to the system, which gives
+/// it page by page to whoever writes there: a header may promise more than its data keeps.
 pub(crate) fn make_room(buffer: &mut Vec<u8>, n: usize) {
     if buffer.capacity() < n {
         *buffer = vec![0; n];

@@ -99,8 +99,8 @@ impl Decoder {
         Ok(size)
     }
 
-    /// Decodes an image as far as a box needs it, keeps that for [`render`](Decoder::render) of this
-    /// box, and returns the image's size; the two make what
+    /// Decodes an image as far as a box needs it, keeps that for [`render`](Decoder::render) of
+    /// this box, and returns the image's size; the two make what
     /// [`decode_and_render`](Decoder::decode_and_render) does.
     ///
     /// # Panics

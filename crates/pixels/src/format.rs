@@ -236,8 +236,8 @@ fn walk_jpeg(bytes: &[u8]) -> Result<Jpeg, DecodeError> {
 /// component, 8 by 8 pixels, has a code of its own in the first scan.
 const PIXELS_PER_BIT_MAX: u64 = 64;
 
-/// Checks that a JPEG ends, and is not far too short for its size; decoders fill what is missing with
-/// grey and say nothing.
+/// Checks that a JPEG ends, and is not far too short for its size; decoders fill what is missing
+/// with grey and say nothing.
 pub(crate) fn check_jpeg_end(bytes: &[u8]) -> Result<(), DecodeError> {
     let Jpeg { size, is_huffman, scan } = walk_jpeg(bytes)?;
     let data = &bytes[scan..];

@@ -1,4 +1,4 @@
-//! `lacuna data verify`: what is wrong with a data set, written down, and taken out if that is wanted.
+//! `lacuna data verify`: what is wrong with a data set, written down, and taken out if wanted.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};

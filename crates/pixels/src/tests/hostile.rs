@@ -1,4 +1,4 @@
-//! Bytes that mean harm: an error or a picture, never a panic, never memory that a header only claims.
+//! Bytes that mean harm: an error or a picture, never a panic, never memory that a header claims.
 
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof};
 use proptest::{collection, prop_assert, prop_assert_eq, proptest, sample};
