@@ -1,6 +1,6 @@
 //! Files that mean harm: whatever their bytes, every parser ends in an error that names the file,
-//! or in samples that are there. Indexes have such tests of their own, images in `lacuna-pixels`, and
-//! memory in `tests/memory.rs`.
+//! or in samples that are there. Indexes have such tests of their own, images in `lacuna-pixels`,
+//! and memory in `tests/memory.rs`.
 
 use std::fs;
 use std::io::Write as _;
@@ -143,7 +143,7 @@ fn zipped(bytes: &[u8]) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(600))]
+    #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
     fn tar(harm in harm(), resealed in any::<bool>()) {
@@ -206,7 +206,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
 
     #[test]
     fn mds_list(harm in harm(), compressed in any::<bool>()) {
