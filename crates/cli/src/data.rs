@@ -3,6 +3,7 @@
 mod bench;
 mod look;
 pub(crate) mod talk;
+mod verify;
 
 use std::fs;
 use std::num::NonZeroUsize;
@@ -15,7 +16,6 @@ use lacuna_data::pack::{
     Existing, PackConfig, PackError, PackOutcome, PackReport, PackSource, SHARD_BYTES_DEFAULT, pack,
 };
 use lacuna_data::synthetic::{N_CLASSES, SyntheticSpec};
-use lacuna_data::verify::verify;
 use lacuna_data::wds::build_index;
 use lacuna_data::{Dataset, ImageShape, SkipList};
 use lacuna_spec::units::parse_bytes;
@@ -25,6 +25,7 @@ use serde_json::json;
 use self::bench::BenchArgs;
 use self::look::{OrderArgs, StatsArgs};
 use self::talk::{Meter, count, io, put, put_json, rows, size, usage};
+use self::verify::VerifyArgs;
 use crate::client::Output;
 
 /// `lacuna data`.
@@ -43,7 +44,7 @@ pub enum DataCommand {
     Synthetic(SyntheticArgs),
     /// Write the index of a folder of shards.
     Index(IndexArgs),
-    /// Check every shard and decode every sample once.
+    /// Check every shard and decode every sample once; take bad samples out with `--exclude`.
     Verify(VerifyArgs),
     /// Show sizes, channel statistics and, with a patch size, the losses to beat.
     Stats(StatsArgs),
@@ -151,19 +152,6 @@ pub struct IndexArgs {
     output: Output,
 }
 
-/// `lacuna data verify`.
-#[derive(Args, Debug)]
-pub struct VerifyArgs {
-    /// Folder of the data set, or its index file.
-    dir: PathBuf,
-    /// Threads [default: one per core].
-    #[arg(long)]
-    threads: Option<NonZeroUsize>,
-    /// How the result is printed.
-    #[arg(long, short, value_enum, default_value = "table")]
-    output: Output,
-}
-
 /// Runs `lacuna data`.
 pub fn data(args: DataArgs) -> anyhow::Result<u8> {
     match args.command {
@@ -173,7 +161,7 @@ pub fn data(args: DataArgs) -> anyhow::Result<u8> {
         }
         DataCommand::Synthetic(args) => run_synthetic(&args),
         DataCommand::Index(args) => run_index(&args),
-        DataCommand::Verify(args) => run_verify(&args),
+        DataCommand::Verify(args) => verify::run(&args),
         DataCommand::Stats(args) => look::stats(&args),
         DataCommand::ShowOrder(args) => look::show_order(&args),
         DataCommand::Bench(args) => bench::bench(&args),
@@ -411,56 +399,6 @@ fn run_index(args: &IndexArgs) -> anyhow::Result<u8> {
         ]))?,
     }
     Ok(exit::OK)
-}
-
-fn run_verify(args: &VerifyArgs) -> anyhow::Result<u8> {
-    let dataset = open(&args.dir)?;
-    let mut meter = Meter::new("verified");
-    let report = verify(&dataset, threads(args.threads), &mut |p| meter.update(p));
-    drop(meter);
-    let n_shards = dataset.index().shards().len() as u64;
-    match args.output {
-        Output::Json => {
-            let bad = report.bad.iter().map(|bad| {
-                json!({
-                    "sample": bad.place.sample.0, "shard": bad.place.shard,
-                    "offset": bad.place.offset, "member": bad.place.member, "error": bad.error,
-                })
-            });
-            let shards = report
-                .bad_shards
-                .iter()
-                .map(|(path, error)| json!({ "shard": path, "error": error }));
-            put_json(&json!({
-                "clean": report.is_clean(), "n_samples": report.n_samples, "n_shards": n_shards,
-                "n_bad": report.n_bad, "bad": bad.collect::<Vec<_>>(),
-                "bad_shards": shards.collect::<Vec<_>>(),
-            }))?;
-        }
-        Output::Table => {
-            let mut text = String::new();
-            for (path, error) in &report.bad_shards {
-                text += &format!("shard `{}`: {error}\n", path.display());
-            }
-            for bad in &report.bad {
-                text += &format!("{}\n", bad.error);
-            }
-            let unlisted = report.n_bad - report.bad.len() as u64;
-            if unlisted > 0 {
-                text += &format!("and {} more\n", count(unlisted, "bad sample"));
-            }
-            text += &format!(
-                "{}: {} of {}, {} of {}\n",
-                if report.is_clean() { "sound" } else { "damaged" },
-                count(report.n_bad, "bad sample"),
-                count(report.n_samples, "sample"),
-                count(report.bad_shards.len() as u64, "bad shard"),
-                count(n_shards, "shard"),
-            );
-            put(&text)?;
-        }
-    }
-    Ok(if report.is_clean() { exit::OK } else { exit::IO })
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use lacuna_checkpoint::partition::Partition;
 use lacuna_checkpoint::state::{StateView, digest_state};
 use lacuna_checkpoint::write::{PartInfo, write_part};
 use lacuna_data::Dataset;
+use lacuna_data::bad::BadSamples;
 use lacuna_recipe::state::{Counters, Layout};
 use lacuna_types::{AttemptSeq, CoordEpoch, Generation, SampleId, Step};
 use serde_json::Value;
@@ -91,6 +92,85 @@ fn data_from_nothing_to_damage() {
     assert!(out.contains("sample 7 (") && out.contains(shard), "{out}");
     assert!(out.contains("damaged: 1 bad sample of 40 samples, 1 bad shard"), "{out}");
     desk.run(74, &["data", "verify", "nowhere"]);
+}
+
+#[test]
+fn bad_samples_are_written_down_and_taken_out() {
+    let desk = Desk::new();
+    desk.synthetic("40");
+    let (bitmap, kept) = (desk.path("d/index.bad"), desk.path("d/index.lacuna.before-exclude"));
+    let (out, _) = desk.run(0, &["data", "verify", "d", "--exclude"]);
+    assert!(out.starts_with("sound: ") && !bitmap.exists() && !kept.exists(), "{out}");
+    let dataset = Dataset::open(&desk.path("d")).unwrap();
+    let place = dataset.place(SampleId(7));
+    damage(&place.shard, place.offset as usize + 20);
+
+    let (out, _) = desk.run(74, &["data", "verify", "d"]);
+    assert!(out.contains("listed in `d/index.bad`; `--exclude` takes them out"), "{out}");
+    let bad = BadSamples::read(&desk.path("d/index.lacuna"), &dataset).unwrap();
+    assert_eq!(bad.ids().collect::<Vec<_>>(), [SampleId(7)]);
+    let (out, _) = desk.run(0, &["data", "verify", "d", "--exclude"]);
+    let after = Dataset::open(&desk.path("d")).unwrap();
+    let (old, new) = (dataset.fingerprint(), after.fingerprint());
+    assert!(out.contains("taken out: 1 sample; 39 samples left"), "{out}");
+    assert!(out.contains(&format!("old fingerprint  {old}\nnew fingerprint  {new}\n")), "{out}");
+    assert!(out.contains("cannot go on with the new one. To go back:"), "{out}");
+    assert!(!bitmap.exists() && kept.exists());
+    let again = desk.json(&["data", "verify", "d"]);
+    assert_eq!((again["clean"].as_bool(), again["n_samples"].as_u64()), (Some(true), Some(39)));
+    assert_eq!(again["fingerprint"], new.to_string());
+
+    fs::rename(&kept, desk.path("d/index.lacuna")).unwrap();
+    let back = desk.output(&["data", "verify", "d", "--exclude", "-o", "json"]);
+    let back: Value = serde_json::from_slice(&back.stdout).unwrap();
+    assert_eq!(back["excluded"]["fingerprint"], new.to_string());
+    assert_eq!((back["n_bad"].as_u64(), &back["bitmap"]), (Some(1), &Value::Null));
+
+    for id in 0..39 {
+        let place = after.place(SampleId(id));
+        damage(&place.shard, place.offset as usize + 20);
+    }
+    let (out, err) = desk.run(74, &["data", "verify", "d/index.lacuna", "--exclude"]);
+    assert!(err.contains("all 39 samples of `d/index.lacuna` are bad"), "{err}");
+    assert!(out.contains("damaged: 39 bad samples of 39 samples"), "{out}");
+    assert_eq!(Dataset::open(&desk.path("d")).unwrap().fingerprint(), new);
+    let other = ["data", "synthetic", "d", "--n", "21", "--size", "8", "--replace"];
+    desk.run(0, &other);
+    assert!(!bitmap.exists() && !kept.exists(), "what was said of the old index");
+}
+
+#[test]
+fn the_bench_names_what_holds_the_loader_back() {
+    let desk = Desk::new();
+    desk.synthetic("80");
+    let quick = ["data", "bench", "d", "--seconds", "0.05", "--size", "8", "--threads", "1,2"];
+    let (out, _) = desk.run(0, &[&quick[..], &["--model-rate", "54000"]].concat());
+    for wanted in ["read, checksum", "decode for the crop", "2 threads", "\nbottleneck: "] {
+        assert!(out.contains(wanted), "{wanted}: {out}");
+    }
+    assert!(out.contains("model: 54,000 images/s: "), "{out}");
+    let found = desk.json(&[&quick[..], &["--model-rate", "1", "--augment", "none"]].concat());
+    let shares = ["read", "decode", "resize"].map(|key| found["stages"][key]["share"].as_f64());
+    let sum: f64 = shares.map(Option::unwrap).iter().sum();
+    assert!((sum - 1.0).abs() < 1e-9, "{found}");
+    assert_eq!(found["loader"].as_array().unwrap().len(), 2);
+    let words = ["reading", "decoding", "resizing", "pipeline"];
+    assert!(words.contains(&found["bottleneck"].as_str().unwrap()), "{found}");
+    assert_eq!(
+        (&found["model"]["threads"], &found["model"]["enough_cores"]),
+        (&1.into(), &true.into())
+    );
+    let cache = [&quick[..], &["--cache", "c", "--cache-size", "1GB"]].concat();
+    if lacuna_data::planes::HAS_PLANES {
+        // Generated images are PNG, which the cache does not take.
+        let found = desk.json(&cache);
+        assert_eq!(found["stages"]["planes"]["images"], 0, "{found}");
+    } else {
+        desk.run(74, &cache);
+    }
+    desk.run(2, &[&quick[..], &["--cache", "c"]].concat());
+    desk.run(2, &["data", "bench", "d", "--seconds", "0"]);
+    desk.run(2, &["data", "bench", "d", "--model-rate", "none"]);
 }
 
 #[test]

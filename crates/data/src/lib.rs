@@ -10,8 +10,10 @@
 //! `lacuna-pixels`.
 #![forbid(unsafe_code)]
 
+pub mod bad;
 pub mod chunks;
 pub mod dataset;
+pub mod exclude;
 mod files;
 pub mod idx;
 pub mod index;
@@ -21,6 +23,7 @@ pub mod pack;
 pub mod parquet;
 pub mod planes;
 pub mod reader;
+pub mod stages;
 pub mod stats;
 pub mod synthetic;
 pub mod verify;
@@ -81,3 +84,5 @@ impl SkipList {
 
 #[cfg(test)]
 mod fixtures;
+#[cfg(test)]
+mod hostile;

@@ -506,4 +506,4 @@ fn scan_shard(shard: &MdsShard) -> Result<Scanned, ReadMdsError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -17,7 +17,9 @@ use serde::{Deserialize, Serialize};
 use self::shard::ShardWriter;
 pub use self::source::PackSource;
 use self::source::{Item, Source};
+use crate::bad::BAD_EXTENSION;
 use crate::dataset::Dataset;
+use crate::exclude::BEFORE_EXCLUDE;
 use crate::files::{PARTIAL, partial_path, write_atomic};
 use crate::idx::ReadIdxError;
 use crate::index::{Fingerprint, INDEX_NAME, Index};
@@ -321,6 +323,10 @@ fn clear(out: &Path, config: &PackConfig) -> Result<(), PackError> {
         let whole = file.strip_suffix(PARTIAL).unwrap_or(file);
         let is_index = whole == INDEX_NAME || whole == PACK_NAME;
         let is_shard = names.iter().any(|name| is_shard_of(whole, name));
+        if is_about_index(whole) {
+            remove.push(entry.path());
+            continue;
+        }
         if !is_index && !is_shard {
             continue;
         }
@@ -339,6 +345,12 @@ fn clear(out: &Path, config: &PackConfig) -> Result<(), PackError> {
         fs::remove_file(&path).map_err(at(&path))?;
     }
     Ok(())
+}
+
+/// Tells whether a file only says something about the index that is replaced.
+fn is_about_index(file: &str) -> bool {
+    Path::new(INDEX_NAME).with_extension(BAD_EXTENSION) == Path::new(file)
+        || file.strip_prefix(INDEX_NAME).is_some_and(|rest| rest.starts_with(BEFORE_EXCLUDE))
 }
 
 fn is_shard_of(file: &str, name: &str) -> bool {

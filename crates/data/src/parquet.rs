@@ -89,4 +89,4 @@ pub(crate) fn list(folder: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 #[cfg(all(test, feature = "parquet"))]
-mod tests;
+pub(crate) mod tests;

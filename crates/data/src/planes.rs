@@ -16,6 +16,9 @@ pub use absent::PlaneCache;
 #[cfg(feature = "turbo")]
 pub use store::PlaneCache;
 
+/// Whether this build can have a cache.
+pub const HAS_PLANES: bool = cfg!(feature = "turbo");
+
 /// A cache that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenCacheError {

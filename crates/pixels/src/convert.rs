@@ -13,6 +13,16 @@ pub(crate) struct Layout {
     pub depth: usize,
 }
 
+/// Makes a buffer `n` bytes long, whatever they are. New memory is left to the system, which gives
+/// it page by page to whoever writes there: a header may promise more than its data keeps.
+pub(crate) fn make_room(buffer: &mut Vec<u8>, n: usize) {
+    if buffer.capacity() < n {
+        *buffer = vec![0; n];
+    } else {
+        buffer.resize(n, 0);
+    }
+}
+
 /// Copies a box of `raw` into `out` with 1 or 3 channels.
 pub(crate) fn cut(
     raw: &[u8],

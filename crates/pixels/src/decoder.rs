@@ -99,6 +99,18 @@ impl Decoder {
         Ok(size)
     }
 
+    /// Decodes an image as far as a box needs it, keeps that for [`render`](Decoder::render) of
+    /// this box, and returns the image's size; the two make what
+    /// [`decode_and_render`](Decoder::decode_and_render) does.
+    ///
+    /// # Panics
+    /// If the box leaves the image.
+    pub fn decode_box(&mut self, bytes: &[u8], crop: CropBox) -> Result<Size, DecodeError> {
+        assert_inside(crop, probe(bytes)?.size);
+        self.decode_part(bytes, Some(crop))?;
+        Ok(self.size)
+    }
+
     /// Decodes at least the box that is wanted, or everything.
     fn decode_part(&mut self, bytes: &[u8], wanted: Option<CropBox>) -> Result<(), DecodeError> {
         let ImageInfo { codec, size } = probe(bytes)?;

@@ -146,7 +146,7 @@ pub fn probe(bytes: &[u8]) -> Result<ImageInfo, DecodeError> {
         let size = Size { height, width };
         ImageInfo { codec, size }
     } else if bytes.starts_with(&[0xFF, 0xD8, 0xFF]) {
-        let (size, _) = walk_jpeg(bytes)?;
+        let Jpeg { size, .. } = walk_jpeg(bytes)?;
         let codec = Codec::Jpeg;
         ImageInfo { codec, size }
     } else if bytes.starts_with(b"RIFF") && bytes.get(8..12) == Some(b"WEBP") {
@@ -183,14 +183,23 @@ fn webp_size(bytes: &[u8]) -> Result<Size, DecodeError> {
     }
 }
 
-/// Walks a JPEG's segments; returns its size and where the first scan starts.
-fn walk_jpeg(bytes: &[u8]) -> Result<(Size, usize), DecodeError> {
+/// What a JPEG's segments say.
+struct Jpeg {
+    size: Size,
+    /// Whether its scans are coded by Huffman's method.
+    is_huffman: bool,
+    /// Where the first scan starts.
+    scan: usize,
+}
+
+/// Walks a JPEG's segments up to the first scan.
+fn walk_jpeg(bytes: &[u8]) -> Result<Jpeg, DecodeError> {
     let damaged = |at: usize| DecodeError::Header { codec: Codec::Jpeg, at };
     let two = |at: usize| -> Result<u32, DecodeError> {
         let pair = bytes.get(at..at + 2).ok_or(damaged(at))?;
         Ok(u32::from(pair[0]) << 8 | u32::from(pair[1]))
     };
-    let mut size: Option<Size> = None;
+    let mut frame: Option<(Size, u8)> = None;
     let mut at: usize = 2;
     loop {
         // Stray bytes between segments are passed over, as libjpeg does.
@@ -209,7 +218,7 @@ fn walk_jpeg(bytes: &[u8]) -> Result<(Size, usize), DecodeError> {
             0xC4 | 0xC8 | 0xCC => {}
             0xC0..=0xCF => {
                 let (height, width) = (two(at + 3)?, two(at + 5)?);
-                size = Some(Size { height, width });
+                frame = Some((Size { height, width }, marker));
             }
             _ => {}
         }
@@ -219,13 +228,22 @@ fn walk_jpeg(bytes: &[u8]) -> Result<(Size, usize), DecodeError> {
         }
         at += length;
     }
-    Ok((size.ok_or(damaged(at))?, at))
+    let (size, marker) = frame.ok_or(damaged(at))?;
+    Ok(Jpeg { size, is_huffman: marker < 0xC8, scan: at })
 }
 
-/// Checks that a JPEG ends; decoders fill what is missing with grey and say nothing.
+/// Pixels for which a JPEG by Huffman's method has at least one bit: each block of the largest
+/// component, 8 by 8 pixels, has a code of its own in the first scan.
+const PIXELS_PER_BIT_MAX: u64 = 64;
+
+/// Checks that a JPEG ends, and is not far too short for its size; decoders fill what is missing
+/// with grey and say nothing.
 pub(crate) fn check_jpeg_end(bytes: &[u8]) -> Result<(), DecodeError> {
-    let (_, scan) = walk_jpeg(bytes)?;
-    let ended = bytes[scan..].windows(2).rev().any(|pair| pair == [0xFF, 0xD9]);
+    let Jpeg { size, is_huffman, scan } = walk_jpeg(bytes)?;
+    let data = &bytes[scan..];
+    let pixels = u64::from(size.height) * u64::from(size.width);
+    let is_enough = !is_huffman || pixels / PIXELS_PER_BIT_MAX <= 8 * data.len() as u64;
+    let ended = data.windows(2).rev().any(|pair| pair == [0xFF, 0xD9]);
     let codec = Codec::Jpeg;
-    ended.then_some(()).ok_or(DecodeError::Truncated { codec })
+    (ended && is_enough).then_some(()).ok_or(DecodeError::Truncated { codec })
 }

@@ -10,7 +10,7 @@ use image::codecs::webp::WebPDecoder;
 use image::{ColorType, ImageDecoder, ImageError, Limits};
 use lacuna_recipe::augment::Size;
 
-use crate::convert::Layout;
+use crate::convert::{Layout, make_room};
 use crate::format::{Codec, DecodeError};
 
 /// Most bytes that the PNG decoder may allocate for its own use (colour profiles, rows).
@@ -56,7 +56,7 @@ fn read_pixels(
     let channels = usize::from(color.channel_count());
     let depth = usize::from(color.bytes_per_pixel()) / channels;
     // The header was checked against `PIXELS_MAX`, so this is at most 512 MiB.
-    raw.resize(decoder.total_bytes() as usize, 0);
+    make_room(raw, decoder.total_bytes() as usize);
     decoder.read_image(raw)?;
     let size = Size { height, width };
     Ok((size, Layout { channels, depth }))

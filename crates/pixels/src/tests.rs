@@ -1,8 +1,5 @@
 use expect_test::expect;
 use image::ExtendedColorType as Color;
-use proptest::prelude::{ProptestConfig, any};
-use proptest::{collection, prop_assert, proptest};
-
 use std::error::Error;
 
 use image::ImageEncoder;
@@ -13,6 +10,7 @@ use lacuna_recipe::augment::{CropBox, Size};
 use super::*;
 use crate::convert::luma;
 
+mod hostile;
 #[cfg(feature = "turbo")]
 mod turbo;
 
@@ -244,29 +242,4 @@ fn bad_bytes_are_named() {
     let jpg = jpeg(&noise(32 * 32, 1), 32, 32, Color::L8);
     expect!["the Jpeg data is cut off"].assert_eq(&message(&jpg[..jpg.len() - 40]));
     expect!["the Jpeg header is damaged at byte 4"].assert_eq(&message(&jpg[..5]));
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
-
-    /// Damaged images are errors or pictures, never panics.
-    #[test]
-    fn hostile_bytes(
-        which in any::<bool>(),
-        edits in collection::vec((0usize..2000, any::<u8>()), 0..8),
-    ) {
-        let pixels = noise(24 * 24, 4);
-        let mut bytes = match which {
-            true => png(&pixels, 24, 24, Color::L8),
-            false => jpeg(&pixels, 24, 24, Color::L8),
-        };
-        for (at, byte) in edits {
-            let at = at % bytes.len();
-            bytes[at] = byte;
-        }
-        let mut decoder = Decoder::new();
-        if let Ok(size) = decoder.decode(&bytes) {
-            prop_assert!(decoder.whole(3).len() == (size.height * size.width * 3) as usize);
-        }
-    }
 }

@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use lacuna_recipe::augment::{CropBox, Size};
 use turbojpeg_sys as tj;
 
-use crate::convert::{Layout, cmyk_to_rgb};
+use crate::convert::{Layout, cmyk_to_rgb, make_room};
 use crate::format::PIXELS_MAX;
 use crate::planes::{Chroma, PlaneBuffers, PlaneLayout, Smooth};
 
@@ -204,7 +204,7 @@ impl Turbo {
                 let stride = tj::tj3YUVPlaneWidth(id, width, samp);
                 (tj::tj3YUVPlaneSize(id, width, 0, height, samp), stride)
             };
-            plane.resize(bytes as usize, 0);
+            make_room(plane, bytes as usize);
             strides[id as usize] = stride;
         }
         let mut pointers = planes.each_mut().map(|plane| plane.as_mut_ptr());
@@ -246,7 +246,7 @@ impl Turbo {
         self.done(code)?;
         let (format, channels) = header.format();
         let pitch = region.width as usize * channels;
-        raw.resize(pitch * region.height as usize, 0);
+        make_room(raw, pitch * region.height as usize);
         // SAFETY: the handle is live; the call reads the header of the same bytes again, whose size
         // is that of `header`, and writes `region.height` rows of `pitch` bytes, which `raw` holds.
         let code = unsafe {

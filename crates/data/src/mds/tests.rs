@@ -84,7 +84,7 @@ fn sample(i: u32) -> Vec<Vec<u8>> {
 }
 
 /// Two shards of 5 and 4 samples; the second has a broken image and one without a label.
-fn plain(folder: &Path) -> Vec<Value> {
+pub(crate) fn plain(folder: &Path) -> Vec<Value> {
     let mut samples: Vec<Vec<Vec<u8>>> = (0..9).map(sample).collect();
     samples[6][1] = b"no image".to_vec();
     samples[7][2] = (-1i64).to_le_bytes().to_vec();
@@ -101,7 +101,7 @@ fn plain(folder: &Path) -> Vec<Value> {
 }
 
 /// Compresses the shards of [`plain`] in place: the first by zstd, the second by gzip.
-fn compress(folder: &Path, shards: &mut [Value]) {
+pub(crate) fn compress(folder: &Path, shards: &mut [Value]) {
     for (i, shard) in shards.iter_mut().enumerate() {
         let name = shard["raw_data"]["basename"].as_str().unwrap().to_string();
         let bytes = fs::read(folder.join(&name)).unwrap();

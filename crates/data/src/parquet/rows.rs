@@ -4,6 +4,7 @@
 //! a page of images, whatever the sizes of row group and file.
 
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use ::parquet::basic::{ConvertedType, LogicalType, Type};
@@ -65,7 +66,7 @@ impl Rows {
     pub(crate) fn open(files: &[PathBuf]) -> Result<Self, ReadParquetError> {
         let mut starts: Vec<u64> = vec![0];
         for (number, path) in files.iter().enumerate() {
-            let file = OpenFile::open(path, number)?;
+            let file = guarded(path, || "the footer".to_string(), || OpenFile::open(path, number))?;
             let metadata = file.reader.metadata();
             let rows = metadata.row_groups().iter().map(|group| u64::try_from(group.num_rows()));
             let rows: Option<u64> =
@@ -112,12 +113,25 @@ impl Rows {
         let path = &self.files[number];
         let mut open = match self.open.take() {
             Some(open) if open.number == number => open,
-            _ => OpenFile::open(path, number)?,
+            _ => guarded(path, || "the footer".to_string(), || OpenFile::open(path, number))?,
         };
-        let label = open.read(path, row, out)?;
+        // After a panic the file is opened anew, whatever state its reader was left in.
+        let label = guarded(path, || format!("row {row}"), || open.read(path, row, out))?;
         self.open = Some(open);
         Ok(label)
     }
+}
+
+/// Calls other people's code that reads other people's bytes: a panic in it is a bad file.
+fn guarded<T>(
+    path: &Path,
+    place: impl FnOnce() -> String,
+    read: impl FnOnce() -> Result<T, ReadParquetError>,
+) -> Result<T, ReadParquetError> {
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        let general = ParquetError::General("the reader of Parquet panicked".to_string());
+        Err(content(path, place(), general))
+    })
 }
 
 impl OpenFile {

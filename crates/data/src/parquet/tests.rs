@@ -72,7 +72,7 @@ fn put<T: DataType>(
     column.write_batch(&present, (level > 0).then_some(&levels[..]), None).unwrap();
 }
 
-fn images(from: u32, n: u32) -> Vec<Option<Vec<u8>>> {
+pub(crate) fn images(from: u32, n: u32) -> Vec<Option<Vec<u8>>> {
     let image = |i: u32| match i % 4 {
         0 => grey_png(40 + i, i),
         _ => jpeg(&noise(12 * 9 * 3, i), 12, 9, ExtendedColorType::Rgb8),
@@ -81,7 +81,7 @@ fn images(from: u32, n: u32) -> Vec<Option<Vec<u8>>> {
 }
 
 /// Writes `n` rows in the columns of [`HF`], four a row group.
-fn write_hf(
+pub(crate) fn write_hf(
     path: &Path,
     compression: Compression,
     images: &[Option<Vec<u8>>],

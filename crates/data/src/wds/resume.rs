@@ -55,6 +55,11 @@ impl Parts {
         if (head.bytes, head.changed_ns) != changed_ns(shard).ok()? {
             return None;
         }
+        // A member takes a header of 512 bytes, so these are all that a shard can have left out.
+        let n_listed = head.skipped.len() as u64;
+        if head.n_skipped < n_listed || head.n_skipped > head.bytes / 512 {
+            return None;
+        }
         let index = Index::parse(bytes[end + 1..].to_vec(), &self.path(name)).ok()?;
         let [entry] = index.shards() else { return None };
         if entry.name != name || entry.bytes != head.bytes {
