@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::io::{self, Read};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -217,19 +216,19 @@ fn check_samples(dataset: &Dataset, next: &AtomicU64, found: &mpsc::SyncSender<F
 fn check_shards(dataset: &Dataset, next: &AtomicU64, found: &mpsc::SyncSender<Found>) {
     loop {
         let number = next.fetch_add(1, Ordering::Relaxed) as usize;
-        let Some(shard) = dataset.index().shards().get(number) else {
+        if number >= dataset.index().shards().len() {
             return;
-        };
-        let digest = digest(&dataset.folder().join(&shard.name));
+        }
+        let digest = dataset.shard_reader(number).and_then(digest);
         if found.send(Found::Shard { number, digest }).is_err() {
             return;
         }
     }
 }
 
-fn digest(path: &Path) -> io::Result<[u8; 32]> {
+fn digest(shard: impl Read) -> io::Result<[u8; 32]> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(File::open(path)?)?;
+    hasher.update_reader(shard)?;
     Ok(*hasher.finalize().as_bytes())
 }
 

@@ -41,7 +41,7 @@ pub enum Fault {
     },
     /// Nothing comes, and the connection stays open this long.
     Hang(Duration),
-    /// The right number of bytes, some of them others.
+    /// The right number of bytes, some of them others; which ones differs each time.
     Garble,
     /// The range is passed over and the whole object sent.
     Whole,
@@ -329,8 +329,10 @@ fn bytes_of(
             }
         }
         Fault::Garble => {
+            static GARBLED: AtomicU64 = AtomicU64::new(0);
             let mut other = body.to_vec();
-            other.iter_mut().step_by(97).for_each(|byte| *byte ^= 0x55);
+            let at = GARBLED.fetch_add(1, Ordering::Relaxed) as usize % 89;
+            other.iter_mut().skip(at).step_by(89).for_each(|byte| *byte ^= 0x55);
             out.write_all(&other)?;
         }
         _ => out.write_all(body)?,

@@ -11,14 +11,14 @@ use lacuna_data::verify::{BadEntry, VerifyReport, verify};
 use lacuna_types::exit;
 use serde_json::{Value, json};
 
-use super::talk::{Meter, count, io, put, put_json};
+use super::talk::{Meter, count, io, put, put_json, usage};
 use super::{open, threads};
 use crate::client::Output;
 
 /// `lacuna data verify`.
 #[derive(Args, Debug)]
 pub struct VerifyArgs {
-    /// Folder of the data set, or its index file.
+    /// Folder or URL of the data set, or its index file.
     dir: PathBuf,
     /// Rewrite the index without the samples that do not decode; the old index is kept beside it.
     /// Runs that have begun with the old one cannot go on with the new one.
@@ -36,6 +36,12 @@ pub struct VerifyArgs {
 pub(super) fn run(args: &VerifyArgs) -> anyhow::Result<u8> {
     let dataset = open(&args.dir)?;
     let index = index_path(&args.dir);
+    if dataset.is_remote() && args.exclude {
+        return Err(usage(format!(
+            "`{}` is behind a URL: --exclude rewrites an index in a folder, which is then uploaded",
+            args.dir.display()
+        )));
+    }
     let mut meter = Meter::new("verified");
     let report = verify(&dataset, threads(args.threads), &mut |p| meter.update(p));
     drop(meter);
@@ -46,6 +52,7 @@ pub(super) fn run(args: &VerifyArgs) -> anyhow::Result<u8> {
     let bitmap = match &excluded {
         // The new index has no bad sample.
         Ok(Some(_)) => remove_bitmap(&dataset, &index),
+        _ if dataset.is_remote() => None,
         _ => write_bitmap(&report, &index),
     };
     let done = excluded.as_ref().ok().and_then(Option::as_ref);
