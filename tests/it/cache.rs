@@ -40,7 +40,7 @@ fn trained(fixture: &Fixture, name: &str, n: usize, extra: &[(&str, &str)]) -> u
 fn planes_on_a_disk_change_no_bit() {
     let fixture = fixture();
     pack_photographs(&fixture);
-    let cache = ("data.cache", "{ dir = \"planes\", size = \"1GB\" }");
+    let cache = ("data.cache", "{ dir = \"planes\", size = \"1GB\", mode = \"planes\" }");
     let want = trained(&fixture, "without", 1, &[]);
     assert_eq!(trained(&fixture, "filling", 1, &[cache]), want);
     assert_eq!(trained(&fixture, "reading", 2, &[cache]), want);

@@ -7,6 +7,7 @@ mod chaos;
 mod claim;
 mod faults;
 mod nccl;
+mod remote;
 
 use lacuna_tests::{Binaries, Fixture};
 

@@ -1,7 +1,9 @@
 //! `lacuna data …`: make data sets, check them, look at them.
 
 mod bench;
+mod index;
 mod look;
+mod simulate;
 pub(crate) mod talk;
 mod verify;
 
@@ -16,14 +18,15 @@ use lacuna_data::pack::{
     Existing, PackConfig, PackError, PackOutcome, PackReport, PackSource, SHARD_BYTES_DEFAULT, pack,
 };
 use lacuna_data::synthetic::{N_CLASSES, SyntheticSpec};
-use lacuna_data::wds::build_index;
 use lacuna_data::{Dataset, ImageShape, SkipList};
 use lacuna_spec::units::parse_bytes;
 use lacuna_types::exit;
 use serde_json::json;
 
 use self::bench::BenchArgs;
+use self::index::IndexArgs;
 use self::look::{OrderArgs, StatsArgs};
+use self::simulate::SimulateArgs;
 use self::talk::{Meter, count, io, put, put_json, rows, size, usage};
 use self::verify::VerifyArgs;
 use crate::client::Output;
@@ -42,8 +45,10 @@ pub enum DataCommand {
     Pack(PackArgs),
     /// Generate images and pack them: data for machines without any.
     Synthetic(SyntheticArgs),
-    /// Write the index of a folder of shards.
+    /// Write the index of a folder of shards, or of shards behind a URL.
     Index(IndexArgs),
+    /// Show what the machines of a run will download, and the room that this needs.
+    Simulate(SimulateArgs),
     /// Check every shard and decode every sample once; take bad samples out with `--exclude`.
     Verify(VerifyArgs),
     /// Show sizes, channel statistics and, with a patch size, the losses to beat.
@@ -139,19 +144,6 @@ pub struct SyntheticArgs {
     shards: ShardArgs,
 }
 
-/// `lacuna data index`.
-#[derive(Args, Debug)]
-pub struct IndexArgs {
-    /// Folder of .tar shards, or of uncompressed MDS shards with their index.json.
-    dir: PathBuf,
-    /// Threads [default: one per core].
-    #[arg(long)]
-    threads: Option<NonZeroUsize>,
-    /// How the result is printed.
-    #[arg(long, short, value_enum, default_value = "table")]
-    output: Output,
-}
-
 /// Runs `lacuna data`.
 pub fn data(args: DataArgs) -> anyhow::Result<u8> {
     match args.command {
@@ -160,7 +152,8 @@ pub fn data(args: DataArgs) -> anyhow::Result<u8> {
             run_pack(&source, &args.out, &args.shards)
         }
         DataCommand::Synthetic(args) => run_synthetic(&args),
-        DataCommand::Index(args) => run_index(&args),
+        DataCommand::Index(args) => index::run(&args),
+        DataCommand::Simulate(args) => simulate::run(&args),
         DataCommand::Verify(args) => verify::run(&args),
         DataCommand::Stats(args) => look::stats(&args),
         DataCommand::ShowOrder(args) => look::show_order(&args),
@@ -377,28 +370,6 @@ fn tell_skipped(skipped: &SkipList) {
     if more > 0 {
         eprintln!("left out: and {more} more");
     }
-}
-
-fn run_index(args: &IndexArgs) -> anyhow::Result<u8> {
-    let mut meter = Meter::new("indexed");
-    let report = build_index(&args.dir, threads(args.threads), &mut |p| meter.update(p));
-    drop(meter);
-    let report = report.map_err(|error| io(&error))?;
-    tell_skipped(&report.skipped);
-    let index = &report.index;
-    let (n_samples, n_shards) = (index.n_samples(), index.shards().len() as u64);
-    match args.output {
-        Output::Json => put_json(&json!({
-            "folder": args.dir, "n_samples": n_samples, "n_shards": n_shards,
-            "fingerprint": index.fingerprint().to_string(), "n_skipped": report.skipped.n,
-        }))?,
-        Output::Table => put(&rows(&[
-            ("folder", args.dir.display().to_string()),
-            ("indexed", format!("{} in {}", count(n_samples, "sample"), count(n_shards, "shard"))),
-            ("fingerprint", index.fingerprint().to_string()),
-        ]))?,
-    }
-    Ok(exit::OK)
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lacuna_data::loader::{BadSamplePolicy, warn_of_bad_samples};
-use lacuna_data::planes::PlaneCache;
+use lacuna_data::planes::{Fill, PlaneCache};
 use lacuna_data::{Dataset, ImageShape, Loader, LoaderConfig, SampleReader};
 use lacuna_recipe::augment::{Augment, Size};
 use lacuna_recipe::order::OrderParams;
@@ -60,7 +60,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let dataset = Arc::new(Dataset::open(&args.folder)?);
     let planes = match &args.planes {
         Some(folder) => {
-            let cache = Arc::new(PlaneCache::open(folder, u64::MAX, dataset.clone())?);
+            let cache =
+                Arc::new(PlaneCache::open(folder, u64::MAX, dataset.clone(), Fill::Always)?);
             bare(&dataset, Some(&cache), 1, f64::INFINITY)?;
             Some(cache)
         }

@@ -240,7 +240,7 @@ impl ChunkCache {
 
     /// Returns the number of the chunk that holds a sample.
     pub fn chunk_of(&self, id: SampleId) -> usize {
-        self.index.chunk_bounds().partition_point(|&start| start <= id.0) - 1
+        self.index.chunk_of(id)
     }
 
     /// Returns the bytes that a chunk spans in its shard.

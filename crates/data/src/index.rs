@@ -285,6 +285,12 @@ impl Index {
         self.chunk_bounds.len() as u64 - 1
     }
 
+    /// Returns the number of the chunk that holds `id`.
+    pub fn chunk_of(&self, id: SampleId) -> usize {
+        assert!(id.0 < self.n_samples(), "sample {id} is in the index");
+        self.chunk_bounds.partition_point(|&start| start <= id.0) - 1
+    }
+
     /// Returns the number of the shard that holds `id`.
     pub fn shard_of(&self, id: SampleId) -> usize {
         assert!(id.0 < self.n_samples(), "sample {id} is in the index");

@@ -23,6 +23,7 @@ pub mod pack;
 pub mod parquet;
 pub mod planes;
 pub mod reader;
+pub mod simulate;
 pub mod stages;
 pub mod stats;
 pub mod synthetic;
@@ -31,6 +32,7 @@ pub mod wds;
 
 pub use dataset::{Access, Dataset};
 pub use lacuna_pixels::{DECODER_ID, ImageShape, SHAPE_SIDE_MAX, probe_pixels};
+pub use lacuna_store::{Limits, Stop, Store, is_url};
 pub use loader::{Loader, LoaderConfig, SlotStream};
 pub use reader::SampleReader;
 

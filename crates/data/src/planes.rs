@@ -9,6 +9,8 @@ use std::path::PathBuf;
 #[cfg(not(feature = "turbo"))]
 mod absent;
 #[cfg(feature = "turbo")]
+mod fill;
+#[cfg(feature = "turbo")]
 mod store;
 
 #[cfg(not(feature = "turbo"))]
@@ -18,6 +20,16 @@ pub use store::PlaneCache;
 
 /// Whether this build can have a cache.
 pub const HAS_PLANES: bool = cfg!(feature = "turbo");
+
+/// When planes are added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// Whenever they are not there.
+    Always,
+    /// Once steps have waited for data more than a hundredth of their time, and then only as many
+    /// as cost a tenth of the time that decoding takes.
+    WhenWaiting,
+}
 
 /// A cache that cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -49,4 +61,6 @@ pub struct CacheStats {
     pub bytes: u64,
     /// Whether planes are no longer added, because the disk or the limit is full.
     pub full: bool,
+    /// Whether planes are added at all by now.
+    pub filling: bool,
 }

@@ -1,5 +1,8 @@
 //! One sample at a time, from its place on disk to pixels.
 
+#[cfg(feature = "turbo")]
+use std::time::Instant;
+
 use lacuna_pixels::{DecodeError, Decoder, ImageShape};
 #[cfg(feature = "turbo")]
 use lacuna_pixels::{PlaneBuffers, Planes};
@@ -94,15 +97,21 @@ impl SampleReader {
             let planes = Planes { layout, first_band, rows: &self.planes };
             return self.decoder.render_planes(planes, crop, flip, shape, out).map_err(failed);
         }
+        let began = cache.measures().then(Instant::now);
+        let took = |filled| began.iter().for_each(|began| cache.took(filled, began.elapsed()));
         if cache.is_closed_to(id) {
-            return self.render(dataset, id, choose, shape, out);
+            let rendered = self.render(dataset, id, choose, shape, out);
+            took(false);
+            return rendered;
         }
         dataset.read_unless(&self.stop, id, &mut self.bytes)?;
         match self.decoder.planes(&self.bytes, &mut self.planes) {
             Ok(Some(layout)) if layout.size == size => {
                 cache.write(id, &record, &layout, &self.planes);
                 let planes = Planes { layout, first_band: 0, rows: &self.planes };
-                self.decoder.render_planes(planes, crop, flip, shape, out).map_err(failed)
+                let rendered = self.decoder.render_planes(planes, crop, flip, shape, out);
+                took(true);
+                rendered.map_err(failed)
             }
             // What is too damaged to decode whole may still give the crop, and that alone decides:
             // a worker without a cache must come to the same end.

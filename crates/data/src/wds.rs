@@ -4,6 +4,7 @@
 //! suffix. Consecutive members with one key are one sample; grouping never crosses a shard. Members
 //! that are not regular files, and names that start with two underscores, are passed over.
 
+mod remote;
 mod resume;
 
 use std::fs::{self, File};
@@ -14,7 +15,9 @@ use std::sync::mpsc;
 use std::thread;
 
 use lacuna_pixels::{IMAGE_BYTES_MAX, probe};
+use lacuna_store::StoreError;
 
+pub use self::remote::{build_index_of_store, expand};
 use self::resume::Parts;
 use crate::index::{Index, LABEL_MAX, SampleRecord, ShardEntry, ShardRecords, crc32};
 use crate::mds::{self, MDS_INDEX_NAME, ReadMdsError};
@@ -96,6 +99,17 @@ pub enum BuildIndexError {
         /// First byte of the member's data.
         offset: u64,
     },
+    /// The store does not give the shards, or does not take the index.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A pattern of names that means nothing.
+    #[error("`{pattern}` is no pattern of shards such as train-{{000000..000099}}.tar: {why}")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong.
+        why: &'static str,
+    },
     /// MDS shards that cannot be used.
     #[error(transparent)]
     Mds(#[from] ReadMdsError),
@@ -164,6 +178,14 @@ pub fn build_index(
 
 /// Builds and writes the index of scanned shards.
 pub(crate) fn finish(folder: &Path, scanned: Vec<Scanned>) -> Result<IndexReport, BuildIndexError> {
+    let report = join(folder, scanned)?;
+    let path = folder.to_path_buf();
+    report.index.write(folder).map_err(|source| BuildIndexError::Io { path, source })?;
+    Ok(report)
+}
+
+/// Builds the index of scanned shards, which lie in `folder`.
+fn join(folder: &Path, scanned: Vec<Scanned>) -> Result<IndexReport, BuildIndexError> {
     let mut shards: Vec<ShardRecords> = Vec::new();
     let mut skipped = SkipList::default();
     for (shard, skips) in scanned {
@@ -178,10 +200,7 @@ pub(crate) fn finish(folder: &Path, scanned: Vec<Scanned>) -> Result<IndexReport
         let path = folder.to_path_buf();
         return Err(BuildIndexError::NoSamples { path });
     }
-    let index = Index::build(&shards);
-    let path = folder.to_path_buf();
-    index.write(folder).map_err(|source| BuildIndexError::Io { path, source })?;
-    Ok(IndexReport { index, skipped })
+    Ok(IndexReport { index: Index::build(&shards), skipped })
 }
 
 /// A shard with its samples, and what was left out of it.
@@ -245,10 +264,13 @@ pub fn scan_shard(path: &Path, name: &str) -> Result<Scanned, BuildIndexError> {
     let io = |source| BuildIndexError::Io { path: path.to_path_buf(), source };
     let file = File::open(path).map_err(io)?;
     let bytes = file.metadata().map_err(io)?.len();
-    let hashing = Hashing {
-        inner: BufReader::with_capacity(READ_BUFFER_BYTES, file),
-        hasher: blake3::Hasher::new(),
-    };
+    scan(path, name, bytes, BufReader::with_capacity(READ_BUFFER_BYTES, file))
+}
+
+/// Reads one shard, of `bytes` bytes; `path` is named in errors.
+fn scan(path: &Path, name: &str, bytes: u64, shard: impl Read) -> Result<Scanned, BuildIndexError> {
+    let io = |source| BuildIndexError::Io { path: path.to_path_buf(), source };
+    let hashing = Hashing { inner: shard, hasher: blake3::Hasher::new() };
     let mut archive = tar::Archive::new(hashing);
     let mut scan =
         Scan { shard: path, group: None, records: Vec::new(), skipped: SkipList::default() };

@@ -96,7 +96,11 @@ const FIELDS: &[Field] = &[
     ),
     maths("model.norm_pix_loss", "true", "whether each target patch is normalised"),
     // The place of the data is free; its content is checked by the fingerprint of its index.
-    placement("data.shards", "\"data/train\"", "folder of the packed data, or its index file"),
+    placement(
+        "data.shards",
+        "\"data/train\"",
+        "folder or URL of the packed data, or its index file",
+    ),
     maths(
         "data.order",
         "\"global\"",
@@ -143,9 +147,14 @@ const FIELDS: &[Field] = &[
     placement(
         "data.cache.dir",
         "\"/nvme/lacuna\"",
-        "folder on a local disk for decoded planes of JPEG, which later epochs crop from",
+        "folder on a local disk for what was downloaded, and for decoded planes of JPEG",
     ),
     placement("data.cache.size", "\"500GB\"", "most that the cache of this data may take"),
+    placement(
+        "data.cache.mode",
+        "\"auto\"",
+        "what it keeps: jpeg (downloads), planes (those and decoded images), auto (planes once steps wait)",
+    ),
     maths("train.duration", "\"800ep\"", "length of the run in ep or step"),
     maths("train.batch", "4096", "samples of a step over all workers"),
     maths("train.slot_batch", "128", "samples of a slot, the unit of work; divides `batch`"),

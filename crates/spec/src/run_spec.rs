@@ -84,6 +84,21 @@ word! {
     }
 }
 
+/// Schemes of the URLs that data may lie behind.
+pub const DATA_SCHEMES: [&str; 6] = ["s3", "gs", "az", "abfs", "http", "https"];
+
+word! {
+    /// What a cache on a local disk keeps.
+    CacheMode {
+        /// Chunks of remote shards, and decoded planes once steps wait for data.
+        Auto = "auto",
+        /// Chunks of remote shards, as they are.
+        Jpeg = "jpeg",
+        /// Chunks of remote shards, and decoded planes from the first epoch on.
+        Planes = "planes",
+    }
+}
+
 word! {
     /// Type of the arithmetic of a forward and backward pass.
     Precision {
@@ -194,12 +209,21 @@ pub struct DataSpec {
     pub cache: Option<CacheSpec>,
 }
 
-/// Key `data.cache`: decoded planes of JPEG on a local disk.
+/// Key `data.cache`: chunks of remote shards and decoded planes of JPEG, on a local disk.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[allow(missing_docs, reason = "the table of fields documents each key once")]
 pub struct CacheSpec {
     pub dir: String,
     pub size: Bytes,
+    pub mode: CacheMode,
+}
+
+impl CacheSpec {
+    /// Returns how many bytes chunks of remote shards may take: where decoded planes are kept too,
+    /// each has half of the room.
+    pub fn chunk_bytes(&self) -> u64 {
+        if self.mode == CacheMode::Jpeg { self.size.0 } else { self.size.0 / 2 }
+    }
 }
 
 /// Section `[train]`.

@@ -262,6 +262,11 @@ impl<'a> Reader<'a> {
 
     /// Reads a path of a local file or folder.
     fn path(&mut self, path: &str) -> Option<String> {
+        self.place(path, &[])
+    }
+
+    /// Reads a folder, or a URL of one of these schemes.
+    fn place(&mut self, path: &str, schemes: &[&str]) -> Option<String> {
         let text = self.text(path)?;
         let message = if text.trim().is_empty() {
             format!("`{path}` is empty")
@@ -269,13 +274,18 @@ impl<'a> Reader<'a> {
             format!("`{path}` has {} bytes, more than {PATH_BYTES_MAX}", text.len())
         } else if text.chars().any(char::is_control) {
             format!("`{path}` = `{}` holds control characters", echo(text))
-        } else if let Some((scheme, _)) = text.split_once("://") {
+        } else if let Some((scheme, _)) = text.split_once("://")
+            && !schemes.contains(&scheme)
+        {
             format!("`{path}`: storage `{}://` {UNAVAILABLE}", echo(scheme))
         } else {
             return Some(text.to_string());
         };
-        let fix = Some("give a folder".to_string());
-        self.problem_among(&[path], message, fix);
+        let fix = match schemes {
+            [] => "give a folder".to_string(),
+            _ => format!("give a folder, or a URL of {}", quoted(schemes)),
+        };
+        self.problem_among(&[path], message, Some(fix));
         None
     }
 

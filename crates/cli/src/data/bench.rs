@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use lacuna_data::loader::{BadSamplePolicy, THREADS_MAX, warn_of_bad_samples};
 use lacuna_data::pack::{Existing, PackConfig, PackSource, SHARD_BYTES_DEFAULT, pack};
-use lacuna_data::planes::{HAS_PLANES, PlaneCache};
+use lacuna_data::planes::{Fill, HAS_PLANES, PlaneCache};
 use lacuna_data::stages::{self, StageConfig, Stages};
 use lacuna_data::synthetic::SyntheticSpec;
 use lacuna_data::{Dataset, ImageShape, Loader, LoaderConfig};
@@ -178,7 +178,7 @@ impl<'a> Bench<'a> {
         };
         let planes = match (&args.cache, args.cache_size) {
             (Some(dir), Some(bytes)) => {
-                let cache = PlaneCache::open(dir, bytes, dataset.clone());
+                let cache = PlaneCache::open(dir, bytes, dataset.clone(), Fill::Always);
                 Some(Arc::new(cache.map_err(|error| io(&error))?))
             }
             _ => None,

@@ -25,6 +25,8 @@ const JOIN_WAIT: Duration = Duration::from_secs(1);
 pub struct SlotStream {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// When the slot before was delivered.
+    last: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -159,7 +161,7 @@ impl SlotStream {
             ahead,
         });
         let n_all = n_threads + n_ahead;
-        let mut stream = SlotStream { shared, threads: Vec::with_capacity(n_all) };
+        let mut stream = SlotStream { shared, threads: Vec::with_capacity(n_all), last: None };
         for i in 0..n_all {
             let shared = stream.shared.clone();
             let (name, work): (&str, fn(&Shared)) =
@@ -195,6 +197,11 @@ impl SlotStream {
                 state.delivered += 1;
                 drop(state);
                 shared.room.notify_one();
+                if let Some(planes) = &shared.inner.config.planes {
+                    let passed = self.last.map_or(Duration::ZERO, |last| last.elapsed());
+                    planes.waited(start.elapsed().min(passed), passed);
+                    self.last = Some(Instant::now());
+                }
                 if let Some(ahead) = &shared.ahead {
                     ahead.advance(shared.slot(number).step.0, number + 1);
                 }

@@ -8,6 +8,7 @@ use proptest::{collection, prop_assert_eq, proptest};
 use super::*;
 use crate::fixtures::{damage, grey_png, jpeg, noise, pack_quietly, synthetic};
 use crate::pack::PackSource;
+use crate::planes::Fill;
 use lacuna_pixels::Decoder;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -83,7 +84,7 @@ fn jpegs(folder: &Path, n: u32) -> Arc<Dataset> {
 /// Planes for every other worker, where this build has them.
 fn some_planes(folder: &Path, dataset: &Arc<Dataset>, rank: u32) -> Option<Arc<PlaneCache>> {
     let dir = folder.join("cache");
-    match PlaneCache::open(&dir, u64::MAX, dataset.clone()) {
+    match PlaneCache::open(&dir, u64::MAX, dataset.clone(), Fill::Always) {
         Ok(cache) if rank % 2 == 1 => Some(Arc::new(cache)),
         _ => None,
     }

@@ -3,10 +3,11 @@
 use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use lacuna_types::SampleId;
 
-use super::{CacheStats, OpenCacheError};
+use super::{CacheStats, Fill, OpenCacheError};
 use crate::dataset::Dataset;
 
 /// A cache that nobody can have.
@@ -19,8 +20,14 @@ impl PlaneCache {
         _dir: &Path,
         _bytes_max: u64,
         _dataset: Arc<Dataset>,
+        _fill: Fill,
     ) -> Result<Self, OpenCacheError> {
         Err(OpenCacheError::NoTurbo)
+    }
+
+    /// Takes note that of `passed`, a stream's consumer waited so long for slots.
+    pub fn waited(&self, _waited: Duration, _passed: Duration) {
+        match self.0 {}
     }
 
     /// Tells whether a sample's planes are there.

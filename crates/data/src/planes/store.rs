@@ -13,13 +13,15 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use lacuna_pixels::{Chroma, Codec, DECODER_ID, PlaneBuffers, PlaneLayout};
 use lacuna_recipe::augment::{CropBox, Size};
 use lacuna_types::SampleId;
 use rustix::io::{preadv, pwritev};
 
-use super::{CacheStats, OpenCacheError};
+use super::fill::Judge;
+use super::{CacheStats, Fill, OpenCacheError};
 use crate::dataset::Dataset;
 use crate::index::SampleRecord;
 
@@ -51,6 +53,7 @@ pub struct PlaneCache {
     bytes: AtomicU64,
     full: AtomicBool,
     told: AtomicBool,
+    judge: Judge,
 }
 
 /// An open chunk.
@@ -62,6 +65,12 @@ struct ChunkFile {
     states: Vec<AtomicU8>,
     /// Where each sample's planes begin.
     places: Vec<u64>,
+}
+
+/// Returns the bytes that are free on a folder's disk.
+fn room(folder: &Path) -> io::Result<u64> {
+    let disk = rustix::fs::statvfs(folder)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 fn size_of(record: &SampleRecord) -> Size {
@@ -79,7 +88,12 @@ impl PlaneCache {
     ///
     /// `bytes_max` bounds what all chunks of this data set take on the disk; once it is reached,
     /// planes are read and no longer added.
-    pub fn open(dir: &Path, bytes_max: u64, dataset: Arc<Dataset>) -> Result<Self, OpenCacheError> {
+    pub fn open(
+        dir: &Path,
+        bytes_max: u64,
+        dataset: Arc<Dataset>,
+        fill: Fill,
+    ) -> Result<Self, OpenCacheError> {
         let folder = dir.join(dataset.fingerprint().to_string()).join(DECODER_ID.replace('/', "-"));
         let failed = |source| OpenCacheError::Io { path: dir.to_path_buf(), source };
         fs::create_dir_all(&folder).map_err(failed)?;
@@ -89,6 +103,11 @@ impl PlaneCache {
             bytes += entry.and_then(|e| e.metadata()).map_or(0, |meta| 512 * meta.blocks());
         }
         let n_files = (dataset.index().n_chunks() as usize).min(FILES_OPEN_MAX);
+        let bytes_max = match fill {
+            Fill::Always => bytes_max,
+            // What nobody asked for by name leaves the disk some room.
+            Fill::WhenWaiting => bytes_max.min(bytes + room(&folder).map_err(failed)? / 10 * 9),
+        };
         Ok(PlaneCache {
             folder,
             dataset,
@@ -100,6 +119,7 @@ impl PlaneCache {
             bytes: AtomicU64::new(bytes),
             full: AtomicBool::new(false),
             told: AtomicBool::new(false),
+            judge: Judge::new(fill),
         })
     }
 
@@ -111,6 +131,7 @@ impl PlaneCache {
             damaged: self.damaged.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
             full: self.full.load(Ordering::Relaxed),
+            filling: self.judge.is_on(),
         }
     }
 
@@ -179,7 +200,24 @@ impl PlaneCache {
         let state = |chunk: Arc<ChunkFile>| {
             chunk.states[(id.0 - chunk.first) as usize].load(Ordering::Relaxed)
         };
-        self.full.load(Ordering::Relaxed) || self.chunk_file(id).map_or(NEVER, state) == NEVER
+        self.full.load(Ordering::Relaxed)
+            || !self.judge.allows()
+            || self.chunk_file(id).map_or(NEVER, state) == NEVER
+    }
+
+    /// Tells whether it is of use to [`PlaneCache::took`] how long images take.
+    pub(crate) fn measures(&self) -> bool {
+        self.judge.measures()
+    }
+
+    /// Takes note of how long an image took that was decoded from its JPEG.
+    pub(crate) fn took(&self, filled: bool, time: Duration) {
+        self.judge.took(filled, time);
+    }
+
+    /// Takes note that of `passed`, a stream's consumer waited so long for slots.
+    pub fn waited(&self, waited: Duration, passed: Duration) {
+        self.judge.waited(waited, passed);
     }
 
     /// Adds whole planes; what goes wrong is said once and closes the cache to more.
@@ -220,7 +258,7 @@ impl PlaneCache {
     /// Returns the open file of a sample's chunk.
     fn chunk_file(&self, id: SampleId) -> io::Result<Arc<ChunkFile>> {
         let bounds = self.dataset.index().chunk_bounds();
-        let chunk = bounds.partition_point(|&start| start <= id.0) - 1;
+        let chunk = self.dataset.index().chunk_of(id);
         let place = &self.files[chunk % self.files.len()];
         let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
         match &*place {

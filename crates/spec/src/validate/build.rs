@@ -10,9 +10,9 @@ use super::Reader;
 use crate::node::{Value, find};
 use crate::problem::echo;
 use crate::run_spec::{
-    AutoOr, BAD_SAMPLES_SHARE, BadSamples, CacheSpec, CheckpointSpec, DataSpec, ElasticSpec,
-    KeepSpec, OptimSpec, Order, Precision, Reduce, Resume, RunSpec, SLOTS_MAX, TrackSpec,
-    TrainSpec, Workers,
+    AutoOr, BAD_SAMPLES_SHARE, BadSamples, CacheMode, CacheSpec, CheckpointSpec, DATA_SCHEMES,
+    DataSpec, ElasticSpec, KeepSpec, OptimSpec, Order, Precision, Reduce, Resume, RunSpec,
+    SLOTS_MAX, TrackSpec, TrainSpec, Workers,
 };
 use crate::units::{Cadence, Length};
 
@@ -285,7 +285,7 @@ impl Reader<'_> {
     }
 
     fn data(&mut self, channels: Option<u32>, batch: Option<u32>) -> Option<DataSpec> {
-        let shards = self.path("data.shards");
+        let shards = self.place("data.shards", &DATA_SCHEMES);
         let order = self.word("data.order", Order::ALL);
         let lanes = self.lanes(batch);
         let block = match find(self.root, "data.block") {
@@ -333,7 +333,11 @@ impl Reader<'_> {
             return Some(None);
         }
         let (dir, size) = (self.path("data.cache.dir"), self.quantity("data.cache.size"));
-        Some(Some(CacheSpec { dir: dir?, size: size? }))
+        let mode = match find(self.root, "data.cache.mode") {
+            Some(_) => self.word("data.cache.mode", CacheMode::ALL),
+            None => Some(CacheMode::Auto),
+        };
+        Some(Some(CacheSpec { dir: dir?, size: size?, mode: mode? }))
     }
 
     /// Reads the lanes, which by default follow from the batch.

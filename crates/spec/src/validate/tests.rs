@@ -47,6 +47,7 @@ fn what_this_build_lacks() {
         "train.precision = \"bf-16\"\ntrain.reduce = \"fast\"",
         "data.bad_samples = \"zero-weight\"\ndata.order = \"random\"",
         "checkpoint.to = \"s3://bucket/run\"",
+        "data.cache = { dir = \"/nvme\", size = \"500GB\", mode = \"plane\" }",
     ];
     check(START, &cases, expect_file!["../../transcripts/lacking.txt"]);
 }

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use lacuna_api::v1;
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_data::ImageShape;
-use lacuna_data::dataset::Dataset;
+use lacuna_data::chunks::ChunkCacheConfig;
+use lacuna_data::dataset::{Access, Dataset};
 use lacuna_data::loader::{
     BadSamplePolicy, Loader, LoaderConfig, OnBadSample, warn_of_bad_samples,
 };
-use lacuna_data::planes::PlaneCache;
-use lacuna_spec::{AutoOr, BadSamples, CacheSpec, RunSpec};
+use lacuna_data::planes::{Fill, PlaneCache};
+use lacuna_spec::{AutoOr, BadSamples, CacheMode, CacheSpec, RunSpec};
 use lacuna_types::RunId;
 
 use super::bad_samples::describe;
@@ -105,7 +106,9 @@ impl Job {
     pub fn open_data(&self) -> Result<Arc<Dataset>, JobError> {
         let path = &self.spec.data.shards;
         let failed = |source| JobError::Data { path: path.clone(), source };
-        let dataset = Dataset::open(Path::new(path)).map_err(|err| failed(Box::new(err)))?;
+        let access = Access { chunks: self.chunks(), ..Access::default() };
+        let dataset = Dataset::open_with(Path::new(path), &access);
+        let dataset = dataset.map_err(|err| failed(Box::new(err)))?;
         let found = dataset.fingerprint().to_string();
         if found != self.fingerprint {
             let (path, want) = (path.clone(), self.fingerprint.clone());
@@ -156,10 +159,22 @@ impl Job {
         })
     }
 
-    /// Opens the cache that the spec names; one that cannot be used is left out and said so.
+    /// Says where chunks of remote shards are kept.
+    fn chunks(&self) -> Option<ChunkCacheConfig> {
+        let cache = self.spec.data.cache.as_ref()?;
+        Some(ChunkCacheConfig { dir: (&cache.dir).into(), bytes_max: cache.chunk_bytes() })
+    }
+
+    /// Opens the cache of planes that the spec names; one that cannot be used is left out and said so.
     fn planes(&self, dataset: &Arc<Dataset>) -> Option<Arc<PlaneCache>> {
-        let CacheSpec { dir, size } = self.spec.data.cache.as_ref()?;
-        match PlaneCache::open(Path::new(dir), size.0, dataset.clone()) {
+        let CacheSpec { dir, size, mode } = self.spec.data.cache.as_ref()?;
+        let fill = match mode {
+            CacheMode::Jpeg => return None,
+            CacheMode::Planes => Fill::Always,
+            CacheMode::Auto => Fill::WhenWaiting,
+        };
+        let bytes_max = if dataset.is_remote() { size.0 - size.0 / 2 } else { size.0 };
+        match PlaneCache::open(Path::new(dir), bytes_max, dataset.clone(), fill) {
             Ok(cache) => Some(Arc::new(cache)),
             Err(error) => {
                 let why = anyhow::Error::from(error);

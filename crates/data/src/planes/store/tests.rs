@@ -50,7 +50,7 @@ fn fixture() -> Fixture {
 impl Fixture {
     fn cache(&self, bytes_max: u64) -> PlaneCache {
         let dir = self.dir.path().join("cache");
-        PlaneCache::open(&dir, bytes_max, self.dataset.clone()).unwrap()
+        PlaneCache::open(&dir, bytes_max, self.dataset.clone(), Fill::Always).unwrap()
     }
 
     /// Renders every sample a few times and compares with what no cache gives.
@@ -209,6 +209,31 @@ fn a_chunk_that_cannot_be_opened_costs_no_pixel() {
     assert_eq!(cache.stats().hits, 0);
     let file = fixture.dir.path().join("a-file");
     fs::write(&file, b"").unwrap();
-    let error = PlaneCache::open(&file, 1, fixture.dataset.clone()).unwrap_err();
+    let error = PlaneCache::open(&file, 1, fixture.dataset.clone(), Fill::Always).unwrap_err();
     assert!(error.to_string().contains("a-file"), "{error}");
+}
+
+/// Nothing is written before steps wait for data; what is there is read all the same.
+#[test]
+fn waiting_fills_the_cache() {
+    let fixture = fixture();
+    let dir = fixture.dir.path().join("cache");
+    let open =
+        || PlaneCache::open(&dir, u64::MAX, fixture.dataset.clone(), Fill::WhenWaiting).unwrap();
+    let cache = open();
+    fixture.check(&cache);
+    assert_eq!((cache.stats().hits, cache.stats().bytes), (0, 0));
+    assert!(!cache.stats().filling);
+    cache.waited(std::time::Duration::from_secs(1), std::time::Duration::from_secs(20));
+    assert!(cache.stats().filling);
+    // How much is added depends on how long it takes; in the end all of it is.
+    let mut rounds = 0;
+    while cache.stats().hits == 0 && rounds < 200 {
+        fixture.check(&cache);
+        rounds += 1;
+    }
+    assert!(cache.stats().hits > 0, "{:?}", cache.stats());
+    let again = open();
+    fixture.check(&again);
+    assert!(again.stats().hits > 0);
 }

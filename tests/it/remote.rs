@@ -1,0 +1,100 @@
+//! Data behind a URL: a run over HTTP that fails in every way gives the bits of a run over files.
+
+use std::time::Duration;
+
+use lacuna_store::testing::{Fault, Server, mixed};
+use lacuna_tests::{Cluster, said, send_signal};
+use rustix::process::Signal;
+
+use crate::fixture;
+
+const STEPS: u64 = 120;
+
+/// Late answers, resets, cut answers and refusals, but an index that comes whole.
+fn unreliable(fixture: &lacuna_tests::Fixture) -> Server {
+    let shares = [
+        (5, Fault::Reset),
+        (5, Fault::Cut(40)),
+        (5, Fault::Status(500)),
+        (5, Fault::Status(503)),
+        (2, Fault::Drip { bytes: 2000, pause: Duration::from_millis(10) }),
+    ];
+    Server::start(&fixture.path(""), Duration::from_millis(2), mixed(7, &shares)).unwrap()
+}
+
+/// Two workers of one machine share a cache; one is killed again and again, while it downloads and
+/// afterwards.
+#[test]
+fn a_run_over_a_bad_network_with_kills_changes_no_bit() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start(&fixture);
+    let want = {
+        let spec = fixture.spec("local", STEPS, &[("elastic.workers", "\"1:1\"")]);
+        let run = cluster.submit(&spec);
+        cluster.add("l", 1);
+        let seen = cluster.wait_end(&run);
+        drop(cluster.take("l"));
+        seen.run.final_digest.expect("a finished run has a digest")
+    };
+    let server = unreliable(&fixture);
+    let shards = format!("\"{}/data\"", server.url());
+    let keys = [
+        ("data.shards", shards.as_str()),
+        ("data.order", "\"global\""),
+        ("data.cache", "{ dir = \"chunks\", size = \"1GB\", mode = \"jpeg\" }"),
+        ("elastic.workers", "\"1:2\""),
+    ];
+    let run = cluster.submit(&fixture.spec("remote", STEPS, &keys));
+    cluster.add("a", 2);
+    for at in [1, 30, 60] {
+        cluster.wait(&run, "some steps", |seen| seen.step() >= at && seen.run.workers.len() == 2);
+        send_signal(cluster.pid("a:cpu1"), Signal::KILL);
+    }
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
+    let kept = std::fs::read_dir(fixture.path("chunks")).unwrap().count();
+    assert_eq!(kept, 1, "a folder of this data set");
+    assert!(server.seen().iter().any(|seen| seen.fault != Fault::None), "faults were met");
+}
+
+/// The tools that look at data take a URL where they take a folder; S3 is found by its variables.
+#[test]
+fn tools_take_urls() {
+    let fixture = fixture();
+    let server = Server::plain(fixture.dir.path()).unwrap();
+    let with_s3 = |args: &[&str]| {
+        let mut command = fixture.lacuna(args);
+        command
+            .env("AWS_ENDPOINT_URL", server.url())
+            .env("AWS_ALLOW_HTTP", "true")
+            .env("AWS_ACCESS_KEY_ID", "key")
+            .env("AWS_SECRET_ACCESS_KEY", "secret")
+            .env("AWS_REGION", "us-east-1");
+        said(&command.output().unwrap())
+    };
+    std::fs::create_dir(fixture.path("bucket")).unwrap();
+    std::fs::rename(fixture.path("data"), fixture.path("bucket/data")).unwrap();
+    let (code, out, err) = with_s3(&["data", "verify", "s3://bucket/data"]);
+    assert_eq!(code, 0, "{out}{err}");
+    let local = said(&fixture.run(&["data", "index", "bucket/data", "-o", "json"]));
+    let (code, remote, err) = with_s3(&["data", "index", "s3://bucket/data", "-o", "json"]);
+    assert_eq!(code, 0, "{remote}{err}");
+    let fingerprint = |text: &str| {
+        let value: serde_json::Value = serde_json::from_str(text).unwrap();
+        value["fingerprint"].as_str().unwrap().to_string()
+    };
+    assert_eq!(fingerprint(&remote), fingerprint(&local.1));
+    let url = format!("{}/bucket/data", server.url());
+    let spec = fixture.spec("spec", 8, &[("data.shards", &format!("\"{url}\""))]);
+    let spec = spec.to_str().unwrap();
+    let (code, out, err) =
+        said(&fixture.run(&["data", "simulate", spec, "--nodes", "2", "--workers", "2"]));
+    assert_eq!(code, 0, "{out}{err}");
+    assert!(out.contains("holds what is in use"), "{out}");
+    let (code, _, err) = said(&fixture.run(&["data", "simulate", spec, "--nodes", "9"]));
+    assert_eq!(code, 2, "{err}");
+    let (code, _, err) = said(&fixture.run(&["data", "verify", &format!("{url}-not")]));
+    assert_eq!(code, 74, "{err}");
+    assert!(err.contains("-not` holds no index.lacuna"), "{err}");
+}
