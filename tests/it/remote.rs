@@ -86,7 +86,7 @@ fn tools_take_urls() {
     };
     assert_eq!(fingerprint(&remote), fingerprint(&local.1));
     let url = format!("{}/bucket/data", server.url());
-    let spec = fixture.spec("spec", 8, &[("data.shards", &format!("\"{url}\""))]);
+    let spec = fixture.spec("spec", 20, &[("data.shards", &format!("\"{url}\""))]);
     let spec = spec.to_str().unwrap();
     let (code, out, err) =
         said(&fixture.run(&["data", "simulate", spec, "--nodes", "2", "--workers", "2"]));

@@ -153,7 +153,7 @@ const FIELDS: &[Field] = &[
     placement(
         "data.cache.mode",
         "\"auto\"",
-        "what it keeps: jpeg (downloads), planes (those and decoded images), auto (planes once steps wait)",
+        "what it keeps: jpeg (downloads), planes (those and decoded images), auto",
     ),
     maths("train.duration", "\"800ep\"", "length of the run in ep or step"),
     maths("train.batch", "4096", "samples of a step over all workers"),

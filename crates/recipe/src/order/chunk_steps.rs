@@ -51,9 +51,9 @@ impl ChunkSteps {
     pub fn steps(&self, chunk: usize) -> Vec<Range<u64>> {
         let samples = self.bounds[chunk]..self.bounds[chunk + 1];
         let ranges = match &self.order.kind {
-            Kind::Global(_) => vec![0..self.n_steps],
+            Kind::Global(_) => Vec::from([0..self.n_steps]),
             Kind::Sequential => {
-                vec![samples.start / self.batch..samples.end.div_ceil(self.batch)]
+                Vec::from([samples.start / self.batch..samples.end.div_ceil(self.batch)])
             }
             Kind::Block(lanes) => {
                 let start = lanes.place_of(self.nth[chunk] as usize);

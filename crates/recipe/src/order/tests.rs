@@ -59,8 +59,8 @@ proptest! {
         prop_assert!(spec.steps_per_epoch() * u64::from(spec.batch) <= n);
     }
 
-    /// Every step reads only chunks whose steps it is among, and chunks are not said to be read long
-    /// before or after they are.
+    /// Every step reads only chunks whose steps it is among, and chunks are not said to be read
+    /// long before or after they are.
     #[test]
     fn chunks_know_their_steps(spec in any_spec(), epoch in 0u32..3) {
         let order = EpochOrder::new(&spec, epoch);

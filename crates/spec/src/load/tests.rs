@@ -123,7 +123,6 @@ fn bad_overrides() {
         "train.bach=3",
         "train.batch=many",
         "data.shards=a\nb=c",
-        "data.shards=ftp://host/x",
         "elastic.workers=\"3:1\"",
         "optim.base_lr=1e-2, 3",
     ];

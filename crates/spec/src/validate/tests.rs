@@ -150,6 +150,7 @@ fn whole_texts() {
         "schema = 1\nname = \"a\"\n[model]\nwidth = 8\n[data]\n[optim]\nwarmup = \"none\"",
         "schema = 2\nname = \"\"\nbase = \"preset:demo\"\ndata.shards = \"\"",
         "schema = \"1\"\nname = \"a/b\"\nbase = \"preset:demo\"\ndata.shards = \"a\\u0000\"",
+        "schema = 1\nname = \"a\"\nbase = \"preset:demo\"\ndata.shards = \"ftp://host/data\"",
         &long,
     ];
     check("", &cases, expect_file!["../../transcripts/whole.txt"]);

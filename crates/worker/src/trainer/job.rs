@@ -165,7 +165,8 @@ impl Job {
         Some(ChunkCacheConfig { dir: (&cache.dir).into(), bytes_max: cache.chunk_bytes() })
     }
 
-    /// Opens the cache of planes that the spec names; one that cannot be used is left out and said so.
+    /// Opens the cache of planes that the spec names; one that cannot be used is left out, and that
+    /// is said.
     fn planes(&self, dataset: &Arc<Dataset>) -> Option<Arc<PlaneCache>> {
         let CacheSpec { dir, size, mode } = self.spec.data.cache.as_ref()?;
         let fill = match mode {
