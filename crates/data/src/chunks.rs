@@ -3,9 +3,9 @@
 //! One file a chunk, `<dir>/<fingerprint>/chunks/<chunk>.chunk`, which holds the bytes of its shard
 //! from the chunk's first sample to its last, with holes where no sample lies. A file is written
 //! under another name, synced, and renamed; whoever writes holds a lock on it, which goes with its
-//! process. So what a killed process leaves is a whole chunk or a file that is written over, and the
-//! workers of a machine download a chunk once. Bytes are checked against the index when they come
-//! and each time they are read: a damaged file is thrown away and its chunk downloaded again.
+//! process. So what a killed process leaves is a whole chunk or a file that is written over, and
+//! the workers of a machine download a chunk once. Bytes are checked against the index when they
+//! come and each time they are read: a damaged file is thrown away, its chunk downloaded again.
 //!
 //! When the limit is reached, the chunk goes that the order needs last ([`Schedule`]).
 

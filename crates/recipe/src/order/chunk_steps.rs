@@ -1,5 +1,6 @@
 //! When the chunks of an epoch are read: the order, looked at from the data's side.
 
+use std::iter;
 use std::ops::Range;
 
 use super::{EpochOrder, Kind, Lanes, OrderSpec, PLACES_STRIDE, cut, cut_of};
@@ -50,10 +51,10 @@ impl ChunkSteps {
     /// epoch drops, are left out.
     pub fn steps(&self, chunk: usize) -> Vec<Range<u64>> {
         let samples = self.bounds[chunk]..self.bounds[chunk + 1];
-        let ranges = match &self.order.kind {
-            Kind::Global(_) => Vec::from([0..self.n_steps]),
+        let ranges: Vec<Range<u64>> = match &self.order.kind {
+            Kind::Global(_) => iter::once(0..self.n_steps).collect(),
             Kind::Sequential => {
-                Vec::from([samples.start / self.batch..samples.end.div_ceil(self.batch)])
+                iter::once(samples.start / self.batch..samples.end.div_ceil(self.batch)).collect()
             }
             Kind::Block(lanes) => {
                 let start = lanes.place_of(self.nth[chunk] as usize);
