@@ -98,3 +98,26 @@ fn tools_take_urls() {
     assert_eq!(code, 74, "{err}");
     assert!(err.contains("-not` holds no index.lacuna"), "{err}");
 }
+
+/// Numbers about loading lie in a file for each worker, in Prometheus' text format.
+#[test]
+fn workers_write_metrics() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start(&fixture);
+    let run = cluster.submit(&fixture.spec("counted", 20, &[("elastic.workers", "\"2:2\"")]));
+    let dir = fixture.path("metrics");
+    cluster.add_with("m", 2, &["--once", "--metrics-dir", dir.to_str().unwrap()], &[]);
+    cluster.wait_end(&run);
+    assert!(cluster.take("m").wait().success());
+    let mut slots = 0;
+    for worker in ["m-cpu0", "m-cpu1"] {
+        let path = fixture.path(&format!("metrics/lacuna-data-{worker}.prom"));
+        let text = std::fs::read_to_string(path).unwrap();
+        let labels = format!("{{run=\"counted\",worker=\"{}\"}} ", worker.replace('-', ":"));
+        let start = format!("lacuna_data_slots_total{labels}");
+        let line = text.lines().find(|line| line.starts_with(&start));
+        let value = line.unwrap_or_else(|| panic!("{text}")).rsplit(' ').next().unwrap();
+        slots += value.parse::<u64>().unwrap();
+    }
+    assert_eq!(slots, 20 * 8, "every slot was delivered once");
+}

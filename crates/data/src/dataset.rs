@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use lacuna_recipe::order::{OrderParams, OrderSpec};
 use lacuna_store::{Limits, Stop, StoreError, StoreStats, is_url};
@@ -146,6 +147,7 @@ pub struct Dataset {
     folder: PathBuf,
     index: Arc<Index>,
     shards: Shards,
+    file_bytes: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -167,7 +169,8 @@ impl Dataset {
         if let Some(url) = path.to_str().filter(|text| is_url(text)) {
             let (folder, index, remote) = remote::open(url, access)?;
             let shards = Shards::Remote(Box::new(remote));
-            return Ok(Dataset { folder: PathBuf::from(folder), index, shards });
+            let folder = PathBuf::from(folder);
+            return Ok(Dataset { folder, index, shards, file_bytes: AtomicU64::new(0) });
         }
         let io = |source| OpenError::Io { path: path.to_path_buf(), source };
         let meta = fs::metadata(path).map_err(io)?;
@@ -182,7 +185,7 @@ impl Dataset {
         }
         let index = Index::read(&index_path)?;
         let shards = Shards::Files(ShardFiles::open(&folder, &index)?);
-        Ok(Dataset { folder, index: Arc::new(index), shards })
+        Ok(Dataset { folder, index: Arc::new(index), shards, file_bytes: AtomicU64::new(0) })
     }
 
     /// Returns the folder of index and shards, or its URL.
@@ -239,6 +242,7 @@ impl Dataset {
         let read = match &self.shards {
             Shards::Files(files) => {
                 out.resize(record.bytes as usize, 0);
+                self.file_bytes.fetch_add(record.bytes.into(), Ordering::Relaxed);
                 files.read(self.index.shard_of(id), record.offset, out)
             }
             Shards::Remote(remote) => remote.read(&self.index, id, out, stop),
@@ -274,6 +278,11 @@ impl Dataset {
             Shards::Files(_) => None,
             Shards::Remote(remote) => remote.chunks(),
         }
+    }
+
+    /// Returns how many bytes of samples were read from files so far.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes.load(Ordering::Relaxed)
     }
 
     /// Tells whether the shards lie behind a URL.

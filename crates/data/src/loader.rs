@@ -5,12 +5,13 @@
 //! [`Loader::stream`] computes slots ahead of their use in threads of its own.
 
 mod ahead;
+mod metrics;
 mod stream;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lacuna_recipe::augment::{Augment, AugmentError};
 use lacuna_recipe::mask::MaskOrder;
@@ -19,6 +20,8 @@ use lacuna_recipe::step::{Geometry, GeometryError, SlotBatch};
 use lacuna_store::Stop;
 use lacuna_types::{SampleId, Slot, Step};
 
+use self::metrics::Meters;
+pub use self::metrics::{LoaderStats, LoaderWatch, SAMPLE_BOUNDS_US};
 pub use self::stream::SlotStream;
 use crate::dataset::{Dataset, SamplePlace};
 use crate::files::chain;
@@ -224,6 +227,7 @@ struct Inner {
     /// Readers that no call is using.
     readers: Mutex<Vec<SampleReader>>,
     n_bad: AtomicU64,
+    meters: Meters,
 }
 
 impl Loader {
@@ -236,6 +240,7 @@ impl Loader {
                 orders: Mutex::new(Vec::new()),
                 readers: Mutex::new(Vec::new()),
                 n_bad: AtomicU64::new(0),
+                meters: Meters::default(),
             }),
         })
     }
@@ -349,7 +354,9 @@ impl Inner {
             if stop.is_raised() {
                 return Err(LoadError::Stopped);
             }
+            let began = Instant::now();
             self.fill(slot, epoch, id, reader, &mut bad_in_row, out)?;
+            self.meters.sample(began.elapsed());
             let mask = MaskOrder::draw(order.seed, epoch, id.0, *n_patches);
             ids_shuffle.extend(mask.ids_shuffle);
         }

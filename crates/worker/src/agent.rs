@@ -325,6 +325,9 @@ impl Supervisor {
         if let Some(addr) = self.args.advertise_addr {
             command.args(["--advertise-addr", &addr.to_string()]);
         }
+        if let Some(dir) = &self.args.metrics_dir {
+            command.arg("--metrics-dir").arg(dir);
+        }
         command.spawn()
     }
 

@@ -82,6 +82,11 @@ pub struct AgentArgs {
     #[arg(long, hide = true)]
     pub with_parent: bool,
 
+    /// Folder for files of metrics in Prometheus' text format, one for each trainer, which the
+    /// textfile collector of a node exporter reads.
+    #[arg(long, env = "LACUNA_METRICS_DIR", value_name = "FOLDER")]
+    pub metrics_dir: Option<PathBuf>,
+
     /// How the trainers reach their peers.
     #[command(flatten)]
     pub transport: TransportArgs,
@@ -176,6 +181,10 @@ pub struct TrainerArgs {
     /// Seconds without a coordinator after which to give up.
     #[arg(long)]
     pub give_up_seconds: u64,
+
+    /// Folder for files of metrics.
+    #[arg(long)]
+    pub metrics_dir: Option<PathBuf>,
 
     /// How to reach peers.
     #[command(flatten)]

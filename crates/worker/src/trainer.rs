@@ -2,6 +2,7 @@
 
 pub mod bad_samples;
 pub mod job;
+pub mod metrics;
 pub mod saver;
 pub mod session;
 pub mod shared;

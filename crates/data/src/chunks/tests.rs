@@ -317,7 +317,7 @@ fn bad_at_the_source_is_bad_everywhere_alike() {
     let flip = std::sync::atomic::AtomicU64::new(0);
     let plan: Box<Plan> = Box::new(move |_, path| match path.ends_with(".tar") {
         // Another part of the bytes each time.
-        true if flip.fetch_add(1, Ordering::Relaxed) % 2 == 0 => Fault::Garble,
+        true if flip.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) => Fault::Garble,
         _ => Fault::None,
     });
     let other = self::desk(Duration::ZERO, plan);

@@ -195,15 +195,18 @@ impl SlotStream {
             }
             if let Some(result) = state.loaded.remove(&number) {
                 state.delivered += 1;
+                let ready = state.loaded.len();
                 drop(state);
                 shared.room.notify_one();
+                let step = shared.slot(number).step.0;
+                shared.inner.meters.delivered(step, start.elapsed(), ready);
                 if let Some(planes) = &shared.inner.config.planes {
                     let passed = self.last.map_or(Duration::ZERO, |last| last.elapsed());
                     planes.waited(start.elapsed().min(passed), passed);
                     self.last = Some(Instant::now());
                 }
                 if let Some(ahead) = &shared.ahead {
-                    ahead.advance(shared.slot(number).step.0, number + 1);
+                    ahead.advance(step, number + 1);
                 }
                 return result;
             }

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
 use super::job::Job;
+use super::metrics::MetricsFile;
 use super::saver::Saver;
 use super::shared::{Order, Shared, SharedHandle};
 use super::step_loop::StepLoop;
@@ -376,6 +377,10 @@ impl Start {
             .job
             .loader(dataset, self.args.local_world, self.shared.clone())
             .map_err(|err| storage(&err))?;
+        let metrics = self.args.metrics_dir.as_deref().map(|dir| {
+            let run = self.job.run.to_string();
+            MetricsFile::start(dir, &run, &self.args.worker_id, loader.watch())
+        });
         let engine_spec = self.job.engine_spec(&self.args.device);
         let mut engine = self.backend.engine(&engine_spec).map_err(|err| local(&err))?;
         let probe = whole_probe(engine.as_mut()).map_err(|err| local(&err))?;
@@ -395,6 +400,7 @@ impl Start {
             reports: self.reports,
             counters: None,
             raised_save: 0,
+            metrics,
         })
     }
 }

@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::job::Job;
+use super::metrics::MetricsFile;
 use super::saver::{SaveJob, Saver};
 use super::shared::{Order, SharedHandle};
 use super::step_math::{MathError, StepMath};
@@ -61,6 +62,8 @@ pub struct StepLoop {
     pub counters: Option<Counters>,
     /// Checkpoint attempt that this rank's newest sum carried, 0 for none.
     pub raised_save: u64,
+    /// Written until the loop ends.
+    pub metrics: Option<MetricsFile>,
 }
 
 /// A generation this worker is in.
@@ -462,6 +465,9 @@ impl StepLoop {
         let due = step.is_multiple_of(spec.train.digest_every);
         let digest = if due { Some(self.digest()?) } else { None };
         let last = step == self.job.resolved.total_steps || summary.stop;
+        if last {
+            self.metrics.iter().for_each(MetricsFile::write);
+        }
         if !(due || last || step.is_multiple_of(self.job.track_every)) {
             return Ok(());
         }
