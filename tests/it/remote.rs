@@ -1,5 +1,7 @@
 //! Data behind a URL: a run over HTTP that fails in every way gives the bits of a run over files.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lacuna_store::testing::{Fault, Server, mixed};
@@ -27,15 +29,8 @@ fn unreliable(fixture: &lacuna_tests::Fixture) -> Server {
 #[test]
 fn a_run_over_a_bad_network_with_kills_changes_no_bit() {
     let fixture = fixture();
+    let want = undisturbed(&fixture);
     let mut cluster = Cluster::start(&fixture);
-    let want = {
-        let spec = fixture.spec("local", STEPS, &[("elastic.workers", "\"1:1\"")]);
-        let run = cluster.submit(&spec);
-        cluster.add("l", 1);
-        let seen = cluster.wait_end(&run);
-        drop(cluster.take("l"));
-        seen.run.final_digest.expect("a finished run has a digest")
-    };
     let server = unreliable(&fixture);
     let shards = format!("\"{}/data\"", server.url());
     let keys = [
@@ -56,6 +51,51 @@ fn a_run_over_a_bad_network_with_kills_changes_no_bit() {
     let kept = std::fs::read_dir(fixture.path("chunks")).unwrap().count();
     assert_eq!(kept, 1, "a folder of this data set");
     assert!(server.seen().iter().any(|seen| seen.fault != Fault::None), "faults were met");
+}
+
+/// A store that is away for longer than its deadline costs time: nobody is unfit, no process ends,
+/// and the run goes on where it was.
+#[test]
+fn an_outage_costs_no_worker_and_no_bit() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture);
+    let mut cluster = Cluster::start(&fixture);
+    let away = Arc::new(AtomicBool::new(false));
+    let of_plan = away.clone();
+    let plan = move |_: u64, path: &str| match of_plan.load(Ordering::Relaxed) {
+        true if path.ends_with(".tar") => Fault::Status(503),
+        _ => Fault::None,
+    };
+    let server = Server::start(&fixture.path(""), Duration::ZERO, Box::new(plan)).unwrap();
+    let shards = format!("\"{}/data\"", server.url());
+    // Without a cache each step asks the store.
+    let keys = [
+        ("data.shards", shards.as_str()),
+        ("data.deadline_seconds", "1"),
+        ("elastic.workers", "\"2:2\""),
+    ];
+    let run = cluster.submit(&fixture.spec("outage", STEPS, &keys));
+    cluster.add("a", 2);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 20);
+    let pids = [cluster.pid("a:cpu0"), cluster.pid("a:cpu1")];
+    away.store(true, Ordering::Relaxed);
+    cluster.wait(&run, "the group forms anew", |seen| seen.count("formed") >= 2);
+    away.store(false, Ordering::Relaxed);
+    let seen = cluster.wait(&run, "steps after it", |seen| seen.step() >= 100);
+    assert_eq!([cluster.pid("a:cpu0"), cluster.pid("a:cpu1")], pids, "{}", seen.text());
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
+    assert!(seen.text().contains("given up after"), "{}", seen.text());
+}
+
+/// The digest of the run over files.
+fn undisturbed(fixture: &lacuna_tests::Fixture) -> u64 {
+    let mut cluster = Cluster::start(fixture);
+    let spec = fixture.spec("local", STEPS, &[("elastic.workers", "\"1:1\"")]);
+    let run = cluster.submit(&spec);
+    cluster.add("l", 1);
+    cluster.wait_end(&run).run.final_digest.expect("a finished run has a digest")
 }
 
 /// The tools that look at data take a URL where they take a folder; S3 is found by its variables.

@@ -31,10 +31,13 @@ pub(crate) use self::download::sample as read_sample;
 use crate::index::{Index, SampleRecord, crc32};
 
 /// Chunk files kept open at a time.
-const FILES_OPEN_MAX: usize = 128;
+const FILES_OPEN_MAX: usize = 32;
 
 /// How often a waiting thread looks whether it should stop.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// A larger chunk, of another program's index, is not kept: its samples are read by themselves.
+const CHUNK_KEPT_MAX: u64 = 256 << 20;
 
 /// After the disk failed, it is left alone for so long.
 const DISK_PAUSE: Duration = Duration::from_secs(10);
@@ -46,6 +49,8 @@ pub struct ChunkCacheConfig {
     pub dir: PathBuf,
     /// Most bytes that the chunks of this data set may take.
     pub bytes_max: u64,
+    /// Processes of this machine that share them, at least 1.
+    pub sharers: usize,
 }
 
 /// What a cache of chunks has done so far.
@@ -133,6 +138,7 @@ pub(crate) type ChunkError = io::Error;
 pub struct ChunkCache {
     folder: PathBuf,
     bytes_max: u64,
+    sharers: u64,
     store: Arc<Store>,
     index: Arc<Index>,
     state: Mutex<State>,
@@ -153,8 +159,12 @@ struct State {
     asked: u64,
     /// Chunks that a thread of this process downloads.
     coming: BTreeSet<usize>,
-    /// Bytes that the chunks take, as far as this process knows.
-    bytes: u64,
+    /// Bytes that the chunks took when the folder was last looked at.
+    scanned: u64,
+    /// Bytes that this process has added since then.
+    added: u64,
+    /// Bytes of chunks that it is writing.
+    writing: u64,
     /// Until when the disk is left alone.
     closed_until: Option<Instant>,
 }
@@ -187,6 +197,7 @@ impl ChunkCache {
         let cache = ChunkCache {
             folder,
             bytes_max: config.bytes_max,
+            sharers: config.sharers.max(1) as u64,
             store,
             index,
             state: Mutex::new(State::default()),
@@ -199,7 +210,8 @@ impl ChunkCache {
             damaged: AtomicU64::new(0),
             told: AtomicBool::new(false),
         };
-        cache.lock().bytes = cache.scan().iter().map(|(_, bytes)| bytes).sum();
+        cache.remove_abandoned();
+        cache.lock().scanned = cache.scan().iter().map(|(_, bytes)| bytes).sum();
         Ok(cache)
     }
 
@@ -212,9 +224,33 @@ impl ChunkCache {
         &self.folder
     }
 
-    /// Returns the most bytes that chunks may take.
-    pub fn bytes_max(&self) -> u64 {
-        self.bytes_max
+    /// Returns how many bytes of chunks this process may have fetched and not used up, and how
+    /// many of those before their first use: its part of three quarters and an eighth of all.
+    pub(crate) fn ahead_bytes(&self) -> (u64, u64) {
+        (self.bytes_max / 4 * 3 / self.sharers, self.bytes_max / 8 / self.sharers)
+    }
+
+    /// Tells whether chunks are worth fetching ahead: not where any sample may be next, unless there
+    /// is room for all of them.
+    pub(crate) fn fetches_ahead(&self) -> bool {
+        let all = || self.index.shards().iter().map(|shard| shard.bytes).sum::<u64>();
+        !self.reads_alone() || all() <= self.bytes_max / 4 * 3
+    }
+
+    /// Tells whether a sample is read by itself where its chunk is not there.
+    fn reads_alone(&self) -> bool {
+        self.schedule().is_some_and(|schedule| !schedule.keeps_chunks_together())
+    }
+
+    /// Tells whether a chunk is too large to be kept.
+    fn is_too_large(&self, chunk: usize) -> bool {
+        self.chunk_bytes(chunk) > self.bytes_max.min(CHUNK_KEPT_MAX)
+    }
+
+    /// Tells whether a sample is to be asked for by itself.
+    pub(crate) fn wants_alone(&self, id: SampleId) -> bool {
+        let chunk = self.index.chunk_of(id);
+        (self.reads_alone() || self.is_closed() || self.is_too_large(chunk)) && !self.has(chunk)
     }
 
     /// Returns what was done so far.
@@ -263,8 +299,7 @@ impl ChunkCache {
             return Ok(());
         }
         self.misses.fetch_add(1, Ordering::Relaxed);
-        let alone = self.schedule().is_some_and(|schedule| !schedule.keeps_chunks_together());
-        if alone || self.is_closed() {
+        if self.wants_alone(id) {
             return download::sample(&self.store, &self.index, id, out, stop);
         }
         match self.fetch(chunk, stop)? {
@@ -278,12 +313,15 @@ impl ChunkCache {
         }
     }
 
-    /// Makes sure that a chunk is on the disk, or finds that the disk does not take it.
-    pub(crate) fn prefetch(&self, chunk: usize, stop: &Stop) -> Result<(), ChunkError> {
-        if self.opened(chunk).is_some() || self.is_closed() {
-            return Ok(());
+    /// Makes sure that a chunk is on the disk; tells whether it is, or never will be.
+    pub(crate) fn prefetch(&self, chunk: usize, stop: &Stop) -> Result<bool, ChunkError> {
+        if self.has(chunk) || self.is_too_large(chunk) {
+            return Ok(true);
         }
-        self.fetch(chunk, stop).map(|_| ())
+        if self.is_closed() || !self.would_keep(chunk) {
+            return Ok(false);
+        }
+        self.fetch(chunk, stop).map(|_| true)
     }
 
     /// Tells whether a chunk's file is there.
@@ -362,7 +400,12 @@ impl ChunkCache {
                 None
             }
         };
-        let downloaded = download::chunk(&self.store, &self.index, chunk, stop)?;
+        let downloaded = download::chunk(&self.store, &self.index, chunk, stop);
+        if downloaded.is_err() && part.is_some() {
+            // Nobody else can have it while it is locked.
+            let _ = self.drop_part(chunk);
+        }
+        let downloaded = downloaded?;
         self.downloads.fetch_add(1, Ordering::Relaxed);
         if let Some(part) = part.take()
             && let Err(error) = self.keep(chunk, part, &downloaded)

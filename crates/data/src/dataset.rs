@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use lacuna_recipe::order::{OrderParams, OrderSpec};
-use lacuna_store::{Limits, Stop, StoreError, StoreStats, is_url};
+use lacuna_store::{Limits, Pending, Stop, StoreError, StoreStats, is_url};
 use lacuna_types::SampleId;
 
 use self::files::ShardFiles;
@@ -261,6 +261,14 @@ impl Dataset {
             });
         }
         Ok(())
+    }
+
+    /// Starts to fetch a sample that is read by itself from a store; nothing where it is not.
+    pub(crate) fn begin(&self, id: SampleId) -> Option<Pending<Vec<u8>>> {
+        match &self.shards {
+            Shards::Files(_) => None,
+            Shards::Remote(remote) => remote.begin(&self.index, id),
+        }
     }
 
     /// Reads a shard from its beginning to its end.

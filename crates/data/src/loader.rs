@@ -17,13 +17,13 @@ use lacuna_recipe::augment::{Augment, AugmentError};
 use lacuna_recipe::mask::MaskOrder;
 use lacuna_recipe::order::{EpochOrder, OrderError, OrderSpec, substitute};
 use lacuna_recipe::step::{Geometry, GeometryError, SlotBatch};
-use lacuna_store::Stop;
+use lacuna_store::{Stop, StoreError};
 use lacuna_types::{SampleId, Slot, Step};
 
 use self::metrics::Meters;
 pub use self::metrics::{LoaderStats, LoaderWatch, SAMPLE_BOUNDS_US};
 pub use self::stream::SlotStream;
-use crate::dataset::{Dataset, SamplePlace};
+use crate::dataset::{Dataset, ReadSampleError, SamplePlace};
 use crate::files::chain;
 use crate::planes::PlaneCache;
 use crate::reader::{SampleError, SampleReader};
@@ -230,6 +230,16 @@ struct Inner {
     meters: Meters,
 }
 
+impl LoadError {
+    /// Tells whether a store did not answer in time: nothing is wrong with this worker or its data.
+    pub fn is_passing(&self) -> bool {
+        let LoadError::Sample { source, .. } = self else { return false };
+        let SampleError::Read(ReadSampleError::Io { source, .. }) = &**source else { return false };
+        let of_store = source.get_ref().and_then(|error| error.downcast_ref::<StoreError>());
+        matches!(of_store, Some(StoreError::Deadline { .. }))
+    }
+}
+
 impl Loader {
     /// Checks a configuration; nothing is read and no thread starts.
     pub fn new(config: LoaderConfig) -> Result<Self, LoaderConfigError> {
@@ -347,6 +357,9 @@ impl Inner {
         );
         let (epoch, _) = geometry.place(slot.step);
         let samples = self.samples(slot);
+        let planes = self.config.planes.as_ref();
+        let missing = samples.iter().filter(|id| !planes.is_some_and(|planes| planes.holds(**id)));
+        reader.expect(&self.config.dataset, missing.copied());
         let mut pixels: Vec<u8> = vec![0; samples.len() * shape.bytes()];
         let mut ids_shuffle: Vec<u32> = Vec::with_capacity(samples.len() * n_patches);
         let mut bad_in_row: u32 = 0;

@@ -1,5 +1,6 @@
 //! One sample at a time, from its place on disk to pixels.
 
+use std::collections::BTreeMap;
 #[cfg(feature = "turbo")]
 use std::time::Instant;
 
@@ -7,10 +8,11 @@ use lacuna_pixels::{DecodeError, Decoder, ImageShape};
 #[cfg(feature = "turbo")]
 use lacuna_pixels::{PlaneBuffers, Planes};
 use lacuna_recipe::augment::{CropBox, Size};
-use lacuna_store::Stop;
+use lacuna_store::{Pending, Stop};
 use lacuna_types::SampleId;
 
 use crate::dataset::{Dataset, ReadSampleError, SamplePlace};
+use crate::index::crc32;
 use crate::planes::PlaneCache;
 
 /// A sample that gives no pixels.
@@ -51,6 +53,8 @@ impl SampleError {
 pub struct SampleReader {
     bytes: Vec<u8>,
     stop: Stop,
+    /// Samples that are on their way from a store.
+    coming: BTreeMap<SampleId, Pending<Vec<u8>>>,
     decoder: Decoder,
     #[cfg(feature = "turbo")]
     planes: PlaneBuffers,
@@ -67,9 +71,29 @@ impl SampleReader {
         self.stop = stop;
     }
 
+    /// Starts to fetch samples that will be asked for, where each is a request of its own; whatever
+    /// was expected before is forgotten.
+    pub fn expect(&mut self, dataset: &Dataset, ids: impl Iterator<Item = SampleId>) {
+        self.coming.clear();
+        self.coming.extend(ids.filter_map(|id| Some((id, dataset.begin(id)?))));
+    }
+
+    /// Reads a sample's bytes.
+    fn fetch(&mut self, dataset: &Dataset, id: SampleId) -> Result<(), ReadSampleError> {
+        if let Some(pending) = self.coming.remove(&id)
+            && let Ok(bytes) = pending.wait(&self.stop)
+            && crc32(&bytes) == dataset.index().record(id).crc
+        {
+            self.bytes = bytes;
+            return Ok(());
+        }
+        // It was not expected, or did not come as indexed: the long way tells what is wrong.
+        dataset.read_unless(&self.stop, id, &mut self.bytes)
+    }
+
     /// Reads and decodes a sample and returns the image's size.
     pub fn decode(&mut self, dataset: &Dataset, id: SampleId) -> Result<Size, SampleError> {
-        dataset.read_unless(&self.stop, id, &mut self.bytes)?;
+        self.fetch(dataset, id)?;
         let decoded = self.decoder.decode(&self.bytes);
         decoded.map_err(|source| SampleError::Decode { place: Box::new(dataset.place(id)), source })
     }
@@ -104,7 +128,7 @@ impl SampleReader {
             took(false);
             return rendered;
         }
-        dataset.read_unless(&self.stop, id, &mut self.bytes)?;
+        self.fetch(dataset, id)?;
         match self.decoder.planes(&self.bytes, &mut self.planes) {
             Ok(Some(layout)) if layout.size == size => {
                 cache.write(id, &record, &layout, &self.planes);
@@ -146,7 +170,7 @@ impl SampleReader {
         shape: ImageShape,
         out: &mut [u8],
     ) -> Result<(), SampleError> {
-        dataset.read_unless(&self.stop, id, &mut self.bytes)?;
+        self.fetch(dataset, id)?;
         match self.decoder.decode_and_render(&self.bytes, choose, shape, out) {
             Ok(_) => Ok(()),
             Err(source) => Err(SampleError::Decode { place: Box::new(dataset.place(id)), source }),

@@ -145,6 +145,11 @@ const FIELDS: &[Field] = &[
     ),
     placement("data.threads", "4", "threads of a worker that decode, or \"auto\""),
     placement(
+        "data.deadline_seconds",
+        "50",
+        "seconds that a read from a store is tried before the group forms again, up to 100",
+    ),
+    placement(
         "data.cache.dir",
         "\"/nvme/lacuna\"",
         "folder on a local disk for what was downloaded, and for decoded planes of JPEG",

@@ -84,6 +84,10 @@ word! {
     }
 }
 
+/// Seconds that a read from a store is tried where a spec does not say: well below the two minutes
+/// that a step waits for its data.
+pub const DEADLINE_SECONDS: u32 = 50;
+
 /// Schemes of the URLs that data may lie behind.
 pub const DATA_SCHEMES: [&str; 6] = ["s3", "gs", "az", "abfs", "http", "https"];
 
@@ -205,6 +209,7 @@ pub struct DataSpec {
     pub bad_samples: BadSamples,
     pub bad_samples_max: f64,
     pub threads: AutoOr<u32>,
+    pub deadline_seconds: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheSpec>,
 }

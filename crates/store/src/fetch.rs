@@ -27,7 +27,11 @@ pub(crate) async fn read(
     deadline: Duration,
 ) -> Result<Vec<u8>, StoreError> {
     let wanted = (range.end - range.start) as usize;
-    let mut out: Vec<u8> = Vec::with_capacity(wanted);
+    let mut out: Vec<u8> = Vec::new();
+    if out.try_reserve_exact(wanted).is_err() {
+        let (object, why) = (shared.url(name), format!("no memory for {wanted} bytes of it"));
+        return Err(StoreError::Unsupported { object, why });
+    }
     let path = shared.path(name);
     let start = Instant::now();
     let end = start + deadline;
@@ -131,10 +135,17 @@ fn judge(shared: &Shared, name: &str, error: object_store::Error) -> Trouble {
         Error::NotImplemented { .. } | Error::InvalidPath { .. } => {
             StoreError::Unsupported { object, why }
         }
-        // The text is all that tells; what is asked wrongly stays wrong.
-        _ if why.contains("status code: 400") => StoreError::Refused { object, why },
+        _ if is_final(&why) => StoreError::Refused { object, why },
         _ => return Trouble::Again(why),
     })
+}
+
+/// Tells whether a status says that asking again is no use; the text is all that has it.
+fn is_final(why: &str) -> bool {
+    let status = why.split_once("status code: ").and_then(|(_, rest)| rest.get(..3)?.parse().ok());
+    let passing = [408, 425, 429];
+    let is_redirect = why.contains("redirect");
+    is_redirect || status.is_some_and(|s: u16| (300..500).contains(&s) && !passing.contains(&s))
 }
 
 /// Returns an error with its causes, without what they repeat.
@@ -151,11 +162,12 @@ pub(crate) fn reason(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Asks for something small until it is answered.
+/// Asks for something small until it is answered; `patience` bounds an attempt.
 pub(crate) async fn ask<T, F>(
     shared: &Shared,
     name: &str,
     deadline: Duration,
+    patience: Duration,
     mut request: impl FnMut() -> F,
 ) -> Result<T, StoreError>
 where
@@ -166,7 +178,7 @@ where
     let mut attempts: u32 = 0;
     let last = loop {
         attempts += 1;
-        let attempt = (Instant::now() + shared.limits.attempt).min(end);
+        let attempt = (Instant::now() + patience).min(end);
         let why = match timeout_at(attempt, request()).await {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(error)) => match judge(shared, name, error) {

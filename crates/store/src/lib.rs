@@ -25,7 +25,7 @@ pub use error::StoreError;
 pub use limits::{Limits, Stop};
 pub use place::is_url;
 pub use reader::ObjectReader;
-pub use store::{ObjectInfo, Store, StoreStats};
+pub use store::{ObjectInfo, Pending, Store, StoreStats};
 
 #[cfg(test)]
 mod tests;

@@ -24,7 +24,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Limits {
-            deadline: Duration::from_secs(100),
+            deadline: Duration::from_secs(50),
             stall: Duration::from_secs(10),
             attempt: Duration::from_secs(20),
             backoff_first: Duration::from_millis(50),

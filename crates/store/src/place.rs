@@ -1,13 +1,14 @@
 //! From a URL to the store behind it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::path::Path;
-use object_store::{ClientOptions, ObjectStore, ObjectStoreScheme, RetryConfig};
+use object_store::{ObjectStore, ObjectStoreScheme, RetryConfig};
 use url::{Position, Url};
 
 use crate::error::StoreError;
@@ -38,20 +39,29 @@ pub(crate) fn open(
 ) -> Result<Place, StoreError> {
     let wrong = |why: String| StoreError::Url { url: text.to_string(), why };
     let url = Url::parse(text).map_err(|error| wrong(error.to_string()))?;
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(wrong("it has a query or a fragment, which would be lost".to_string()));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(wrong("credentials in it would be printed: use the environment".to_string()));
+    }
     let (scheme, folder) =
         ObjectStoreScheme::parse(&url).map_err(|error| wrong(error.to_string()))?;
     // Another one that is already there will do as well.
     let _ = rustls::crypto::ring::default_provider().install_default();
     // Asking again is done by `fetch.rs`, which keeps what came.
     let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
-    let client = ClientOptions::new()
-        .with_timeout(limits.attempt + limits.stall)
-        .with_connect_timeout(limits.stall);
+    let seconds = |time: Duration| format!("{} seconds", time.as_secs().max(1));
+    let (timeout, connect) = (seconds(limits.deadline), seconds(limits.stall));
+    let plain = [("timeout", timeout.as_str()), ("connect_timeout", connect.as_str())];
+    // Only what goes to plain HTTP by its own URL may; S3's variables say so for their endpoint.
+    let more: Vec<(&str, &str)> =
+        if url.scheme() == "http" { vec![("allow_http", "true")] } else { Vec::new() };
     /// All builders have the same functions and no common trait.
     macro_rules! build {
         ($builder:expr) => {{
             let mut builder = $builder;
-            for (key, value) in options {
+            for (key, value) in plain.iter().chain(&more).chain(options) {
                 let key =
                     key.parse().map_err(|error: object_store::Error| wrong(error.to_string()))?;
                 builder = builder.with_config(key, *value);
@@ -59,25 +69,19 @@ pub(crate) fn open(
             Arc::new(builder.build().map_err(|error| wrong(error.to_string()))?)
         }};
     }
-    let from_env = |name: &str| std::env::var(name).is_ok_and(|value| value == "true");
     let store: Arc<dyn ObjectStore> = match scheme {
         ObjectStoreScheme::AmazonS3 => {
-            let client = client.with_allow_http(from_env("AWS_ALLOW_HTTP"));
-            let builder = AmazonS3Builder::from_env().with_client_options(client);
-            build!(builder.with_url(text).with_retry(retry))
+            build!(AmazonS3Builder::from_env().with_url(text).with_retry(retry))
         }
         ObjectStoreScheme::GoogleCloudStorage => {
-            let builder = GoogleCloudStorageBuilder::from_env().with_client_options(client);
-            build!(builder.with_url(text).with_retry(retry))
+            build!(GoogleCloudStorageBuilder::from_env().with_url(text).with_retry(retry))
         }
         ObjectStoreScheme::MicrosoftAzure => {
-            let builder = MicrosoftAzureBuilder::from_env().with_client_options(client);
-            build!(builder.with_url(text).with_retry(retry))
+            build!(MicrosoftAzureBuilder::from_env().with_url(text).with_retry(retry))
         }
         ObjectStoreScheme::Http => {
-            let client = client.with_allow_http(url.scheme() == "http");
-            let builder = HttpBuilder::new().with_url(&url[..Position::BeforePath]);
-            build!(builder.with_client_options(client).with_retry(retry))
+            let host = &url[..Position::BeforePath];
+            build!(HttpBuilder::new().with_url(host).with_retry(retry))
         }
         _ => {
             let known = "s3, gs, az, abfs, http and https are known";

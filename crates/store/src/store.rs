@@ -28,6 +28,12 @@ const LOOK: Duration = Duration::from_millis(50);
 /// How much longer than its deadline a request may take to say so.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// How long a listing may take.
+const LIST_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How long writing an object may take.
+const PUT_DEADLINE: Duration = Duration::from_secs(600);
+
 /// Most objects that a listing returns.
 const LISTED_MAX: usize = 4_000_000;
 
@@ -77,10 +83,10 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Returns the path of an object: the names of others are taken as they are, not encoded.
     pub fn path(&self, name: &str) -> Path {
-        name.split('/')
-            .filter(|part| !part.is_empty())
-            .fold(self.folder.clone(), |path, part| path.join(part))
+        let whole = format!("{}/{name}", self.folder);
+        Path::parse(whole.trim_matches('/')).unwrap_or_else(|_| self.folder.clone().join(name))
     }
 
     pub fn url(&self, name: &str) -> String {
@@ -111,11 +117,17 @@ impl Drop for Store {
 }
 
 /// A request under way; dropping it ends it.
-pub(crate) struct Pending<T> {
+pub struct Pending<T> {
     answer: Receiver<Result<T, StoreError>>,
     task: AbortHandle,
     object: String,
     deadline: Duration,
+}
+
+impl<T> fmt::Debug for Pending<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pending({})", self.object)
+    }
 }
 
 impl<T> Drop for Pending<T> {
@@ -182,6 +194,11 @@ impl Store {
         Ok(Store { shared: Arc::new(shared), runtime: Mutex::new(Some(runtime)), handle })
     }
 
+    /// Returns how long is tried.
+    pub fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
     /// Returns the URL of the store's folder, without a slash at its end.
     pub fn url(&self) -> &str {
         &self.shared.base
@@ -210,9 +227,24 @@ impl Store {
         self.start_read(name, range).wait(stop)
     }
 
-    pub(crate) fn start_read(&self, name: &str, range: Range<u64>) -> Pending<Vec<u8>> {
+    /// Reads as [`Store::read`] does, within `deadline`.
+    pub fn read_within(
+        &self,
+        name: &str,
+        range: Range<u64>,
+        deadline: Duration,
+        stop: &Stop,
+    ) -> Result<Vec<u8>, StoreError> {
+        self.start(name, range, deadline).wait(stop)
+    }
+
+    /// Starts to read a range; dropping what comes back ends the request.
+    pub fn start_read(&self, name: &str, range: Range<u64>) -> Pending<Vec<u8>> {
+        self.start(name, range, self.shared.limits.deadline)
+    }
+
+    fn start(&self, name: &str, range: Range<u64>, deadline: Duration) -> Pending<Vec<u8>> {
         let owned = name.to_string();
-        let deadline = self.shared.limits.deadline;
         self.spawn(name, deadline, async move |shared| {
             fetch::read(&shared, &owned, range, deadline).await
         })
@@ -223,7 +255,8 @@ impl Store {
         let owned = name.to_string();
         let pending = self.spawn(name, deadline, async move |shared| {
             let path = shared.path(&owned);
-            fetch::ask(&shared, &owned, deadline, || shared.store.head(&path)).await
+            fetch::ask(&shared, &owned, deadline, shared.limits.stall, || shared.store.head(&path))
+                .await
         });
         Ok(pending.wait(stop)?.size)
     }
@@ -247,21 +280,22 @@ impl Store {
     /// Writes a whole object.
     pub fn put(&self, name: &str, bytes: Vec<u8>, stop: &Stop) -> Result<(), StoreError> {
         let owned = name.to_string();
-        let deadline = self.shared.limits.deadline;
+        let deadline = PUT_DEADLINE.max(self.shared.limits.deadline);
         let payload = PutPayload::from(bytes);
         let pending = self.spawn(name, deadline, async move |shared| {
             let path = shared.path(&owned);
             let put = || shared.store.put(&path, payload.clone());
-            fetch::ask(&shared, &owned, deadline, put).await
+            fetch::ask(&shared, &owned, deadline, deadline, put).await
         });
         pending.wait(stop).map(|_| ())
     }
 
     /// Lists the objects directly in the store's folder, by name.
     pub fn list(&self, stop: &Stop) -> Result<Vec<ObjectInfo>, StoreError> {
-        let deadline = self.shared.limits.deadline;
+        // A page of a thousand names is a request.
+        let deadline = LIST_DEADLINE.max(self.shared.limits.deadline);
         let pending = self.spawn("", deadline, async move |shared| {
-            fetch::ask(&shared, "", deadline, || list(&shared)).await
+            fetch::ask(&shared, "", deadline, deadline, || list(&shared)).await
         });
         pending.wait(stop)
     }
@@ -293,7 +327,10 @@ async fn list(shared: &Shared) -> Result<Vec<ObjectInfo>, object_store::Error> {
     let mut found: Vec<ObjectInfo> = Vec::new();
     let folder = &shared.folder;
     let mut stream = shared.store.list(Some(folder));
-    while let Some(meta) = stream.next().await {
+    loop {
+        let next = tokio::time::timeout(shared.limits.stall, stream.next()).await;
+        let silent = |_| object_store::Error::Generic { store: "list", source: "no answer".into() };
+        let Some(meta) = next.map_err(silent)? else { break };
         let meta = meta?;
         let Some(mut rest) = meta.location.prefix_match(folder) else { continue };
         if let (Some(name), None) = (rest.next(), rest.next()) {

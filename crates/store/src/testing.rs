@@ -355,6 +355,7 @@ fn listing(bucket: &Path, prefix: &str) -> io::Result<String> {
             let key = path.strip_prefix(bucket).expect("it lies in there").to_string_lossy();
             if key.starts_with(prefix) {
                 let size = fs::metadata(&path)?.len();
+                let key = key.replace('&', "&amp;");
                 text += &format!(
                     "<Contents><Key>{key}</Key><Size>{size}</Size><ETag>1</ETag>\
                      <LastModified>2020-01-03T10:00:00.000Z</LastModified></Contents>"

@@ -8,6 +8,9 @@ use tempfile::TempDir;
 use crate::testing::{Fault, Plan, Server, mixed};
 use crate::{Limits, Stop, Store, StoreError, is_url};
 
+/// A name with everything that URLs and stores write in another way.
+const ODD: &str = "tr\u{e4}in ~#%41[0]{1}+a&b=c.tar";
+
 /// Limits for a server on loopback.
 fn limits() -> Limits {
     Limits {
@@ -34,6 +37,7 @@ fn desk(latency: Duration, plan: Box<Plan>) -> Desk {
     std::fs::create_dir_all(folder.path().join("bucket/set")).unwrap();
     std::fs::write(folder.path().join("bucket/set/a.tar"), content()).unwrap();
     std::fs::write(folder.path().join("bucket/set/b 1.tar"), b"second").unwrap();
+    std::fs::write(folder.path().join(format!("bucket/set/{ODD}")), b"odd").unwrap();
     let server = Server::start(folder.path(), latency, plan).unwrap();
     Desk { folder, server }
 }
@@ -62,6 +66,7 @@ fn ranges_sizes_and_listings_over_http_and_s3() {
         assert_eq!(store.read("a.tar", 7..100_007, &stop).unwrap(), content()[7..100_007]);
         assert_eq!(store.read("a.tar", 5..5, &stop).unwrap(), b"");
         assert_eq!(store.get("b 1.tar", 100, &stop).unwrap(), b"second");
+        assert_eq!(store.get(ODD, 100, &stop).unwrap(), b"odd");
         assert_eq!(store.size("a.tar", Duration::from_secs(5), &stop).unwrap(), 300_000);
         let text = store.get("b 1.tar", 5, &stop).unwrap_err().to_string();
         assert!(text.contains("b 1.tar") && text.contains("6 bytes"), "{text}");
@@ -69,7 +74,8 @@ fn ranges_sizes_and_listings_over_http_and_s3() {
     let store = desk.s3(limits());
     let names: Vec<(String, u64)> =
         store.list(&stop).unwrap().into_iter().map(|info| (info.name, info.bytes)).collect();
-    assert_eq!(names, [("a.tar".to_string(), 300_000), ("b 1.tar".to_string(), 6)]);
+    let want = [("a.tar".to_string(), 300_000), ("b 1.tar".to_string(), 6), (ODD.to_string(), 3)];
+    assert_eq!(names, want);
     store.put("new.bin", b"new".to_vec(), &stop).unwrap();
     assert_eq!(std::fs::read(desk.folder.path().join("bucket/set/new.bin")).unwrap(), b"new");
     let stats = store.stats();
@@ -160,8 +166,10 @@ fn what_asking_again_cannot_change_is_said_at_once() {
         assert!(text.ends_with("/none.tar` is not there"), "{text}");
         let error = store.read("a.tar", 299_990..300_010, &stop).unwrap_err();
         assert!(matches!(error, StoreError::Size { found: 300_000, expected: 300_010, .. }));
+        let behind = store.read("a.tar", 300_001..300_010, &stop).unwrap_err();
+        assert!(matches!(behind, StoreError::Refused { .. }), "{behind}");
     }
-    for (status, store) in [(403, true), (401, false), (400, true), (400, false)] {
+    for (status, store) in [(403, true), (401, false), (400, true), (400, false), (416, true)] {
         let desk = desk(Duration::ZERO, Box::new(move |_, _| Fault::Status(status)));
         let store = if store { desk.s3(limits()) } else { desk.http(limits()) };
         let error = store.read("a.tar", 0..9, &stop).unwrap_err();
@@ -214,7 +222,7 @@ fn addresses() {
     ] {
         assert_eq!(is_url(text), is, "{text}");
     }
-    for url in ["ftp://h/x", "s3://", "http://", "gs://"] {
+    for url in ["ftp://h/x", "s3://", "http://", "gs://", "http://h/x?sig=1", "https://u:p@h/x"] {
         let error = Store::open(url, limits()).unwrap_err().to_string();
         assert!(error.contains(url), "{error}");
     }

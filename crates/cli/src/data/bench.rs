@@ -13,7 +13,7 @@ use lacuna_data::pack::{Existing, PackConfig, PackSource, SHARD_BYTES_DEFAULT, p
 use lacuna_data::planes::{Fill, HAS_PLANES, PlaneCache};
 use lacuna_data::stages::{self, StageConfig, Stages};
 use lacuna_data::synthetic::SyntheticSpec;
-use lacuna_data::{Dataset, ImageShape, Loader, LoaderConfig};
+use lacuna_data::{Dataset, ImageShape, Loader, LoaderConfig, is_url};
 use lacuna_recipe::augment::Augment;
 use lacuna_recipe::order::{OrderParams, OrderSpec};
 use lacuna_recipe::step::Geometry;
@@ -129,6 +129,9 @@ pub(super) fn bench(args: &BenchArgs) -> anyhow::Result<u8> {
             &made.0
         }
     };
+    if folder.to_str().is_some_and(is_url) {
+        return Err(usage("`data bench` measures this machine: give a folder, not a URL"));
+    }
     let bench = Bench::new(args, Arc::new(open(folder)?), shape)?;
     // The parts first: what they read is not in memory yet, unless somebody else has read it.
     let stages = bench.stages()?;

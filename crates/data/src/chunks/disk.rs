@@ -1,9 +1,11 @@
 //! The files of the cache of chunks.
 
+use std::cmp::Reverse;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,6 +27,12 @@ const FREED_PART: u64 = 32;
 /// Ending of a chunk's file.
 const CHUNK: &str = "chunk";
 
+/// Ending of a file that is to become one.
+const PART: &str = "part";
+
+/// Unit in which file systems give room.
+const PAGE: u64 = 4096;
+
 /// What was found where a chunk is to be.
 pub(super) enum Begun {
     /// Another process has just brought it.
@@ -44,7 +52,7 @@ impl ChunkCache {
     }
 
     fn part(&self, chunk: usize) -> PathBuf {
-        self.folder.join(format!("{chunk:08}.part"))
+        self.folder.join(format!("{chunk:08}.{PART}"))
     }
 
     /// Locks the file that a chunk is written to; waits while another process downloads it.
@@ -67,12 +75,16 @@ impl ChunkCache {
                 }
                 thread::sleep(LOCK_LOOK);
             }
-            if self.path(chunk).exists() {
-                return Ok(Begun::There);
-            }
             // The file that was locked may have become the chunk, and the chunk evicted since.
             let same = fs::metadata(self.part(chunk)).ok().zip(part.metadata().ok());
-            if same.is_some_and(|(named, locked)| named.ino() == locked.ino()) {
+            let is_part = same.is_some_and(|(named, locked)| named.ino() == locked.ino());
+            if self.path(chunk).exists() {
+                if is_part {
+                    let _ = self.drop_part(chunk);
+                }
+                return Ok(Begun::There);
+            }
+            if is_part {
                 return Ok(Begun::Ours(part));
             }
         }
@@ -93,20 +105,22 @@ impl ChunkCache {
 
     /// Writes a chunk and gives it its name; the lock goes with the file.
     pub(super) fn keep(&self, chunk: usize, part: File, downloaded: &Downloaded) -> io::Result<()> {
-        let bytes: u64 = downloaded.pieces.iter().map(|(_, piece)| piece.len() as u64).sum();
-        if bytes > self.bytes_max {
+        // As a file system counts them, with the checksums behind them.
+        let takes = |(_, piece): &(u64, Vec<u8>)| (piece.len() as u64).next_multiple_of(PAGE);
+        let bytes = downloaded.pieces.iter().map(takes).sum::<u64>() + PAGE;
+        let _writing = Writing::begin(self, bytes);
+        if !self.make_room(chunk) {
             return self.drop_part(chunk);
         }
-        self.make_room(chunk, bytes);
         let mut written = self.write(chunk, &part, downloaded);
         if matches!(&written, Err(error) if error.kind() == io::ErrorKind::StorageFull) {
             // Others use the disk too: what was planned to fit may not.
-            self.evict(chunk, bytes);
+            self.evict(None, bytes);
             written = self.write(chunk, &part, downloaded);
         }
         match written {
             Ok(()) => {
-                self.lock().bytes += bytes;
+                self.lock().added += bytes;
                 Ok(())
             }
             // The folder was removed under way: that is no failure of the disk.
@@ -145,8 +159,21 @@ impl ChunkCache {
         read.is_ok() && u32::from_le_bytes(came) == crc
     }
 
-    fn drop_part(&self, chunk: usize) -> io::Result<()> {
+    pub(super) fn drop_part(&self, chunk: usize) -> io::Result<()> {
         fs::remove_file(self.part(chunk))
+    }
+
+    /// Removes the files of writers that are gone.
+    pub(super) fn remove_abandoned(&self) {
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|ending| ending == PART)
+                && let Ok(file) = File::open(&path)
+                && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+            {
+                let _ = fs::remove_file(path);
+            }
+        }
     }
 
     /// Returns the chunks that are there, and the bytes that each takes.
@@ -161,46 +188,95 @@ impl ChunkCache {
         entries.filter_map(|entry| chunk(entry.ok()?)).collect()
     }
 
-    /// Removes chunks until `bytes` more fit below the limit.
-    fn make_room(&self, incoming: usize, bytes: u64) {
-        if self.lock().bytes + bytes > self.bytes_max {
-            let there: u64 = self.scan().iter().map(|(_, bytes)| bytes).sum();
-            self.lock().bytes = there;
-            if there + bytes > self.bytes_max {
-                let over = there + bytes - self.bytes_max;
-                self.evict(incoming, over.max(self.bytes_max / FREED_PART));
+    /// Tells whether a chunk would be kept: whether it fits once everything is gone that is needed
+    /// after it.
+    pub(super) fn would_keep(&self, chunk: usize) -> bool {
+        let bytes = self.chunk_bytes(chunk).next_multiple_of(PAGE) + PAGE;
+        let writing = {
+            let state = self.lock();
+            if state.scanned + state.added + state.writing + bytes <= self.bytes_max {
+                return true;
             }
-        }
+            state.writing
+        };
+        let Some(schedule) = self.schedule() else { return true };
+        let next_use = schedule.next_use();
+        let first = next_use(chunk);
+        let stays = |(other, bytes): (usize, u64)| if next_use(other) < first { bytes } else { 0 };
+        self.scan().into_iter().map(stays).sum::<u64>() + writing + bytes <= self.bytes_max
     }
 
-    /// Removes chunks of so many bytes: those that are needed last.
-    fn evict(&self, incoming: usize, bytes: u64) {
-        let mut there = self.scan();
-        match self.schedule() {
+    /// Removes chunks until what is being written fits below the limit too; tells whether it does.
+    ///
+    /// The folder is looked at again after each part of the limit that this process has added, as
+    /// others add to it as well.
+    fn make_room(&self, incoming: usize) -> bool {
+        let part = self.bytes_max / FREED_PART;
+        let is_due = {
+            let state = self.lock();
+            let all = state.scanned + state.added + state.writing;
+            all > self.bytes_max || state.added > part / self.sharers
+        };
+        if !is_due {
+            return true;
+        }
+        let there: u64 = self.scan().iter().map(|(_, bytes)| bytes).sum();
+        let over = {
+            let mut state = self.lock();
+            (state.scanned, state.added) = (there, 0);
+            (there + state.writing).saturating_sub(self.bytes_max)
+        };
+        over == 0 || self.evict(Some(incoming), over.max(part)) >= over
+    }
+
+    /// Removes chunks of so many bytes, those that are needed last; returns the bytes that became
+    /// free. Nothing goes that is needed before `incoming`.
+    fn evict(&self, incoming: Option<usize>, bytes: u64) -> u64 {
+        let mut there: Vec<(u64, usize, u64)> = match self.schedule() {
             Some(schedule) => {
                 let next_use = schedule.next_use();
-                there.sort_by_cached_key(|(chunk, _)| std::cmp::Reverse(next_use(*chunk)));
+                let first = incoming.map_or(0, &next_use);
+                let ranked = self.scan().into_iter().map(|(c, bytes)| (next_use(c), c, bytes));
+                ranked.filter(|(next, _, _)| incoming.is_none() || *next >= first).collect()
             }
             // Nobody has said what is needed when: any is as good as another.
-            None => there.sort(),
-        }
+            None => self.scan().into_iter().map(|(chunk, bytes)| (0, chunk, bytes)).collect(),
+        };
+        there.sort_by_key(|(next, chunk, _)| Reverse((*next, *chunk)));
         let mut freed: u64 = 0;
-        for (chunk, takes) in there {
+        for (_, chunk, takes) in there {
             if freed >= bytes {
                 break;
             }
-            if chunk != incoming && self.remove(chunk) {
+            if Some(chunk) != incoming && self.remove(chunk) {
                 freed += takes;
-                self.evictions.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                self.evictions.fetch_add(1, Ordering::Relaxed);
             }
         }
         let mut state = self.lock();
-        state.bytes = state.bytes.saturating_sub(freed);
+        state.scanned = state.scanned.saturating_sub(freed);
+        freed
     }
 
     /// Removes a chunk; whoever has it open reads on.
     pub(super) fn remove(&self, chunk: usize) -> bool {
         self.lock().open.remove(&chunk);
         fs::remove_file(self.path(chunk)).is_ok()
+    }
+}
+
+/// Counts bytes as being written, as long as it lives.
+struct Writing<'a>(&'a ChunkCache, u64);
+
+impl<'a> Writing<'a> {
+    fn begin(cache: &'a ChunkCache, bytes: u64) -> Self {
+        cache.lock().writing += bytes;
+        Writing(cache, bytes)
+    }
+}
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.lock().writing -= self.1;
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::time::Instant;
 
 use lacuna_store::{Stop, Store};
 use lacuna_types::SampleId;
@@ -92,7 +93,7 @@ pub(super) fn chunk(
         Ok(downloaded)
     };
     let wanted: Vec<u32> = records(index, chunk).map(|record| record.crc).collect();
-    agreed(&store.url_of(name), &wanted, |downloaded| downloaded.crcs.clone(), once)
+    agreed(store, name, &wanted, |downloaded| downloaded.crcs.clone(), once)
 }
 
 /// Reads one sample's bytes.
@@ -110,7 +111,7 @@ pub(crate) fn sample(
     let name = &index.shards()[index.shard_of(id)].name;
     let range = record.offset..record.offset + u64::from(record.bytes);
     let once = || store.read(name, range.clone(), stop).map_err(io::Error::other);
-    *out = agreed(&store.url_of(name), &[record.crc], |bytes| vec![crc32(bytes)], once)?;
+    *out = agreed(store, name, &[record.crc], |bytes| vec![crc32(bytes)], once)?;
     Ok(())
 }
 
@@ -119,13 +120,15 @@ pub(crate) fn sample(
 /// Which samples are bad must not depend on a worker's network: bytes that a proxy or a cable
 /// changed may not count as those of the sample.
 fn agreed<T>(
-    object: &str,
+    store: &Store,
+    name: &str,
     wanted: &[u32],
     crcs: impl Fn(&T) -> Vec<u32>,
     mut once: impl FnMut() -> io::Result<T>,
 ) -> io::Result<T> {
     let mut before: Vec<Vec<u32>> = Vec::new();
-    for _ in 0..TRIES {
+    let start = Instant::now();
+    while before.len() < TRIES && start.elapsed() < store.limits().deadline {
         let answer = once()?;
         let found = crcs(&answer);
         if found == wanted || before.contains(&found) {
@@ -133,6 +136,7 @@ fn agreed<T>(
         }
         before.push(found);
     }
-    let text = format!("`{object}` came with other bytes each of {TRIES} times, none as indexed");
+    let (object, n) = (store.url_of(name), before.len());
+    let text = format!("`{object}` came with other bytes each of {n} times, none as indexed");
     Err(io::Error::new(io::ErrorKind::InvalidData, text))
 }

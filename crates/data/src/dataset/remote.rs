@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lacuna_store::{Stop, Store, StoreError, StoreStats};
+use lacuna_store::{Pending, Stop, Store, StoreError, StoreStats};
 use lacuna_types::SampleId;
 
 use super::{Access, OpenError};
@@ -16,6 +16,9 @@ use crate::index::{INDEX_BYTES_MAX, INDEX_NAME, Index};
 /// A store that says nothing for so long when a data set is opened has a wrong address: whoever
 /// waits is a person.
 const OPEN_DEADLINE: Duration = Duration::from_secs(20);
+
+/// How long a message waits for the name of a sample.
+const NAME_DEADLINE: Duration = Duration::from_secs(3);
 
 /// The shards of one store.
 #[derive(Debug)]
@@ -75,9 +78,20 @@ impl RemoteShards {
         }
     }
 
-    /// Reads a few bytes of a shard.
+    /// Starts to fetch a sample, if it is to be read by itself.
+    pub fn begin(&self, index: &Index, id: SampleId) -> Option<Pending<Vec<u8>>> {
+        if self.chunks.as_ref().is_some_and(|chunks| !chunks.wants_alone(id)) {
+            return None;
+        }
+        let record = index.record(id);
+        let name = &index.shards()[index.shard_of(id)].name;
+        let end = record.offset + u64::from(record.bytes);
+        Some(self.store.start_read(name, record.offset..end))
+    }
+
+    /// Reads a few bytes of a shard for a message, which is not worth much waiting.
     pub fn bytes(&self, name: &str, range: Range<u64>) -> Option<Vec<u8>> {
-        self.store.read(name, range, &Stop::default()).ok()
+        self.store.read_within(name, range, NAME_DEADLINE, &Stop::default()).ok()
     }
 
     pub fn reader(&self, name: &str) -> io::Result<Box<dyn Read + Send>> {

@@ -11,8 +11,8 @@ use crate::node::{Value, find};
 use crate::problem::echo;
 use crate::run_spec::{
     AutoOr, BAD_SAMPLES_SHARE, BadSamples, CacheMode, CacheSpec, CheckpointSpec, DATA_SCHEMES,
-    DataSpec, ElasticSpec, KeepSpec, OptimSpec, Order, Precision, Reduce, Resume, RunSpec,
-    SLOTS_MAX, TrackSpec, TrainSpec, Workers,
+    DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec, OptimSpec, Order, Precision, Reduce, Resume,
+    RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, Workers,
 };
 use crate::units::{Cadence, Length};
 
@@ -309,6 +309,10 @@ impl Reader<'_> {
             None => Some(BAD_SAMPLES_SHARE),
         };
         let threads = self.threads();
+        let deadline_seconds = match find(self.root, "data.deadline_seconds") {
+            Some(_) => self.count("data.deadline_seconds", 1..=100),
+            None => Some(DEADLINE_SECONDS),
+        };
         let cache = self.cache();
         Some(DataSpec {
             shards: shards?,
@@ -323,6 +327,7 @@ impl Reader<'_> {
             bad_samples: bad_samples?,
             bad_samples_max: bad_samples_max?,
             threads: threads?,
+            deadline_seconds: deadline_seconds?,
             cache: cache?,
         })
     }

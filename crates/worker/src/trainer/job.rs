@@ -2,16 +2,17 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use lacuna_api::v1;
 use lacuna_checkpoint::layout::RunDir;
-use lacuna_data::ImageShape;
 use lacuna_data::chunks::ChunkCacheConfig;
 use lacuna_data::dataset::{Access, Dataset};
 use lacuna_data::loader::{
     BadSamplePolicy, Loader, LoaderConfig, OnBadSample, warn_of_bad_samples,
 };
 use lacuna_data::planes::{Fill, PlaneCache};
+use lacuna_data::{ImageShape, Limits};
 use lacuna_spec::{AutoOr, BadSamples, CacheMode, CacheSpec, RunSpec};
 use lacuna_types::RunId;
 
@@ -103,10 +104,21 @@ impl Job {
     }
 
     /// Opens the data set and checks that it is the run's.
-    pub fn open_data(&self) -> Result<Arc<Dataset>, JobError> {
+    ///
+    /// `local_world` trainers share this machine's cache.
+    pub fn open_data(&self, local_world: usize) -> Result<Arc<Dataset>, JobError> {
         let path = &self.spec.data.shards;
         let failed = |source| JobError::Data { path: path.clone(), source };
-        let access = Access { chunks: self.chunks(), ..Access::default() };
+        let deadline = Duration::from_secs(self.spec.data.deadline_seconds.into());
+        let limits = Limits::default();
+        let limits = Limits {
+            deadline,
+            stall: limits.stall.min(deadline),
+            attempt: limits.attempt.min(deadline),
+            ..limits
+        };
+        let chunks = self.chunks(local_world);
+        let access = Access { limits, chunks, ..Access::default() };
         let dataset = Dataset::open_with(Path::new(path), &access);
         let dataset = dataset.map_err(|err| failed(Box::new(err)))?;
         let found = dataset.fingerprint().to_string();
@@ -160,9 +172,9 @@ impl Job {
     }
 
     /// Says where chunks of remote shards are kept.
-    fn chunks(&self) -> Option<ChunkCacheConfig> {
+    fn chunks(&self, sharers: usize) -> Option<ChunkCacheConfig> {
         let cache = self.spec.data.cache.as_ref()?;
-        Some(ChunkCacheConfig { dir: (&cache.dir).into(), bytes_max: cache.chunk_bytes() })
+        Some(ChunkCacheConfig { dir: (&cache.dir).into(), bytes_max: cache.chunk_bytes(), sharers })
     }
 
     /// Opens the cache of planes that the spec names; one that cannot be used is left out, and that

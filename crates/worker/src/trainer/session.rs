@@ -372,7 +372,7 @@ impl Start {
     fn build(self) -> Result<StepLoop, (FaultKind, String)> {
         let storage = |err: &dyn std::error::Error| (FaultKind::Storage, chain_of(err));
         let local = |err: &dyn std::error::Error| (FaultKind::Local, chain_of(err));
-        let dataset = self.job.open_data().map_err(|err| storage(&err))?;
+        let dataset = self.job.open_data(self.args.local_world).map_err(|err| storage(&err))?;
         let loader = self
             .job
             .loader(dataset, self.args.local_world, self.shared.clone())

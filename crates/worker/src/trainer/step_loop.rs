@@ -104,6 +104,8 @@ impl StepError {
         match self {
             StepError::Collective(err) => communicator_fault(err),
             StepError::Engine(_) | StepError::Reduce(_) => FaultKind::Local,
+            // The group forms again, and the state stays: the store may answer by then.
+            StepError::Data(err) if err.is_passing() => FaultKind::Communicator,
             StepError::Data(_) => FaultKind::Storage,
             StepError::NonFinite { .. } => FaultKind::Run,
         }
