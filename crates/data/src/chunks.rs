@@ -230,8 +230,8 @@ impl ChunkCache {
         (self.bytes_max / 4 * 3 / self.sharers, self.bytes_max / 8 / self.sharers)
     }
 
-    /// Tells whether chunks are worth fetching ahead: not where any sample may be next, unless there
-    /// is room for all of them.
+    /// Tells whether chunks are worth fetching ahead: not where any sample may be next, unless
+    /// there is room for all of them.
     pub(crate) fn fetches_ahead(&self) -> bool {
         let all = || self.index.shards().iter().map(|shard| shard.bytes).sum::<u64>();
         !self.reads_alone() || all() <= self.bytes_max / 4 * 3
