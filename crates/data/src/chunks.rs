@@ -39,7 +39,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// A larger chunk, of another program's index, is not kept: its samples are read by themselves.
 const CHUNK_KEPT_MAX: u64 = 256 << 20;
 
-/// After the disk failed, it is left alone for so long.
+/// After the disk failed, or another process held a chunk, it is left alone for so long.
 const DISK_PAUSE: Duration = Duration::from_secs(10);
 
 /// Where chunks are kept.
@@ -165,6 +165,8 @@ struct State {
     added: u64,
     /// Bytes of chunks that it is writing.
     writing: u64,
+    /// Chunks that another process has held for too long, and until when they are left to it.
+    held: BTreeMap<usize, Instant>,
     /// Until when the disk is left alone.
     closed_until: Option<Instant>,
 }
@@ -250,7 +252,8 @@ impl ChunkCache {
     /// Tells whether a sample is to be asked for by itself.
     pub(crate) fn wants_alone(&self, id: SampleId) -> bool {
         let chunk = self.index.chunk_of(id);
-        (self.reads_alone() || self.is_closed() || self.is_too_large(chunk)) && !self.has(chunk)
+        let alone = self.reads_alone() || self.is_closed() || self.is_too_large(chunk);
+        (alone || self.is_held(chunk)) && !self.has(chunk)
     }
 
     /// Returns what was done so far.
@@ -318,7 +321,7 @@ impl ChunkCache {
         if self.has(chunk) || self.is_too_large(chunk) {
             return Ok(true);
         }
-        if self.is_closed() || !self.would_keep(chunk) {
+        if self.is_held(chunk) || self.is_closed() || !self.would_keep(chunk) {
             return Ok(false);
         }
         self.fetch(chunk, stop).map(|_| true)
@@ -327,6 +330,13 @@ impl ChunkCache {
     /// Tells whether a chunk's file is there.
     pub fn has(&self, chunk: usize) -> bool {
         self.opened(chunk).is_some()
+    }
+
+    /// Tells whether another process has held a chunk for too long of late.
+    fn is_held(&self, chunk: usize) -> bool {
+        let mut state = self.lock();
+        state.held.retain(|_, until| Instant::now() < *until);
+        state.held.contains_key(&chunk)
     }
 
     fn is_closed(&self) -> bool {
@@ -394,7 +404,10 @@ impl ChunkCache {
         let mut part = match self.begin(chunk, stop)? {
             disk::Begun::There => return Ok(None),
             disk::Begun::Ours(part) => Some(part),
-            disk::Begun::Busy => None,
+            disk::Begun::Busy => {
+                self.lock().held.insert(chunk, Instant::now() + DISK_PAUSE);
+                return Ok(None);
+            }
             disk::Begun::NoDisk(error) => {
                 self.close(&error);
                 None

@@ -18,8 +18,9 @@ use super::{ChunkCache, ChunkError, Downloaded, download, stopped};
 /// How often a process looks whether another one is done with a chunk.
 const LOCK_LOOK: Duration = Duration::from_millis(20);
 
-/// A process that holds a chunk for longer hangs; the chunk is then downloaded beside it.
-const LOCK_WAIT: Duration = Duration::from_secs(30);
+/// A process that holds a chunk for longer may be frozen: the chunk's samples are then read by
+/// themselves.
+const LOCK_WAIT: Duration = Duration::from_secs(3);
 
 /// Of the limit, this part is freed at a time, so that looking for what may go is rare.
 const FREED_PART: u64 = 32;

@@ -224,6 +224,25 @@ fn two_workers_download_a_chunk_once() {
     assert_eq!(downloads[0] + downloads[1], desk.local.index().n_chunks(), "{downloads:?}");
 }
 
+/// A frozen process that holds a chunk costs its neighbours one short wait, not one a sample.
+#[test]
+fn a_frozen_neighbour_is_passed_by() {
+    let desk = desk(Duration::ZERO, faultless());
+    let dataset = desk.open(Some(1 << 30));
+    let chunks = dataset.chunks().unwrap();
+    let part = File::create(chunks.folder().join("00000000.part")).unwrap();
+    rustix::fs::flock(&part, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let start = Instant::now();
+    let n = desk.local.index().chunk_bounds()[1];
+    for id in 0..n {
+        assert_eq!(dataset.sample(SampleId(id)).unwrap(), desk.local.sample(SampleId(id)).unwrap());
+    }
+    assert!(n > 9 && start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert_eq!(chunks.stats().downloads, 0);
+    assert!(dataset.sample(SampleId(n)).is_ok());
+    assert_eq!(chunks.stats().downloads, 1, "other chunks are kept");
+}
+
 /// Whatever a killed process or a bad disk leaves: the right bytes, or a download.
 #[test]
 fn damaged_files_never_give_a_wrong_byte() {
