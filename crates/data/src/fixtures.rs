@@ -1,7 +1,8 @@
 //! Images and data sets for this crate's tests.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use image::codecs::jpeg::JpegEncoder;
@@ -79,4 +80,29 @@ pub(crate) fn write_tar(path: &Path, members: &[(&str, &[u8])]) {
         builder.append_data(&mut header, name, *data).unwrap();
     }
     builder.finish().unwrap();
+}
+
+/// A file system in memory, which goes when it is dropped.
+pub(crate) struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// Mounts one of so many KiB on `dir`; none, and a line that says so, without the privilege.
+    pub fn mount(dir: &Path, kib: u32) -> Option<Self> {
+        fs::create_dir_all(dir).unwrap();
+        let options = format!("size={kib}k,nr_inodes=200");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(dir);
+        if mount.output().is_ok_and(|out| out.status.success()) {
+            return Some(SmallDisk(dir.to_path_buf()));
+        }
+        println!("a full disk: skipped, mounting a small file system needs privileges");
+        None
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily, as a test that failed may have files open.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
 }

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::dataset::{Access, Dataset, OpenError, ReadSampleError};
-use crate::fixtures::{damage, grey_png, pack_quietly, synthetic};
+use crate::fixtures::{SmallDisk, damage, grey_png, pack_quietly, synthetic};
 use crate::loader::{BadSamplePolicy, LoadError, Loader, LoaderConfig};
 use crate::pack::PackSource;
 
@@ -237,7 +236,7 @@ fn a_frozen_neighbour_is_passed_by() {
     for id in 0..n {
         assert_eq!(dataset.sample(SampleId(id)).unwrap(), desk.local.sample(SampleId(id)).unwrap());
     }
-    assert!(n > 9 && start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert!(n > 9 && start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     assert_eq!(chunks.stats().downloads, 0);
     assert!(dataset.sample(SampleId(n)).is_ok());
     assert_eq!(chunks.stats().downloads, 1, "other chunks are kept");
@@ -298,24 +297,11 @@ fn a_cache_deleted_under_way_costs_downloads_only() {
 fn a_full_disk_costs_requests_only() {
     let desk = desk(Duration::ZERO, faultless());
     let dir = desk.folder.path().join("cache");
-    fs::create_dir(&dir).unwrap();
-    let mount = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=160k,nr_inodes=200", "tmpfs"])
-        .arg(&dir)
-        .output();
-    if !mount.is_ok_and(|out| out.status.success()) {
-        eprintln!("skipped: mounting a small file system needs privileges");
-        return;
-    }
+    let Some(_disk) = SmallDisk::mount(&dir, 160) else { return };
     let want = batches(&desk.local, OrderMode::Block);
     let dataset = desk.open(Some(1 << 30));
-    let got = batches(&dataset, OrderMode::Block);
-    let kept = desk.files("chunk").len();
-    drop(dataset);
-    let unmounted = Command::new("umount").arg("-l").arg(&dir).status().unwrap();
-    assert!(unmounted.success());
-    assert!(got == want);
-    assert!(kept > 0, "what fits is kept");
+    assert!(batches(&dataset, OrderMode::Block) == want);
+    assert!(!desk.files("chunk").is_empty(), "what fits is kept");
 }
 
 /// What the store itself has wrong is a bad sample with the same stand-in as from files, cached or
@@ -365,7 +351,7 @@ fn a_store_that_dies_is_said_in_time() {
     let loader = Loader::new(config(dataset, OrderMode::Block)).unwrap();
     let start = Instant::now();
     let error = loader.load(lacuna_types::Slot { step: Step(0), index: 0 }).unwrap_err();
-    assert!(start.elapsed() < Duration::from_secs(3));
+    assert!(start.elapsed() < Duration::from_secs(9));
     let LoadError::Sample { source, .. } = &error else { panic!("{error}") };
     assert!(!source.is_bad_sample());
     let text = crate::files::chain(&error);
@@ -390,7 +376,8 @@ fn dropping_a_stream_does_not_wait_for_a_silent_store() {
     }
     let start = Instant::now();
     drop(stream);
-    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    // A join waits for a second at most; the server would be silent for eight.
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
 }
 
 #[test]

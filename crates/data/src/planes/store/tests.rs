@@ -10,7 +10,7 @@ use lacuna_types::SampleId;
 use tempfile::TempDir;
 
 use super::*;
-use crate::fixtures::{jpeg, noise, pack_quietly, png};
+use crate::fixtures::{SmallDisk, jpeg, noise, pack_quietly, png};
 use crate::pack::PackSource;
 use crate::reader::SampleReader;
 
@@ -211,6 +211,20 @@ fn a_chunk_that_cannot_be_opened_costs_no_pixel() {
     fs::write(&file, b"").unwrap();
     let error = PlaneCache::open(&file, 1, fixture.dataset.clone(), Fill::Always).unwrap_err();
     assert!(error.to_string().contains("a-file"), "{error}");
+}
+
+/// A file system of 40 KiB under the cache, whose limit is far above that.
+#[test]
+fn a_full_disk_costs_decoding_only() {
+    let fixture = fixture();
+    let dir = fixture.dir.path().join("cache");
+    let Some(_disk) = SmallDisk::mount(&dir, 40) else { return };
+    let cache = fixture.cache(u64::MAX);
+    fixture.check(&cache);
+    let stats = cache.stats();
+    assert!(stats.full && stats.hits > 0, "what fits is kept: {stats:?}");
+    drop(cache);
+    fixture.check(&fixture.cache(u64::MAX));
 }
 
 /// Nothing is written before steps wait for data; what is there is read all the same.
