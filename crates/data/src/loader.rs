@@ -348,7 +348,7 @@ impl Inner {
         reader: &mut SampleReader,
         stop: &Stop,
     ) -> Result<SlotBatch, LoadError> {
-        let LoaderConfig { geometry, shape, n_patches, order, .. } = &self.config;
+        let LoaderConfig { dataset, geometry, shape, n_patches, order, planes, .. } = &self.config;
         assert!(
             slot.index < geometry.n_slots(),
             "slot {} is one of {}",
@@ -357,9 +357,10 @@ impl Inner {
         );
         let (epoch, _) = geometry.place(slot.step);
         let samples = self.samples(slot);
-        let planes = self.config.planes.as_ref();
-        let missing = samples.iter().filter(|id| !planes.is_some_and(|planes| planes.holds(**id)));
-        reader.expect(&self.config.dataset, missing.copied());
+        if dataset.is_remote() {
+            let kept = |id: SampleId| planes.as_ref().is_some_and(|planes| planes.holds(id));
+            reader.expect(dataset, samples.iter().copied().filter(|id| !kept(*id)));
+        }
         let mut pixels: Vec<u8> = vec![0; samples.len() * shape.bytes()];
         let mut ids_shuffle: Vec<u32> = Vec::with_capacity(samples.len() * n_patches);
         let mut bad_in_row: u32 = 0;
