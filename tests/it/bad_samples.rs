@@ -1,14 +1,13 @@
 //! Damaged images in the data: a run of any workers replaces them alike and says where they lie.
 
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 
 use lacuna_data::dataset::{Dataset, SamplePlace};
 use lacuna_data::loader::BAD_IN_ROW_MAX;
 use lacuna_tests::{Cluster, Fixture, Seen, said};
 use lacuna_types::SampleId;
 
-use crate::fixture;
+use crate::{fixture, golden_image, photographs};
 
 /// All samples of the photographs are one step, so each is met in each epoch.
 const PHOTOGRAPHS: u64 = 42;
@@ -24,19 +23,11 @@ fn overwrite(dataset: &Dataset, id: SampleId, bytes: impl Fn(u32) -> u8) {
 
 /// Packs photographs of which four are damaged, each in its own way; returns where those lie.
 fn pack_damaged(fixture: &Fixture) -> Vec<SamplePlace> {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/pixels/tests/golden");
-    let images = fixture.path("photographs");
-    std::fs::create_dir(&images).unwrap();
-    for copy in 0..10 {
-        for name in ["photo-420", "photo-422", "photo-444", "progressive"] {
-            let to = images.join(format!("{name}-{copy}.jpg"));
-            std::fs::copy(golden.join(format!("{name}.jpg")), to).unwrap();
-        }
-    }
-    let mut cut = std::fs::read(golden.join("photo-420.jpg")).unwrap();
+    let images = photographs(fixture);
+    let mut cut = std::fs::read(golden_image("photo-420.jpg")).unwrap();
     cut.truncate(cut.len() / 2);
     std::fs::write(images.join("cut.jpg"), cut).unwrap();
-    let mut lies = std::fs::read(golden.join("alpha.png")).unwrap();
+    let mut lies = std::fs::read(golden_image("alpha.png")).unwrap();
     lies[18] ^= 1; // A width of 256 pixels more or less.
     std::fs::write(images.join("lies.png"), lies).unwrap();
     let (code, out, err) = said(&fixture.run(&["data", "pack", "photographs", "jpegs"]));

@@ -1,24 +1,14 @@
 //! `data.cache`: decoded planes on a disk change no bit of a run.
 
-use std::path::Path;
-
 use lacuna_tests::{Cluster, Fixture, said};
 
-use crate::fixture;
+use crate::{fixture, photographs};
 
 const STEPS: u64 = 20;
 
 /// Packs copies of a few JPEG photographs into the fixture's folder.
 fn pack_photographs(fixture: &Fixture) {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/pixels/tests/golden");
-    let images = fixture.path("photographs");
-    std::fs::create_dir(&images).unwrap();
-    for copy in 0..10 {
-        for name in ["photo-420", "photo-422", "photo-444", "progressive"] {
-            let to = images.join(format!("{name}-{copy}.jpg"));
-            std::fs::copy(golden.join(format!("{name}.jpg")), to).unwrap();
-        }
-    }
+    photographs(fixture);
     let (code, _, err) = said(&fixture.run(&["data", "pack", "photographs", "jpegs"]));
     assert_eq!(code, 0, "{err}");
 }

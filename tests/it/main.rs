@@ -9,6 +9,8 @@ mod faults;
 mod nccl;
 mod remote;
 
+use std::path::{Path, PathBuf};
+
 use lacuna_tests::{Binaries, Fixture};
 
 fn binaries() -> Binaries {
@@ -20,4 +22,22 @@ fn binaries() -> Binaries {
 
 fn fixture() -> Fixture {
     Fixture::new(binaries(), 256, 8)
+}
+
+/// Makes a folder `photographs` in the fixture with ten copies of each of a few JPEG photographs.
+fn photographs(fixture: &Fixture) -> PathBuf {
+    let images = fixture.path("photographs");
+    std::fs::create_dir(&images).unwrap();
+    for copy in 0..10 {
+        for name in ["photo-420", "photo-422", "photo-444", "progressive"] {
+            let to = images.join(format!("{name}-{copy}.jpg"));
+            std::fs::copy(golden_image(&format!("{name}.jpg")), to).unwrap();
+        }
+    }
+    images
+}
+
+/// Returns the path of an image that the decoder's tests know.
+fn golden_image(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/pixels/tests/golden").join(name)
 }

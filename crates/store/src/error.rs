@@ -66,6 +66,20 @@ pub enum StoreError {
         /// What became of the last attempt.
         last: String,
     },
+    /// A question about an object was not answered in time.
+    #[error(
+        "`{object}`: no answer in {waited:.1?} and {attempts} attempts; the last attempt: {last}"
+    )]
+    NoAnswer {
+        /// The object's URL.
+        object: String,
+        /// Requests made.
+        attempts: u32,
+        /// How long it was tried.
+        waited: Duration,
+        /// What became of the last attempt.
+        last: String,
+    },
     /// The caller no longer wants it.
     #[error("reading `{object}` was stopped")]
     Stopped {

@@ -193,12 +193,5 @@ where
         }
         sleep(pause).await;
     };
-    Err(StoreError::Deadline {
-        object: shared.url(name),
-        range: 0..0,
-        attempts,
-        waited: start.elapsed(),
-        received: 0,
-        last,
-    })
+    Err(StoreError::NoAnswer { object: shared.url(name), attempts, waited: start.elapsed(), last })
 }

@@ -144,6 +144,11 @@ fn the_deadline_ends_every_kind_of_waiting() {
         (Fault::Hang(Duration::from_secs(5)), "no byte came in"),
         (Fault::Drip { bytes: 10, pause: Duration::from_millis(50) }, "bytes came in"),
     ];
+    let plan: Box<Plan> = Box::new(|_, _| Fault::Status(503));
+    let dead = desk(Duration::ZERO, plan);
+    let size = dead.http(limits()).size("a.tar", deadline, &Stop::default()).unwrap_err();
+    assert!(matches!(size, StoreError::NoAnswer { .. }), "{size}");
+    assert!(size.to_string().contains("/bucket/set/a.tar`: no answer in"), "{size}");
     for (fault, said) in faults {
         let desk = desk(Duration::ZERO, Box::new(move |_, _| fault));
         let store = desk.http(Limits { deadline, ..limits() });

@@ -67,7 +67,8 @@ pub(super) fn run(args: &IndexArgs) -> anyhow::Result<u8> {
 }
 
 fn of_store(url: &str, args: &IndexArgs) -> anyhow::Result<IndexReport> {
-    let names = args.shards.as_deref().map(expand).transpose().map_err(|error| io(&error))?;
+    let names = args.shards.as_deref().map(expand).transpose();
+    let names = names.map_err(|error| usage(error.to_string()))?;
     let store = Arc::new(Store::open(url, Limits::default()).map_err(|error| io(&error))?);
     let mut meter = Meter::new("indexed");
     let threads = threads(args.threads);
