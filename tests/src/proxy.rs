@@ -157,7 +157,7 @@ impl Proxy {
         self.counts.connections.load(Ordering::Relaxed)
     }
 
-    /// Returns how many bytes were handed over, up and down.
+    /// Returns how many bytes were handed over, up and down: never fewer than have arrived.
     pub fn bytes(&self) -> [u64; 2] {
         [0, 1].map(|way| self.counts.bytes[way].load(Ordering::Relaxed))
     }
@@ -333,9 +333,10 @@ impl Side {
                     n
                 }
             };
-            to.write_all(&bytes[..n]).await?;
+            // Counted first, so that whoever has read a byte finds it counted.
             let idx = usize::from(way == Way::Down);
             self.counts.bytes[idx].fetch_add(n as u64, Ordering::Relaxed);
+            to.write_all(&bytes[..n]).await?;
             bytes = &bytes[n..];
         }
         Ok(())
