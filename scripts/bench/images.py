@@ -103,15 +103,15 @@ def two_workers(folder: pathlib.Path, packed: pathlib.Path, args: argparse.Names
     """Measures whole loaders with two workers by wall time; and the loader against bare loops."""
     results: Results = {}
     overhead: Results = {}
-    loader = [str(examples / "loader_bench"), str(packed), "--threads", "2", "--rounds", "1",
-              "--seconds", str(args.seconds)]
+    loader = [str(examples / "loader_bench"), str(packed), "--threads", "2", "--rounds", "4",
+              "--seconds", "1.5"]
     planes = folder.parent / f"{folder.name}-planes"
     for _ in range(args.rounds):
         ways = [("ours, bit-exact", []), ("ours, from planes", ["--planes", str(planes)])]
         for name, more in ways:
             got = measured(loader + more)
             add(results, name, got["stream_per_s"])
-            add(overhead, name, got["bare_per_cpu_s"] / got["stream_per_cpu_s"] - 1)
+            overhead.setdefault(name, []).extend(got["overheads"])
         for peer in peers:
             command = [args.python, str(HERE / "image_peers.py"), str(folder), "--what", peer,
                        "--workers", "2", "--seconds", str(args.seconds)]

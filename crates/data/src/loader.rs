@@ -10,7 +10,7 @@ mod stream;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lacuna_recipe::augment::{Augment, AugmentError};
@@ -226,6 +226,8 @@ struct Inner {
     orders: Mutex<Vec<Arc<EpochOrder>>>,
     /// Readers that no call is using.
     readers: Mutex<Vec<SampleReader>>,
+    /// Memory of batches that were given back, at most as many as a stream holds.
+    spare_pixels: Mutex<Vec<Vec<u8>>>,
     n_bad: AtomicU64,
     meters: Meters,
 }
@@ -249,6 +251,7 @@ impl Loader {
                 config,
                 orders: Mutex::new(Vec::new()),
                 readers: Mutex::new(Vec::new()),
+                spare_pixels: Mutex::new(Vec::new()),
                 n_bad: AtomicU64::new(0),
                 meters: Meters::default(),
             }),
@@ -268,6 +271,17 @@ impl Loader {
     /// Loads one slot in the calling thread.
     pub fn load(&self, slot: Slot) -> Result<SlotBatch, LoadError> {
         self.inner.load_pooled(slot, &Stop::default())
+    }
+
+    /// Takes back a batch that is used up; its memory serves for another.
+    ///
+    /// Fresh memory is zeroed and mapped page by page, which takes a few hundredths of the time of
+    /// a decoded sample.
+    pub fn recycle(&self, batch: SlotBatch) {
+        let mut spare = self.inner.lock_spare_pixels();
+        if spare.len() < self.inner.config.ahead_slots {
+            spare.push(batch.pixels);
+        }
     }
 
     /// Starts to load `slots` of the steps from `first_step` up to `end_step`, step by step.
@@ -332,6 +346,17 @@ impl Inner {
         order
     }
 
+    fn lock_spare_pixels(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.spare_pixels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns so many bytes that hold anything.
+    fn pixels(&self, n: usize) -> Vec<u8> {
+        let mut pixels = self.lock_spare_pixels().pop().unwrap_or_default();
+        pixels.resize(n, 0);
+        pixels
+    }
+
     /// Loads a slot with a reader of the pool; gives up between samples when `stop` is raised.
     fn load_pooled(&self, slot: Slot, stop: &Stop) -> Result<SlotBatch, LoadError> {
         let lock = || self.readers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -361,7 +386,8 @@ impl Inner {
             let kept = |id: SampleId| planes.as_ref().is_some_and(|planes| planes.holds(id));
             reader.expect(dataset, samples.iter().copied().filter(|id| !kept(*id)));
         }
-        let mut pixels: Vec<u8> = vec![0; samples.len() * shape.bytes()];
+        // A rendered sample fills its part, and a slot with one that is not is not delivered.
+        let mut pixels = self.pixels(samples.len() * shape.bytes());
         let mut ids_shuffle: Vec<u32> = Vec::with_capacity(samples.len() * n_patches);
         let mut bad_in_row: u32 = 0;
         for (&id, out) in samples.iter().zip(pixels.chunks_exact_mut(shape.bytes())) {

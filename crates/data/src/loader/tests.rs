@@ -67,6 +67,26 @@ fn batches_depend_on_the_slot_alone() {
     }
 }
 
+/// Memory that held other pixels, of any length, leaves no trace.
+#[test]
+fn recycled_batches_leave_no_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let dataset = synthetic(folder.path(), 110, 20, 3);
+    let reference = Loader::new(config(dataset.clone(), 1)).unwrap();
+    let loader = Loader::new(config(dataset, 1)).unwrap();
+    for (index, length) in [(0, 0), (1, 1 << 20), (2, 100), (3, 6 * 16 * 16 * 3)] {
+        let mut old = reference.load(slot(0, 0)).unwrap();
+        old.pixels = vec![0xaa; length];
+        loader.recycle(old);
+        assert_eq!(loader.load(slot(1, index)).unwrap(), reference.load(slot(1, index)).unwrap());
+        assert_eq!(loader.inner.lock_spare_pixels().len(), 0, "it was used");
+    }
+    for _ in 0..10 {
+        loader.recycle(reference.load(slot(0, 0)).unwrap());
+    }
+    assert_eq!(loader.inner.lock_spare_pixels().len(), 3, "no more than a stream holds");
+}
+
 /// Photographs small enough for many cases.
 fn jpegs(folder: &Path, n: u32) -> Arc<Dataset> {
     let images = folder.join("images");

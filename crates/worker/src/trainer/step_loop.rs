@@ -336,6 +336,7 @@ impl StepLoop {
             let batches = self.load(&mut stream, &slots, step, &mut meter)?;
             let deadline = meter.deadline(step - first);
             let summary = self.reduce_step(group, &batches, &mut math, deadline, &mut meter)?;
+            batches.into_iter().for_each(|batch| self.loader.recycle(batch));
             meter.step_done(started.elapsed());
             self.after_step(group, &summary, &mut meter)?;
             if summary.stop {
