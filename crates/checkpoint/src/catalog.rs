@@ -1,12 +1,12 @@
 //! Which checkpoints a run has: manifests that exist, sound or with the reason why not.
 
-use lacuna_types::{CoordEpoch, Step};
+use lacuna_types::{CoordEpoch, Generation, Step};
 
-use crate::disk::{self, FsError, chain};
 use crate::json::canonical;
 use crate::layout::RunDir;
 use crate::manifest::{MANIFEST_BYTES_MAX, Manifest};
 use crate::read::{self, Verified};
+use crate::storage::{FsError, chain};
 
 /// A committed checkpoint.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,7 +49,7 @@ impl Entry {
 /// Attempts without a manifest are not checkpoints and are not listed.
 pub fn list(dir: &RunDir) -> Result<Vec<Entry>, FsError> {
     let mut out: Vec<Entry> = Vec::new();
-    for name in disk::names(&dir.checkpoints())? {
+    for name in dir.storage().names(&dir.checkpoints())? {
         let Some(step) = RunDir::parse_step(&name) else { continue };
         out.extend(find(dir, step)?);
     }
@@ -59,7 +59,7 @@ pub fn list(dir: &RunDir) -> Result<Vec<Entry>, FsError> {
 
 /// Looks at the checkpoint of one step.
 pub fn find(dir: &RunDir, step: Step) -> Result<Option<Entry>, FsError> {
-    let text = match disk::read_small(&dir.manifest(step), MANIFEST_BYTES_MAX) {
+    let text = match dir.storage().read_small(&dir.manifest(step), MANIFEST_BYTES_MAX) {
         Ok(text) => text,
         Err(error) if error.is_not_found() => return Ok(None),
         Err(error) => {
@@ -99,14 +99,25 @@ pub fn next_good<'a>(entries: &'a [Entry], manifest: &Manifest) -> Option<&'a Ma
     entries.iter().rev().filter_map(Entry::good).find(|good| good.order() < manifest.order())
 }
 
+/// Finds the highest generation that any attempt names, committed or not: names are never reused.
+pub fn highest_generation(dir: &RunDir) -> Result<Generation, FsError> {
+    let mut highest = Generation(0);
+    for name in dir.storage().names(&dir.checkpoints())? {
+        let Some(step) = RunDir::parse_step(&name) else { continue };
+        let names = dir.storage().names(&dir.step(step))?;
+        let attempts = names.iter().filter_map(|name| RunDir::parse_attempt(name));
+        highest = attempts.fold(highest, |highest, attempt| highest.max(attempt.generation));
+    }
+    Ok(highest)
+}
+
 /// Reads a checkpoint back whole and, where it is sound, marks it as verified.
 pub fn verify_and_mark(dir: &RunDir, manifest: &Manifest) -> Result<Verified, FsError> {
     let verified = read::verify(dir, manifest);
     if verified.problems.is_empty() {
         let path = dir.verified(manifest.step());
         let mark = serde_json::json!({ "manifest": manifest.seal, "bytes": verified.bytes });
-        disk::remove_stale_partial(&path)?;
-        disk::replace_small(&path, &(canonical(&mark) + "\n"))?;
+        dir.storage().replace_small(&path, &(canonical(&mark) + "\n"))?;
     }
     Ok(verified)
 }
@@ -115,7 +126,7 @@ pub fn verify_and_mark(dir: &RunDir, manifest: &Manifest) -> Result<Verified, Fs
 pub fn is_verified(dir: &RunDir, manifest: &Manifest) -> bool {
     /// A mark has one digest and one number.
     const MARK_BYTES_MAX: u64 = 4096;
-    let mark = disk::read_small(&dir.verified(manifest.step()), MARK_BYTES_MAX).ok();
+    let mark = dir.storage().read_small(&dir.verified(manifest.step()), MARK_BYTES_MAX).ok();
     let mark = mark.and_then(|text| crate::json::parse_strict(&text).ok());
     mark.is_some_and(|mark| mark["manifest"].as_str() == Some(manifest.seal.as_str()))
 }

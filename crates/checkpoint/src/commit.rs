@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 use lacuna_recipe::digest::Crc64;
 use lacuna_types::{CoordEpoch, Step};
 
-use crate::disk::{self, FsError, Published, chain};
 use crate::json::{Hex64, canonical};
 use crate::layout::{Attempt, RunDir};
 use crate::manifest::{
@@ -14,6 +13,7 @@ use crate::manifest::{
     TensorEntry, peek_seal,
 };
 use crate::partition::PARTITION;
+use crate::storage::{FsError, Published, chain};
 use crate::write::Receipt;
 
 /// What a coordinator knows of the checkpoint that it commits.
@@ -169,14 +169,13 @@ fn list_digests(digests: &[(u32, Hex64)]) -> String {
 /// Claims a coordinator's start on a run, once and before it commits anything.
 pub fn claim(dir: &RunDir, ours: CoordEpoch) -> Result<(), ClaimError> {
     let failed = |source: FsError| ClaimError::Fs { ours, source };
-    disk::create_dirs(dir.root(), &dir.claims()).map_err(failed)?;
+    dir.storage().prepare(dir.root(), &dir.claims()).map_err(failed)?;
     if let Some(theirs) = highest_claim(dir).map_err(failed)?.filter(|theirs| *theirs >= ours) {
         return Err(ClaimError::Taken { ours, theirs });
     }
-    // Only an earlier life could have left this, and it did not get its claim.
-    disk::remove_stale_partial(&dir.claim(ours)).map_err(failed)?;
     let text = canonical(&serde_json::json!({ "coord_epoch": ours.0 })) + "\n";
-    match disk::create_small(&dir.claim(ours), &text).map_err(failed)? {
+    let path = dir.claim(ours);
+    match dir.storage().create_small(&path, &path, &text).map_err(failed)? {
         Published::Created => Ok(()),
         Published::Exists => Err(ClaimError::Taken { ours, theirs: ours }),
     }
@@ -184,7 +183,7 @@ pub fn claim(dir: &RunDir, ours: CoordEpoch) -> Result<(), ClaimError> {
 
 /// Returns the highest coordinator start that is claimed.
 pub fn highest_claim(dir: &RunDir) -> Result<Option<CoordEpoch>, FsError> {
-    let names = disk::names(&dir.claims())?;
+    let names = dir.storage().names(&dir.claims())?;
     Ok(names.iter().filter_map(|name| RunDir::parse_claim(name)).max())
 }
 
@@ -199,18 +198,13 @@ pub fn commit(dir: &RunDir, receipts: &[Receipt], ctx: &Context) -> Result<Commi
     check_fence(dir, ctx)?;
     let failed = |source: FsError| CommitError::Fs { step, source };
     let path = dir.manifest(step);
-    // The name of the temporary file is per attempt and commits of one attempt are one after
-    // another, so a file there is a leftover of a try that failed.
-    let partial_target = dir.attempt(step, ctx.attempt).join("manifest.json");
-    disk::remove_stale_partial(&partial_target).map_err(failed)?;
+    // The name of the temporary file is per attempt, and commits of one attempt are one after
+    // another.
+    let via = dir.attempt(step, ctx.attempt).join("manifest.json");
     let text = manifest.render();
-    let seal = match disk::create_small_at(&partial_target, &path, &text).map_err(failed)? {
+    let seal = match dir.storage().create_small(&via, &path, &text).map_err(failed)? {
         Published::Created => manifest.seal.clone(),
-        Published::Exists => {
-            let seal = check_ours(dir, &manifest)?;
-            disk::sync_dir(&dir.step(step)).map_err(failed)?;
-            seal
-        }
+        Published::Exists => check_ours(dir, &manifest)?,
     };
     if let Err(error) = point_latest(dir, &manifest, &seal) {
         // A hint only: readers list the manifests.
@@ -364,7 +358,7 @@ fn check_fence(dir: &RunDir, ctx: &Context) -> Result<(), CommitError> {
 fn check_ours(dir: &RunDir, ours: &Manifest) -> Result<String, CommitError> {
     let step = ours.step();
     let path = dir.manifest(step);
-    let text = disk::read_small(&path, MANIFEST_BYTES_MAX);
+    let text = dir.storage().read_small(&path, MANIFEST_BYTES_MAX);
     let text = text.map_err(|source| CommitError::Fs { step, source })?;
     let (theirs, same_state) = match Manifest::parse(&text) {
         // A commit that was repeated at a later time differs in nothing else.
@@ -394,8 +388,7 @@ fn point_latest(dir: &RunDir, manifest: &Manifest, seal: &str) -> Result<(), FsE
         "attempt": manifest.attempt.to_string(),
         "manifest": seal,
     });
-    disk::remove_stale_partial(&dir.latest())?;
-    disk::replace_small(&dir.latest(), &(canonical(&hint) + "\n"))
+    dir.storage().replace_small(&dir.latest(), &(canonical(&hint) + "\n"))
 }
 
 #[cfg(test)]

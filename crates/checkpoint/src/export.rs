@@ -232,7 +232,7 @@ fn write_weights(
     partial.reserve(head.len() as u64 + tensors.iter().map(|t| t.bytes).sum::<u64>())?;
     let failed = |e: std::io::Error| partial.error("write", e);
     let mut hasher = blake3::Hasher::new();
-    let mut file = BufWriter::with_capacity(WRITE_BUFFER_BYTES, &partial.file);
+    let mut file = BufWriter::with_capacity(WRITE_BUFFER_BYTES, partial.writer());
     let mut reader = Reader::new(dir, manifest);
     let mut put = |bytes: &[u8]| {
         hasher.update(bytes);

@@ -5,9 +5,12 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use lacuna_types::{AttemptSeq, CoordEpoch, Generation, RunId, Step};
 use serde::{Deserialize, Serialize};
+
+use crate::storage::{Disk, Storage};
 
 /// Suffix of a file that is being written.
 pub const PARTIAL: &str = ".partial";
@@ -100,17 +103,28 @@ impl PartId {
     }
 }
 
-/// The directory of one run's checkpoints.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The directory of one run's checkpoints, on a disk or in an object store.
+#[derive(Clone, Debug)]
 pub struct RunDir {
+    storage: Arc<dyn Storage>,
     root: PathBuf,
     run: RunId,
 }
 
 impl RunDir {
-    /// Names the directory of `run` under `root`; nothing is created.
+    /// Names the directory of `run` under `root` on this machine; nothing is created.
     pub fn new(root: impl Into<PathBuf>, run: RunId) -> Self {
-        RunDir { root: root.into(), run }
+        RunDir::on(Arc::new(Disk::new()), root, run)
+    }
+
+    /// Names the directory of `run` under `root` of `storage`; nothing is created.
+    pub fn on(storage: Arc<dyn Storage>, root: impl Into<PathBuf>, run: RunId) -> Self {
+        RunDir { storage, root: root.into(), run }
+    }
+
+    /// Returns what holds the files.
+    pub fn storage(&self) -> &dyn Storage {
+        self.storage.as_ref()
     }
 
     /// Returns the directory that holds all runs.

@@ -6,11 +6,11 @@
 //! with the digests of the manifest, so damage is an error that names the file, the bytes and the
 //! tensors, and never a wrong number.
 //!
-//! It deliberately has no tensor type, no clock, no thread, no network and no async code, and it
-//! never overwrites a part or a manifest. Who saves when is decided by the caller.
+//! It deliberately has no tensor type, no clock and no async code, and it never overwrites a part
+//! or a manifest. Who saves when is decided by the caller.
 //!
 //! Start reading at [`layout`] (where files lie), then [`partition`] (who writes what),
-//! [`mod@write`], [`mod@commit`], [`load`] and [`catalog`].
+//! [`mod@write`], [`mod@commit`], [`load`] and [`catalog`]; [`storage`] is what they stand on.
 #![forbid(unsafe_code)]
 
 pub mod catalog;
@@ -24,6 +24,7 @@ pub mod partition;
 pub mod read;
 pub mod retain;
 pub mod state;
+pub mod storage;
 pub mod write;
 
 mod disk;
@@ -31,4 +32,4 @@ mod header;
 #[cfg(test)]
 mod testing;
 
-pub use disk::{FsError, chain};
+pub use storage::{FsError, chain};

@@ -4,12 +4,12 @@ use lacuna_recipe::state::{Counters, Layout, Section};
 use lacuna_types::Step;
 
 use crate::catalog::{self, Entry, Status};
-use crate::disk::{FsError, chain};
 use crate::json::Hex64;
 use crate::layout::RunDir;
 use crate::manifest::Manifest;
 use crate::read::{self, PlanError, ReadError, Reader, Wanted};
 use crate::state::{Dtype, digest_state};
+use crate::storage::{FsError, chain};
 
 /// A state as it was saved.
 #[derive(Clone, Debug, PartialEq)]

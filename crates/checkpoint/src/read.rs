@@ -2,17 +2,15 @@
 //! compare each with the manifest before a byte of it is used.
 
 use std::fmt;
-use std::fs::{self, File};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lacuna_recipe::digest::Crc64;
 
-use crate::disk::{FsError, chain};
 use crate::json::Hex64;
 use crate::layout::RunDir;
 use crate::manifest::{FileEntry, Manifest};
+use crate::storage::{FsError, ReadAt, Storage, chain};
 
 /// Tensors that a message names before it only counts them.
 const AFFECTED_SHOWN: usize = 6;
@@ -218,12 +216,12 @@ pub enum ReadError {
 }
 
 /// Tells what is wrong with a file's size, if anything.
-fn size_problem(path: &std::path::Path, entry: &FileEntry) -> Option<String> {
-    match fs::metadata(path) {
-        Ok(found) if found.len() == entry.bytes => None,
-        Ok(found) => Some(format!("has {} bytes, manifest says {}", found.len(), entry.bytes)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Some("is missing".to_string()),
-        Err(e) => Some(format!("cannot be read: {e}")),
+fn size_problem(storage: &dyn Storage, path: &Path, entry: &FileEntry) -> Option<String> {
+    match storage.size(path) {
+        Ok(found) if found == entry.bytes => None,
+        Ok(found) => Some(format!("has {found} bytes, manifest says {}", entry.bytes)),
+        Err(e) if e.is_not_found() => Some("is missing".to_string()),
+        Err(e) => Some(format!("cannot be read: {}", e.source)),
     }
 }
 
@@ -231,7 +229,7 @@ fn size_problem(path: &std::path::Path, entry: &FileEntry) -> Option<String> {
 pub(crate) fn first_missing(dir: &RunDir, manifest: &Manifest) -> Option<(u32, String)> {
     let place = dir.attempt(manifest.step(), manifest.attempt);
     (0u32..).zip(&manifest.files).find_map(|(idx, file)| {
-        size_problem(&place.join(&file.name), file).map(|problem| (idx, problem))
+        size_problem(dir.storage(), &place.join(&file.name), file).map(|problem| (idx, problem))
     })
 }
 
@@ -240,7 +238,7 @@ pub(crate) struct BlockReader<'a> {
     manifest: &'a Manifest,
     idx: u32,
     path: PathBuf,
-    file: File,
+    file: Box<dyn ReadAt>,
     block: Vec<u8>,
     held: Option<u64>,
 }
@@ -252,14 +250,14 @@ impl<'a> BlockReader<'a> {
         let path = dir.attempt(manifest.step(), manifest.attempt).join(&entry.name);
         let (step, name) = (manifest.step, entry.name.clone());
         let all = || affected(manifest, idx, &(0..entry.bytes));
-        if let Some(problem) = size_problem(&path, entry) {
+        if let Some(problem) = size_problem(dir.storage(), &path, entry) {
             return Err(ReadError::Size { step, file: name, problem, affects: all() });
         }
-        let file = File::open(&path).map_err(|e| ReadError::Fs {
+        let file = dir.storage().open(&path).map_err(|source| ReadError::Fs {
             step,
             file: name,
             affects: all(),
-            source: FsError::new("open", &path, e),
+            source,
         })?;
         Ok(BlockReader { manifest, idx, path, file, block: Vec::new(), held: None })
     }

@@ -2,17 +2,16 @@
 //!
 //! Only committed checkpoints count. Damaged ones stay until a person looks at them.
 
-use std::fs;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use lacuna_types::{Generation, Step};
 
 use crate::catalog::{self, Entry};
-use crate::disk::{self, FsError};
 use crate::json::parse_strict;
 use crate::layout::{Attempt, RunDir};
 use crate::manifest::{MANIFEST_BYTES_MAX, Manifest};
+use crate::storage::FsError;
 
 /// Longest accepted pin: a step and two lines of text.
 const HOLD_BYTES_MAX: u64 = 64 << 10;
@@ -92,9 +91,9 @@ pub fn retain(dir: &RunDir, last: NonZeroUsize, in_use: &[Step]) -> Result<Reten
 /// Lists the pinned steps with the names of their pins.
 pub fn holds(dir: &RunDir) -> Result<Vec<(Step, String)>, RetainError> {
     let mut out: Vec<(Step, String)> = Vec::new();
-    for name in disk::names(&dir.holds())? {
+    for name in dir.storage().names(&dir.holds())? {
         let path = dir.holds().join(&name);
-        let text = disk::read_small(&path, HOLD_BYTES_MAX)?;
+        let text = dir.storage().read_small(&path, HOLD_BYTES_MAX)?;
         let step = parse_strict(&text).ok().and_then(|hold| hold["step"].as_u64());
         let step = step.ok_or(RetainError::Hold { path })?;
         out.push((Step(step), name.trim_end_matches(".json").to_string()));
@@ -102,30 +101,34 @@ pub fn holds(dir: &RunDir) -> Result<Vec<(Step, String)>, RetainError> {
     Ok(out)
 }
 
-/// Removes a checkpoint: one rename makes it invisible, then its files go.
+/// Removes a checkpoint: one step makes it invisible, then its files go.
 pub fn delete(dir: &RunDir, step: Step) -> Result<(), RetainError> {
-    let (from, to) = (dir.manifest(step), dir.deleted_manifest(step));
-    fs::rename(&from, &to).map_err(|e| FsError::new("rename", &from, e))?;
-    disk::sync_dir(&dir.step(step))?;
-    finish_delete(dir, step)
+    let text = dir.storage().read_small(&dir.manifest(step), MANIFEST_BYTES_MAX)?;
+    dir.storage().hide(&dir.manifest(step), &dir.deleted_manifest(step))?;
+    remove_hidden(dir, step, &text)
 }
 
 /// Removes the files of a checkpoint whose manifest is gone, if there is such a one.
 pub fn finish_delete(dir: &RunDir, step: Step) -> Result<(), RetainError> {
     let path = dir.deleted_manifest(step);
-    let text = match disk::read_small(&path, MANIFEST_BYTES_MAX) {
+    let text = match dir.storage().read_small(&path, MANIFEST_BYTES_MAX) {
         Ok(text) => text,
         Err(error) if error.is_not_found() => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    disk::remove_file(&dir.verified(step))?;
+    remove_hidden(dir, step, &text)
+}
+
+/// Removes the files that a hidden manifest names, and the manifest last.
+fn remove_hidden(dir: &RunDir, step: Step, text: &[u8]) -> Result<(), RetainError> {
+    dir.storage().remove_file(&dir.verified(step))?;
     // An attempt whose manifest cannot be read is garbage like any other.
-    if let Ok(manifest) = Manifest::parse(&text) {
-        remove_attempt(&dir.attempt(step, manifest.attempt))?;
+    if let Ok(manifest) = Manifest::parse(text) {
+        dir.storage().remove_folder(&dir.attempt(step, manifest.attempt))?;
     }
-    disk::remove_file(&path)?;
+    dir.storage().remove_file(&dir.deleted_manifest(step))?;
     // Another attempt at this step may be under way: then the directory stays.
-    let _ = fs::remove_dir(dir.step(step));
+    dir.storage().remove_empty_folder(&dir.step(step));
     Ok(())
 }
 
@@ -139,9 +142,9 @@ pub fn plan_garbage(
     aborted: &[Attempt],
 ) -> Result<Vec<PathBuf>, RetainError> {
     let mut out: Vec<PathBuf> = Vec::new();
-    for name in disk::names(&dir.checkpoints())? {
+    for name in dir.storage().names(&dir.checkpoints())? {
         let Some(step) = RunDir::parse_step(&name) else { continue };
-        let committed = match disk::read_small(&dir.manifest(step), MANIFEST_BYTES_MAX) {
+        let committed = match dir.storage().read_small(&dir.manifest(step), MANIFEST_BYTES_MAX) {
             Ok(text) => match Manifest::parse(&text) {
                 Ok(manifest) => Some(manifest.attempt),
                 Err(_) => continue,
@@ -149,7 +152,7 @@ pub fn plan_garbage(
             Err(error) if error.is_not_found() => None,
             Err(_) => continue,
         };
-        for name in disk::names(&dir.step(step))? {
+        for name in dir.storage().names(&dir.step(step))? {
             let Some(attempt) = RunDir::parse_attempt(&name) else { continue };
             let over = attempt.generation < current || aborted.contains(&attempt);
             if over && committed != Some(attempt) {
@@ -166,34 +169,20 @@ pub fn collect_garbage(
     current: Generation,
     aborted: &[Attempt],
 ) -> Result<Vec<PathBuf>, RetainError> {
-    for name in disk::names(&dir.checkpoints())? {
+    for name in dir.storage().names(&dir.checkpoints())? {
         if let Some(step) = RunDir::parse_step(&name) {
             finish_delete(dir, step)?;
         }
     }
     let garbage = plan_garbage(dir, current, aborted)?;
     for path in &garbage {
-        remove_attempt(path)?;
+        dir.storage().remove_folder(path)?;
         if let Some(step) = path.parent() {
-            // Fails where the step has a checkpoint or another attempt, which is right.
-            let _ = fs::remove_dir(step);
+            // It stays where the step has a checkpoint or another attempt.
+            dir.storage().remove_empty_folder(step);
         }
     }
     Ok(garbage)
-}
-
-/// Removes an attempt: parts, then receipts and whatever else, then the directory.
-fn remove_attempt(path: &Path) -> Result<(), FsError> {
-    let names = disk::names(path)?;
-    for name in names.iter().filter(|name| name.starts_with("part-")) {
-        disk::remove_file(&path.join(name))?;
-    }
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(FsError::new("remove directory", path, e))
-        }
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

@@ -1,20 +1,18 @@
 //! Writing one rank's part: file, digests, receipt. Names are new or the write fails.
 
-use std::fs::File;
-
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::state::Counters;
 use lacuna_types::{RunId, Step};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::disk::{self, DirectWriter, FsError, Partial, Published};
 use crate::header::{self, HeaderTensor};
 use crate::json::{Hex64, SealError, canonical, open_sealed, seal_of, to_value};
 use crate::layout::{Attempt, PartId, RunDir};
 use crate::manifest::FileEntry;
 use crate::partition::PARTITION;
 use crate::state::{Dtype, NamedSlice};
+use crate::storage::{FsError, Published, Sink};
 
 /// Bytes of a digest block: a ranged read reads at most two too many, and ViT-H has 939 of them.
 pub const BLOCK_BYTES: u64 = 8 << 20;
@@ -150,13 +148,14 @@ pub fn write_part(
     let (step, part, attempt) = (info.step, info.part, info.attempt);
     let failed = |source: FsError| WritePartError::Fs { step, part, source };
     let place = dir.attempt(step, attempt);
-    disk::create_dirs(dir.root(), &place).map_err(failed)?;
-    let (partial, receipt) = write_file(dir, info, slices).map_err(failed)?;
-    if partial.publish().map_err(failed)? == Published::Exists {
+    dir.storage().prepare(dir.root(), &place).map_err(failed)?;
+    let (file, receipt) = write_file(dir, info, slices).map_err(failed)?;
+    if file.publish().map_err(failed)? == Published::Exists {
         return Err(WritePartError::Exists { step, part, attempt });
     }
     let path = place.join(part.receipt_name());
-    match disk::create_small(&path, &receipt.render()).map_err(failed)? {
+    // From here on the part's name lasts too.
+    match dir.storage().create_small(&path, &path, &receipt.render()).map_err(failed)? {
         Published::Created => Ok(receipt),
         Published::Exists => Err(WritePartError::Exists { step, part, attempt }),
     }
@@ -167,20 +166,19 @@ fn write_file(
     dir: &RunDir,
     info: &PartInfo,
     slices: &[NamedSlice<'_>],
-) -> Result<(Partial, Receipt), FsError> {
+) -> Result<(Box<dyn Sink>, Receipt), FsError> {
     let name = info.part.file_name();
-    let partial = Partial::create(&dir.attempt(info.step, info.attempt).join(&name))?;
     let head = render_header(info, slices);
     let total = head.len() as u64 + slices.iter().map(|s| s.bytes.len() as u64).sum::<u64>();
-    partial.reserve(total)?;
-    let failed = |e: std::io::Error| partial.error("write", e);
-    let mut sink = BlockSink::new(&partial.file, info.block_bytes);
-    sink.write(&head).map_err(failed)?;
+    let path = dir.attempt(info.step, info.attempt).join(&name);
+    let mut file = dir.storage().begin(&path, total)?;
+    let mut sink = BlockSink::new(file.as_mut(), info.block_bytes);
+    sink.write(&head)?;
     let mut entries: Vec<ReceiptSlice> = Vec::new();
     for NamedSlice { spec, bytes } in slices {
         assert_eq!(bytes.len() as u64, spec.bytes(), "bytes of `{}`", spec.tensor);
         let start = sink.bytes();
-        let crc = sink.write(bytes).map_err(failed)?;
+        let crc = sink.write(bytes)?;
         entries.push(ReceiptSlice {
             tensor: spec.tensor.clone(),
             dtype: spec.dtype,
@@ -190,9 +188,9 @@ fn write_file(
             crc64: Hex64(crc.value),
         });
     }
-    let file = sink.finish(name).map_err(failed)?;
-    let receipt = seal_receipt(info, file, entries, slices.iter().all(is_finite));
-    Ok((partial, receipt))
+    let entry = sink.finish(name);
+    let receipt = seal_receipt(info, entry, entries, slices.iter().all(is_finite));
+    Ok((file, receipt))
 }
 
 fn seal_receipt(
@@ -260,7 +258,7 @@ fn is_finite(slice: &NamedSlice<'_>) -> bool {
 
 /// Writes bytes in order and digests them by block and by call, reading each byte once.
 struct BlockSink<'a> {
-    out: DirectWriter<'a>,
+    out: &'a mut dyn Sink,
     block_bytes: u64,
     block: Crc64,
     blocks: Vec<Hex64>,
@@ -268,10 +266,10 @@ struct BlockSink<'a> {
 }
 
 impl<'a> BlockSink<'a> {
-    fn new(file: &'a File, block_bytes: u64) -> Self {
+    fn new(out: &'a mut dyn Sink, block_bytes: u64) -> Self {
         assert!(block_bytes > 0, "blocks have bytes");
         BlockSink {
-            out: DirectWriter::new(file),
+            out,
             block_bytes,
             block: Crc64::default(),
             blocks: Vec::new(),
@@ -283,7 +281,7 @@ impl<'a> BlockSink<'a> {
         self.whole.bytes + self.block.bytes
     }
 
-    fn write(&mut self, mut bytes: &[u8]) -> std::io::Result<Crc64> {
+    fn write(&mut self, mut bytes: &[u8]) -> Result<Crc64, FsError> {
         let mut sum = Crc64::default();
         while !bytes.is_empty() {
             let room = (self.block_bytes - self.block.bytes).min(bytes.len() as u64) as usize;
@@ -306,18 +304,17 @@ impl<'a> BlockSink<'a> {
         self.block = Crc64::default();
     }
 
-    fn finish(mut self, name: String) -> std::io::Result<FileEntry> {
+    fn finish(mut self, name: String) -> FileEntry {
         if self.block.bytes > 0 {
             self.end_block();
         }
-        self.out.finish()?;
-        Ok(FileEntry {
+        FileEntry {
             name,
             bytes: self.whole.bytes,
             crc64: Hex64(self.whole.value),
             block: self.block_bytes,
             blocks: self.blocks,
-        })
+        }
     }
 }
 

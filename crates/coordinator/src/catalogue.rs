@@ -1,7 +1,7 @@
 //! Checkpoints of a run as the coordinator sees them: claim, commit, newest, retention.
 
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lacuna_checkpoint::catalog::{self, Entry, Status};
@@ -95,7 +95,7 @@ impl Catalogue {
             Status::Good(_) => None,
         };
         let damaged = entries.iter().filter_map(reason).collect();
-        let generation = highest_generation(&dir).map_err(|err| failed(Box::new(err)))?;
+        let generation = catalog::highest_generation(&dir).map_err(failed)?;
         lacuna_checkpoint::retain::collect_garbage(&dir, generation.next(), &[]).map_err(failed)?;
         let found = Found { newest, generation, probe, damaged };
         Ok((Catalogue { dir, spec, n_samples, fingerprint, epoch }, found))
@@ -192,28 +192,6 @@ pub fn cadence_steps(cadence: &Cadence, steps_per_epoch: u64) -> Option<u64> {
         Cadence::Length(length) => length.steps(steps_per_epoch),
         Cadence::Seconds(_) => None,
     }
-}
-
-/// Finds the highest generation that any attempt names, committed or not: names are never reused.
-fn highest_generation(dir: &RunDir) -> std::io::Result<Generation> {
-    let mut highest = Generation(0);
-    for step in names(&dir.checkpoints())?.iter().filter_map(|name| RunDir::parse_step(name)) {
-        for name in names(&dir.step(step))? {
-            if let Some(attempt) = RunDir::parse_attempt(&name) {
-                highest = highest.max(attempt.generation);
-            }
-        }
-    }
-    Ok(highest)
-}
-
-fn names(dir: &Path) -> std::io::Result<Vec<String>> {
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(err) => return Err(err),
-    };
-    entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
 
 /// Formats a time as RFC 3339 in UTC, whole seconds.

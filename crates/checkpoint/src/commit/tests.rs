@@ -2,7 +2,7 @@ use expect_test::expect;
 
 use super::*;
 use crate::catalog::list;
-use crate::disk::chain;
+use crate::chain;
 use crate::layout::{PARTIAL, PartId};
 use crate::load::{Expected, load_newest};
 use crate::testing::{attempt, manifest, part_path, run_dir, tiny, tree};

@@ -5,7 +5,7 @@ use lacuna_recipe::keymap::{Part, ours};
 use safetensors::SafeTensors;
 
 use super::*;
-use crate::disk::chain;
+use crate::chain;
 use crate::testing::{Sample, manifest, micro, run_dir, sample, tree};
 
 fn options(layout: ExportLayout) -> ExportOptions {

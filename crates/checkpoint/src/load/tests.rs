@@ -5,7 +5,7 @@ use expect_test::expect;
 use lacuna_recipe::model::ModelConfig;
 
 use super::*;
-use crate::disk::chain;
+use crate::chain;
 use crate::testing::{manifest, micro, part_path, run_dir, tiny};
 
 /// The message of a failed load, broken into lines for the page.

@@ -1,7 +1,7 @@
 use expect_test::expect;
 
 use super::*;
-use crate::disk::chain;
+use crate::chain;
 use crate::testing::{manifest, micro, run_dir, tiny};
 
 fn saved() -> (tempfile::TempDir, Manifest) {

@@ -2,7 +2,7 @@ use expect_test::expect;
 
 use super::*;
 use crate::catalog::{list, verify_and_mark};
-use crate::disk::chain;
+use crate::chain;
 use crate::testing::{attempt, manifest, run_dir, tiny, tree};
 
 const ONE: NonZeroUsize = NonZeroUsize::MIN;

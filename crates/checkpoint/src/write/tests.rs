@@ -1,10 +1,11 @@
 use std::borrow::Cow;
 
 use super::*;
-use crate::disk::chain;
+use crate::chain;
 use crate::layout::PARTIAL;
 use crate::partition::Partition;
 use crate::state::{LeftoverSpec, Snapshot};
+use crate::storage::{Disk, Storage};
 use crate::testing::{attempt, micro, part_path, run_dir, tiny, tree};
 
 #[test]
@@ -129,9 +130,7 @@ fn failures_name_path_and_cause() {
 fn a_full_device_leaves_nothing() {
     let root = tempfile::tempdir().unwrap();
     let target = root.path().join("part");
-    let partial = Partial::create(&target).unwrap();
-    let error = partial.reserve(1 << 61).unwrap_err();
+    let error = Disk::new().begin(&target, 1 << 61).err().unwrap();
     assert!(error.to_string().starts_with("failed to reserve space for `"), "{error}");
-    drop(partial);
     assert_eq!(tree(root.path()).len(), 0);
 }
