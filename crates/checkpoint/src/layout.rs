@@ -142,6 +142,11 @@ impl RunDir {
         self.root.join(self.run.as_str())
     }
 
+    /// Returns the description of the run.
+    pub fn run_file(&self) -> PathBuf {
+        self.path().join("run.json")
+    }
+
     /// Returns the directory of fencing claims.
     pub fn claims(&self) -> PathBuf {
         self.path().join("claims")
@@ -190,6 +195,11 @@ impl RunDir {
     /// Returns the manifest of a checkpoint whose deletion has begun.
     pub fn deleted_manifest(&self, step: Step) -> PathBuf {
         self.step(step).join("manifest.deleted.json")
+    }
+
+    /// Returns the manifest that another one was made again for.
+    pub fn damaged_manifest(&self, step: Step) -> PathBuf {
+        self.step(step).join("manifest.damaged.json")
     }
 
     /// Returns the mark of a checkpoint that was read back whole.

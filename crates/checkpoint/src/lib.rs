@@ -22,11 +22,15 @@ pub mod load;
 pub mod manifest;
 pub mod partition;
 pub mod read;
+pub mod rebuild;
 pub mod retain;
+pub mod run_file;
 pub mod state;
 pub mod storage;
 pub mod write;
 
+#[cfg(test)]
+mod crash_tests;
 mod disk;
 mod header;
 #[cfg(test)]

@@ -3,13 +3,13 @@
 //! Only committed checkpoints count. Damaged ones stay until a person looks at them.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lacuna_types::{Generation, Step};
 
 use crate::catalog::{self, Entry};
 use crate::json::parse_strict;
-use crate::layout::{Attempt, RunDir};
+use crate::layout::{Attempt, PARTIAL, RunDir};
 use crate::manifest::{MANIFEST_BYTES_MAX, Manifest};
 use crate::storage::FsError;
 
@@ -121,7 +121,7 @@ pub fn finish_delete(dir: &RunDir, step: Step) -> Result<(), RetainError> {
 
 /// Removes the files that a hidden manifest names, and the manifest last.
 fn remove_hidden(dir: &RunDir, step: Step, text: &[u8]) -> Result<(), RetainError> {
-    dir.storage().remove_file(&dir.verified(step))?;
+    remove_marks(dir, step)?;
     // An attempt whose manifest cannot be read is garbage like any other.
     if let Ok(manifest) = Manifest::parse(text) {
         dir.storage().remove_folder(&dir.attempt(step, manifest.attempt))?;
@@ -130,6 +130,18 @@ fn remove_hidden(dir: &RunDir, step: Step, text: &[u8]) -> Result<(), RetainErro
     // Another attempt at this step may be under way: then the directory stays.
     dir.storage().remove_empty_folder(&dir.step(step));
     Ok(())
+}
+
+/// Removes the mark of a checkpoint that is gone, and what is left of making it.
+fn remove_marks(dir: &RunDir, step: Step) -> Result<(), FsError> {
+    dir.storage().remove_file(&dir.verified(step))?;
+    dir.storage().remove_file(&partial(&dir.verified(step)))
+}
+
+fn partial(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_os_string();
+    name.push(PARTIAL);
+    PathBuf::from(name)
 }
 
 /// Lists attempts that never became a checkpoint and cannot any more.
@@ -169,20 +181,54 @@ pub fn collect_garbage(
     current: Generation,
     aborted: &[Attempt],
 ) -> Result<Vec<PathBuf>, RetainError> {
-    for name in dir.storage().names(&dir.checkpoints())? {
-        if let Some(step) = RunDir::parse_step(&name) {
-            finish_delete(dir, step)?;
-        }
+    let steps = dir.storage().names(&dir.checkpoints())?;
+    let steps: Vec<Step> = steps.iter().filter_map(|name| RunDir::parse_step(name)).collect();
+    for step in &steps {
+        finish_delete(dir, *step)?;
     }
     let garbage = plan_garbage(dir, current, aborted)?;
     for path in &garbage {
         dir.storage().remove_folder(path)?;
-        if let Some(step) = path.parent() {
-            // It stays where the step has a checkpoint or another attempt.
-            dir.storage().remove_empty_folder(step);
+    }
+    for step in steps {
+        sweep(dir, step, current)?;
+    }
+    sweep_claims(dir)?;
+    Ok(garbage)
+}
+
+/// Removes what crashes left beside a checkpoint or in the place of one.
+fn sweep(dir: &RunDir, step: Step, current: Generation) -> Result<(), RetainError> {
+    let text = match dir.storage().read_small(&dir.manifest(step), MANIFEST_BYTES_MAX) {
+        Ok(text) => text,
+        Err(error) if error.is_not_found() => {
+            remove_marks(dir, step)?;
+            // It stays where an attempt is under way.
+            dir.storage().remove_empty_folder(&dir.step(step));
+            return Ok(());
+        }
+        // Damage is for a person to look at.
+        Err(_) => return Ok(()),
+    };
+    let Ok(manifest) = Manifest::parse(&text) else { return Ok(()) };
+    if manifest.attempt.generation < current {
+        let attempt = dir.attempt(step, manifest.attempt);
+        for name in dir.storage().names(&attempt)?.iter().filter(|name| name.ends_with(PARTIAL)) {
+            dir.storage().remove_file(&attempt.join(name))?;
         }
     }
-    Ok(garbage)
+    Ok(())
+}
+
+/// Removes unfinished claims that cannot be made any more; later ones may be under way.
+fn sweep_claims(dir: &RunDir) -> Result<(), RetainError> {
+    let names = dir.storage().names(&dir.claims())?;
+    let epoch = |name: &String| RunDir::parse_claim(name.strip_suffix(PARTIAL).unwrap_or(name));
+    let highest = names.iter().filter(|name| !name.ends_with(PARTIAL)).filter_map(epoch).max();
+    for name in names.iter().filter(|name| name.ends_with(PARTIAL) && epoch(name) <= highest) {
+        dir.storage().remove_file(&dir.claims().join(name))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -14,6 +14,9 @@ mod disk;
 mod posix;
 mod stage;
 
+#[cfg(test)]
+pub(crate) mod model;
+
 pub use disk::Disk;
 pub(crate) use disk::Partial;
 

@@ -11,7 +11,7 @@ use crate::json::{Hex64, SealError, canonical, open_sealed, seal_of, to_value};
 use crate::layout::{Attempt, PartId, RunDir};
 use crate::manifest::FileEntry;
 use crate::partition::PARTITION;
-use crate::state::{Dtype, NamedSlice};
+use crate::state::{Dtype, NamedSlice, PartSlice};
 use crate::storage::{FsError, Published, Sink};
 
 /// Bytes of a digest block: a ranged read reads at most two too many, and ViT-H has 939 of them.
@@ -19,6 +19,9 @@ pub const BLOCK_BYTES: u64 = 8 << 20;
 
 /// Name of the one metadata entry of a part.
 pub const PART_METADATA: &str = "lacuna.part";
+
+/// Schema of what a part says of itself.
+pub(crate) const PART_SCHEMA: &str = "lacuna-part/1";
 
 /// Schema of receipts.
 const RECEIPT_SCHEMA: &str = "lacuna-receipt/1";
@@ -168,7 +171,8 @@ fn write_file(
     slices: &[NamedSlice<'_>],
 ) -> Result<(Box<dyn Sink>, Receipt), FsError> {
     let name = info.part.file_name();
-    let head = render_header(info, slices);
+    let specs: Vec<&PartSlice> = slices.iter().map(|slice| &slice.spec).collect();
+    let head = render_header(info, &specs);
     let total = head.len() as u64 + slices.iter().map(|s| s.bytes.len() as u64).sum::<u64>();
     let path = dir.attempt(info.step, info.attempt).join(&name);
     let mut file = dir.storage().begin(&path, total)?;
@@ -193,7 +197,8 @@ fn write_file(
     Ok((file, receipt))
 }
 
-fn seal_receipt(
+/// Completes the description of a part.
+pub(crate) fn seal_receipt(
     info: &PartInfo,
     file: FileEntry,
     slices: Vec<ReceiptSlice>,
@@ -219,9 +224,9 @@ fn seal_receipt(
 }
 
 /// Renders the safetensors header; its one metadata entry says all that a lost manifest said.
-fn render_header(info: &PartInfo, slices: &[NamedSlice<'_>]) -> Vec<u8> {
+pub(crate) fn render_header(info: &PartInfo, slices: &[&PartSlice]) -> Vec<u8> {
     let mut places: Map<String, Value> = Map::new();
-    for NamedSlice { spec, .. } in slices {
+    for spec in slices {
         let place = serde_json::json!({
             "range": [spec.range.start, spec.range.end],
             "shape": spec.shape,
@@ -229,7 +234,7 @@ fn render_header(info: &PartInfo, slices: &[NamedSlice<'_>]) -> Vec<u8> {
         places.insert(spec.tensor.clone(), place);
     }
     let about = serde_json::json!({
-        "schema": "lacuna-part/1",
+        "schema": PART_SCHEMA,
         "run": info.run.as_str(),
         "step": info.step.0,
         "attempt": info.attempt.to_string(),
@@ -240,24 +245,29 @@ fn render_header(info: &PartInfo, slices: &[NamedSlice<'_>]) -> Vec<u8> {
         "counters": to_value(&info.counters),
         "slices": places,
     });
-    let tensor = |slice: &NamedSlice<'_>| HeaderTensor {
-        name: slice.spec.tensor.clone(),
-        dtype: slice.spec.dtype.name(),
-        shape: vec![slice.spec.range.end - slice.spec.range.start],
-        bytes: slice.bytes.len() as u64,
+    let tensor = |spec: &&PartSlice| HeaderTensor {
+        name: spec.tensor.clone(),
+        dtype: spec.dtype.name(),
+        shape: vec![spec.range.end - spec.range.start],
+        bytes: spec.bytes(),
     };
     let tensors: Vec<HeaderTensor> = slices.iter().map(tensor).collect();
     header::render(&[(PART_METADATA, &canonical(&about))], &tensors)
 }
 
 fn is_finite(slice: &NamedSlice<'_>) -> bool {
+    slice.spec.dtype != Dtype::F32 || is_finite_f32(slice.bytes)
+}
+
+/// Tells whether all of the little-endian floats are finite.
+pub(crate) fn is_finite_f32(bytes: &[u8]) -> bool {
     const EXPONENT: u32 = 0x7f80_0000;
     let finite = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & EXPONENT != EXPONENT;
-    slice.spec.dtype != Dtype::F32 || slice.bytes.chunks_exact(4).all(finite)
+    bytes.chunks_exact(4).all(finite)
 }
 
 /// Writes bytes in order and digests them by block and by call, reading each byte once.
-struct BlockSink<'a> {
+pub(crate) struct BlockSink<'a> {
     out: &'a mut dyn Sink,
     block_bytes: u64,
     block: Crc64,
@@ -266,7 +276,8 @@ struct BlockSink<'a> {
 }
 
 impl<'a> BlockSink<'a> {
-    fn new(out: &'a mut dyn Sink, block_bytes: u64) -> Self {
+    /// Digests what goes to `out` in blocks of `block_bytes`.
+    pub fn new(out: &'a mut dyn Sink, block_bytes: u64) -> Self {
         assert!(block_bytes > 0, "blocks have bytes");
         BlockSink {
             out,
@@ -277,11 +288,13 @@ impl<'a> BlockSink<'a> {
         }
     }
 
-    fn bytes(&self) -> u64 {
+    /// Returns how many bytes there are.
+    pub fn bytes(&self) -> u64 {
         self.whole.bytes + self.block.bytes
     }
 
-    fn write(&mut self, mut bytes: &[u8]) -> Result<Crc64, FsError> {
+    /// Appends bytes; returns their digest.
+    pub fn write(&mut self, mut bytes: &[u8]) -> Result<Crc64, FsError> {
         let mut sum = Crc64::default();
         while !bytes.is_empty() {
             let room = (self.block_bytes - self.block.bytes).min(bytes.len() as u64) as usize;
@@ -304,7 +317,8 @@ impl<'a> BlockSink<'a> {
         self.block = Crc64::default();
     }
 
-    fn finish(mut self, name: String) -> FileEntry {
+    /// Describes the file.
+    pub fn finish(mut self, name: String) -> FileEntry {
         if self.block.bytes > 0 {
             self.end_block();
         }

@@ -141,7 +141,7 @@ impl Storage for Disk {
     fn begin(&self, path: &Path, bytes: u64) -> Result<Box<dyn Sink>, FsError> {
         let partial = Partial::create_on(self, path)?;
         partial.reserve(bytes)?;
-        let stage = Stage::new(partial.file.clone(), self.writers);
+        let stage = Stage::new(partial.file.clone(), bytes, self.writers);
         let stage = stage.map_err(|e| partial.error("write", e))?;
         Ok(Box::new(PartFile { stage: Some(stage), partial }))
     }

@@ -8,7 +8,7 @@ use std::thread::{Builder, JoinHandle};
 
 use super::posix::FsFile;
 
-/// Bytes of a piece: enough for a disk's full rate, little next to a snapshot.
+/// Bytes of a piece at most: enough for a disk's full rate, little next to a snapshot.
 pub(super) const PIECE_BYTES: usize = 8 << 20;
 
 /// Alignment of memory, places and sizes that direct writes need on common devices.
@@ -18,21 +18,24 @@ const ALIGN: usize = 4096;
 struct Piece {
     memory: Vec<u8>,
     start: usize,
+    /// Room, in whole pages.
+    bytes: usize,
     filled: usize,
     /// Where it goes.
     offset: u64,
 }
 
 impl Piece {
-    fn new() -> Self {
-        let memory: Vec<u8> = vec![0; PIECE_BYTES + ALIGN];
+    fn new(bytes: usize) -> Self {
+        let memory: Vec<u8> = vec![0; bytes + ALIGN];
         let start = memory.as_ptr().align_offset(ALIGN);
-        Piece { memory, start: if start <= ALIGN { start } else { 0 }, filled: 0, offset: 0 }
+        let start = if start <= ALIGN { start } else { 0 };
+        Piece { memory, start, bytes, filled: 0, offset: 0 }
     }
 
     /// Takes as many of `bytes` as there is room for; returns how many.
     fn fill(&mut self, bytes: &[u8]) -> usize {
-        let n = bytes.len().min(PIECE_BYTES - self.filled);
+        let n = bytes.len().min(self.bytes - self.filled);
         let at = self.start + self.filled;
         self.memory[at..at + n].copy_from_slice(&bytes[..n]);
         self.filled += n;
@@ -62,6 +65,7 @@ impl Piece {
 pub(super) struct Stage {
     file: Arc<dyn FsFile>,
     piece: Option<Piece>,
+    piece_bytes: usize,
     /// Bytes in earlier pieces.
     begun: u64,
     lanes: Option<Lanes>,
@@ -79,12 +83,16 @@ struct Lanes {
 }
 
 impl Stage {
-    /// Writes `file` from its beginning, with so many threads; with none, in the caller's.
-    pub fn new(file: Arc<dyn FsFile>, threads: usize) -> io::Result<Self> {
+    /// Writes `bytes` bytes to `file`, with so many threads; with none, in the caller's.
+    pub fn new(file: Arc<dyn FsFile>, bytes: u64, threads: usize) -> io::Result<Self> {
         // Refused by tmpfs and some network file systems: then the cache it is.
         let _ = file.set_direct(true);
+        let piece_bytes = bytes.clamp(1, PIECE_BYTES as u64) as usize;
+        let piece_bytes = piece_bytes.next_multiple_of(ALIGN);
+        // What fits one piece needs no other thread.
+        let threads = if bytes > PIECE_BYTES as u64 { threads } else { 0 };
         let lanes = if threads > 0 { Some(Lanes::start(&file, threads)?) } else { None };
-        Ok(Stage { file, piece: None, begun: 0, lanes })
+        Ok(Stage { file, piece: None, piece_bytes, begun: 0, lanes })
     }
 
     /// Appends `bytes`.
@@ -96,7 +104,7 @@ impl Stage {
             };
             let n = piece.fill(bytes);
             bytes = &bytes[n..];
-            if piece.filled == PIECE_BYTES {
+            if piece.filled == piece.bytes {
                 self.send(piece)?;
             } else {
                 self.piece = Some(piece);
@@ -126,9 +134,9 @@ impl Stage {
             }
             Some(lanes) => {
                 lanes.pieces += 1;
-                Piece::new()
+                Piece::new(self.piece_bytes)
             }
-            None => Piece::new(),
+            None => Piece::new(self.piece_bytes),
         };
         (piece.filled, piece.offset) = (0, self.begun);
         Ok(piece)

@@ -66,8 +66,8 @@ fn a_full_device_is_an_error() {
     let device = fs::OpenOptions::new().write(true).open(full).unwrap();
     let file: Arc<dyn FsFile> = Arc::new(device);
     for threads in 0..=2 {
-        let mut stage = Stage::new(file.clone(), threads).unwrap();
         let bytes: Vec<u8> = vec![1; 3 * PIECE_BYTES];
+        let mut stage = Stage::new(file.clone(), bytes.len() as u64, threads).unwrap();
         let written = stage.write_all(&bytes).and_then(|()| stage.finish());
         assert_eq!(written.unwrap_err().kind(), ErrorKind::StorageFull);
     }

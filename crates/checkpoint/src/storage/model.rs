@@ -1,0 +1,645 @@
+//! A modelled file system for tests: what was synced stays, what was not may or may not.
+//!
+//! It promises as little as POSIX does. The content of a file is durable after its sync, a name
+//! after the sync of its folder, and at a crash any subset of what was done since may be there:
+//! writes in part, the new name of a file without the loss of the old one, a name without the bytes.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind};
+use std::path::{Component, Path};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use super::posix::{Fs, FsFile};
+
+/// Unit in which a device writes.
+const SECTOR: usize = 512;
+
+/// Tells from a call and the one before whether it is left out.
+pub(crate) type Broken = fn(&str, &str) -> bool;
+
+/// A modelled file system; clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct ModelFs {
+    inner: Arc<Mutex<Inner>>,
+    turn: Arc<Condvar>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    world: World,
+    /// What happened, and how things stood afterwards, if anybody wants to know.
+    trace: Vec<Moment>,
+    is_traced: bool,
+    /// Who may call next, where threads take turns.
+    turns: Option<Turns>,
+    /// Calls that do nothing and succeed.
+    broken: Option<Broken>,
+    /// Whether renaming can refuse to replace.
+    renames_new: bool,
+    /// Calls so far, and the one that fails.
+    calls: usize,
+    fails: Option<(usize, ErrorKind)>,
+}
+
+/// A moment after a call.
+#[derive(Clone, Debug)]
+pub(crate) struct Moment {
+    /// The call, `sync part-00000-of-00003.safetensors.partial`.
+    pub call: String,
+    /// Files and folders.
+    pub world: World,
+}
+
+/// Files and folders by number; 0 is the root.
+#[derive(Clone, Debug)]
+pub(crate) struct World {
+    nodes: Vec<Node>,
+}
+
+#[derive(Clone, Debug)]
+enum Node {
+    File { durable: Arc<Vec<u8>>, now: Arc<Vec<u8>>, pending: Vec<Change> },
+    Dir { durable: Names, now: Names, pending: Vec<Change> },
+}
+
+type Names = BTreeMap<String, usize>;
+
+/// A change that is not durable yet.
+#[derive(Clone, Debug)]
+enum Change {
+    Write {
+        offset: u64,
+        bytes: Arc<[u8]>,
+    },
+    Len(u64),
+    Add(String, usize),
+    Remove(String),
+    /// Inside one folder, at once.
+    Rename(String, String, usize),
+}
+
+/// How much of a change survives a crash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    Nothing,
+    All,
+    /// The first eighths of a write, in whole sectors.
+    Torn(u8),
+}
+
+/// Longest wait of a thread for its turn.
+const TURN_MAX: Duration = Duration::from_secs(60);
+
+thread_local! {
+    /// Which of the threads that take turns this one is.
+    static ME: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Threads that call one at a time.
+#[derive(Debug)]
+struct Turns {
+    next: usize,
+    alive: Vec<usize>,
+    dice: u64,
+}
+
+impl Turns {
+    fn new(n: usize, seed: u64) -> Self {
+        let mut turns = Turns { next: 0, alive: (0..n).collect(), dice: seed };
+        turns.pass();
+        turns
+    }
+
+    fn pass(&mut self) {
+        self.dice = self.dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        if !self.alive.is_empty() {
+            self.next = self.alive[(self.dice >> 33) as usize % self.alive.len()];
+        }
+    }
+
+    fn leave(&mut self, me: usize) {
+        self.alive.retain(|one| *one != me);
+        self.pass();
+    }
+}
+
+impl Change {
+    fn options(&self) -> &'static [Kept] {
+        match self {
+            Change::Write { bytes, .. } if bytes.len() > SECTOR => {
+                &[Kept::Nothing, Kept::All, Kept::Torn(1), Kept::Torn(4), Kept::Torn(7)]
+            }
+            _ => &[Kept::Nothing, Kept::All],
+        }
+    }
+
+    fn apply_to_bytes(&self, content: &mut Vec<u8>, kept: Kept) {
+        match self {
+            Change::Write { offset, bytes } => {
+                let n = match kept {
+                    Kept::Torn(eighths) => {
+                        let part = bytes.len() * usize::from(eighths) / 8;
+                        part.next_multiple_of(SECTOR).min(bytes.len())
+                    }
+                    _ => bytes.len(),
+                };
+                let end = *offset as usize + n;
+                if content.len() < end {
+                    content.resize(end, 0);
+                }
+                content[*offset as usize..end].copy_from_slice(&bytes[..n]);
+            }
+            Change::Len(bytes) => content.resize(*bytes as usize, 0),
+            _ => unreachable!("{self:?} is of folders"),
+        }
+    }
+
+    fn apply_to_names(&self, names: &mut Names) {
+        match self {
+            Change::Add(name, node) => {
+                names.insert(name.clone(), *node);
+            }
+            Change::Remove(name) => {
+                names.remove(name);
+            }
+            Change::Rename(from, to, node) => {
+                names.remove(from);
+                names.insert(to.clone(), *node);
+            }
+            _ => unreachable!("{self:?} is of files"),
+        }
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        let (durable, now, pending) = (Names::new(), Names::new(), Vec::new());
+        World { nodes: vec![Node::Dir { durable, now, pending }] }
+    }
+
+    fn names(&self, dir: usize) -> io::Result<&Names> {
+        match &self.nodes[dir] {
+            Node::Dir { now, .. } => Ok(now),
+            Node::File { .. } => Err(ErrorKind::NotADirectory.into()),
+        }
+    }
+
+    fn find(&self, path: &Path) -> io::Result<usize> {
+        let mut at = 0;
+        for part in path.components() {
+            if let Component::Normal(name) = part {
+                let names = self.names(at)?;
+                let name = name.to_str().ok_or(ErrorKind::InvalidInput)?;
+                at = *names.get(name).ok_or(ErrorKind::NotFound)?;
+            }
+        }
+        Ok(at)
+    }
+
+    /// Returns the folder that a path's last name lies in, and that name.
+    fn place(&self, path: &Path) -> io::Result<(usize, String)> {
+        let parent = path.parent().ok_or(ErrorKind::InvalidInput)?;
+        let name =
+            path.file_name().and_then(|name| name.to_str()).ok_or(ErrorKind::InvalidInput)?;
+        let dir = self.find(parent)?;
+        self.names(dir)?;
+        Ok((dir, name.to_string()))
+    }
+
+    fn change(&mut self, node: usize, change: Change) {
+        match &mut self.nodes[node] {
+            Node::File { now, pending, .. } => {
+                change.apply_to_bytes(Arc::make_mut(now), Kept::All);
+                pending.push(change);
+            }
+            Node::Dir { now, pending, .. } => {
+                change.apply_to_names(now);
+                pending.push(change);
+            }
+        }
+    }
+
+    fn sync(&mut self, node: usize) {
+        match &mut self.nodes[node] {
+            Node::File { durable, now, pending } => {
+                *durable = now.clone();
+                pending.clear();
+            }
+            Node::Dir { durable, now, pending } => {
+                durable.clone_from(now);
+                pending.clear();
+            }
+        }
+    }
+
+    fn add(&mut self, path: &Path, node: Node) -> io::Result<usize> {
+        let (dir, name) = self.place(path)?;
+        if self.names(dir)?.contains_key(&name) {
+            return Err(ErrorKind::AlreadyExists.into());
+        }
+        self.nodes.push(node);
+        let idx = self.nodes.len() - 1;
+        self.change(dir, Change::Add(name, idx));
+        Ok(idx)
+    }
+
+    fn rename(&mut self, from: &Path, to: &Path) -> io::Result<()> {
+        let node = self.find(from)?;
+        let ((dir, name), (to_dir, to_name)) = (self.place(from)?, self.place(to)?);
+        if dir == to_dir {
+            self.change(dir, Change::Rename(name, to_name, node));
+        } else {
+            self.change(to_dir, Change::Add(to_name, node));
+            self.change(dir, Change::Remove(name));
+        }
+        Ok(())
+    }
+
+    /// Lists the changes that a crash decides about: node and place in its list.
+    fn pending(&self) -> Vec<(usize, usize)> {
+        let count = |node: &Node| match node {
+            Node::File { pending, .. } | Node::Dir { pending, .. } => pending.len(),
+        };
+        let all = self.nodes.iter().enumerate();
+        all.flat_map(|(idx, node)| (0..count(node)).map(move |i| (idx, i))).collect()
+    }
+
+    fn pending_change(&self, (node, i): (usize, usize)) -> &Change {
+        match &self.nodes[node] {
+            Node::File { pending, .. } | Node::Dir { pending, .. } => &pending[i],
+        }
+    }
+
+    /// Returns what is there after a crash that kept this much of each pending change.
+    fn after(&self, changes: &[(usize, usize)], kept: &[Kept]) -> World {
+        let mut out = self.clone();
+        for node in &mut out.nodes {
+            match node {
+                Node::File { durable, now, pending } => {
+                    (*now, *pending) = (durable.clone(), Vec::new());
+                }
+                Node::Dir { durable, now, pending } => {
+                    (*now, *pending) = (durable.clone(), Vec::new());
+                }
+            }
+        }
+        for (&at, &kept) in changes.iter().zip(kept).filter(|(_, kept)| **kept != Kept::Nothing) {
+            let change = self.pending_change(at);
+            match &mut out.nodes[at.0] {
+                Node::File { now, .. } => change.apply_to_bytes(Arc::make_mut(now), kept),
+                Node::Dir { now, .. } => change.apply_to_names(now),
+            }
+        }
+        (0..out.nodes.len()).for_each(|node| out.sync(node));
+        out
+    }
+
+    /// Visits states that a crash now may leave: all of them if they are at most `most`, else that
+    /// many drawn by `dice`, with the extremes among them.
+    pub fn crashes(&self, most: usize, dice: &mut impl FnMut(usize) -> usize) -> Vec<World> {
+        let changes = self.pending();
+        let options: Vec<&[Kept]> =
+            changes.iter().map(|at| self.pending_change(*at).options()).collect();
+        let total = options.iter().try_fold(1usize, |n, of| n.checked_mul(of.len()));
+        let state = |kept: &[Kept]| self.after(&changes, kept);
+        if let Some(total) = total.filter(|total| *total <= most) {
+            let digits = |mut n: usize| -> Vec<Kept> {
+                let digit = |of: &&[Kept]| {
+                    let kept = of[n % of.len()];
+                    n /= of.len();
+                    kept
+                };
+                options.iter().map(digit).collect()
+            };
+            return (0..total).map(|n| state(&digits(n))).collect();
+        }
+        let mut out = vec![state(&vec![Kept::Nothing; changes.len()])];
+        out.push(state(&vec![Kept::All; changes.len()]));
+        while out.len() < most {
+            let kept: Vec<Kept> = options.iter().map(|of| of[dice(of.len())]).collect();
+            out.push(state(&kept));
+        }
+        out
+    }
+
+    /// Lists all files with their content, by path.
+    pub fn files(&self) -> Vec<(String, Arc<Vec<u8>>)> {
+        let mut out: Vec<(String, Arc<Vec<u8>>)> = Vec::new();
+        let mut open: Vec<(String, usize)> = vec![(String::new(), 0)];
+        while let Some((path, node)) = open.pop() {
+            match &self.nodes[node] {
+                Node::File { now, .. } => out.push((path, now.clone())),
+                Node::Dir { now, .. } => {
+                    open.extend(now.iter().map(|(name, node)| (format!("{path}/{name}"), *node)));
+                }
+            }
+        }
+        out.sort();
+        out
+    }
+
+    /// Digests everything that can be reached, folders included.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        let mut open: Vec<usize> = vec![0];
+        while let Some(node) = open.pop() {
+            match &self.nodes[node] {
+                Node::File { now, .. } => {
+                    hasher.update(&(now.len() as u64).to_le_bytes());
+                    hasher.update(now);
+                }
+                Node::Dir { now, .. } => {
+                    for (name, node) in now {
+                        hasher.update(name.as_bytes());
+                        hasher.update(b"/");
+                        open.push(*node);
+                    }
+                    hasher.update(b"//");
+                }
+            }
+        }
+        *hasher.finalize().as_bytes()
+    }
+}
+
+impl ModelFs {
+    /// Makes a file system with one folder, `base`.
+    pub fn new(base: &str) -> Self {
+        let fs = ModelFs::from(World::new());
+        fs.create_dir(Path::new(base)).expect("the root is a folder");
+        let mut inner = fs.lock();
+        inner.world.sync(0);
+        inner.is_traced = true;
+        drop(inner);
+        fs
+    }
+
+    /// Goes on from some state.
+    pub fn from(world: World) -> Self {
+        let inner = Inner {
+            world,
+            trace: Vec::new(),
+            is_traced: false,
+            turns: None,
+            broken: None,
+            renames_new: true,
+            calls: 0,
+            fails: None,
+        };
+        ModelFs { inner: Arc::new(Mutex::new(inner)), turn: Arc::new(Condvar::new()) }
+    }
+
+    /// Lets some calls do nothing and succeed.
+    pub fn break_calls(&self, broken: Broken) {
+        self.lock().broken = Some(broken);
+    }
+
+    /// Makes renaming unable to refuse to replace, as some network file systems are.
+    pub fn without_rename_new(&self) {
+        self.lock().renames_new = false;
+    }
+
+    /// Lets the call number `call` from now fail, counting from 0.
+    pub fn fail(&self, call: usize, kind: ErrorKind) {
+        let mut inner = self.lock();
+        inner.fails = Some((inner.calls + call, kind));
+    }
+
+    /// Returns what happened so far.
+    pub fn trace(&self) -> Vec<Moment> {
+        self.lock().trace.clone()
+    }
+
+    /// Returns how many changing calls there were.
+    pub fn calls(&self) -> usize {
+        self.lock().calls
+    }
+
+    /// Returns files and folders as a process sees them now.
+    pub fn world(&self) -> World {
+        self.lock().world.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no test panics in here")
+    }
+
+    /// Runs jobs in a thread each; they call one at a time, in an order that `seed` draws.
+    pub fn in_turns<T: Send, F>(&self, seed: u64, jobs: Vec<F>) -> Vec<T>
+    where
+        F: FnOnce() -> T + Send,
+    {
+        self.lock().turns = Some(Turns::new(jobs.len(), seed));
+        let run = |me: usize, job: F| {
+            ME.set(me);
+            let done = job();
+            let mut inner = self.lock();
+            inner.turns.as_mut().expect("it was set above").leave(me);
+            self.turn.notify_all();
+            done
+        };
+        let done = std::thread::scope(|scope| {
+            let jobs = jobs.into_iter().enumerate();
+            let threads: Vec<_> = jobs.map(|(me, job)| scope.spawn(move || run(me, job))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("a job ends")).collect()
+        });
+        self.lock().turns = None;
+        done
+    }
+
+    /// Waits until this thread may call, and passes the turn on.
+    fn lock_in_turn(&self) -> MutexGuard<'_, Inner> {
+        let not_mine =
+            |inner: &mut Inner| inner.turns.as_ref().is_some_and(|turns| turns.next != ME.get());
+        let waited = self.turn.wait_timeout_while(self.lock(), TURN_MAX, not_mine);
+        let (mut inner, timeout) = waited.expect("no test panics in here");
+        assert!(!timeout.timed_out(), "a thread that has its turn makes no call");
+        if let Some(turns) = &mut inner.turns {
+            turns.pass();
+            self.turn.notify_all();
+        }
+        inner
+    }
+
+    /// Does a changing call, unless it is broken or fails.
+    fn act<T: Default>(
+        &self,
+        call: &str,
+        path: &Path,
+        act: impl FnOnce(&mut World) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let name = path.file_name().map_or("/".into(), |name| name.to_string_lossy());
+        self.act_on(format!("{call} {name}"), act)
+    }
+
+    fn act_on<T: Default>(
+        &self,
+        call: String,
+        act: impl FnOnce(&mut World) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let mut inner = self.lock_in_turn();
+        inner.calls += 1;
+        if let Some((at, kind)) = inner.fails
+            && inner.calls == at + 1
+        {
+            return Err(kind.into());
+        }
+        let before = inner.trace.last().map_or("", |moment| &moment.call);
+        if inner.broken.is_some_and(|broken| broken(&call, before)) {
+            return Ok(T::default());
+        }
+        let done = act(&mut inner.world)?;
+        if inner.is_traced {
+            let world = inner.world.clone();
+            inner.trace.push(Moment { call, world });
+        }
+        Ok(done)
+    }
+}
+
+impl Fs for ModelFs {
+    fn create_new(&self, path: &Path) -> io::Result<Box<dyn FsFile>> {
+        let empty = Arc::new(Vec::new());
+        let file = Node::File { durable: empty.clone(), now: empty, pending: Vec::new() };
+        let node = self.act("create", path, |world| world.add(path, file))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Box::new(ModelFile { fs: self.clone(), node, name }))
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn FsFile>> {
+        let node = self.lock().world.find(path)?;
+        Ok(Box::new(ModelFile { fs: self.clone(), node, name: String::new() }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.act("rename", to, |world| world.rename(from, to))
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        if !self.lock().renames_new {
+            return Err(ErrorKind::Unsupported.into());
+        }
+        self.act("rename", to, |world| {
+            if world.find(to).is_ok() {
+                return Err(ErrorKind::AlreadyExists.into());
+            }
+            world.rename(from, to)
+        })
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.act("link", to, |world| {
+            let node = world.find(from)?;
+            let (dir, name) = world.place(to)?;
+            if world.names(dir)?.contains_key(&name) {
+                return Err(ErrorKind::AlreadyExists.into());
+            }
+            world.change(dir, Change::Add(name, node));
+            Ok(())
+        })
+    }
+
+    fn inspect(&self, path: &Path) -> io::Result<(u64, u64)> {
+        let inner = self.lock();
+        let node = inner.world.find(path)?;
+        match &inner.world.nodes[node] {
+            // Nothing here asks for a file's links but after a link that found its name taken.
+            Node::File { now, .. } => Ok((now.len() as u64, 1)),
+            Node::Dir { .. } => Err(ErrorKind::IsADirectory.into()),
+        }
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.act("remove", path, |world| {
+            world.find(path)?;
+            let (dir, name) = world.place(path)?;
+            world.change(dir, Change::Remove(name));
+            Ok(())
+        })
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        let (durable, now, pending) = (Names::new(), Names::new(), Vec::new());
+        let dir = Node::Dir { durable, now, pending };
+        self.act("create_dir", path, |world| world.add(path, dir).map(|_| ()))
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.act("remove_dir", path, |world| {
+            if !world.names(world.find(path)?)?.is_empty() {
+                return Err(ErrorKind::DirectoryNotEmpty.into());
+            }
+            let (dir, name) = world.place(path)?;
+            world.change(dir, Change::Remove(name));
+            Ok(())
+        })
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.act("sync_dir", path, |world| {
+            let node = world.find(path)?;
+            world.sync(node);
+            Ok(())
+        })
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<(String, bool)>> {
+        let inner = self.lock();
+        let names = inner.world.names(inner.world.find(path)?)?;
+        let is_dir = |node: &usize| matches!(inner.world.nodes[*node], Node::Dir { .. });
+        Ok(names.iter().map(|(name, node)| (name.clone(), is_dir(node))).collect())
+    }
+}
+
+struct ModelFile {
+    fs: ModelFs,
+    node: usize,
+    name: String,
+}
+
+impl ModelFile {
+    fn change(&self, call: &str, change: Option<Change>) -> io::Result<()> {
+        self.fs.act_on(format!("{call} {}", self.name), |world| {
+            match change {
+                Some(change) => world.change(self.node, change),
+                None => world.sync(self.node),
+            }
+            Ok(())
+        })
+    }
+}
+
+impl FsFile for ModelFile {
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.change("write", Some(Change::Write { offset, bytes: bytes.into() }))
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let inner = self.fs.lock();
+        let Node::File { now, .. } = &inner.world.nodes[self.node] else {
+            return Err(ErrorKind::IsADirectory.into());
+        };
+        let end = offset as usize + buffer.len();
+        let found = now.get(offset as usize..end).ok_or(ErrorKind::UnexpectedEof)?;
+        buffer.copy_from_slice(found);
+        Ok(())
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.change("set_len", Some(Change::Len(bytes)))
+    }
+
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        self.change("reserve", Some(Change::Len(bytes)))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.change("sync", None)
+    }
+
+    fn set_direct(&self, _: bool) -> io::Result<()> {
+        Err(ErrorKind::Unsupported.into())
+    }
+}
