@@ -1,5 +1,5 @@
 //! Crashes at every call of a history of saves, over the modelled file system: whatever a machine
-//! that lost its power may find, a committed checkpoint loads, no mix does, and the next save works.
+//! that lost its power may find, a committed checkpoint loads, no mix does, and saving goes on.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::ErrorKind;
@@ -17,7 +17,7 @@ use crate::partition::Partition;
 use crate::retain;
 use crate::storage::Disk;
 use crate::storage::model::{Broken, ModelFs, Moment, World};
-use crate::testing::{Sample, tiny};
+use crate::testing::{NOW, Sample, tiny};
 use crate::write::{Receipt, write_part};
 
 /// Parts of a checkpoint; the last one is empty.
@@ -136,7 +136,7 @@ impl Player {
         self.save(20, 12, CoordEpoch(7))?;
         self.verify(20)?;
         self.now(Fact::Deleting(Step(10)));
-        retain::retain(&self.dir, NonZeroUsize::MIN, &[]).map_err(text)?;
+        retain::retain(&self.dir, NonZeroUsize::MIN, &[], NOW).map_err(text)?;
         for rank in 0..2 {
             write_rank(&self.dir, &tiny(30), attempt(12), rank)?;
         }
@@ -261,7 +261,7 @@ fn go_on(dir: &RunDir, least: Step) -> Done {
     let step = least.0 + 35;
     save(dir, step, generation.0, epoch)?;
     check_newest(dir, Step(step))?;
-    retain::retain(dir, NonZeroUsize::new(2).unwrap(), &[]).map_err(text)?;
+    retain::retain(dir, NonZeroUsize::new(2).unwrap(), &[], NOW).map_err(text)?;
     let mut known: BTreeSet<String> = BTreeSet::from(["/store/r-7f3a/latest.json".to_string()]);
     for entry in catalog::list(dir).map_err(text)? {
         let manifest = entry.good().ok_or("a listed checkpoint is damaged")?;

@@ -216,6 +216,11 @@ impl RunDir {
     pub fn holds(&self) -> PathBuf {
         self.path().join("holds")
     }
+
+    /// Returns the pin of a name.
+    pub fn hold(&self, name: &str) -> PathBuf {
+        self.holds().join(format!("{name}.json"))
+    }
 }
 
 /// Parses a decimal number as `{:0width$}` prints it, and no other spelling of it.

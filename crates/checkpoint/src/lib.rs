@@ -15,6 +15,7 @@
 
 pub mod catalog;
 pub mod commit;
+pub mod doctor;
 pub mod export;
 pub mod json;
 pub mod layout;
@@ -31,6 +32,8 @@ pub mod write;
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod damage_tests;
 mod disk;
 mod header;
 #[cfg(test)]

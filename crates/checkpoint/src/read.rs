@@ -271,6 +271,12 @@ impl<'a> BlockReader<'a> {
         &self.manifest.files[self.idx as usize]
     }
 
+    /// Forgets the block that is held, so that it is read again.
+    #[cfg(test)]
+    pub fn forget(&mut self) {
+        self.held = None;
+    }
+
     /// Reads block `idx`, or returns it again.
     pub fn block(&mut self, idx: u64) -> Result<&[u8], ReadError> {
         if self.held == Some(idx) {

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use lacuna_types::{Generation, Step};
 
 use crate::catalog::{self, Entry};
-use crate::json::parse_strict;
+use crate::json::{canonical, parse_strict};
 use crate::layout::{Attempt, PARTIAL, RunDir};
 use crate::manifest::{MANIFEST_BYTES_MAX, Manifest};
-use crate::storage::FsError;
+use crate::storage::{FsError, Published};
 
 /// Longest accepted pin: a step and two lines of text.
 const HOLD_BYTES_MAX: u64 = 64 << 10;
@@ -43,13 +43,16 @@ pub struct Retention {
 ///
 /// Never goes: a checkpoint in `in_use`, a held one, the newest verified one, the newest finite one
 /// and what is newer than it. Checkpoints that are not finite do not count as one of the `last`.
+/// Pins that have ended at `now` hold nothing.
 pub fn plan_retention(
     dir: &RunDir,
     last: NonZeroUsize,
     in_use: &[Step],
+    now: &str,
 ) -> Result<Retention, RetainError> {
     let entries = catalog::list(dir)?;
-    let holds = holds(dir)?;
+    let mut holds = holds(dir)?;
+    holds.retain(|hold| !hold.is_over(now));
     let good: Vec<&Manifest> = entries.iter().rev().filter_map(Entry::good).collect();
     let verified = good.iter().find(|m| m.state.finite && catalog::is_verified(dir, m));
     let verified: Option<Step> = verified.map(|m| m.step());
@@ -59,13 +62,13 @@ pub fn plan_retention(
         let step = manifest.step();
         let rank = n_finite;
         n_finite += usize::from(manifest.state.finite);
-        let hold = holds.iter().find(|(held, _)| *held == step);
+        let hold = holds.iter().find(|hold| hold.step == step);
         let reason = if manifest.state.finite && rank < last.get() {
             format!("one of the last {last}")
         } else if rank == 0 {
             "newer than every finite one".to_string()
-        } else if let Some((_, name)) = hold {
-            format!("held by {name}")
+        } else if let Some(hold) = hold {
+            format!("held by {}", hold.name)
         } else if in_use.contains(&step) {
             "in use".to_string()
         } else if verified == Some(step) {
@@ -80,25 +83,76 @@ pub fn plan_retention(
 }
 
 /// Plans and removes; call it after a commit only.
-pub fn retain(dir: &RunDir, last: NonZeroUsize, in_use: &[Step]) -> Result<Retention, RetainError> {
-    let plan = plan_retention(dir, last, in_use)?;
+pub fn retain(
+    dir: &RunDir,
+    last: NonZeroUsize,
+    in_use: &[Step],
+    now: &str,
+) -> Result<Retention, RetainError> {
+    let plan = plan_retention(dir, last, in_use, now)?;
     for step in &plan.delete {
         delete(dir, *step)?;
     }
     Ok(plan)
 }
 
-/// Lists the pinned steps with the names of their pins.
-pub fn holds(dir: &RunDir) -> Result<Vec<(Step, String)>, RetainError> {
-    let mut out: Vec<(Step, String)> = Vec::new();
-    for name in dir.storage().names(&dir.holds())? {
-        let path = dir.holds().join(&name);
+/// A pin: a checkpoint that must not go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// Its name, by which it is released.
+    pub name: String,
+    /// The checkpoint.
+    pub step: Step,
+    /// Why; for people.
+    pub why: String,
+    /// When it ends, RFC 3339 in UTC with whole seconds; never, if absent.
+    pub until: Option<String>,
+}
+
+impl Hold {
+    /// Tells whether the pin has ended at `now`, written in the same way.
+    pub fn is_over(&self, now: &str) -> bool {
+        self.until.as_deref().is_some_and(|until| until <= now)
+    }
+}
+
+/// Pins a checkpoint; a pin that has this name already stays as it is.
+///
+/// # Panics
+/// If the name is not one of a file.
+pub fn hold(dir: &RunDir, hold: &Hold) -> Result<Published, FsError> {
+    assert!(!hold.name.is_empty() && !hold.name.contains(['/', '\0']), "`{}`", hold.name);
+    dir.storage().prepare(dir.root(), &dir.holds())?;
+    let path = dir.hold(&hold.name);
+    let text = serde_json::json!({ "step": hold.step.0, "why": hold.why, "until": hold.until });
+    dir.storage().create_small(&path, &path, &(canonical(&text) + "\n"))
+}
+
+/// Lists the pins, those that have ended too.
+pub fn holds(dir: &RunDir) -> Result<Vec<Hold>, RetainError> {
+    let mut out: Vec<Hold> = Vec::new();
+    let names = dir.storage().names(&dir.holds())?;
+    for name in names.iter().filter(|name| !name.ends_with(PARTIAL)) {
+        let path = dir.holds().join(name);
         let text = dir.storage().read_small(&path, HOLD_BYTES_MAX)?;
-        let step = parse_strict(&text).ok().and_then(|hold| hold["step"].as_u64());
-        let step = step.ok_or(RetainError::Hold { path })?;
-        out.push((Step(step), name.trim_end_matches(".json").to_string()));
+        let hold = parse_strict(&text).ok();
+        let step = hold.as_ref().and_then(|hold| hold["step"].as_u64());
+        let (Some(hold), Some(step)) = (hold, step) else {
+            return Err(RetainError::Hold { path });
+        };
+        out.push(Hold {
+            name: name.trim_end_matches(".json").to_string(),
+            step: Step(step),
+            why: hold["why"].as_str().unwrap_or_default().to_string(),
+            until: hold["until"].as_str().map(str::to_string),
+        });
     }
     Ok(out)
+}
+
+/// Removes a pin.
+pub fn release(dir: &RunDir, name: &str) -> Result<(), FsError> {
+    dir.storage().remove_file(&dir.hold(name))
 }
 
 /// Removes a checkpoint: one step makes it invisible, then its files go.

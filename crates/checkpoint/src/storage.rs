@@ -105,6 +105,16 @@ pub trait Storage: fmt::Debug + Send + Sync {
     /// Removes a folder with everything in it; one that is not there counts as removed.
     fn remove_folder(&self, path: &Path) -> Result<(), FsError>;
 
+    /// Returns the bytes that are free where `folder` is, if there is a limit that can be known.
+    fn free_bytes(&self, _folder: &Path) -> Option<u64> {
+        None
+    }
+
+    /// Tells whether large files are written past the cache, where that can be told apart.
+    fn writes_direct(&self, _folder: &Path) -> Option<bool> {
+        None
+    }
+
     /// Removes a folder if nothing is in it; best effort, since another writer may be using it.
     fn remove_empty_folder(&self, path: &Path);
 }

@@ -15,6 +15,9 @@ use crate::partition::Partition;
 use crate::state::{StateView, digest_state};
 use crate::write::{PartInfo, Receipt, write_part};
 
+/// A time of day.
+pub const NOW: &str = "2026-11-28T10:00:00Z";
+
 /// Blocks small enough that tiny files have several.
 pub const BLOCK: u64 = 1500;
 

@@ -1,6 +1,8 @@
-//! `lacuna ckpt …`: list, show, check, compare and export the checkpoints of a run, on its files.
+//! `lacuna ckpt …`: list, show, check, compare, keep, mend and export the checkpoints of a run.
 
 mod export;
+mod keep;
+mod repair;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,12 +12,14 @@ use lacuna_checkpoint::catalog::{self, Entry, Status};
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::manifest::{FileEntry, Manifest, TensorEntry};
 use lacuna_checkpoint::read::{self, Verified};
-use lacuna_checkpoint::retain;
+use lacuna_checkpoint::retain::{self, Hold};
 use lacuna_spec::RunSpec;
 use lacuna_types::{RunId, Step, exit};
 use serde_json::{Value, json};
 
 use self::export::ExportArgs;
+use self::keep::{GcArgs, HoldArgs};
+use self::repair::{DoctorArgs, RebuildArgs};
 use crate::Coded;
 use crate::client::Output;
 use crate::data::talk::{count, io, put, put_json, rows, size, usage};
@@ -41,6 +45,14 @@ pub enum CkptCommand {
     Diff(DiffArgs),
     /// Write the parameters for another library.
     Export(ExportArgs),
+    /// Remove what no rule keeps, and what crashes left.
+    Gc(GcArgs),
+    /// Pin a checkpoint so that it stays, release it, or list the pins.
+    Hold(HoldArgs),
+    /// Try whether a place keeps what checkpoints are built on.
+    Doctor(DoctorArgs),
+    /// Make a lost or damaged manifest again from the parts.
+    RebuildManifest(RebuildArgs),
 }
 
 /// `lacuna ckpt ls`.
@@ -110,6 +122,10 @@ pub fn ckpt(args: CkptArgs) -> anyhow::Result<u8> {
         CkptCommand::Verify(args) => verify(&args),
         CkptCommand::Diff(args) => diff(&args),
         CkptCommand::Export(args) => export::run(&args),
+        CkptCommand::Gc(args) => keep::gc(&args),
+        CkptCommand::Hold(args) => keep::hold(&args),
+        CkptCommand::Doctor(args) => repair::doctor(&args),
+        CkptCommand::RebuildManifest(args) => repair::rebuild_manifest(&args),
     }
 }
 
@@ -191,14 +207,14 @@ fn loss(loss: Option<f64>) -> String {
 }
 
 /// Says in words what is known of a usable checkpoint.
-fn state(dir: &RunDir, manifest: &Manifest, holds: &[(Step, String)]) -> String {
+fn state(dir: &RunDir, manifest: &Manifest, holds: &[Hold]) -> String {
     let is_verified = catalog::is_verified(dir, manifest);
     let mut out = vec![if is_verified { "verified" } else { "good" }.to_string()];
     if !manifest.state.finite {
         out.push("not finite".to_string());
     }
-    let held = holds.iter().filter(|(step, _)| *step == manifest.step());
-    out.extend(held.map(|(_, name)| format!("held by {name}")));
+    let held = holds.iter().filter(|hold| hold.step == manifest.step());
+    out.extend(held.map(|hold| format!("held by {}", hold.name)));
     out.join(", ")
 }
 
@@ -301,11 +317,7 @@ fn show(args: &ShowArgs) -> anyhow::Result<u8> {
     Ok(exit::OK)
 }
 
-fn describe(
-    dir: &RunDir,
-    manifest: &Manifest,
-    holds: &[(Step, String)],
-) -> Vec<(&'static str, String)> {
+fn describe(dir: &RunDir, manifest: &Manifest, holds: &[Hold]) -> Vec<(&'static str, String)> {
     let facts = &manifest.state.facts;
     let counters = &manifest.state.counters;
     let parent = match &manifest.parent {

@@ -8,6 +8,7 @@ use lacuna_checkpoint::catalog::{self, Entry, Status};
 use lacuna_checkpoint::commit::{self, Context};
 use lacuna_checkpoint::layout::{Attempt, RunDir};
 use lacuna_checkpoint::manifest::{Loss, Parent, RunFacts};
+use lacuna_checkpoint::run_file::RunFile;
 use lacuna_checkpoint::write::Receipt;
 use lacuna_control::coordinator::CommitOrder;
 use lacuna_control::journal::{Record, Saved};
@@ -98,7 +99,20 @@ impl Catalogue {
         let generation = catalog::highest_generation(&dir).map_err(failed)?;
         lacuna_checkpoint::retain::collect_garbage(&dir, generation.next(), &[]).map_err(failed)?;
         let found = Found { newest, generation, probe, damaged };
-        Ok((Catalogue { dir, spec, n_samples, fingerprint, epoch }, found))
+        let catalogue = Catalogue { dir, spec, n_samples, fingerprint, epoch };
+        catalogue.describe()?;
+        Ok((catalogue, found))
+    }
+
+    /// Writes down what the run is, once.
+    fn describe(&self) -> Result<(), CatalogueError> {
+        let batch = u64::from(self.spec.train.batch);
+        let per_epoch = (self.n_samples / batch).max(1);
+        let facts = self.facts(0, None, None);
+        let (created, spec) = (rfc3339(SystemTime::now()), self.spec.effective_toml());
+        let file = RunFile::new(&self.dir, created, spec, facts, batch, per_epoch);
+        file.write(&self.dir).map_err(failed)?;
+        Ok(())
     }
 
     /// Takes a spec that differs in placement or display only.
@@ -158,7 +172,9 @@ impl Catalogue {
         let every = self.keep_every_steps();
         let kept = |step: &Step| every.is_some_and(|every| step.0.is_multiple_of(every));
         let in_use: Vec<Step> = entries.iter().map(|e| e.step).filter(kept).collect();
-        let done = lacuna_checkpoint::retain::retain(&self.dir, last, &in_use).map_err(failed)?;
+        let now = rfc3339(SystemTime::now());
+        let done =
+            lacuna_checkpoint::retain::retain(&self.dir, last, &in_use, &now).map_err(failed)?;
         lacuna_checkpoint::retain::collect_garbage(&self.dir, generation, &[]).map_err(failed)?;
         Ok(done.delete)
     }

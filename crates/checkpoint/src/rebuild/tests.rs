@@ -1,10 +1,8 @@
 use super::*;
 use crate::load::{Expected, load_step};
 use crate::manifest::Loss;
-use crate::testing::{attempt, manifest, part_path, run_dir, tiny, tree};
+use crate::testing::{NOW, attempt, manifest, part_path, run_dir, tiny, tree};
 use crate::write::write_part;
-
-const NOW: &str = "2026-11-28T10:00:00Z";
 
 fn with_run_file(root: &std::path::Path) -> RunDir {
     let dir = run_dir(root);

@@ -3,7 +3,7 @@ use expect_test::expect;
 use super::*;
 use crate::catalog::{list, verify_and_mark};
 use crate::chain;
-use crate::testing::{attempt, manifest, run_dir, tiny, tree};
+use crate::testing::{NOW, attempt, manifest, run_dir, tiny, tree};
 
 const ONE: NonZeroUsize = NonZeroUsize::MIN;
 
@@ -27,7 +27,7 @@ fn what_must_stay_stays() {
     std::fs::create_dir(dir.holds()).unwrap();
     std::fs::write(dir.holds().join("paper.json"), "{\"step\": 2, \"why\": \"table 1\"}").unwrap();
     let two = NonZeroUsize::new(2).unwrap();
-    let plan = plan_retention(&dir, two, &[Step(4)]).unwrap();
+    let plan = plan_retention(&dir, two, &[Step(4)], NOW).unwrap();
     let keep: Vec<String> =
         plan.keep.iter().map(|(step, why)| format!("{step}: {why}\n")).collect();
     expect![[r#"
@@ -40,7 +40,7 @@ fn what_must_stay_stays() {
     "#]]
     .assert_eq(&keep.concat());
     assert_eq!(steps(&dir), [1, 2, 3, 4, 5, 6, 7], "a plan removes nothing");
-    assert_eq!(retain(&dir, two, &[Step(4)]).unwrap(), plan);
+    assert_eq!(retain(&dir, two, &[Step(4)], NOW).unwrap(), plan);
     assert_eq!(steps(&dir), [2, 3, 4, 5, 6, 7]);
     assert!(!dir.step(Step(1)).exists());
 }
@@ -52,7 +52,7 @@ fn a_pin_that_cannot_be_read_stops_everything() {
     tiny(1).save(&dir, 1);
     std::fs::create_dir(dir.holds()).unwrap();
     std::fs::write(dir.holds().join("x.json"), "{\"stop\": 2}").unwrap();
-    let error = retain(&dir, ONE, &[]).unwrap_err();
+    let error = retain(&dir, ONE, &[], NOW).unwrap_err();
     assert!(chain(&error).starts_with("hold `"), "{error}");
 }
 
@@ -64,7 +64,7 @@ fn damaged_checkpoints_are_left_alone() {
     tiny(2).save(&dir, 1);
     std::fs::write(dir.manifest(Step(1)), "{").unwrap();
     let before = tree(&dir.step(Step(1)));
-    assert_eq!(retain(&dir, ONE, &[]).unwrap().delete, []);
+    assert_eq!(retain(&dir, ONE, &[], NOW).unwrap().delete, []);
     assert!(collect_garbage(&dir, Generation(99), &[]).unwrap().is_empty());
     assert_eq!(tree(&dir.step(Step(1))), before);
 }
@@ -94,4 +94,28 @@ fn deletions_are_finished_and_garbage_goes() {
     let gone = collect_garbage(&dir, Generation(13), &[]).unwrap();
     assert_eq!(gone, [dir.attempt(Step(2), attempt(2))]);
     assert_eq!(steps(&dir), [2, 3]);
+}
+
+#[test]
+fn pins_are_made_listed_and_released() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = run_dir(root.path());
+    (1..=3).for_each(|step| drop(tiny(step).save(&dir, 1)));
+    let pin = |name: &str, step, until: Option<&str>| Hold {
+        name: name.to_string(),
+        step: Step(step),
+        why: "table 1".to_string(),
+        until: until.map(str::to_string),
+    };
+    let forever = pin("paper", 1, None);
+    let over = pin("review", 2, Some("2026-11-28T09:59:59Z"));
+    assert_eq!(hold(&dir, &forever).unwrap(), Published::Created);
+    assert_eq!(hold(&dir, &over).unwrap(), Published::Created);
+    assert_eq!(hold(&dir, &pin("paper", 3, None)).unwrap(), Published::Exists);
+    assert_eq!(holds(&dir).unwrap(), [forever, over]);
+    let plan = plan_retention(&dir, ONE, &[], NOW).unwrap();
+    assert_eq!(plan.delete, [Step(2)], "one pin is over");
+    assert!(plan.keep.contains(&(Step(1), "held by paper".to_string())), "{plan:?}");
+    release(&dir, "paper").unwrap();
+    assert_eq!(plan_retention(&dir, ONE, &[], NOW).unwrap().delete, [Step(2), Step(1)]);
 }

@@ -177,6 +177,20 @@ impl Storage for Disk {
         }
     }
 
+    fn free_bytes(&self, folder: &Path) -> Option<u64> {
+        self.fs.free_bytes(folder).ok()
+    }
+
+    fn writes_direct(&self, folder: &Path) -> Option<bool> {
+        let partial = Partial::create_on(self, &folder.join("direct")).ok()?;
+        let page: Vec<u8> = vec![0; 1 << 13];
+        let start = page.as_ptr().align_offset(1 << 12);
+        let page = page.get(start..start + (1 << 12))?;
+        let written =
+            partial.file.set_direct(true).and_then(|()| partial.file.write_all_at(page, 0));
+        Some(written.is_ok())
+    }
+
     fn remove_empty_folder(&self, path: &Path) {
         let _ = self.fs.remove_dir(path);
     }

@@ -33,6 +33,8 @@ pub(crate) trait Fs: fmt::Debug + Send + Sync {
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// Lists a folder: names, and whether each is a folder itself.
     fn list(&self, path: &Path) -> io::Result<Vec<(String, bool)>>;
+    /// Returns the bytes that are free for this user.
+    fn free_bytes(&self, path: &Path) -> io::Result<u64>;
 }
 
 /// An open file.
@@ -114,6 +116,11 @@ impl Fs for Posix {
             }
         }
         Ok(out)
+    }
+
+    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+        let found = rustix::fs::statvfs(path)?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 }
 
