@@ -1,6 +1,8 @@
-//! `lacuna ckpt …`: list, show, check, compare and export the checkpoints of a run, on its files.
+//! `lacuna ckpt …`: list, show, check, compare, export and import the checkpoints of a run, on its
+//! files.
 
 mod export;
+mod import;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,6 +18,7 @@ use lacuna_types::{RunId, Step, exit};
 use serde_json::{Value, json};
 
 use self::export::ExportArgs;
+use self::import::ImportArgs;
 use crate::Coded;
 use crate::client::Output;
 use crate::data::talk::{count, io, put, put_json, rows, size, usage};
@@ -41,6 +44,8 @@ pub enum CkptCommand {
     Diff(DiffArgs),
     /// Write the parameters for another library.
     Export(ExportArgs),
+    /// Make weights of another library the first checkpoint of a new run.
+    Import(ImportArgs),
 }
 
 /// `lacuna ckpt ls`.
@@ -110,6 +115,7 @@ pub fn ckpt(args: CkptArgs) -> anyhow::Result<u8> {
         CkptCommand::Verify(args) => verify(&args),
         CkptCommand::Diff(args) => diff(&args),
         CkptCommand::Export(args) => export::run(&args),
+        CkptCommand::Import(args) => import::run(&args),
     }
 }
 

@@ -412,9 +412,70 @@ fn checkpoints_are_exported() {
     assert!(out.contains("from_pretrained(\"out\")"), "{out}");
     let config: Value = serde_json::from_slice(&bytes("config.json")).unwrap();
     assert_eq!(config["hidden_size"], 8);
-    export(2, "hf", &["--encoder-only", "--force"]);
+    export(2, "hf", &["--encoder-only"]);
+    let (out, _) = export(0, "hf", &["--force", "--max-shard-bytes", "4000"]);
+    let index = "out/model.safetensors.index.json";
+    assert!(out.contains(index) && out.contains("\n  blake3:"), "{out}");
+    assert!(!desk.path("out/model.safetensors").exists());
+    export(2, "hf", &[]);
+    export(2, "hf", &["--force", "--max-shard-bytes", "0"]);
+    let (out, _) = export(0, "hf", &["--encoder-only", "--force"]);
+    assert!(out.contains("ViTMAEModel.from_pretrained(\"out\")"), "{out}");
+    assert!(!desk.path(index).exists());
     let bytes_of_part = fs::metadata(part(&desk, 10)).unwrap().len();
     fs::write(part(&desk, 10), vec![0; bytes_of_part as usize]).unwrap();
     let (_, err) = export(74, "mae", &["--force"]);
     assert!(err.contains("is damaged"), "{err}");
+}
+
+/// Digests of the parameters of a run's newest checkpoint, by name.
+fn params(desk: &Desk, run: &str) -> Vec<(String, String)> {
+    let shown = desk.json(&["ckpt", "show", run, "--tensors"]);
+    let text = |value: &Value| value.as_str().unwrap().to_string();
+    let named = |t: &Value| (text(&t["name"]), text(&t["crc64"]));
+    let all = shown["tensors"].as_array().unwrap().iter().map(named);
+    all.filter(|(name, _)| name.starts_with("param/")).collect()
+}
+
+#[test]
+fn weights_are_imported() {
+    let desk = Desk::new();
+    desk.synthetic("40");
+    desk.spec();
+    save(&desk, 10, 2, 0.0);
+    let spec = fs::read_to_string(desk.path("run.toml")).unwrap();
+    let before = params(&desk, "runs/tiny");
+    for (i, (layout, more)) in
+        [("mae", vec![]), ("hf", vec!["--max-shard-bytes", "4000"])].into_iter().enumerate()
+    {
+        let (name, out) = (format!("from{i}"), format!("out{i}"));
+        let export = ["ckpt", "export", "run.toml", "--to", &out, "--layout", layout];
+        desk.run(0, &[&export[..], &more].concat());
+        fs::write(desk.path("new.toml"), spec.replace("\"tiny\"", &format!("{name:?}"))).unwrap();
+        let (said, notes) = desk.run(0, &["ckpt", "import", &out, "--run", "new.toml"]);
+        assert!(said.contains("to train from it:\n  lacuna train new.toml"), "{said}");
+        assert!(notes.contains("note: the file was exported from run tiny at step 10"), "{notes}");
+        assert_eq!(params(&desk, &format!("runs/{name}")), before);
+        let shown = desk.json(&["ckpt", "show", "new.toml"]);
+        assert_eq!((shown["step"].as_u64(), shown["updates"].as_u64()), (Some(0), Some(0)));
+        assert_eq!(shown["facts"]["samples"], 0);
+        let dataset = Dataset::open(&desk.path("d")).unwrap();
+        assert_eq!(shown["facts"]["data_fingerprint"], dataset.fingerprint().to_string());
+        desk.run(0, &["ckpt", "verify", "new.toml"]);
+        let (_, err) = desk.run(2, &["ckpt", "import", &out, "--run", "new.toml"]);
+        assert!(err.contains("has a checkpoint at step 0: weights are imported into new"), "{err}");
+    }
+    let again = ["ckpt", "import", "out0", "--run", "other.toml"];
+    let other = spec.replace("\"tiny\"", "\"other\"");
+    fs::write(desk.path("other.toml"), &other).unwrap();
+    let (_, err) = desk.run(2, &[&again[..], &["--layout", "hf"]].concat());
+    let wrong = "the file has the reference's names, with a decoder: leave --layout out";
+    assert!(err.contains(wrong), "{err}");
+    let (_, err) = desk.run(2, &[&again[..], &["--set", "model.depth=3"]].concat());
+    assert!(err.contains("`blocks.2.attn.qkv.weight` is missing"), "{err}");
+    fs::write(desk.path("mae.pth"), b"PK").unwrap();
+    let (_, err) = desk.run(2, &["ckpt", "import", "mae.pth", "--run", "other.toml"]);
+    assert!(err.contains("is a pickle") && err.contains("weights_only=True"), "{err}");
+    desk.run(74, &["ckpt", "import", "nowhere", "--run", "other.toml"]);
+    assert!(!desk.path("runs/other").exists(), "nothing was written");
 }
