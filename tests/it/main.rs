@@ -6,6 +6,7 @@ mod cache;
 mod chaos;
 mod claim;
 mod faults;
+mod import;
 mod nccl;
 mod remote;
 

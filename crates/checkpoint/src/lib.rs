@@ -1,5 +1,5 @@
 //! Sharded checkpoints in the format `lacuna-ckpt/1` (docs/formats.md): plan, write, commit, read,
-//! export.
+//! export, import.
 //!
 //! State comes in and goes out as named byte slices. Every rank writes one part of a checkpoint; a
 //! manifest, created last and only once, is the commit. Everything that is read back is compared
@@ -17,6 +17,7 @@ pub mod catalog;
 pub mod commit;
 pub mod doctor;
 pub mod export;
+pub mod import;
 pub mod json;
 pub mod layout;
 pub mod load;

@@ -1,6 +1,8 @@
-//! `lacuna ckpt …`: list, show, check, compare, keep, mend and export the checkpoints of a run.
+//! `lacuna ckpt …`: list, show, check, compare, keep, mend, export and import the checkpoints of a
+//! run.
 
 mod export;
+mod import;
 mod keep;
 mod repair;
 
@@ -18,6 +20,7 @@ use lacuna_types::{RunId, Step, exit};
 use serde_json::{Value, json};
 
 use self::export::ExportArgs;
+use self::import::ImportArgs;
 use self::keep::{GcArgs, HoldArgs};
 use self::repair::{DoctorArgs, RebuildArgs};
 use crate::Coded;
@@ -45,6 +48,8 @@ pub enum CkptCommand {
     Diff(DiffArgs),
     /// Write the parameters for another library.
     Export(ExportArgs),
+    /// Make weights of another library the first checkpoint of a new run.
+    Import(ImportArgs),
     /// Remove what no rule keeps, and what crashes left.
     Gc(GcArgs),
     /// Pin a checkpoint so that it stays, release it, or list the pins.
@@ -122,6 +127,7 @@ pub fn ckpt(args: CkptArgs) -> anyhow::Result<u8> {
         CkptCommand::Verify(args) => verify(&args),
         CkptCommand::Diff(args) => diff(&args),
         CkptCommand::Export(args) => export::run(&args),
+        CkptCommand::Import(args) => import::run(&args),
         CkptCommand::Gc(args) => keep::gc(&args),
         CkptCommand::Hold(args) => keep::hold(&args),
         CkptCommand::Doctor(args) => repair::doctor(&args),

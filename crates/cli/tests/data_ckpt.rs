@@ -374,6 +374,61 @@ fn checkpoints_are_listed_and_verified() {
 }
 
 #[test]
+fn checkpoints_are_pinned_and_removed() {
+    let desk = Desk::new();
+    desk.spec();
+    [10, 20, 30, 40, 50].iter().for_each(|&step| save(&desk, step, 2, step as f32));
+    let pin = ["ckpt", "hold", "run.toml@10", "--name", "paper"];
+    let (out, _) =
+        desk.run(0, &[&pin[..], &["--why", "table 1", "--until", "2999-01-01"]].concat());
+    assert_eq!(out, "step 10 is held by paper until 2999-01-01T00:00:00Z: table 1\n");
+    assert_eq!(desk.run(0, &["ckpt", "hold", "run.toml"]).0, out);
+    let (_, err) = desk.run(2, &pin);
+    assert!(err.contains("there is a pin `paper` already"), "{err}");
+    desk.run(2, &["ckpt", "hold", "run.toml@11", "--name", "none"]);
+    desk.run(2, &["ckpt", "hold", "run.toml@10", "--name", "../x"]);
+    desk.run(2, &["ckpt", "hold", "run.toml@10", "--name", "x", "--until", "tomorrow"]);
+    desk.run(2, &["ckpt", "hold", "run.toml", "--name", "none", "--release"]);
+
+    let gc = ["ckpt", "gc", "run.toml", "--keep-last", "2"];
+    let (out, _) = desk.run(0, &[&gc[..], &["--dry-run"]].concat());
+    assert!(out.contains("step 10 stays: held by paper\n"), "{out}");
+    assert!(out.contains("step 20 would be removed\n"), "{out}");
+    let steps = || -> Vec<u64> {
+        let list = desk.json(&["ckpt", "ls", "run.toml"]);
+        list.as_array().unwrap().iter().map(|entry| entry["step"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(steps(), [10, 20, 30, 40, 50], "a dry run removes nothing");
+    let (out, _) = desk.run(0, &gc);
+    assert!(out.ends_with("2 folders removed\n"), "{out}");
+    assert_eq!(steps(), [10, 40, 50]);
+    desk.run(0, &["ckpt", "hold", "run.toml", "--name", "paper", "--release"]);
+    desk.run(0, &gc);
+    assert_eq!(steps(), [40, 50]);
+}
+
+#[test]
+fn places_are_tried_and_manifests_made_again() {
+    let desk = Desk::new();
+    desk.spec();
+    fs::create_dir(desk.path("runs")).unwrap();
+    let (out, _) = desk.run(0, &["ckpt", "doctor", "run.toml"]);
+    assert!(out.contains("a name is taken once             yes\n"), "{out}");
+    assert!(out.contains("the run wants"), "{out}");
+    assert_eq!(fs::read_dir(desk.path("runs")).unwrap().count(), 0, "nothing stays");
+    desk.run(0, &["ckpt", "doctor", "runs"]);
+    desk.run(2, &["ckpt", "doctor", "nowhere"]);
+
+    save(&desk, 10, 2, 0.0);
+    let rebuild = ["ckpt", "rebuild-manifest", "run.toml", "--step", "10"];
+    let (_, err) = desk.run(74, &rebuild);
+    assert!(err.contains("step 10 has a sound manifest"), "{err}");
+    damage(&desk.path("runs/tiny/ckpt/step-000000010/manifest.json"), 100);
+    let (_, err) = desk.run(74, &rebuild);
+    assert!(err.contains("the run has no run.json"), "{err}");
+}
+
+#[test]
 fn checkpoints_are_compared() {
     let desk = Desk::new();
     desk.spec();
@@ -412,9 +467,70 @@ fn checkpoints_are_exported() {
     assert!(out.contains("from_pretrained(\"out\")"), "{out}");
     let config: Value = serde_json::from_slice(&bytes("config.json")).unwrap();
     assert_eq!(config["hidden_size"], 8);
-    export(2, "hf", &["--encoder-only", "--force"]);
+    export(2, "hf", &["--encoder-only"]);
+    let (out, _) = export(0, "hf", &["--force", "--max-shard-bytes", "4000"]);
+    let index = "out/model.safetensors.index.json";
+    assert!(out.contains(index) && out.contains("\n  blake3:"), "{out}");
+    assert!(!desk.path("out/model.safetensors").exists());
+    export(2, "hf", &[]);
+    export(2, "hf", &["--force", "--max-shard-bytes", "0"]);
+    let (out, _) = export(0, "hf", &["--encoder-only", "--force"]);
+    assert!(out.contains("ViTMAEModel.from_pretrained(\"out\")"), "{out}");
+    assert!(!desk.path(index).exists());
     let bytes_of_part = fs::metadata(part(&desk, 10)).unwrap().len();
     fs::write(part(&desk, 10), vec![0; bytes_of_part as usize]).unwrap();
     let (_, err) = export(74, "mae", &["--force"]);
     assert!(err.contains("is damaged"), "{err}");
+}
+
+/// Digests of the parameters of a run's newest checkpoint, by name.
+fn params(desk: &Desk, run: &str) -> Vec<(String, String)> {
+    let shown = desk.json(&["ckpt", "show", run, "--tensors"]);
+    let text = |value: &Value| value.as_str().unwrap().to_string();
+    let named = |t: &Value| (text(&t["name"]), text(&t["crc64"]));
+    let all = shown["tensors"].as_array().unwrap().iter().map(named);
+    all.filter(|(name, _)| name.starts_with("param/")).collect()
+}
+
+#[test]
+fn weights_are_imported() {
+    let desk = Desk::new();
+    desk.synthetic("40");
+    desk.spec();
+    save(&desk, 10, 2, 0.0);
+    let spec = fs::read_to_string(desk.path("run.toml")).unwrap();
+    let before = params(&desk, "runs/tiny");
+    for (i, (layout, more)) in
+        [("mae", vec![]), ("hf", vec!["--max-shard-bytes", "4000"])].into_iter().enumerate()
+    {
+        let (name, out) = (format!("from{i}"), format!("out{i}"));
+        let export = ["ckpt", "export", "run.toml", "--to", &out, "--layout", layout];
+        desk.run(0, &[&export[..], &more].concat());
+        fs::write(desk.path("new.toml"), spec.replace("\"tiny\"", &format!("{name:?}"))).unwrap();
+        let (said, notes) = desk.run(0, &["ckpt", "import", &out, "--run", "new.toml"]);
+        assert!(said.contains("to train from it:\n  lacuna train new.toml"), "{said}");
+        assert!(notes.contains("note: the file was exported from run tiny at step 10"), "{notes}");
+        assert_eq!(params(&desk, &format!("runs/{name}")), before);
+        let shown = desk.json(&["ckpt", "show", "new.toml"]);
+        assert_eq!((shown["step"].as_u64(), shown["updates"].as_u64()), (Some(0), Some(0)));
+        assert_eq!(shown["facts"]["samples"], 0);
+        let dataset = Dataset::open(&desk.path("d")).unwrap();
+        assert_eq!(shown["facts"]["data_fingerprint"], dataset.fingerprint().to_string());
+        desk.run(0, &["ckpt", "verify", "new.toml"]);
+        let (_, err) = desk.run(2, &["ckpt", "import", &out, "--run", "new.toml"]);
+        assert!(err.contains("has a checkpoint at step 0: weights are imported into new"), "{err}");
+    }
+    let again = ["ckpt", "import", "out0", "--run", "other.toml"];
+    let other = spec.replace("\"tiny\"", "\"other\"");
+    fs::write(desk.path("other.toml"), &other).unwrap();
+    let (_, err) = desk.run(2, &[&again[..], &["--layout", "hf"]].concat());
+    let wrong = "the file has the reference's names, with a decoder: leave --layout out";
+    assert!(err.contains(wrong), "{err}");
+    let (_, err) = desk.run(2, &[&again[..], &["--set", "model.depth=3"]].concat());
+    assert!(err.contains("`blocks.2.attn.qkv.weight` is missing"), "{err}");
+    fs::write(desk.path("mae.pth"), b"PK").unwrap();
+    let (_, err) = desk.run(2, &["ckpt", "import", "mae.pth", "--run", "other.toml"]);
+    assert!(err.contains("is a pickle") && err.contains("weights_only=True"), "{err}");
+    desk.run(74, &["ckpt", "import", "nowhere", "--run", "other.toml"]);
+    assert!(!desk.path("runs/other").exists(), "nothing was written");
 }

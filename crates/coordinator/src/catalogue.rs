@@ -108,7 +108,7 @@ impl Catalogue {
     fn describe(&self) -> Result<(), CatalogueError> {
         let batch = u64::from(self.spec.train.batch);
         let per_epoch = (self.n_samples / batch).max(1);
-        let facts = self.facts(0, None, None);
+        let facts = self.facts(Step(0), None, None);
         let (created, spec) = (rfc3339(SystemTime::now()), self.spec.effective_toml());
         let file = RunFile::new(&self.dir, created, spec, facts, batch, per_epoch);
         file.write(&self.dir).map_err(failed)?;
@@ -139,7 +139,7 @@ impl Catalogue {
             world_size: receipts.len() as u32,
             created: rfc3339(SystemTime::now()),
             parent: parent.map(|p| Parent { step: p.step.0, manifest: p.manifest.clone() }),
-            facts: self.facts(order.step.0, probe, loss),
+            facts: self.facts(order.step, probe, loss),
             spec: self.spec.effective_toml(),
         };
         let committed = match commit::commit(&self.dir, &receipts, &context) {
@@ -185,20 +185,29 @@ impl Catalogue {
         cadence_steps(self.spec.checkpoint.keep.every.as_ref()?, per_epoch)
     }
 
-    fn facts(&self, step: u64, probe: Option<u64>, loss: Option<f64>) -> RunFacts {
-        let batch = u64::from(self.spec.train.batch);
-        let per_epoch = (self.n_samples / batch).max(1);
-        RunFacts {
-            spec_digest: format!("blake3:{}", self.spec.maths_digest().to_hex()),
-            data_fingerprint: self.fingerprint.clone(),
-            seed: self.spec.train.seed,
-            rng: "philox4x32-10/1".to_string(),
-            build: BuildId::this().to_string(),
-            probe_class: probe.map_or_else(String::new, |p| format!("{p:016x}")),
-            epoch: step / per_epoch,
-            samples: step * batch,
-            loss: Loss { last: loss.filter(|x| x.is_finite()), mean100: None },
-        }
+    fn facts(&self, step: Step, probe: Option<u64>, loss: Option<f64>) -> RunFacts {
+        let loss = Loss { last: loss.filter(|x| x.is_finite()), mean100: None };
+        let probe_class = probe.map_or_else(String::new, |p| format!("{p:016x}"));
+        let facts = facts(&self.spec, self.n_samples, &self.fingerprint, step);
+        RunFacts { probe_class, loss, ..facts }
+    }
+}
+
+/// Returns what identifies the arithmetic of a run over `n_samples` samples at `step`, without loss
+/// and probe class; `spec` is pinned to its data.
+pub fn facts(spec: &RunSpec, n_samples: u64, fingerprint: &str, step: Step) -> RunFacts {
+    let batch = u64::from(spec.train.batch);
+    let per_epoch = (n_samples / batch).max(1);
+    RunFacts {
+        spec_digest: format!("blake3:{}", spec.maths_digest().to_hex()),
+        data_fingerprint: fingerprint.to_string(),
+        seed: spec.train.seed,
+        rng: "philox4x32-10/1".to_string(),
+        build: BuildId::this().to_string(),
+        probe_class: String::new(),
+        epoch: step.0 / per_epoch,
+        samples: step.0 * batch,
+        loss: Loss::default(),
     }
 }
 

@@ -1,9 +1,12 @@
 //! Names of our tensors in timm and in Hugging Face's `ViTMAEForPreTraining`, and back.
 //!
 //! Our names are the reference's. The encoder part is the timm layout; Hugging Face splits the
-//! fused `attn.qkv` into three tensors, which are the thirds of its rows.
+//! fused `attn.qkv` into three tensors, which are the thirds of its rows. What a whole foreign file
+//! gives is planned in [`import`].
 
 use std::ops::Range;
+
+pub mod import;
 
 /// Which rows of our tensor a foreign tensor holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,6 +79,13 @@ const STACKS: &[[&str; 3]] = &[
 /// What transformers 5.23 writes for decoder blocks when it saves; accepted when reading.
 const RESAVED_DECODER: &str = "decoder.decoder_encoder.layer.";
 
+/// What every tensor of the encoder starts with inside `ViTMAEForPreTraining`. A `ViTMAEModel` that
+/// is saved alone has names without it.
+const ENCODER_PREFIX: &str = "vit.";
+
+/// How names of a `ViTMAEModel` that is saved alone start.
+const BARE_ENCODER: [&str; 4] = ["embeddings.", "encoder.layer.", "layers.", "layernorm."];
+
 /// Layers of a block: ours, then V4, then V5. `attn.qkv` is apart.
 const LAYERS: &[[&str; 3]] = &[
     ["norm1", "layernorm_before", "layernorm_before"],
@@ -121,11 +131,29 @@ pub fn hf(name: &str, names: HfNames) -> Option<Vec<Mapped>> {
     Some(vec![full(row[column], Part::Whole)])
 }
 
-/// Maps a foreign name to ours: both Hugging Face generations, what 5.23 re-saves, timm and ours.
+/// Maps one of our names to those of a `ViTMAEModel` that is saved alone, if the encoder has that
+/// tensor.
+pub fn hf_encoder(name: &str) -> Option<Vec<Mapped>> {
+    let strip = |target: Mapped| {
+        let name = target.name.strip_prefix(ENCODER_PREFIX)?.to_string();
+        Some(Mapped { name, ..target })
+    };
+    hf(name, HfNames::V4)?.into_iter().map(strip).collect()
+}
+
+/// Maps a foreign name to ours: both Hugging Face generations, with and without the prefix of the
+/// encoder, what 5.23 re-saves, timm and ours.
 pub fn ours(name: &str) -> Option<Mapped> {
     if hf(name, HfNames::V4).is_some() {
         return Some(Mapped { name: name.to_string(), part: Part::Whole });
     }
+    if BARE_ENCODER.iter().any(|start| name.starts_with(start)) {
+        return ours_of_hf(&format!("{ENCODER_PREFIX}{name}"));
+    }
+    ours_of_hf(name)
+}
+
+fn ours_of_hf(name: &str) -> Option<Mapped> {
     if let Some(name) = map_outer(name, |pair| (pair.1, pair.0)) {
         return Some(Mapped { name, part: Part::Whole });
     }

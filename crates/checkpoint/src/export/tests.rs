@@ -4,6 +4,7 @@ use expect_test::expect;
 use lacuna_recipe::keymap::{Part, ours};
 use safetensors::SafeTensors;
 
+use super::weights::bf16;
 use super::*;
 use crate::chain;
 use crate::testing::{Sample, manifest, micro, run_dir, sample, tree};
@@ -12,6 +13,7 @@ fn options(layout: ExportLayout) -> ExportOptions {
     ExportOptions {
         layout,
         dtype: ExportDtype::F32,
+        max_shard_bytes: MAX_SHARD_BYTES,
         image_mean: vec![0.485, 0.456, 0.406],
         image_std: vec![0.229, 0.224, 0.225],
     }
@@ -35,7 +37,9 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 fn read_file(path: &Path) -> Tensors {
     let bytes = std::fs::read(path).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
-    assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
+    let about = header.metadata().as_ref().unwrap();
+    assert_eq!(about["format"], "pt", "transformers refuses files without it");
+    assert!(about["lacuna.manifest"].starts_with("blake3:"), "{about:?}");
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let read = |(name, tensor): (String, safetensors::tensor::TensorView<'_>)| {
         (name, (tensor.shape().to_vec(), floats(tensor.data())))
@@ -73,7 +77,7 @@ fn mae_has_everything() {
     assert_eq!(found.len(), state.layout.n_blocks() + 2);
     assert_eq!(exported.n_tensors, found.len());
     let digest = blake3::hash(&std::fs::read(&path).unwrap());
-    assert_eq!(exported.digest, format!("blake3:{}", digest.to_hex()));
+    assert_eq!(exported.weights, [(path, format!("blake3:{}", digest.to_hex()))]);
     for (name, tensor) in found {
         assert_eq!(tensor, want(&state, &name, Part::Whole), "{name}");
     }
@@ -163,6 +167,106 @@ fn hugging_face_gets_split_tensors_and_its_configuration() {
 }
 
 #[test]
+fn the_encoder_of_hugging_face_stands_alone() {
+    let out = tempfile::tempdir().unwrap();
+    let state = micro(4);
+    export_to(&state, &options(ExportLayout::HfEncoder), out.path());
+    let found = read_file(&out.path().join("model.safetensors"));
+    assert_eq!(found.len(), 4 + 2 * 12 + 2 + 2 * 2 * 2, "two more per fused tensor");
+    for (name, tensor) in found {
+        assert!(!name.starts_with("vit.") && !name.starts_with("decoder."), "{name}");
+        let source = ours(&name).unwrap();
+        assert_eq!(tensor, want(&state, &source.name, source.part), "{name}");
+    }
+    let config = std::fs::read_to_string(out.path().join("config.json")).unwrap();
+    assert!(config.contains("\"ViTMAEModel\"") && !config.contains("ForPreTraining"), "{config}");
+}
+
+#[test]
+fn large_models_are_cut_into_files_with_an_index() {
+    let out = tempfile::tempdir().unwrap();
+    let state = micro(4);
+    let names = || tree(out.path()).into_iter().map(|(name, _)| name).collect::<Vec<String>>();
+    let small = ExportOptions { max_shard_bytes: 4096, ..options(ExportLayout::Hf) };
+    let exported = export_to(&state, &small, out.path());
+    let n = exported.weights.len();
+    assert!(n > 2, "{n} files");
+    let text = std::fs::read(out.path().join("model.safetensors.index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let map = index["weight_map"].as_object().unwrap();
+    let (mut bytes, mut n_tensors) = (0, 0);
+    for (i, (path, digest)) in (1..).zip(&exported.weights) {
+        let file = format!("model-{i:05}-of-{n:05}.safetensors");
+        assert_eq!(*path, out.path().join(&file));
+        assert_eq!(index["metadata"]["lacuna.digests"][&file], *digest);
+        let found = read_file(path);
+        let size = 4 * found.values().map(|(_, values)| values.len()).sum::<usize>();
+        assert!(size <= 4096 || found.len() == 1, "{file}: {size} bytes");
+        (bytes, n_tensors) = (bytes + size, n_tensors + found.len());
+        for (name, tensor) in found {
+            assert_eq!(map[&name], file);
+            let source = ours(&name).unwrap();
+            assert_eq!(tensor, want(&state, &source.name, source.part), "{name}");
+        }
+    }
+    assert_eq!((map.len(), exported.n_tensors), (n_tensors, n_tensors));
+    assert_eq!(index["metadata"]["total_size"], bytes);
+    assert_eq!(exported.files.len(), n + 3);
+    assert_eq!(names().len(), n + 3);
+
+    // A later export leaves nothing of an earlier one.
+    export_to(&state, &options(ExportLayout::Hf), out.path());
+    assert_eq!(names(), ["config.json", "model.safetensors", "preprocessor_config.json"]);
+    let halves = ExportOptions { dtype: ExportDtype::Bf16, ..small };
+    let n_halves = export_to(&state, &halves, out.path()).weights.len();
+    assert!(n_halves < n && !out.path().join("model.safetensors").exists());
+    assert_eq!(names().len(), n_halves + 3);
+}
+
+#[test]
+fn an_export_that_fails_leaves_the_earlier_one() {
+    let root = tempfile::tempdir().unwrap();
+    let out = root.path().join("out");
+    let state = micro(4);
+    let dir = run_dir(root.path());
+    state.save(&dir, 1);
+    let manifest = manifest(&dir, 4);
+    let small = ExportOptions { max_shard_bytes: 4096, ..options(ExportLayout::Hf) };
+    let config = state.config.as_ref().unwrap();
+    export(&dir, &manifest, config, &small, &out).unwrap();
+    let before = tree(&out);
+    let part = crate::testing::part_path(&dir, 4, 0, 1);
+    let mut bytes = std::fs::read(&part).unwrap();
+    let end = bytes.len() - 200;
+    bytes[end] ^= 1; // inside the last parameter, before the exponents
+    std::fs::write(&part, bytes).unwrap();
+    for layout in [ExportLayout::Hf, ExportLayout::HfEncoder] {
+        let damaged = export(&dir, &manifest, config, &options(layout), &out).unwrap_err();
+        assert!(chain(&damaged).contains("is damaged"), "{}", chain(&damaged));
+        assert!(tree(&out) == before, "{layout:?}");
+    }
+}
+
+#[test]
+fn files_end_where_the_next_tensor_would_be_too_much() {
+    let item = |elements: u64| Item {
+        name: String::new(),
+        ours: String::new(),
+        shape: vec![elements],
+        elements: 0..elements,
+        source: Source::Checkpoint,
+    };
+    let cut = |sizes: &[u64], max: u64| -> Vec<usize> {
+        let items: Vec<Item> = sizes.iter().map(|n| item(*n)).collect();
+        hf::shards(&items, ExportDtype::F32, max).iter().map(|(_, range)| range.len()).collect()
+    };
+    assert_eq!(cut(&[1, 1, 1], 12), [3]);
+    assert_eq!(cut(&[1, 1, 1], 8), [2, 1]);
+    assert_eq!(cut(&[9, 1, 9, 1, 1], 8), [1, 1, 1, 2], "a large tensor is alone");
+    assert_eq!(cut(&[5], 1), [1]);
+}
+
+#[test]
 fn half_precision_is_rounded_to_nearest() {
     for (x, want) in [
         (1.0, 0x3f80),
@@ -198,8 +302,10 @@ fn what_cannot_be_exported_is_refused() {
     let refused = |config: &ModelConfig, layout| {
         chain(&export(&dir, &manifest, config, &options(layout), &out).unwrap_err())
     };
-    let text = refused(&config, ExportLayout::Hf);
-    assert!(text.starts_with("images of 8x12 cannot be exported for Hugging Face: "), "{text}");
+    for layout in [ExportLayout::Hf, ExportLayout::HfEncoder] {
+        let text = refused(&config, layout);
+        assert!(text.starts_with("images of 8x12 cannot be exported for Hugging Face: "), "{text}");
+    }
     let text = refused(&ModelConfig::preset("demo").unwrap(), ExportLayout::Mae);
     assert!(text.starts_with("checkpoint step 3 is not of this model:\n"), "{text}");
     assert!(!out.exists());

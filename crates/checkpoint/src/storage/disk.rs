@@ -48,7 +48,7 @@ impl Disk {
         }
     }
 
-    fn sync_dir(&self, path: &Path) -> Result<(), FsError> {
+    pub(crate) fn sync_dir(&self, path: &Path) -> Result<(), FsError> {
         // A relative path of one component has the empty path as its parent.
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         self.fs.sync_dir(path).map_err(|e| FsError::new("sync directory", path, e))
@@ -264,15 +264,20 @@ impl Partial {
     /// A failed sync is final: the kernel may have dropped the pages, so the file is removed. The
     /// name lasts when its folder is synced.
     fn publish(&mut self) -> Result<Published, FsError> {
-        self.file.sync().map_err(|e| self.error("sync", e))?;
+        self.sync()?;
         let published = self.rename_new()?;
         self.published = published == Published::Created;
         Ok(published)
     }
 
+    /// Makes the content durable.
+    pub fn sync(&self) -> Result<(), FsError> {
+        self.file.sync().map_err(|e| self.error("sync", e))
+    }
+
     /// Makes the content durable and replaces whatever has the name.
     pub fn replace(mut self) -> Result<(), FsError> {
-        self.file.sync().map_err(|e| self.error("sync", e))?;
+        self.sync()?;
         let renamed = self.disk.fs.rename(&self.path, &self.target);
         renamed.map_err(|e| self.error("rename", e))?;
         self.published = true;

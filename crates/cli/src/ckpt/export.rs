@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use lacuna_checkpoint::export::{
-    ExportDtype, ExportError, ExportLayout, ExportOptions, Exported, export,
+    ExportDtype, ExportError, ExportLayout, ExportOptions, Exported, MAX_SHARD_BYTES, export,
 };
 use lacuna_recipe::model::ModelConfig;
 use lacuna_types::exit;
@@ -23,12 +23,16 @@ pub struct ExportArgs {
     /// Step of the checkpoint [default: the newest usable one].
     #[arg(long)]
     step: Option<u64>,
-    /// Leave the decoder out; with `timm` it always is.
+    /// Leave the decoder out; with `timm` it always is, with `hf` the folder is for `ViTMAEModel`.
     #[arg(long)]
     encoder_only: bool,
     /// Element type of the tensors.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Dtype,
+    /// Most bytes of a weights file in the layout `hf`; beyond, there are several and an index.
+    #[arg(long, value_name = "BYTES", default_value_t = MAX_SHARD_BYTES)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    max_shard_bytes: u64,
     /// Folder that gets the files; for `mae` and `timm` also a name that ends in .safetensors.
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
@@ -57,6 +61,9 @@ enum Dtype {
     Bf16,
 }
 
+/// Files of which a folder with an export for Hugging Face has at least one.
+const HF_FILES: [&str; 3] = ["config.json", "model.safetensors", "model.safetensors.index.json"];
+
 /// Exports a checkpoint.
 pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
     let (layout, file) = match (args.layout, args.encoder_only) {
@@ -65,16 +72,14 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
         (Layout::Mae, true) => (ExportLayout::Timm, Some("mae-encoder.safetensors")),
         (Layout::Timm, _) => (ExportLayout::Timm, Some("timm.safetensors")),
         (Layout::Hf, false) => (ExportLayout::Hf, None),
-        (Layout::Hf, true) => {
-            return Err(usage(
-                "the layout `hf` holds the whole model: ViTMAEModel.from_pretrained takes the \
-                 encoder from it, so leave --encoder-only out",
-            ));
-        }
+        (Layout::Hf, true) => (ExportLayout::HfEncoder, None),
     };
     let out = target(&args.to, file)?;
-    let written = if file.is_some() { out.clone() } else { out.join("model.safetensors") };
-    if !args.force && (written.exists() || (file.is_none() && out.join("config.json").exists())) {
+    let holds_export = match file {
+        Some(_) => out.exists(),
+        None => HF_FILES.iter().any(|name| out.join(name).exists()),
+    };
+    if !args.force && holds_export {
         let shown = out.display();
         return Err(usage(format!("`{shown}` holds an export: write over it with --force")));
     }
@@ -87,6 +92,7 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
             Dtype::F32 => ExportDtype::F32,
             Dtype::Bf16 => ExportDtype::Bf16,
         },
+        max_shard_bytes: args.max_shard_bytes,
         image_mean: spec.data.mean.clone(),
         image_std: spec.data.std.clone(),
     };
@@ -95,7 +101,7 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
         ExportError::NotSquare { .. } => usage(error.to_string()),
         _ => io(&error),
     })?;
-    put(&report(&exported, manifest.step, &load_hint(args.layout, &spec.model, &out)))?;
+    put(&report(&exported, manifest.step, &load_hint(layout, &spec.model, &out)))?;
     Ok(exit::OK)
 }
 
@@ -111,25 +117,33 @@ fn target(to: &Path, file: Option<&str>) -> anyhow::Result<PathBuf> {
 }
 
 fn report(exported: &Exported, step: u64, hint: &str) -> String {
-    let Exported { files, n_tensors, digest } = exported;
+    let Exported { files, n_tensors, weights } = exported;
     let files: String = files.iter().map(|file| format!("{}\n", file.display())).collect();
     let tensors = count(*n_tensors as u64, "tensor");
-    format!("{files}step {step}: {tensors}, weights {digest}\n\nto load it in Python:\n{hint}")
+    let digests = match weights.as_slice() {
+        [(_, digest)] => format!(", weights {digest}"),
+        several => several.iter().map(|(file, d)| format!("\n  {d} {}", file.display())).collect(),
+    };
+    format!("{files}step {step}: {tensors}{digests}\n\nto load it in Python:\n{hint}")
 }
 
 /// Tells how a library loads the export.
-fn load_hint(layout: Layout, model: &ModelConfig, out: &Path) -> String {
+fn load_hint(layout: ExportLayout, model: &ModelConfig, out: &Path) -> String {
     let path = format!("{:?}", out.display().to_string());
     let load = format!("load_state_dict(safetensors.torch.load_file({path}))");
     match layout {
-        Layout::Hf => format!(
+        ExportLayout::Hf => format!(
             "  from transformers import ViTMAEForPreTraining, ViTMAEModel\n  \
              model = ViTMAEForPreTraining.from_pretrained({path})\n"
         ),
-        Layout::Timm => {
+        ExportLayout::HfEncoder => format!(
+            "  from transformers import ViTMAEModel\n  \
+             model = ViTMAEModel.from_pretrained({path})\n"
+        ),
+        ExportLayout::Timm => {
             format!("  import safetensors.torch, timm\n  model = {}\n  model.{load}\n", timm(model))
         }
-        Layout::Mae => {
+        ExportLayout::Mae => {
             let [height, width] = model.img_size;
             let img_size =
                 if height == width { height.to_string() } else { format!("({height}, {width})") };

@@ -129,7 +129,7 @@ pub(super) fn gc(args: &GcArgs) -> anyhow::Result<u8> {
     }
     let mut text = String::new();
     plan.keep.iter().for_each(|(step, why)| text += &format!("step {step} stays: {why}\n"));
-    let verb = if args.dry_run { "would be removed" } else { "is removed" };
+    let verb = if args.dry_run { "would be removed" } else { "removed" };
     plan.delete.iter().for_each(|step| text += &format!("step {step} {verb}\n"));
     garbage.iter().for_each(|path| text += &format!("{} {verb}\n", path.display()));
     if last.is_none() {
