@@ -119,6 +119,16 @@ pub fn finish_delete(dir: &RunDir, step: Step) -> Result<(), RetainError> {
     remove_hidden(dir, step, &text)
 }
 
+/// Removes the mark of a checkpoint that is gone: where hiding is deleting, a crash leaves it.
+fn remove_stray_mark(dir: &RunDir, step: Step) -> Result<(), FsError> {
+    let names = dir.storage().names(&dir.step(step))?;
+    let has = |path: PathBuf| names.iter().any(|name| path.ends_with(name));
+    if has(dir.verified(step)) && !has(dir.manifest(step)) {
+        dir.storage().remove_file(&dir.verified(step))?;
+    }
+    Ok(())
+}
+
 /// Removes the files that a hidden manifest names, and the manifest last.
 fn remove_hidden(dir: &RunDir, step: Step, text: &[u8]) -> Result<(), RetainError> {
     dir.storage().remove_file(&dir.verified(step))?;
@@ -172,6 +182,7 @@ pub fn collect_garbage(
     for name in dir.storage().names(&dir.checkpoints())? {
         if let Some(step) = RunDir::parse_step(&name) {
             finish_delete(dir, step)?;
+            remove_stray_mark(dir, step)?;
         }
     }
     let garbage = plan_garbage(dir, current, aborted)?;

@@ -11,11 +11,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 mod disk;
+mod objects;
 mod posix;
 mod stage;
 
 pub use disk::Disk;
 pub(crate) use disk::Partial;
+pub use objects::Objects;
 
 /// An operation on a file or object that failed.
 #[derive(Debug, thiserror::Error)]
