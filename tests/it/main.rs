@@ -7,6 +7,7 @@ mod chaos;
 mod claim;
 mod faults;
 mod nccl;
+mod objects;
 mod remote;
 
 use std::path::{Path, PathBuf};
