@@ -8,6 +8,7 @@ mod claim;
 mod faults;
 mod import;
 mod nccl;
+mod objects;
 mod remote;
 
 use std::path::{Path, PathBuf};

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 
 use crate::fixture;
 
-const STEPS: u64 = 120;
+pub(crate) const STEPS: u64 = 120;
 
 /// Late answers, resets, cut answers and refusals, but an index that comes whole.
 fn unreliable(fixture: &lacuna_tests::Fixture) -> Server {
@@ -90,7 +90,7 @@ fn an_outage_costs_no_worker_and_no_bit() {
 }
 
 /// The digest of the run over files.
-fn undisturbed(fixture: &lacuna_tests::Fixture) -> u64 {
+pub(crate) fn undisturbed(fixture: &lacuna_tests::Fixture) -> u64 {
     let mut cluster = Cluster::start(fixture);
     let spec = fixture.spec("local", STEPS, &[("elastic.workers", "\"1:1\"")]);
     let run = cluster.submit(&spec);

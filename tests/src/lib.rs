@@ -47,6 +47,8 @@ pub struct Fixture {
     pub dir: tempfile::TempDir,
     /// What runs.
     pub binaries: Binaries,
+    /// What all processes find in their environment.
+    pub env: Vec<(String, String)>,
 }
 
 impl Fixture {
@@ -61,7 +63,7 @@ impl Fixture {
             existing: Existing::Refuse,
         };
         pack(&source, &dir.path().join("data"), &config, &mut |_| {}).expect("packing works");
-        Fixture { dir, binaries }
+        Fixture { dir, binaries, env: Vec::new() }
     }
 
     /// Returns a path in the folder.
@@ -117,7 +119,8 @@ impl Fixture {
             .env("LACUNA_WORKER", &self.binaries.worker)
             .env("LACUNA_FAKE_SLOT_MS", "3")
             .env_remove("LACUNA_COORDINATOR")
-            .env_remove("RUST_LOG");
+            .env_remove("RUST_LOG")
+            .envs(self.env.iter().cloned());
         command
     }
 
@@ -286,6 +289,7 @@ impl<'a> Cluster<'a> {
             .args(["--devices", &format!("cpu:{n}")])
             .args(args)
             .env("LACUNA_FAKE_SLOT_MS", "3")
+            .envs(self.fixture.env.iter().cloned())
             .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stderr(self.log(node));

@@ -3,6 +3,7 @@
 //! The only module that knows paths. They are the same on a disk and in an object store.
 
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use lacuna_types::{AttemptSeq, CoordEpoch, Generation, RunId, Step};
 use serde::{Deserialize, Serialize};
 
-use crate::storage::{Disk, Storage};
+use crate::storage::{Disk, FsError, Objects, Storage};
 
 /// Suffix of a file that is being written.
 pub const PARTIAL: &str = ".partial";
@@ -120,6 +121,33 @@ impl RunDir {
     /// Names the directory of `run` under `root` of `storage`; nothing is created.
     pub fn on(storage: Arc<dyn Storage>, root: impl Into<PathBuf>, run: RunId) -> Self {
         RunDir { storage, root: root.into(), run }
+    }
+
+    /// Names the directory of `run` under `to`, a folder or the URL of an object store, as
+    /// `checkpoint.to` says; nothing is created, and nothing is asked of a store.
+    pub fn open(to: &str, run: RunId) -> Result<Self, FsError> {
+        if !lacuna_store::is_url(to) {
+            return Ok(RunDir::new(to, run));
+        }
+        let storage = Objects::open(to)?;
+        let root = storage.root();
+        Ok(RunDir::on(Arc::new(storage), root, run))
+    }
+
+    /// Names the directory of a run by its own URL, `<root>/<run>`; `None` for what is no URL.
+    pub fn open_url(url: &str) -> Option<Result<Self, FsError>> {
+        if !lacuna_store::is_url(url) {
+            return None;
+        }
+        let failed = |why: String| FsError::new("open", Path::new(url), io::Error::other(why));
+        let (root, name) = url.trim_end_matches('/').rsplit_once('/').unwrap_or((url, ""));
+        if !lacuna_store::is_url(root) {
+            return Some(Err(failed("it names no run behind the store".to_string())));
+        }
+        Some(match name.parse::<RunId>() {
+            Ok(run) => RunDir::open(root, run),
+            Err(error) => Err(failed(format!("its last part is no name of a run: {error}"))),
+        })
     }
 
     /// Returns what holds the files.

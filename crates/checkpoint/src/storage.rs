@@ -11,6 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 mod disk;
+mod objects;
 mod posix;
 mod stage;
 
@@ -19,6 +20,7 @@ pub(crate) mod model;
 
 pub use disk::Disk;
 pub(crate) use disk::Partial;
+pub use objects::Objects;
 
 /// An operation on a file or object that failed.
 #[derive(Debug, thiserror::Error)]

@@ -63,7 +63,7 @@ pub enum CkptCommand {
 /// `lacuna ckpt ls`.
 #[derive(Args, Debug)]
 pub struct LsArgs {
-    /// The run: its spec file, or its folder (checkpoint.to/NAME).
+    /// The run: its spec file, or its folder or URL (checkpoint.to/NAME).
     run: PathBuf,
     /// How the result is printed.
     #[arg(long, short, value_enum, default_value = "table")]
@@ -73,7 +73,7 @@ pub struct LsArgs {
 /// `lacuna ckpt show`.
 #[derive(Args, Debug)]
 pub struct ShowArgs {
-    /// The run: its spec file, or its folder (checkpoint.to/NAME).
+    /// The run: its spec file, or its folder or URL (checkpoint.to/NAME).
     run: PathBuf,
     /// Step of the checkpoint [default: the newest usable one].
     #[arg(long)]
@@ -92,7 +92,7 @@ pub struct ShowArgs {
 /// `lacuna ckpt verify`.
 #[derive(Args, Debug)]
 pub struct VerifyArgs {
-    /// The run: its spec file, or its folder (checkpoint.to/NAME).
+    /// The run: its spec file, or its folder or URL (checkpoint.to/NAME).
     run: PathBuf,
     /// Step of the checkpoint [default: the newest].
     #[arg(long, conflicts_with = "all")]
@@ -108,7 +108,7 @@ pub struct VerifyArgs {
 /// `lacuna ckpt diff`.
 #[derive(Args, Debug)]
 pub struct DiffArgs {
-    /// A run's spec file or folder, and @STEP for another checkpoint than the newest.
+    /// A run's spec file, folder or URL, and @STEP for another checkpoint than the newest.
     #[arg(value_name = "RUN[@STEP]")]
     a: String,
     /// The same.
@@ -135,11 +135,15 @@ pub fn ckpt(args: CkptArgs) -> anyhow::Result<u8> {
     }
 }
 
-/// Finds the checkpoints that a spec file or a folder names.
+/// Finds the checkpoints that a spec file, a folder or a URL names.
 fn run_dir(path: &Path) -> anyhow::Result<RunDir> {
+    if let Some(dir) = path.to_str().and_then(RunDir::open_url) {
+        return dir.map_err(|error| usage(lacuna_checkpoint::chain(&error)));
+    }
     if path.is_file() {
         let spec = crate::spec::read(path, &[])?;
-        return Ok(RunDir::new(&spec.checkpoint.to, spec.run_id()));
+        let dir = RunDir::open(&spec.checkpoint.to, spec.run_id());
+        return dir.map_err(|error| usage(lacuna_checkpoint::chain(&error)));
     }
     if !path.is_dir() {
         let shown = path.display();

@@ -13,6 +13,7 @@ use lacuna_api::client::Client;
 use lacuna_api::v1;
 use lacuna_control::timing::Timing;
 use lacuna_coordinator::{Options, Service};
+use lacuna_data::is_url;
 use lacuna_spec::{RunSpec, Workers};
 use lacuna_types::{BuildId, exit};
 use tokio::process::{Child, Command};
@@ -57,7 +58,8 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
     spec.elastic.workers = Workers { min: spec.elastic.workers.min.min(n), max: n };
     let request = spec::request(&mut spec, true)?;
     let worker = find_worker()?;
-    let place = Path::new(&spec.checkpoint.to).join(&spec.name);
+    let place = local_place(&spec);
+    let saved = Path::new(&spec.checkpoint.to).join(&spec.name);
     std::fs::create_dir_all(place.join("logs"))
         .with_context(|| format!("create `{}`", place.display()))?;
     runtime()?.block_on(async {
@@ -69,7 +71,7 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
         let mut serving = tokio::spawn(service.serve(std::future::pending()));
         let log = place.join("logs/workers.log");
         let log_from = std::fs::metadata(&log).map_or(0, |meta| meta.len());
-        let session = Training { args: &args, url, worker, place, n, log, log_from };
+        let session = Training { args: &args, url, worker, saved, n, log, log_from };
         tokio::select! {
             ended = session.run(request) => ended,
             served = &mut serving => match served {
@@ -78,6 +80,13 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
             },
         }
     })
+}
+
+/// Returns the folder for the state of the coordinator and for logs: that of the checkpoints, or,
+/// where those go to a store, the run's folder under `runs` beside the caller.
+fn local_place(spec: &RunSpec) -> PathBuf {
+    let to = if is_url(&spec.checkpoint.to) { "runs" } else { &spec.checkpoint.to };
+    Path::new(to).join(&spec.name)
 }
 
 /// One trainer a core unless told otherwise, within what the spec allows.
@@ -150,7 +159,8 @@ struct Training<'a> {
     args: &'a TrainArgs,
     url: String,
     worker: PathBuf,
-    place: PathBuf,
+    /// Where its checkpoints lie.
+    saved: PathBuf,
     n: u32,
     /// What the workers say, unless it is shown.
     log: PathBuf,
@@ -164,7 +174,7 @@ impl Training<'_> {
         let (run, _) = client.create_run(request).await?;
         if run.state == "finished" {
             println!("run {} is finished already, at step {}", run.run_id, run.step);
-            print_end(&run, &self.place);
+            print_end(&run, &self.saved);
             return Ok(exit::OK);
         }
         let mut agent = self.start_agent()?;
@@ -175,7 +185,7 @@ impl Training<'_> {
             eprintln!("workers did not end in time; killing them");
             agent.kill().await.context("kill the workers")?;
         }
-        print_end(&run, &self.place);
+        print_end(&run, &self.saved);
         Ok(run.exit_code.and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::INTERNAL))
     }
 
@@ -290,9 +300,9 @@ fn last_error(log: &Path, from: u64) -> Option<String> {
     text.lines().rev().find_map(said)
 }
 
-fn print_end(run: &v1::Run, place: &Path) {
+fn print_end(run: &v1::Run, saved: &Path) {
     let saved = run.checkpoint_step.map_or("no checkpoint".to_string(), |step| {
-        format!("checkpoint of step {step} in {}", place.display())
+        format!("checkpoint of step {step} in {}", saved.display())
     });
     match run.state.as_str() {
         "finished" => {

@@ -1,7 +1,6 @@
 //! Checkpoints of a run as the coordinator sees them: claim, commit, newest, retention.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lacuna_checkpoint::catalog::{self, Entry, Status};
@@ -80,7 +79,7 @@ impl Catalogue {
         epoch: CoordEpoch,
     ) -> Result<(Self, Found), CatalogueError> {
         let run: RunId = spec.run_id();
-        let dir = RunDir::new(PathBuf::from(&spec.checkpoint.to), run);
+        let dir = RunDir::open(&spec.checkpoint.to, run).map_err(failed)?;
         let claimed = commit::highest_claim(&dir).map_err(failed)?.unwrap_or_default();
         let epoch = epoch.max(claimed.next());
         commit::claim(&dir, epoch).map_err(failed)?;

@@ -22,7 +22,7 @@ use crate::backend::TorchBackend;
 /// `lacuna-worker reconstruct`.
 #[derive(Args, Debug)]
 pub struct ReconstructArgs {
-    /// Folder of the run's checkpoints, `<checkpoint.to>/<name>`.
+    /// Folder or URL of the run's checkpoints, `<checkpoint.to>/<name>`.
     run: PathBuf,
     /// Step of the checkpoint; by default the newest.
     #[arg(long)]
@@ -91,6 +91,9 @@ pub fn conformance() -> u8 {
 }
 
 fn run_dir(path: &Path) -> anyhow::Result<RunDir> {
+    if let Some(dir) = path.to_str().and_then(RunDir::open_url) {
+        return dir.context("open the run's checkpoints");
+    }
     let full = std::fs::canonicalize(path).with_context(|| format!("open `{}`", path.display()))?;
     let name = full.file_name().and_then(|name| name.to_str()).context("the folder has no name")?;
     let root = full.parent().context("the folder has no parent")?;

@@ -193,7 +193,7 @@ const FIELDS: &[Field] = &[
         "0",
         "workers beyond the most that stand by warm, to take a lost one's place at once",
     ),
-    placement("checkpoint.to", "\"runs\"", "folder that holds the folder of the run"),
+    placement("checkpoint.to", "\"runs\"", "folder or URL that holds the folder of the run"),
     placement(
         "checkpoint.every",
         "[\"15min\", \"1ep\"]",

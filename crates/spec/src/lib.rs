@@ -30,8 +30,9 @@ pub use load::{
 pub use plan::{PlanReport, WorkerRow, plan};
 pub use problem::{PROBLEMS_MAX, Place, Problem, Problems, SpecError};
 pub use run_spec::{
-    AutoOr, BAD_SAMPLES_FREE, BAD_SAMPLES_SHARE, BadSamples, CacheMode, CacheSpec, CheckpointSpec,
-    DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec, OptimSpec, Order, Precision,
-    Reduce, ResolveError, Resolved, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, Workers,
+    AutoOr, BAD_SAMPLES_FREE, BAD_SAMPLES_SHARE, BadSamples, CHECKPOINT_SCHEMES, CacheMode,
+    CacheSpec, CheckpointSpec, DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec,
+    OptimSpec, Order, Precision, Reduce, ResolveError, Resolved, Resume, RunSpec, SLOTS_MAX,
+    TrackSpec, TrainSpec, Workers,
 };
 pub use units::{Cadence, Length};

@@ -91,6 +91,9 @@ pub const DEADLINE_SECONDS: u32 = 50;
 /// Schemes of the URLs that data may lie behind.
 pub const DATA_SCHEMES: [&str; 6] = ["s3", "gs", "az", "abfs", "http", "https"];
 
+/// Schemes of the URLs that checkpoints may go to: those of stores that create on a condition.
+pub const CHECKPOINT_SCHEMES: [&str; 4] = ["s3", "gs", "az", "abfs"];
+
 word! {
     /// What a cache on a local disk keeps.
     CacheMode {

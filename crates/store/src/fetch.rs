@@ -12,7 +12,7 @@ use crate::error::StoreError;
 use crate::store::Shared;
 
 /// What became of an attempt that did not end well.
-enum Trouble {
+pub(crate) enum Trouble {
     /// Another attempt may do better.
     Again(String),
     /// None will.
@@ -119,7 +119,7 @@ async fn append(
 }
 
 /// Tells whether an error may pass.
-fn judge(shared: &Shared, name: &str, error: object_store::Error) -> Trouble {
+pub(crate) fn judge(shared: &Shared, name: &str, error: object_store::Error) -> Trouble {
     use object_store::Error;
     let object = shared.url(name);
     let why = reason(&error);
@@ -173,18 +173,34 @@ pub(crate) async fn ask<T, F>(
 where
     F: Future<Output = Result<T, object_store::Error>>,
 {
+    let attempt = || {
+        let answer = request();
+        async move { answer.await.map_err(|error| judge(shared, name, error)) }
+    };
+    until(shared, name, deadline, patience, attempt).await
+}
+
+/// Makes attempts until one ends well or in what no attempt can change; `patience` bounds each.
+pub(crate) async fn until<T, F>(
+    shared: &Shared,
+    name: &str,
+    deadline: Duration,
+    patience: Duration,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, Trouble>>,
+{
     let start = Instant::now();
     let end = start + deadline;
     let mut attempts: u32 = 0;
     let last = loop {
         attempts += 1;
-        let attempt = (Instant::now() + patience).min(end);
-        let why = match timeout_at(attempt, request()).await {
+        let until = (Instant::now() + patience).min(end);
+        let why = match timeout_at(until, attempt()).await {
             Ok(Ok(value)) => return Ok(value),
-            Ok(Err(error)) => match judge(shared, name, error) {
-                Trouble::Never(error) => return Err(error),
-                Trouble::Again(why) => why,
-            },
+            Ok(Err(Trouble::Never(error))) => return Err(error),
+            Ok(Err(Trouble::Again(why))) => why,
             Err(_) => "no answer came".to_string(),
         };
         let pause = shared.limits.backoff(attempts, start.elapsed().as_nanos() as u64);

@@ -34,7 +34,19 @@ impl Default for Limits {
     }
 }
 
+/// Bytes a second below which an upload is given up and begun again: 4 Mbit/s for each request.
+const UPLOAD_RATE_MIN: u64 = 512 << 10;
+
+/// No request takes longer, however much it carries.
+const UPLOAD_PATIENCE_MAX: Duration = Duration::from_secs(590);
+
 impl Limits {
+    /// Returns how long one attempt to send so many bytes may take.
+    pub(crate) fn upload_patience(&self, bytes: u64) -> Duration {
+        let sending = Duration::from_secs_f64(bytes as f64 / UPLOAD_RATE_MIN as f64);
+        self.attempt.saturating_add(sending).min(UPLOAD_PATIENCE_MAX)
+    }
+
     /// Returns these limits with a deadline of at most `deadline`.
     pub fn within(self, deadline: Duration) -> Self {
         Limits { deadline: self.deadline.min(deadline), ..self }

@@ -7,12 +7,22 @@ use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreScheme, RetryConfig};
 use url::{Position, Url};
 
+use crate::conditional::ConditionalComplete;
 use crate::error::StoreError;
 use crate::limits::Limits;
+
+/// After this the client itself gives a request up; every wait of this crate is shorter.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// What S3 is asked for unless its variables say otherwise: a checksum that it keeps with each
+/// object, and deletions one by one, which every maker's store knows.
+const S3_PLAIN: [(&str, &str); 2] =
+    [("aws_checksum_algorithm", "crc64nvme"), ("aws_disable_bulk_delete", "true")];
 
 /// Tells whether a text is a URL rather than a path of the file system.
 pub fn is_url(text: &str) -> bool {
@@ -25,6 +35,8 @@ pub fn is_url(text: &str) -> bool {
 /// A store, and the folder of it that a URL names.
 pub(crate) struct Place {
     pub store: Arc<dyn ObjectStore>,
+    /// The same store, where it takes objects in parts.
+    pub multipart: Option<Arc<dyn MultipartStore>>,
     pub folder: Path,
 }
 
@@ -52,7 +64,7 @@ pub(crate) fn open(
     // Asking again is done by `fetch.rs`, which keeps what came.
     let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
     let seconds = |time: Duration| format!("{} seconds", time.as_secs().max(1));
-    let (timeout, connect) = (seconds(limits.deadline), seconds(limits.stall));
+    let (timeout, connect) = (seconds(CLIENT_TIMEOUT), seconds(limits.stall));
     let plain = [("timeout", timeout.as_str()), ("connect_timeout", connect.as_str())];
     // Only what goes to plain HTTP by its own URL may; S3's variables say so for their endpoint.
     let more: Vec<(&str, &str)> =
@@ -69,24 +81,48 @@ pub(crate) fn open(
             Arc::new(builder.build().map_err(|error| wrong(error.to_string()))?)
         }};
     }
-    let store: Arc<dyn ObjectStore> = match scheme {
+    /// Two views of one store.
+    macro_rules! place {
+        ($store:expr) => {{
+            let store = $store;
+            Place { store: store.clone(), multipart: Some(store), folder }
+        }};
+    }
+    Ok(match scheme {
         ObjectStoreScheme::AmazonS3 => {
-            build!(AmazonS3Builder::from_env().with_url(text).with_retry(retry))
+            let builder = s3_builder().with_http_connector(ConditionalComplete);
+            place!(build!(builder.with_url(text).with_retry(retry)))
         }
         ObjectStoreScheme::GoogleCloudStorage => {
-            build!(GoogleCloudStorageBuilder::from_env().with_url(text).with_retry(retry))
+            let builder = GoogleCloudStorageBuilder::from_env();
+            place!(build!(builder.with_url(text).with_retry(retry)))
         }
         ObjectStoreScheme::MicrosoftAzure => {
-            build!(MicrosoftAzureBuilder::from_env().with_url(text).with_retry(retry))
+            let builder = MicrosoftAzureBuilder::from_env();
+            place!(build!(builder.with_url(text).with_retry(retry)))
         }
         ObjectStoreScheme::Http => {
             let host = &url[..Position::BeforePath];
-            build!(HttpBuilder::new().with_url(host).with_retry(retry))
+            let store = build!(HttpBuilder::new().with_url(host).with_retry(retry));
+            Place { store, multipart: None, folder }
         }
         _ => {
             let known = "s3, gs, az, abfs, http and https are known";
             return Err(wrong(format!("scheme `{}` is not served: {known}", url.scheme())));
         }
-    };
-    Ok(Place { store, folder })
+    })
+}
+
+/// Prepares a client of S3 by the environment.
+fn s3_builder() -> AmazonS3Builder {
+    let is_set = |name: &str| std::env::var_os(name.to_ascii_uppercase()).is_some();
+    let mut builder = AmazonS3Builder::from_env();
+    for (name, value) in S3_PLAIN {
+        if !is_set(name)
+            && let Ok(key) = name.parse()
+        {
+            builder = builder.with_config(key, value);
+        }
+    }
+    builder
 }

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -35,7 +36,7 @@ const LIST_DEADLINE: Duration = Duration::from_secs(600);
 const PUT_DEADLINE: Duration = Duration::from_secs(600);
 
 /// Most objects that a listing returns.
-const LISTED_MAX: usize = 4_000_000;
+pub(crate) const LISTED_MAX: usize = 4_000_000;
 
 /// An object, as a listing shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +76,7 @@ impl Counters {
 /// What requests share.
 pub(crate) struct Shared {
     pub store: Arc<dyn ObjectStore>,
+    pub multipart: Option<Arc<dyn MultipartStore>>,
     pub limits: Limits,
     pub permits: Semaphore,
     pub stats: Counters,
@@ -184,6 +186,7 @@ impl Store {
         })?;
         let shared = Shared {
             store: place.store,
+            multipart: place.multipart,
             permits: Semaphore::new(limits.in_flight.max(1)),
             limits,
             stats: Counters::default(),
@@ -207,6 +210,11 @@ impl Store {
     /// Returns the URL of an object.
     pub fn url_of(&self, name: &str) -> String {
         self.shared.url(name)
+    }
+
+    /// Tells whether objects can be created on a condition and in parts.
+    pub fn takes_uploads(&self) -> bool {
+        self.shared.multipart.is_some()
     }
 
     /// Returns what was done so far.
@@ -281,11 +289,12 @@ impl Store {
     pub fn put(&self, name: &str, bytes: Vec<u8>, stop: &Stop) -> Result<(), StoreError> {
         let owned = name.to_string();
         let deadline = PUT_DEADLINE.max(self.shared.limits.deadline);
+        let patience = self.shared.limits.upload_patience(bytes.len() as u64);
         let payload = PutPayload::from(bytes);
         let pending = self.spawn(name, deadline, async move |shared| {
             let path = shared.path(&owned);
             let put = || shared.store.put(&path, payload.clone());
-            fetch::ask(&shared, &owned, deadline, deadline, put).await
+            fetch::ask(&shared, &owned, deadline, patience, put).await
         });
         pending.wait(stop).map(|_| ())
     }
@@ -306,7 +315,7 @@ impl Store {
         Ok(ObjectReader::new(self.clone(), name.to_string(), bytes, stop.clone()))
     }
 
-    fn spawn<T, W, F>(&self, name: &str, deadline: Duration, work: W) -> Pending<T>
+    pub(crate) fn spawn<T, W, F>(&self, name: &str, deadline: Duration, work: W) -> Pending<T>
     where
         T: Send + 'static,
         W: FnOnce(Arc<Shared>) -> F + Send + 'static,

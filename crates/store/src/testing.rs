@@ -1,15 +1,18 @@
-//! A server of files on loopback, which delays, cuts, refuses and lies as it is told: HTTP with
-//! ranges, and as much of S3 as a store of objects needs.
+//! A server of files on loopback, which delays, cuts, refuses, loses and lies as it is told: HTTP
+//! with ranges, and as much of S3 as a store of objects needs to read and to write (`s3.rs`).
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+
+mod s3;
+
+use s3::Buckets;
 
 /// A connection that says nothing for so long is closed.
 const IDLE: Duration = Duration::from_secs(30);
@@ -25,14 +28,18 @@ const HEAD_MAX: u64 = 64 << 10;
 pub enum Fault {
     /// Nothing.
     None,
-    /// The connection is closed before an answer.
+    /// The connection is closed before an answer; what was sent with the request is not read.
     Reset,
+    /// After this share of what comes with the request, in percent, the connection is closed.
+    CutBody(u8),
+    /// The request is carried out, and the connection closed instead of an answer.
+    Lost,
     /// The answer's head promises everything; after this share of it, in percent, the connection is
     /// closed.
     Cut(u8),
     /// A status instead of the bytes.
     Status(u16),
-    /// The bytes come in pieces of this many, each after this pause.
+    /// The bytes come, or are taken, in pieces of this many, each after this pause.
     Drip {
         /// Bytes of a piece.
         bytes: usize,
@@ -47,9 +54,45 @@ pub enum Fault {
     Whole,
 }
 
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Bytes of an object.
+    Get,
+    /// Its size and marks.
+    Head,
+    /// The names in a folder.
+    List,
+    /// To keep a whole object.
+    Put,
+    /// To begin an upload in parts.
+    Begin,
+    /// To keep a part.
+    Part,
+    /// To make an object of the parts.
+    Complete,
+    /// To forget the parts.
+    Abort,
+    /// To forget an object.
+    Delete,
+}
+
+/// A request, as a plan sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// Its number, from 0.
+    pub n: u64,
+    /// What it asks for.
+    pub kind: Kind,
+    /// Path of the object.
+    pub path: &'a str,
+}
+
 /// What became of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
+    /// What it asked for.
+    pub kind: Kind,
     /// `GET`, `HEAD`, `PUT`.
     pub method: String,
     /// Path of the object.
@@ -63,10 +106,13 @@ pub struct Seen {
 /// Decides what goes wrong with the `n`-th request, from 0.
 pub type Plan = dyn Fn(u64, &str) -> Fault + Send + Sync;
 
+/// Decides what goes wrong with a request of some kind.
+pub type KindPlan = dyn Fn(Asked<'_>) -> Fault + Send + Sync;
+
 struct State {
-    folder: PathBuf,
+    buckets: Buckets,
     latency: Duration,
-    plan: Box<Plan>,
+    plan: Box<KindPlan>,
     n: AtomicU64,
     connections: AtomicU64,
     stop: AtomicBool,
@@ -111,10 +157,19 @@ fn splitmix(seed: u64) -> u64 {
 impl Server {
     /// Serves `folder`; every answer is `latency` late, and `plan` decides what goes wrong.
     pub fn start(folder: &Path, latency: Duration, plan: Box<Plan>) -> io::Result<Self> {
+        Server::start_by_kind(folder, latency, Box::new(move |asked| plan(asked.n, asked.path)))
+    }
+
+    /// The same, by a plan that sees what is asked for.
+    pub fn start_by_kind(
+        folder: &Path,
+        latency: Duration,
+        plan: Box<KindPlan>,
+    ) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let state = Arc::new(State {
-            folder: folder.to_path_buf(),
+            buckets: Buckets::new(folder),
             latency,
             plan,
             n: AtomicU64::new(0),
@@ -166,6 +221,21 @@ impl Server {
         pairs.map(|(key, value)| (key.to_string(), value)).into()
     }
 
+    /// Lists so many names at a time, as S3 does with a thousand.
+    pub fn set_page(&self, names: usize) {
+        self.state.buckets.set_page(names);
+    }
+
+    /// Passes over the condition of writes from now on, as stores did that never heard of it.
+    pub fn ignore_conditions(&self) {
+        self.state.buckets.ignore_conditions();
+    }
+
+    /// Returns the number of uploads that were begun and neither completed nor aborted.
+    pub fn n_uploads(&self) -> usize {
+        self.state.buckets.n_uploads()
+    }
+
     /// Returns the requests so far.
     pub fn seen(&self) -> Vec<Seen> {
         self.state.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -181,12 +251,45 @@ impl Drop for Server {
     }
 }
 
-struct Request {
+/// A request without what comes with it.
+struct Head {
     method: String,
     path: String,
     query: BTreeMap<String, String>,
     range: Option<(u64, Option<u64>)>,
+    /// The other headers, by names in lower case.
+    headers: BTreeMap<String, String>,
+    length: usize,
+}
+
+impl Head {
+    fn kind(&self) -> Kind {
+        let asks = |key: &str| self.query.contains_key(key);
+        match self.method.as_str() {
+            "PUT" if asks("partNumber") => Kind::Part,
+            "PUT" => Kind::Put,
+            "POST" if asks("uploads") => Kind::Begin,
+            "POST" => Kind::Complete,
+            "DELETE" if asks("uploadId") => Kind::Abort,
+            "DELETE" => Kind::Delete,
+            "HEAD" => Kind::Head,
+            _ if asks("list-type") => Kind::List,
+            _ => Kind::Get,
+        }
+    }
+}
+
+/// An answer.
+struct Reply {
+    status: &'static str,
+    head: String,
     body: Vec<u8>,
+}
+
+impl Reply {
+    fn new(status: &'static str, head: impl Into<String>, body: impl Into<Vec<u8>>) -> Self {
+        Reply { status, head: head.into(), body: body.into() }
+    }
 }
 
 fn serve(state: &State, connection: TcpStream) -> io::Result<()> {
@@ -194,52 +297,48 @@ fn serve(state: &State, connection: TcpStream) -> io::Result<()> {
     connection.set_nodelay(true)?;
     let mut reader = BufReader::new(connection.try_clone()?);
     let mut out = connection;
-    while let Some(request) = read_request(&mut reader)? {
+    while let Some(head) = read_head(&mut reader)? {
         let n = state.n.fetch_add(1, Ordering::Relaxed);
-        let fault = (state.plan)(n, &request.path);
-        let range = request.range.map(|(from, to)| (from, to.unwrap_or(u64::MAX)));
-        let (method, path) = (request.method.clone(), request.path.clone());
-        let seen = Seen { method, path, range, fault };
+        let kind = head.kind();
+        let fault = (state.plan)(Asked { n, kind, path: &head.path });
+        let range = head.range.map(|(from, to)| (from, to.unwrap_or(u64::MAX)));
+        let (method, path) = (head.method.clone(), head.path.clone());
+        let seen = Seen { kind, method, path, range, fault };
         state.seen.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
         thread::sleep(state.latency);
-        if !answer(state, &request, fault, &mut out)? {
+        if !answer(state, &head, fault, &mut reader, &mut out)? {
             return out.shutdown(Shutdown::Both);
         }
     }
     Ok(())
 }
 
-fn read_request(reader: &mut BufReader<TcpStream>) -> io::Result<Option<Request>> {
-    let mut head = reader.by_ref().take(HEAD_MAX);
+fn read_head(reader: &mut BufReader<TcpStream>) -> io::Result<Option<Head>> {
+    let mut lines = reader.by_ref().take(HEAD_MAX);
     let mut line = String::new();
-    if head.read_line(&mut line)? == 0 {
+    if lines.read_line(&mut line)? == 0 {
         return Ok(None);
     }
     let mut words = line.split_whitespace().map(str::to_string);
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     let (path, query) = target.split_once('?').unwrap_or((&target, ""));
-    let query = query.split('&').filter_map(|pair| pair.split_once('='));
+    let query = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
     let query = query.map(|(key, value)| (key.to_string(), decode(value))).collect();
     let path = decode(path);
-    let (mut range, mut length) = (None, 0);
+    let mut headers: BTreeMap<String, String> = BTreeMap::new();
     loop {
         let mut line = String::new();
-        if head.read_line(&mut line)? == 0 || line.trim().is_empty() {
+        if lines.read_line(&mut line)? == 0 || line.trim().is_empty() {
             break;
         }
         let Some((name, value)) = line.split_once(':') else { continue };
-        match (name.to_ascii_lowercase().as_str(), value.trim()) {
-            ("content-length", value) => length = value.parse().unwrap_or(0),
-            ("range", value) => {
-                let bounds = value.strip_prefix("bytes=").and_then(|range| range.split_once('-'));
-                range = bounds.and_then(|(from, to)| Some((from.parse().ok()?, to.parse().ok())));
-            }
-            _ => {}
-        }
+        headers.insert(name.to_ascii_lowercase(), value.trim().to_string());
     }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body)?;
-    Ok(Some(Request { method, path, query, range, body }))
+    let length = headers.get("content-length").and_then(|value| value.parse().ok()).unwrap_or(0);
+    let bounds = headers.get("range").and_then(|value| value.strip_prefix("bytes="));
+    let bounds = bounds.and_then(|range| range.split_once('-'));
+    let range = bounds.and_then(|(from, to)| Some((from.parse().ok()?, to.parse().ok())));
+    Ok(Some(Head { method, path, query, range, headers, length }))
 }
 
 /// Undoes percent encoding.
@@ -257,46 +356,57 @@ fn decode(text: &str) -> String {
 }
 
 /// Answers; returns whether the connection stays.
-fn answer(state: &State, request: &Request, fault: Fault, out: &mut TcpStream) -> io::Result<bool> {
+fn answer(
+    state: &State,
+    head: &Head,
+    fault: Fault,
+    reader: &mut BufReader<TcpStream>,
+    out: &mut TcpStream,
+) -> io::Result<bool> {
     match fault {
         Fault::Reset => return Ok(false),
         Fault::Hang(time) => {
             thread::sleep(time);
             return Ok(false);
         }
-        Fault::Status(status) => return status_only(out, status),
+        Fault::CutBody(percent) => {
+            read_body(reader, head.length * usize::from(percent.min(99)) / 100, fault)?;
+            return Ok(false);
+        }
         _ => {}
     }
-    let name = request.path.trim_start_matches('/');
-    if name.split('/').any(|part| part == "..") {
+    let body = read_body(reader, head.length, fault)?;
+    if let Fault::Status(status) = fault {
+        return status_only(out, status);
+    }
+    if head.path.split('/').any(|part| part == "..") {
         return status_only(out, 400);
     }
-    let path = state.folder.join(name);
-    if request.method == "PUT" {
-        path.parent().map(fs::create_dir_all).transpose()?;
-        fs::write(path, &request.body)?;
-        return bytes_of(out, "200 OK", "ETag: \"1\"\r\n", &[], false, Fault::None);
+    let reply = state.buckets.carry_out(head, body, fault == Fault::Whole)?;
+    if fault == Fault::Lost {
+        return Ok(false);
     }
-    if request.query.contains_key("list-type") {
-        let text = listing(&path, request.query.get("prefix").map_or("", String::as_str))?;
-        return bytes_of(out, "200 OK", "", text.as_bytes(), false, Fault::None);
-    }
-    let Ok(content) = fs::read(&path) else { return status_only(out, 404) };
-    let total = content.len() as u64;
-    let is_head = request.method == "HEAD";
-    let stamp = "ETag: \"1\"\r\nLast-Modified: Fri, 03 Jan 2020 10:00:00 GMT\r\n";
-    match request.range {
-        Some((from, to)) if fault != Fault::Whole => {
-            let to = to.unwrap_or(u64::MAX).min(total.saturating_sub(1));
-            if from > to {
-                return status_only(out, 416);
+    let is_head = head.method == "HEAD";
+    bytes_of(out, reply.status, &reply.head, &reply.body, is_head, fault)
+}
+
+/// Takes what comes with a request.
+fn read_body(
+    reader: &mut BufReader<TcpStream>,
+    length: usize,
+    fault: Fault,
+) -> io::Result<Vec<u8>> {
+    let mut body = vec![0; length];
+    match fault {
+        Fault::Drip { bytes, pause } => {
+            for piece in body.chunks_mut(bytes.max(1)) {
+                thread::sleep(pause);
+                reader.read_exact(piece)?;
             }
-            let part = &content[from as usize..=to as usize];
-            let head = format!("{stamp}Content-Range: bytes {from}-{to}/{total}\r\n");
-            bytes_of(out, "206 Partial Content", &head, part, is_head, fault)
         }
-        _ => bytes_of(out, "200 OK", stamp, &content, is_head, fault),
+        _ => reader.read_exact(&mut body)?,
     }
+    Ok(body)
 }
 
 fn status_only(out: &mut TcpStream, status: u16) -> io::Result<bool> {
@@ -338,30 +448,4 @@ fn bytes_of(
         _ => out.write_all(body)?,
     }
     Ok(true)
-}
-
-/// Lists a bucket as S3 does.
-fn listing(bucket: &Path, prefix: &str) -> io::Result<String> {
-    let mut text = String::from("<?xml version=\"1.0\"?><ListBucketResult>");
-    text += "<IsTruncated>false</IsTruncated>";
-    let mut folders = vec![bucket.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder)? {
-            let path = entry?.path();
-            if path.is_dir() {
-                folders.push(path);
-                continue;
-            }
-            let key = path.strip_prefix(bucket).expect("it lies in there").to_string_lossy();
-            if key.starts_with(prefix) {
-                let size = fs::metadata(&path)?.len();
-                let key = key.replace('&', "&amp;");
-                text += &format!(
-                    "<Contents><Key>{key}</Key><Size>{size}</Size><ETag>1</ETag>\
-                     <LastModified>2020-01-03T10:00:00.000Z</LastModified></Contents>"
-                );
-            }
-        }
-    }
-    Ok(text + "</ListBucketResult>")
 }

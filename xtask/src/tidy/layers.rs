@@ -30,7 +30,7 @@ const CRATES: &[Crate] = &[
     row("lacuna-pixels", 2, &[]),
     row("lacuna-store", 2, &[]),
     row("lacuna-data", 2, &["lacuna-pixels", "lacuna-store"]),
-    row("lacuna-checkpoint", 2, &[]),
+    row("lacuna-checkpoint", 2, &["lacuna-store"]),
     Crate { name: "lacuna-cuda", layer: 2, sideways: &[], sideways_dev: STAND_IN },
     Crate { name: "lacuna-device", layer: 2, sideways: &["lacuna-cuda"], sideways_dev: STAND_IN },
     Crate {

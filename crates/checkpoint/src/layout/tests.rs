@@ -42,3 +42,26 @@ fn other_names_do_not_parse() {
     let error = "7.1".parse::<Attempt>().unwrap_err();
     assert_eq!(error.to_string(), "`7.1` is not an attempt (00000007.0001)");
 }
+
+#[test]
+fn a_place_is_a_folder_or_a_url() {
+    let run = || "r-7f3a".parse::<RunId>().unwrap();
+    assert_eq!(RunDir::open("/ckpt", run()).unwrap().path(), PathBuf::from("/ckpt/r-7f3a"));
+    for url in ["s3://bucket/a/b", "s3://bucket/a/b/"] {
+        let dir = RunDir::open(url, run()).unwrap();
+        let latest = "s3://bucket/a/b/r-7f3a/latest.json";
+        assert_eq!(dir.latest().display().to_string(), latest, "{url}");
+        let dir = RunDir::open_url("s3://bucket/a/b/r-7f3a/").unwrap().unwrap();
+        assert_eq!((dir.run().as_str(), dir.latest()), ("r-7f3a", PathBuf::from(latest)));
+    }
+    assert!(RunDir::open_url("/ckpt/r-7f3a").is_none());
+    for (url, why) in [
+        ("http://host/ckpt/r-7f3a", "plain HTTP cannot create"),
+        ("ftp://host/ckpt/r-7f3a", "is no address of a store"),
+        ("s3://r-7f3a", "it names no run"),
+        ("s3://bucket/a b", "no name of a run"),
+    ] {
+        let text = crate::chain(&RunDir::open_url(url).unwrap().unwrap_err());
+        assert!(text.contains("failed to open `") && text.contains(why), "{url}: {text}");
+    }
+}

@@ -15,7 +15,7 @@ use crate::data::talk::{count, io, put, usage};
 /// `lacuna ckpt export`.
 #[derive(Args, Debug)]
 pub struct ExportArgs {
-    /// The run: its spec file, or its folder (checkpoint.to/NAME).
+    /// The run: its spec file, or its folder or URL (checkpoint.to/NAME).
     run: PathBuf,
     /// For which library.
     #[arg(long, value_enum)]

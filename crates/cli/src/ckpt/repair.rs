@@ -10,6 +10,7 @@ use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::rebuild::{rebuild, restore};
 use lacuna_checkpoint::storage::Published;
 use lacuna_coordinator::catalogue::rfc3339;
+use lacuna_data::is_url;
 use lacuna_recipe::state::Layout;
 use lacuna_types::{RunId, Step, exit};
 
@@ -23,7 +24,7 @@ const ROOM: f64 = 2.2;
 /// `lacuna ckpt doctor`.
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
-    /// A run's spec file, or a folder for checkpoints (checkpoint.to).
+    /// A run's spec file, or a folder or URL for checkpoints (checkpoint.to).
     place: PathBuf,
 }
 
@@ -82,12 +83,19 @@ fn place(path: &Path) -> anyhow::Result<(RunDir, Option<u64>)> {
         // Parameters and both moments, f32.
         return Ok((run_dir(path)?, Some(n_params * 12)));
     }
+    if let Some(url) = path.to_str().filter(|text| is_url(text)) {
+        return Ok((RunDir::open(url, none()).map_err(|error| io(&error))?, None));
+    }
     if !path.is_dir() {
         let shown = path.display();
         return Err(usage(format!("`{shown}` is neither a spec file nor a folder")));
     }
-    let none: RunId = "doctor".parse().expect("a name");
-    Ok((RunDir::new(path, none), None))
+    Ok((RunDir::new(path, none()), None))
+}
+
+/// A name for a place that is looked at without a run.
+fn none() -> RunId {
+    "doctor".parse().expect("a name")
 }
 
 /// Makes a lost manifest again.

@@ -10,9 +10,9 @@ use super::Reader;
 use crate::node::{Value, find};
 use crate::problem::echo;
 use crate::run_spec::{
-    AutoOr, BAD_SAMPLES_SHARE, BadSamples, CacheMode, CacheSpec, CheckpointSpec, DATA_SCHEMES,
-    DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec, OptimSpec, Order, Precision, Reduce, Resume,
-    RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, Workers,
+    AutoOr, BAD_SAMPLES_SHARE, BadSamples, CHECKPOINT_SCHEMES, CacheMode, CacheSpec,
+    CheckpointSpec, DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec, OptimSpec,
+    Order, Precision, Reduce, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, Workers,
 };
 use crate::units::{Cadence, Length};
 
@@ -456,7 +456,7 @@ impl Reader<'_> {
     }
 
     fn checkpoint(&mut self) -> Option<CheckpointSpec> {
-        let to = self.path("checkpoint.to");
+        let to = self.place("checkpoint.to", &CHECKPOINT_SCHEMES);
         let every = self.checkpoint_every();
         let last = self.count("checkpoint.keep.last", 1..=KEEP_LAST_MAX);
         let keep_every = match find(self.root, "checkpoint.keep.every") {

@@ -46,7 +46,7 @@ fn what_this_build_lacks() {
         "data.cache = \"/nvme\"",
         "train.precision = \"bf-16\"\ntrain.reduce = \"fast\"",
         "data.bad_samples = \"zero-weight\"\ndata.order = \"random\"",
-        "checkpoint.to = \"s3://bucket/run\"",
+        "checkpoint.to = \"https://host/run\"",
         "data.cache = { dir = \"/nvme\", size = \"500GB\", mode = \"plane\" }",
     ];
     check(START, &cases, expect_file!["../../transcripts/lacking.txt"]);

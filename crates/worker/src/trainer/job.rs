@@ -46,6 +46,13 @@ pub enum JobError {
     /// The welcome means nothing to this build.
     #[error("the run's spec cannot be read: {0}")]
     Spec(String),
+    /// The place for checkpoints cannot be used.
+    #[error("the run's checkpoints cannot be reached")]
+    Checkpoints {
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The data cannot be opened.
     #[error("failed to open data set `{path}`")]
     Data {
@@ -79,7 +86,8 @@ impl Job {
         let spec: RunSpec =
             serde_json::from_str(&welcome.spec).map_err(|err| bad(err.to_string()))?;
         let resolved = spec.resolve(welcome.n_samples).map_err(|err| bad(err.to_string()))?;
-        let dir = RunDir::new(Path::new(&spec.checkpoint.to), spec.run_id());
+        let dir = RunDir::open(&spec.checkpoint.to, spec.run_id());
+        let dir = dir.map_err(|err| JobError::Checkpoints { source: Box::new(err) })?;
         let per_epoch = resolved.geometry.steps_per_epoch();
         let track_every = match &spec.track.every {
             lacuna_spec::units::Cadence::Length(length) => length.steps(per_epoch).unwrap_or(1),
