@@ -34,13 +34,16 @@ impl Examined {
     }
 }
 
+/// Tells whether something holds.
+type Trial<'a> = dyn Fn() -> Result<bool, FsError> + 'a;
+
 /// Tries everything in a folder of the name `trial` in `base`, which is removed afterwards.
 ///
 /// Nothing else may use that name.
 pub fn examine(storage: &dyn Storage, base: &Path, trial: &str) -> Examined {
     let folder = base.join(trial);
     let file = folder.join("file");
-    let trials: [(&str, &dyn Fn() -> Result<bool, FsError>); 7] = [
+    let trials: [(&'static str, &Trial<'_>); 7] = [
         ("folders can be made", &|| storage.prepare(base, &folder).map(|()| true)),
         ("a name is taken once", &|| {
             let first = storage.create_small(&file, &file, "1")?;
