@@ -7,7 +7,7 @@ use crate::catalog::{self, Entry, Status};
 use crate::json::Hex64;
 use crate::layout::RunDir;
 use crate::manifest::Manifest;
-use crate::read::{self, PlanError, ReadError, Reader, Wanted};
+use crate::read::{self, PlanError, ReadError, Wanted};
 use crate::state::{Dtype, digest_state};
 use crate::storage::{FsError, chain};
 
@@ -186,7 +186,7 @@ fn read_state(dir: &RunDir, manifest: &Manifest, layout: &Layout) -> Result<Load
         }
     }
     let ops = read::plan(manifest, &wanted).map_err(|e: PlanError| chain(&e))?;
-    let read = Reader::new(dir, manifest).read_into(&ops, &mut buffers);
+    let read = read::read_all(dir, manifest, &ops, &mut buffers);
     read.map_err(|e: ReadError| chain(&e))?;
     let counters = manifest.state.counters.clone();
     let views = [&sections[0][..], &sections[1], &sections[2]];

@@ -12,6 +12,10 @@ use crate::layout::RunDir;
 use crate::manifest::{FileEntry, Manifest};
 use crate::storage::{FsError, ReadAt, Storage, chain};
 
+mod lanes;
+
+use self::lanes::BlockId;
+
 /// Tensors that a message names before it only counts them.
 const AFFECTED_SHOWN: usize = 6;
 
@@ -279,27 +283,86 @@ impl<'a> BlockReader<'a> {
 
     /// Reads block `idx`, or returns it again.
     pub fn block(&mut self, idx: u64) -> Result<&[u8], ReadError> {
-        if self.held == Some(idx) {
-            return Ok(&self.block);
+        if self.held != Some(idx) {
+            self.held = None;
+            let mut block = std::mem::take(&mut self.block);
+            let read = self.read(idx, &mut block);
+            self.block = block;
+            read?;
+            self.held = Some(idx);
         }
-        self.held = None;
+        Ok(&self.block)
+    }
+
+    /// Reads block `idx` into `buffer`, which gets its size.
+    fn read(&self, idx: u64, buffer: &mut Vec<u8>) -> Result<(), ReadError> {
         let entry = self.entry();
         let bytes = entry.block_range(idx);
-        self.block.resize((bytes.end - bytes.start) as usize, 0);
+        buffer.resize((bytes.end - bytes.start) as usize, 0);
         let (step, file) = (self.manifest.step, entry.name.clone());
-        if let Err(e) = self.file.read_exact_at(&mut self.block, bytes.start) {
+        if let Err(e) = self.file.read_exact_at(buffer, bytes.start) {
             let source = FsError::new("read", &self.path, e);
             let affects = affected(self.manifest, self.idx, &bytes);
             return Err(ReadError::Fs { step, file, affects, source });
         }
-        let found = Hex64(Crc64::of(&self.block).value);
+        let found = Hex64(Crc64::of(buffer).value);
         let want = entry.blocks[idx as usize];
         if found != want {
             let affects = affected(self.manifest, self.idx, &bytes);
             return Err(ReadError::Damaged { step, file, bytes, found, want, affects });
         }
-        self.held = Some(idx);
-        Ok(&self.block)
+        Ok(())
+    }
+}
+
+/// Reads a whole plan; `buffers` has one buffer per wanted range of it.
+pub fn read_all(
+    dir: &RunDir,
+    manifest: &Manifest,
+    ops: &[ReadOp],
+    buffers: &mut [&mut [u8]],
+) -> Result<(), ReadError> {
+    let blocks_of = |op: &ReadOp| {
+        let (file, size) = (op.file, manifest.files[op.file as usize].block);
+        (op.bytes.start / size..op.bytes.end.div_ceil(size)).map(move |block| (file, block))
+    };
+    let blocks: Vec<BlockId> = ops.iter().flat_map(blocks_of).collect();
+    let mut ops = ops.iter();
+    let mut at: Option<(&ReadOp, usize)> = None;
+    lanes::for_each(dir, manifest, &blocks, |(file, block), read| {
+        let range = manifest.files[file as usize].block_range(block);
+        let is_of = |op: &ReadOp| op.file == file && op.bytes.start < range.end;
+        let is_over = |op: &ReadOp| op.file != file || op.bytes.end <= range.start;
+        if at.is_none_or(|(op, _)| is_over(op)) {
+            at = ops.next().map(|op| (op, 0));
+        }
+        let (op, done) = at.as_mut().expect("every block is of an operation");
+        debug_assert!(is_of(op), "operations come in the order of their blocks");
+        copy_out(op, done, read?, &range, buffers);
+        Ok(())
+    })
+}
+
+/// Puts what is wanted of a block in its places; copies before `done` lie in earlier blocks.
+fn copy_out(
+    op: &ReadOp,
+    done: &mut usize,
+    block: &[u8],
+    range: &Range<u64>,
+    buffers: &mut [&mut [u8]],
+) {
+    while op.copies.get(*done).is_some_and(|copy| copy.at.end <= range.start) {
+        *done += 1;
+    }
+    let near = op.copies[*done..].iter().take_while(|copy| copy.at.start < range.end);
+    for copy in near {
+        let (start, end) = (copy.at.start.max(range.start), copy.at.end.min(range.end));
+        if start >= end {
+            continue;
+        }
+        let from = &block[(start - range.start) as usize..(end - range.start) as usize];
+        let dst = copy.dst + (start - copy.at.start) as usize;
+        buffers[copy.wanted][dst..dst + from.len()].copy_from_slice(from);
     }
 }
 
@@ -335,20 +398,7 @@ impl<'a> Reader<'a> {
         let mut done: usize = 0;
         for idx in op.bytes.start / size..op.bytes.end.div_ceil(size) {
             let range = reader.entry().block_range(idx);
-            let block = reader.block(idx)?;
-            while op.copies.get(done).is_some_and(|copy| copy.at.end <= range.start) {
-                done += 1;
-            }
-            let near = op.copies[done..].iter().take_while(|copy| copy.at.start < range.end);
-            for copy in near {
-                let (start, end) = (copy.at.start.max(range.start), copy.at.end.min(range.end));
-                if start >= end {
-                    continue;
-                }
-                let from = &block[(start - range.start) as usize..(end - range.start) as usize];
-                let dst = copy.dst + (start - copy.at.start) as usize;
-                buffers[copy.wanted][dst..dst + from.len()].copy_from_slice(from);
-            }
+            copy_out(op, &mut done, reader.block(idx)?, &range, buffers);
         }
         Ok(())
     }
@@ -366,21 +416,21 @@ pub struct Verified {
 /// Reads every byte of every part and lists all damage.
 pub fn verify(dir: &RunDir, manifest: &Manifest) -> Verified {
     let mut out = Verified { bytes: 0, problems: Vec::new() };
+    let mut blocks: Vec<BlockId> = Vec::new();
     for idx in 0..manifest.world_size {
-        let mut reader = match BlockReader::open(dir, manifest, idx) {
-            Ok(reader) => reader,
-            Err(error) => {
-                out.problems.push(chain(&error));
-                continue;
-            }
-        };
-        for block in 0..reader.n_blocks() {
-            match reader.block(block) {
-                Ok(bytes) => out.bytes += bytes.len() as u64,
-                Err(error) => out.problems.push(chain(&error)),
-            }
+        match BlockReader::open(dir, manifest, idx) {
+            Ok(reader) => blocks.extend((0..reader.n_blocks()).map(|block| (idx, block))),
+            Err(error) => out.problems.push(chain(&error)),
         }
     }
+    let all = lanes::for_each(dir, manifest, &blocks, |_, read| {
+        match read {
+            Ok(bytes) => out.bytes += bytes.len() as u64,
+            Err(error) => out.problems.push(chain(&error)),
+        }
+        Ok(())
+    });
+    debug_assert!(all.is_ok(), "every error was put down");
     out
 }
 

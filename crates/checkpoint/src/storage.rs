@@ -84,6 +84,11 @@ pub trait Storage: fmt::Debug + Send + Sync {
     /// Opens a file to read ranges of it.
     fn open(&self, path: &Path) -> Result<Box<dyn ReadAt>, FsError>;
 
+    /// Returns how many threads read a large file best.
+    fn readers(&self) -> usize {
+        2
+    }
+
     /// Writes a small file that must not exist yet; `Created` means that it is there to stay, and
     /// with it every file that was published in its folder before.
     ///

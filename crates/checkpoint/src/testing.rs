@@ -85,10 +85,21 @@ impl Sample {
     }
 
     pub fn write(&self, dir: &RunDir, attempt: Attempt, world: u32) -> Vec<Receipt> {
+        self.write_in_blocks(dir, attempt, world, BLOCK)
+    }
+
+    fn write_in_blocks(
+        &self,
+        dir: &RunDir,
+        attempt: Attempt,
+        world: u32,
+        block_bytes: u64,
+    ) -> Vec<Receipt> {
         let partition = Partition::new(&self.layout, world);
         let view = self.view();
         let write = |rank: u32| {
             let info = self.info(attempt, PartId { rank, world });
+            let info = PartInfo { block_bytes, ..info };
             write_part(dir, &info, &view.part(&partition, rank)).unwrap()
         };
         (0..world).map(write).collect()
@@ -119,8 +130,13 @@ impl Sample {
 
     /// Writes all parts and commits them.
     pub fn save(&self, dir: &RunDir, world: u32) -> Committed {
+        self.save_in_blocks(dir, world, BLOCK)
+    }
+
+    /// The same with larger blocks.
+    pub fn save_in_blocks(&self, dir: &RunDir, world: u32, block_bytes: u64) -> Committed {
         let attempt = attempt(1);
-        let receipts = self.write(dir, attempt, world);
+        let receipts = self.write_in_blocks(dir, attempt, world, block_bytes);
         commit(dir, &receipts, &self.context(attempt, world)).unwrap()
     }
 

@@ -3,7 +3,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use expect_test::expect;
-use lacuna_recipe::model::ModelConfig;
+use lacuna_recipe::model::{Init, ModelConfig, ParamSpec};
 use lacuna_types::CoordEpoch;
 
 use super::*;
@@ -11,7 +11,7 @@ use crate::chain;
 use crate::commit::claim;
 use crate::storage::Disk;
 use crate::storage::model::ModelFs;
-use crate::testing::{manifest, micro, part_path, run_dir, tiny};
+use crate::testing::{manifest, micro, part_path, run_dir, sample, tiny};
 
 /// The message of a failed load, broken into lines for the page.
 fn load_text(dir: &RunDir, step: u64, layout: &Layout) -> String {
@@ -73,6 +73,40 @@ fn states_survive_any_change_of_world_size() {
             assert_eq!(crc(&reloaded.manifest), crc(&loaded.manifest));
         }
     }
+}
+
+/// A state that several threads read: the same bytes, and damage anywhere is told as ever.
+#[test]
+fn large_states_are_read_in_lanes() {
+    let param = |name: &str, n: usize| ParamSpec {
+        name: name.to_string(),
+        shape: vec![n],
+        init: Init::Zeros,
+    };
+    let layout = Layout::new(vec![param("a", 1_500_000), param("b", 7), param("c", 1_600_000)]);
+    let state = sample(layout, 3);
+    let root = tempfile::tempdir().unwrap();
+    let dir = run_dir(root.path());
+    state.save_in_blocks(&dir, 3, 1 << 20);
+    let manifest = manifest(&dir, 3);
+    let expected = Expected::tensors(&state.layout);
+    state.assert_loaded(&load(&dir, &manifest, &expected).unwrap());
+    let found = read::verify(&dir, &manifest);
+    assert_eq!(found.bytes, manifest.files.iter().map(|file| file.bytes).sum::<u64>());
+    assert_eq!(found.problems, [""; 0]);
+    for rank in [2, 0] {
+        let path = part_path(&dir, 3, rank, 3);
+        edit(&path, |bytes| bytes[5_000_000] ^= 1);
+        let text = chain(&load(&dir, &manifest, &expected).unwrap_err());
+        let named =
+            format!("part-0000{rank}-of-00003.safetensors is damaged: bytes 4194304..5242880");
+        assert!(text.contains(&named), "the first that is met is told: {text}");
+    }
+    let problems = read::verify(&dir, &manifest).problems;
+    assert_eq!(problems.len(), 2, "all are listed: {problems:?}");
+    std::fs::remove_file(part_path(&dir, 3, 1, 3)).unwrap();
+    let problems = read::verify(&dir, &manifest).problems;
+    assert!(problems.len() == 3 && problems[0].contains("part-00001"), "{problems:?}");
 }
 
 /// Every byte of every part, and every length at a stride: detected, or the state is untouched.
