@@ -1,7 +1,7 @@
 //! Saves and loads a checkpoint beside raw direct writes and reads of as many bytes on one disk.
 //!
 //! ```text
-//! ckpt_bench FOLDER [--preset vit_base] [--rounds 3]
+//! ckpt_bench FOLDER [--preset base] [--rounds 3]
 //! ```
 //!
 //! One writer. A save is a part with its digests, its receipt and the commit, all durable; a load
@@ -39,7 +39,7 @@ struct Args {
 fn parse() -> Result<Args, Box<dyn Error>> {
     let mut words = std::env::args().skip(1);
     let folder = PathBuf::from(words.next().ok_or("usage: ckpt_bench FOLDER")?);
-    let mut args = Args { folder, preset: "vit_base".to_string(), rounds: 3 };
+    let mut args = Args { folder, preset: "base".to_string(), rounds: 3 };
     while let Some(flag) = words.next() {
         let value = words.next().ok_or_else(|| format!("`{flag}` needs a value"))?;
         match flag.as_str() {

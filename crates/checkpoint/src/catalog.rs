@@ -62,31 +62,41 @@ pub fn find(dir: &RunDir, step: Step) -> Result<Option<Entry>, FsError> {
     let text = match dir.storage().read_small(&dir.manifest(step), MANIFEST_BYTES_MAX) {
         Ok(text) => text,
         Err(error) if error.is_not_found() => return Ok(None),
+        // To take it for damage would be to go on from an older state, or from none.
+        Err(error) if error.is_passing() => return Err(error),
         Err(error) => {
             let reason = chain(&error);
             return Ok(Some(Entry { step, status: Status::Damaged { reason } }));
         }
     };
-    let status = match check(dir, step, &text) {
+    let status = match check(dir, step, &text)? {
         Ok(manifest) => Status::Good(Box::new(manifest)),
         Err(reason) => Status::Damaged { reason },
     };
     Ok(Some(Entry { step, status }))
 }
 
-fn check(dir: &RunDir, step: Step, text: &[u8]) -> Result<Manifest, String> {
-    let manifest = Manifest::parse(text)
-        .map_err(|error| format!("checkpoint step {step}: manifest.json: {}", chain(&error)))?;
+/// Checks a manifest against its place and the sizes of its parts; says what is wrong, if anything.
+fn check(dir: &RunDir, step: Step, text: &[u8]) -> Result<Result<Manifest, String>, FsError> {
+    let manifest = match Manifest::parse(text) {
+        Ok(manifest) => manifest,
+        Err(error) => {
+            let why = chain(&error);
+            return Ok(Err(format!("checkpoint step {step}: manifest.json: {why}")));
+        }
+    };
     if manifest.step() != step || manifest.run != dir.run().as_str() {
-        return Err(format!(
+        return Ok(Err(format!(
             "checkpoint step {step}: manifest.json is that of run {} step {}",
             manifest.run, manifest.step
-        ));
+        )));
     }
-    let Some((idx, problem)) = read::first_missing(dir, &manifest) else { return Ok(manifest) };
+    let Some((idx, problem)) = read::first_missing(dir, &manifest)? else {
+        return Ok(Ok(manifest));
+    };
     let file = &manifest.files[idx as usize];
     let affects = read::affected(&manifest, idx, &(0..file.bytes));
-    Err(format!("checkpoint step {step}: {} {problem} ({affects})", file.name))
+    Ok(Err(format!("checkpoint step {step}: {} {problem} ({affects})", file.name)))
 }
 
 /// Returns the newest usable entry of a list.

@@ -337,9 +337,12 @@ fn gather_tensors(receipts: &[&Receipt]) -> Result<BTreeMap<String, TensorEntry>
 
 /// Checks that every part is there with its size.
 fn check_parts(dir: &RunDir, manifest: &Manifest) -> Result<(), CommitError> {
-    let Some((idx, problem)) = crate::read::first_missing(dir, manifest) else { return Ok(()) };
+    let step = manifest.step();
+    let missing = crate::read::first_missing(dir, manifest);
+    let missing = missing.map_err(|source| CommitError::Fs { step, source })?;
+    let Some((idx, problem)) = missing else { return Ok(()) };
     let file = manifest.files[idx as usize].name.clone();
-    Err(CommitError::Part { step: manifest.step(), file, problem })
+    Err(CommitError::Part { step, file, problem })
 }
 
 fn check_fence(dir: &RunDir, ctx: &Context) -> Result<(), CommitError> {

@@ -18,6 +18,7 @@ use crate::state::Dtype;
 
 mod check;
 
+pub(crate) use check::BLOCK_BYTES_MAX;
 pub use check::InvalidManifest;
 
 /// Schema of manifests.

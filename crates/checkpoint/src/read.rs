@@ -220,21 +220,32 @@ pub enum ReadError {
 }
 
 /// Tells what is wrong with a file's size, if anything.
-fn size_problem(storage: &dyn Storage, path: &Path, entry: &FileEntry) -> Option<String> {
-    match storage.size(path) {
+fn size_problem(
+    storage: &dyn Storage,
+    path: &Path,
+    entry: &FileEntry,
+) -> Result<Option<String>, FsError> {
+    Ok(match storage.size(path) {
         Ok(found) if found == entry.bytes => None,
         Ok(found) => Some(format!("has {found} bytes, manifest says {}", entry.bytes)),
         Err(e) if e.is_not_found() => Some("is missing".to_string()),
+        Err(e) if e.is_passing() => return Err(e),
         Err(e) => Some(format!("cannot be read: {}", e.source)),
-    }
+    })
 }
 
 /// Returns the first part that is not there with its size, and what is wrong with it.
-pub(crate) fn first_missing(dir: &RunDir, manifest: &Manifest) -> Option<(u32, String)> {
+pub(crate) fn first_missing(
+    dir: &RunDir,
+    manifest: &Manifest,
+) -> Result<Option<(u32, String)>, FsError> {
     let place = dir.attempt(manifest.step(), manifest.attempt);
-    (0u32..).zip(&manifest.files).find_map(|(idx, file)| {
-        size_problem(dir.storage(), &place.join(&file.name), file).map(|problem| (idx, problem))
-    })
+    for (idx, file) in (0u32..).zip(&manifest.files) {
+        if let Some(problem) = size_problem(dir.storage(), &place.join(&file.name), file)? {
+            return Ok(Some((idx, problem)));
+        }
+    }
+    Ok(None)
 }
 
 /// Reads blocks of one part, each compared with its digest; holds one block in memory.
@@ -254,8 +265,12 @@ impl<'a> BlockReader<'a> {
         let path = dir.attempt(manifest.step(), manifest.attempt).join(&entry.name);
         let (step, name) = (manifest.step, entry.name.clone());
         let all = || affected(manifest, idx, &(0..entry.bytes));
-        if let Some(problem) = size_problem(dir.storage(), &path, entry) {
-            return Err(ReadError::Size { step, file: name, problem, affects: all() });
+        match size_problem(dir.storage(), &path, entry) {
+            Ok(None) => {}
+            Ok(Some(problem)) => {
+                return Err(ReadError::Size { step, file: name, problem, affects: all() });
+            }
+            Err(source) => return Err(ReadError::Fs { step, file: name, affects: all(), source }),
         }
         let file = dir.storage().open(&path).map_err(|source| ReadError::Fs {
             step,

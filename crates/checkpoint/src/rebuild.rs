@@ -14,8 +14,9 @@ use crate::catalog::{self, Entry};
 use crate::commit::{CommitError, Context, assemble, highest_claim};
 use crate::json::{Hex64, parse_strict};
 use crate::layout::{Attempt, PartId, RunDir};
-use crate::manifest::{Manifest, Parent};
+use crate::manifest::{BLOCK_BYTES_MAX, MANIFEST_BYTES_MAX, Manifest, Parent};
 use crate::partition::PARTITION;
+use crate::read;
 use crate::run_file::{RunFile, RunFileError};
 use crate::state::{Dtype, Origin, PartSlice};
 use crate::storage::{FsError, Published, ReadAt, Sink, chain};
@@ -116,10 +117,10 @@ pub fn rebuild(dir: &RunDir, step: Step, created: String) -> Result<Manifest, Re
     let context = Context {
         step,
         attempt,
-        coord_epoch: epoch_of(dir, step, &entries)?,
+        coord_epoch: epoch_of(dir, attempt, &entries)?,
         world_size: world,
         created,
-        parent: parent_of(step, &entries),
+        parent: parent_of(step, attempt, &entries),
         facts: run.facts_at(step),
         spec: run.spec.clone(),
     };
@@ -128,14 +129,31 @@ pub fn rebuild(dir: &RunDir, step: Step, created: String) -> Result<Manifest, Re
 }
 
 /// Puts a manifest that was made again in the place of the lost one; a damaged one is kept beside.
-pub fn restore(dir: &RunDir, manifest: &Manifest) -> Result<Published, FsError> {
-    let step = manifest.step();
-    let path = dir.manifest(step);
-    if dir.storage().size(&path).is_ok() {
-        dir.storage().hide(&path, &dir.damaged_manifest(step))?;
+///
+/// While there is a copy of a damaged one and no manifest, nobody removes the parts.
+pub fn restore(dir: &RunDir, manifest: &Manifest) -> Result<Published, RebuildError> {
+    let (step, path) = (manifest.step(), dir.manifest(manifest.step()));
+    match dir.storage().read_small(&path, MANIFEST_BYTES_MAX) {
+        Ok(text) => {
+            if catalog::find(dir, step)?.is_some_and(|entry| entry.good().is_some()) {
+                return Err(RebuildError::Sound { step });
+            }
+            let damaged = dir.damaged_manifest(step);
+            dir.storage().create_small(&damaged, &damaged, &String::from_utf8_lossy(&text))?;
+            dir.storage().remove_file(&path)?;
+        }
+        Err(error) if error.is_not_found() => {}
+        Err(error) => return Err(error.into()),
     }
     let via = dir.attempt(step, manifest.attempt).join("manifest.json");
-    dir.storage().create_small(&via, &path, &manifest.render())
+    let published = dir.storage().create_small(&via, &path, &manifest.render())?;
+    match read::first_missing(dir, manifest)? {
+        None => Ok(published),
+        Some((idx, problem)) => {
+            let file = manifest.files[idx as usize].name.clone();
+            Err(RebuildError::Part { step, file, problem })
+        }
+    }
 }
 
 /// Finds the newest attempt that has all its parts.
@@ -163,20 +181,23 @@ fn find_attempt(dir: &RunDir, step: Step) -> Result<(Attempt, u32), RebuildError
     Err(RebuildError::Incomplete { step, problem })
 }
 
-/// Returns the coordinator's start under which a step was saved, as its neighbours tell.
-fn epoch_of(dir: &RunDir, step: Step, entries: &[Entry]) -> Result<CoordEpoch, FsError> {
+/// Returns the coordinator's start under which an attempt was saved, as its neighbours tell:
+/// generations only grow, on every branch.
+fn epoch_of(dir: &RunDir, attempt: Attempt, entries: &[Entry]) -> Result<CoordEpoch, FsError> {
     let good = || entries.iter().filter_map(Entry::good);
-    let before = good().filter(|m| m.step() < step).map(|m| m.order().0).max();
-    let after = good().filter(|m| m.step() > step).map(|m| m.order().0).min();
+    let is_older = |m: &&Manifest| m.attempt.generation <= attempt.generation;
+    let before = good().filter(is_older).map(|m| m.order().0).max();
+    let after = good().filter(|m| !is_older(m)).map(|m| m.order().0).min();
     match before.or(after) {
         Some(epoch) => Ok(epoch),
         None => Ok(highest_claim(dir)?.unwrap_or_default()),
     }
 }
 
-fn parent_of(step: Step, entries: &[Entry]) -> Option<Parent> {
-    let older = entries.iter().filter_map(Entry::good).filter(|m| m.step() < step);
-    let parent = older.max_by_key(|m| m.order())?;
+fn parent_of(step: Step, attempt: Attempt, entries: &[Entry]) -> Option<Parent> {
+    let is_older = |m: &&Manifest| m.attempt.generation <= attempt.generation && m.step() < step;
+    let parent = entries.iter().filter_map(Entry::good).filter(is_older);
+    let parent = parent.max_by_key(|m| m.order())?;
     Some(Parent { step: parent.step, manifest: parent.seal.clone() })
 }
 
@@ -278,8 +299,11 @@ fn old_receipt(
 ) -> Result<Option<Receipt>, FsError> {
     let path = dir.attempt(step, attempt).join(part.receipt_name());
     match dir.storage().read_small(&path, RECEIPT_BYTES_MAX) {
-        // A damaged receipt says nothing of the part.
-        Ok(text) => Ok(Receipt::parse(&text).ok()),
+        // A receipt that is damaged, or of blocks that nobody writes, says nothing of the part.
+        Ok(text) => {
+            let receipt = Receipt::parse(&text).ok();
+            Ok(receipt.filter(|receipt| (1..=BLOCK_BYTES_MAX).contains(&receipt.file.block)))
+        }
         Err(error) if error.is_not_found() => Ok(None),
         Err(error) => Err(error),
     }
@@ -291,6 +315,8 @@ struct Head {
     bytes: Vec<u8>,
     about: About,
     dtypes: BTreeMap<String, Dtype>,
+    /// Size of the whole file.
+    file_bytes: u64,
 }
 
 impl Head {
@@ -304,7 +330,7 @@ impl Head {
         let total = total.ok_or_else(|| "has no header".to_string())?;
         let mut head: Vec<u8> = vec![0; total as usize];
         file.read_exact_at(&mut head, 0).map_err(failed)?;
-        Head::parse(head)
+        Head::parse(head, bytes)
     }
 
     /// Writes the header anew from what it says and compares.
@@ -317,12 +343,15 @@ impl Head {
             origin: Origin::Leftover(0),
         };
         let slices: Vec<PartSlice> = self.about.slices.iter().map(slice).collect();
-        let far = |slice: &PartSlice| slice.range.end > u64::MAX / 8;
-        !slices.iter().any(far)
+        let bytes = |slice: &PartSlice| {
+            (slice.range.end - slice.range.start).checked_mul(slice.dtype.bytes())
+        };
+        let all = slices.iter().try_fold(0u64, |sum, slice| sum.checked_add(bytes(slice)?));
+        all.is_some_and(|all| all <= self.file_bytes)
             && render_header(info, &slices.iter().collect::<Vec<&PartSlice>>()) == self.bytes
     }
 
-    fn parse(bytes: Vec<u8>) -> Result<Self, String> {
+    fn parse(bytes: Vec<u8>, file_bytes: u64) -> Result<Self, String> {
         let failed = |error: serde_json::Error| format!("header: {error}");
         let header = parse_strict(&bytes[8..]).map_err(failed)?;
         let about = header["__metadata__"][PART_METADATA].as_str();
@@ -334,7 +363,7 @@ impl Head {
             let dtype = header[tensor.as_str()]["dtype"].clone();
             dtypes.insert(tensor.clone(), serde_json::from_value(dtype).map_err(failed)?);
         }
-        Ok(Head { bytes, about, dtypes })
+        Ok(Head { bytes, about, dtypes, file_bytes })
     }
 }
 

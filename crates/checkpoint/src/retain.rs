@@ -91,7 +91,10 @@ pub fn retain(
 ) -> Result<Retention, RetainError> {
     let plan = plan_retention(dir, last, in_use, now)?;
     for step in &plan.delete {
-        delete(dir, *step)?;
+        // Removing takes its time, and somebody may have pinned this one meanwhile.
+        if !holds(dir)?.iter().any(|hold| hold.step == *step && !hold.is_over(now)) {
+            delete(dir, *step)?;
+        }
     }
     Ok(plan)
 }
@@ -141,7 +144,7 @@ pub fn holds(dir: &RunDir) -> Result<Vec<Hold>, RetainError> {
             return Err(RetainError::Hold { path });
         };
         out.push(Hold {
-            name: name.trim_end_matches(".json").to_string(),
+            name: name.strip_suffix(".json").unwrap_or(name).to_string(),
             step: Step(step),
             why: hold["why"].as_str().unwrap_or_default().to_string(),
             until: hold["until"].as_str().map(str::to_string),
@@ -156,10 +159,18 @@ pub fn release(dir: &RunDir, name: &str) -> Result<(), FsError> {
 }
 
 /// Removes a checkpoint: one step makes it invisible, then its files go.
+///
+/// One that somebody else is removing or has removed counts as removed.
 pub fn delete(dir: &RunDir, step: Step) -> Result<(), RetainError> {
-    let text = dir.storage().read_small(&dir.manifest(step), MANIFEST_BYTES_MAX)?;
-    dir.storage().hide(&dir.manifest(step), &dir.deleted_manifest(step))?;
-    remove_hidden(dir, step, &text)
+    let text = dir.storage().read_small(&dir.manifest(step), MANIFEST_BYTES_MAX);
+    let hidden = text.and_then(|text| {
+        dir.storage().hide(&dir.manifest(step), &dir.deleted_manifest(step)).map(|()| text)
+    });
+    match hidden {
+        Ok(text) => remove_hidden(dir, step, &text),
+        Err(error) if error.is_not_found() => finish_delete(dir, step),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Removes the files of a checkpoint whose manifest is gone, if there is such a one.
@@ -201,7 +212,7 @@ fn partial(path: &Path) -> PathBuf {
 /// Lists attempts that never became a checkpoint and cannot any more.
 ///
 /// Those are attempts of generations before `current` and those in `aborted`. A step whose manifest
-/// cannot be read is left alone.
+/// cannot be read, or was damaged and is being made again, is left alone.
 pub fn plan_garbage(
     dir: &RunDir,
     current: Generation,
@@ -218,6 +229,9 @@ pub fn plan_garbage(
             Err(error) if error.is_not_found() => None,
             Err(_) => continue,
         };
+        if committed.is_none() && dir.storage().size(&dir.damaged_manifest(step)).is_ok() {
+            continue;
+        }
         for name in dir.storage().names(&dir.step(step))? {
             let Some(attempt) = RunDir::parse_attempt(&name) else { continue };
             let over = attempt.generation < current || aborted.contains(&attempt);

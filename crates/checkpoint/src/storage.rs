@@ -40,6 +40,23 @@ impl FsError {
         FsError { op, path: path.to_path_buf(), source: source.into() }
     }
 
+    /// Tells whether another time or another user may succeed: nothing is known of the file then.
+    pub fn is_passing(&self) -> bool {
+        use io::ErrorKind::*;
+        matches!(
+            self.source.kind(),
+            TimedOut
+                | PermissionDenied
+                | Interrupted
+                | StaleNetworkFileHandle
+                | NetworkDown
+                | NetworkUnreachable
+                | HostUnreachable
+                | ConnectionRefused
+                | ConnectionReset
+        )
+    }
+
     /// Tells whether the path does not exist.
     pub fn is_not_found(&self) -> bool {
         self.source.kind() == io::ErrorKind::NotFound

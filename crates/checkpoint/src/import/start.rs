@@ -6,7 +6,7 @@ use lacuna_types::{AttemptSeq, CoordEpoch, Generation, Step};
 
 use crate::catalog;
 use crate::commit::{ClaimError, CommitError, Committed, Context, claim, commit, highest_claim};
-use crate::disk::{self, FsError};
+use crate::disk::FsError;
 use crate::layout::{Attempt, PartId, RunDir};
 use crate::manifest::RunFacts;
 use crate::partition::Partition;
@@ -120,7 +120,7 @@ pub fn commit_start(dir: &RunDir, start: &Start<'_>) -> Result<Committed, StartE
 
 /// Returns the first generation that no attempt at `step` names; an import that died left one.
 fn unused_generation(dir: &RunDir, step: Step) -> Result<Generation, FsError> {
-    let names = disk::names(&dir.step(step))?;
+    let names = dir.storage().names(&dir.step(step))?;
     let attempts = names.iter().filter_map(|name| RunDir::parse_attempt(name));
     Ok(attempts.map(|attempt| attempt.generation).max().unwrap_or_default().next())
 }

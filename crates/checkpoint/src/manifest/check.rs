@@ -10,7 +10,7 @@ use crate::partition::PARTITION;
 use crate::state::{Dtype, EXPONENTS};
 
 /// Largest accepted digest block: readers hold one in memory.
-const BLOCK_BYTES_MAX: u64 = 256 << 20;
+pub(crate) const BLOCK_BYTES_MAX: u64 = 256 << 20;
 
 /// A claim of a manifest that cannot hold.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -18,6 +18,18 @@ pub(super) type BlockId = (u32, u64);
 /// A block that was read or not, with its place in the list and its memory.
 type Done = (usize, Vec<u8>, Result<(), ReadError>);
 
+/// Tells the caller that a thread died, whose block it would wait for.
+struct Died<'a>(&'a Sender<Done>);
+
+impl Drop for Died<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Nobody listens where the caller has given up.
+            let _ = self.0.send((usize::MAX, Vec::new(), Ok(())));
+        }
+    }
+}
+
 /// Reads `blocks` and hands each to `take` in their order, until it returns an error.
 ///
 /// Memory is two blocks more than there are threads.
@@ -55,6 +67,7 @@ pub(super) fn for_each(
                     break done;
                 }
                 let one = done.recv().expect("whoever took a block on hands it over");
+                assert!(one.0 != usize::MAX, "a reading thread died");
                 early.insert(one.0, one);
             };
             take(*id, read.map(|()| &buffer[..]))?;
@@ -94,6 +107,7 @@ impl Lane<'_> {
         next: &Mutex<(Receiver<Vec<u8>>, usize)>,
         done: &Sender<Done>,
     ) {
+        let _died = Died(done);
         loop {
             let (i, mut buffer) = {
                 let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);

@@ -82,7 +82,12 @@ fn partial_of(target: &Path) -> PathBuf {
 
 impl Storage for Disk {
     fn prepare(&self, base: &Path, folder: &Path) -> Result<(), FsError> {
+        let base_is_new = self.fs.list(base).is_err();
         self.create_dir_all(folder)?;
+        if base_is_new {
+            // Best effort above the folder that was named: it may belong to others.
+            base.ancestors().skip(1).for_each(|above| drop(self.sync_dir(above)));
+        }
         // Another writer may have created one and died before its sync, so sync all of them.
         let mut at = folder;
         while at != base {

@@ -58,7 +58,8 @@ impl Layout {
 /// Imports weights.
 pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let mut spec = spec::read(&args.run, &args.overrides)?;
-    let dir = RunDir::new(&spec.checkpoint.to, spec.run_id());
+    let dir = RunDir::open(&spec.checkpoint.to, spec.run_id());
+    let dir = dir.map_err(|error| usage(lacuna_checkpoint::chain(&error)))?;
     // Before files are read that may be large, and again before anything is written.
     check_fresh(&dir).map_err(refused)?;
     let request = spec::request(&mut spec, false)?;

@@ -79,7 +79,14 @@ pub(super) fn hold(args: &HoldArgs) -> anyhow::Result<u8> {
     let (why, step) = (args.why.clone(), Step(step));
     let hold = Hold { name: name.clone(), step, why, until };
     match retain::hold(&dir, &hold).map_err(|error| io(&error))? {
-        Published::Created => put(&line(&hold))?,
+        Published::Created => {
+            // Somebody may have been removing it before the pin was there.
+            if catalog::find(&dir, step).map_err(|error| io(&error))?.is_none() {
+                retain::release(&dir, name).map_err(|error| io(&error))?;
+                return Err(usage(format!("step {step} was removed meanwhile")));
+            }
+            put(&line(&hold))?;
+        }
         Published::Exists => {
             return Err(usage(format!(
                 "there is a pin `{name}` already: release it first, or take another name"
@@ -122,8 +129,8 @@ pub(super) fn gc(args: &GcArgs) -> anyhow::Result<u8> {
     let plan = plan.map_err(|error| io(&error))?;
     let garbage = retain::plan_garbage(&dir, generation, &[]).map_err(|error| io(&error))?;
     if !args.dry_run {
-        for step in &plan.delete {
-            retain::delete(&dir, *step).map_err(|error| io(&error))?;
+        if let Some(last) = last {
+            retain::retain(&dir, last, &kept, &now).map_err(|error| io(&error))?;
         }
         retain::collect_garbage(&dir, generation, &[]).map_err(|error| io(&error))?;
     }
@@ -133,7 +140,8 @@ pub(super) fn gc(args: &GcArgs) -> anyhow::Result<u8> {
     plan.delete.iter().for_each(|step| text += &format!("step {step} {verb}\n"));
     garbage.iter().for_each(|path| text += &format!("{} {verb}\n", path.display()));
     if last.is_none() {
-        text += "checkpoint.keep.last is 0: all checkpoints stay\n";
+        text +=
+            "no checkpoint is removed: there is none that is sound, or checkpoint.keep.last is 0\n";
     }
     let n = (plan.delete.len() + garbage.len()) as u64;
     put(&format!("{text}{} {verb}\n", count(n, "folder")))?;

@@ -44,7 +44,8 @@ pub struct RebuildArgs {
 /// Tries whether a place keeps its promises.
 pub(super) fn doctor(args: &DoctorArgs) -> anyhow::Result<u8> {
     let (dir, wants) = place(&args.place)?;
-    let trial = format!(".lacuna-trial-{}", std::process::id());
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let trial = format!(".lacuna-trial-{}-{}", std::process::id(), now.as_nanos());
     let Examined { findings, free_bytes, writes_direct } =
         doctor::examine(dir.storage(), dir.root(), &trial);
     let mut text = String::new();
