@@ -125,7 +125,7 @@ fn only_a_new_run_is_begun() {
     // A checkpoint that cannot be used is one too.
     std::fs::write(dir.manifest(Step(0)), "{}").unwrap();
     assert!(matches!(begin(&dir, &model(), &params), Err(StartError::Begun { .. })));
-    std::fs::write(dir.manifest(Step(0)), &find(&before, "manifest.json")).unwrap();
+    std::fs::write(dir.manifest(Step(0)), find(&before, "manifest.json")).unwrap();
     assert!(tree(&dir.path()) == before, "nothing was changed");
 
     let dir = fresh(root.path(), "taken");
