@@ -75,7 +75,10 @@ def load_timm(file: str, golden: str, features: str) -> dict[str, object]:
 
 
 def write_hf(folder: str, name: str, shard_bytes: str) -> dict[str, object]:
-    """Writes a model whose weights are all random, those of norms and biases too."""
+    """Writes a model whose weights are all random, those of norms and biases too.
+
+    Its position tables are zeros where transformers fills them only when it loads.
+    """
     import torch
     import transformers
 
@@ -97,7 +100,7 @@ def save_again(folder: str, name: str, out: str) -> dict[str, object]:
 
 
 def compare(a: str, b: str, name: str) -> dict[str, object]:
-    """Compares two models bit by bit, their position tables nearly."""
+    """Compares two models bit by bit, and says how far apart their position tables are."""
     import torch
 
     (left, wrong), (right, more) = load(a, name), load(b, name)

@@ -151,7 +151,6 @@ class Weights(unittest.TestCase):
             self.assertTrue(found["loaded"])
             self.assertEqual(found["differ"], [])
             self.assertGreater(found["n"], 80)
-            self.assertLess(found["tables"], 1e-5)
 
     def test_an_encoder_that_transformers_writes_comes_back(self):
         folder = self.root / "encoder"
@@ -167,6 +166,8 @@ class Weights(unittest.TestCase):
         folder = self.exported(spec, "out", "hf", "--max-shard-bytes", 200000)
         again = self.root / "again"
         self.assertEqual(peer("save-again", folder, "ViTMAEForPreTraining", again), NOTHING_WRONG)
+        found = peer("compare", folder, again, "ViTMAEForPreTraining")
+        self.assertEqual((found["loaded"], found["differ"], found["tables"]), (True, [], 0))
         self.imported("again", again)
         said = self.lacuna("ckpt", "diff", spec, "again.toml")
         self.assertIn("the same state", said)
