@@ -6,7 +6,6 @@ mod cache;
 mod chaos;
 mod claim;
 mod faults;
-mod import;
 mod nccl;
 mod objects;
 mod remote;

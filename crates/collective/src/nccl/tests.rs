@@ -154,9 +154,14 @@ fn an_operation_that_hangs_on_a_device_times_out_and_is_abortable() {
         member.all_reduce_i64(&mut [1; 1000], BRIEF).expect_err("rank 1's device hangs")
     });
     assert!(started.elapsed() < BRIEF + PROMPT);
+    let timed_out =
+        |error: &CollectiveError| matches!(error, CollectiveError::Timeout { op_seq: 1, .. });
+    assert!(errors.iter().any(timed_out), "{errors:?}");
     for error in errors {
+        // Whoever is first out of time hangs up, which the other may hear before its own time is up.
+        let heard = matches!(error, CollectiveError::Nccl { op_seq: 1, .. });
+        assert!(timed_out(&error) || heard, "{error:?}");
         // All have entered: nobody is to be named.
-        assert!(matches!(error, CollectiveError::Timeout { op_seq: 1, .. }), "{error:?}");
         assert!(error.suspects().is_empty());
     }
     members.iter_mut().for_each(|member| member.leave().expect("NCCL lets go"));
