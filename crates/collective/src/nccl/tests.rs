@@ -158,7 +158,7 @@ fn an_operation_that_hangs_on_a_device_times_out_and_is_abortable() {
         |error: &CollectiveError| matches!(error, CollectiveError::Timeout { op_seq: 1, .. });
     assert!(errors.iter().any(timed_out), "{errors:?}");
     for error in errors {
-        // Whoever is first out of time hangs up, which the other may hear before its own time is up.
+        // Whoever is out of time first hangs up, which the other may hear before it is so itself.
         let heard = matches!(error, CollectiveError::Nccl { op_seq: 1, .. });
         assert!(timed_out(&error) || heard, "{error:?}");
         // All have entered: nobody is to be named.
