@@ -5,6 +5,7 @@ mod bad_samples;
 mod cache;
 mod chaos;
 mod claim;
+mod damage;
 mod faults;
 mod nccl;
 mod objects;

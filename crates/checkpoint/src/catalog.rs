@@ -2,6 +2,7 @@
 
 use lacuna_types::{CoordEpoch, Generation, Step};
 
+use crate::aside;
 use crate::json::canonical;
 use crate::layout::RunDir;
 use crate::manifest::{MANIFEST_BYTES_MAX, Manifest};
@@ -57,8 +58,18 @@ pub fn list(dir: &RunDir) -> Result<Vec<Entry>, FsError> {
     Ok(out)
 }
 
-/// Looks at the checkpoint of one step.
+/// Looks at the checkpoint of one step; one that was set aside counts as damaged.
 pub fn find(dir: &RunDir, step: Step) -> Result<Option<Entry>, FsError> {
+    let Some(mut entry) = look(dir, step)? else { return Ok(None) };
+    let why = entry.good().map(|manifest| aside::reason(dir, manifest)).transpose()?.flatten();
+    if let Some(why) = why {
+        entry.status = Status::Damaged { reason: format!("set aside: {why}") };
+    }
+    Ok(Some(entry))
+}
+
+/// Looks at the checkpoint of one step, whether or not it was set aside.
+pub fn look(dir: &RunDir, step: Step) -> Result<Option<Entry>, FsError> {
     let text = match dir.storage().read_small(&dir.manifest(step), MANIFEST_BYTES_MAX) {
         Ok(text) => text,
         Err(error) if error.is_not_found() => return Ok(None),
@@ -121,13 +132,15 @@ pub fn highest_generation(dir: &RunDir) -> Result<Generation, FsError> {
     Ok(highest)
 }
 
-/// Reads a checkpoint back whole and, where it is sound, marks it as verified.
+/// Reads a checkpoint back whole and, where it is sound, marks it as verified, also if it was set
+/// aside before.
 pub fn verify_and_mark(dir: &RunDir, manifest: &Manifest) -> Result<Verified, FsError> {
     let verified = read::verify(dir, manifest);
     if verified.problems.is_empty() {
         let path = dir.verified(manifest.step());
         let mark = serde_json::json!({ "manifest": manifest.seal, "bytes": verified.bytes });
         dir.storage().replace_small(&path, &(canonical(&mark) + "\n"))?;
+        aside::unmark(dir, manifest.step())?;
     }
     Ok(verified)
 }

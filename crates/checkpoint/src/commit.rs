@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use lacuna_recipe::digest::Crc64;
 use lacuna_types::{CoordEpoch, Step};
 
+use crate::aside;
 use crate::json::{Hex64, canonical};
 use crate::layout::{Attempt, RunDir};
 use crate::manifest::{
@@ -190,7 +191,8 @@ pub fn highest_claim(dir: &RunDir) -> Result<Option<CoordEpoch>, FsError> {
 /// Commits a checkpoint from the receipts of all its writers.
 ///
 /// Committing again with the same receipts and context finds the first commit and succeeds, so a
-/// lost answer can be asked for again. Readers see the whole checkpoint or none of it.
+/// lost answer can be asked for again. Readers see the whole checkpoint or none of it. A damaged
+/// one that has the place gives way.
 pub fn commit(dir: &RunDir, receipts: &[Receipt], ctx: &Context) -> Result<Committed, CommitError> {
     let step = ctx.step;
     let manifest = assemble(dir, receipts, ctx)?;
@@ -202,7 +204,12 @@ pub fn commit(dir: &RunDir, receipts: &[Receipt], ctx: &Context) -> Result<Commi
     // another.
     let via = dir.attempt(step, ctx.attempt).join("manifest.json");
     let text = manifest.render();
-    let seal = match dir.storage().create_small(&via, &path, &text).map_err(failed)? {
+    let create = || dir.storage().create_small(&via, &path, &text);
+    let mut published = create().map_err(failed)?;
+    if published == Published::Exists && aside::make_room(dir, step).map_err(failed)? {
+        published = create().map_err(failed)?;
+    }
+    let seal = match published {
         Published::Created => manifest.seal.clone(),
         Published::Exists => check_ours(dir, &manifest)?,
     };

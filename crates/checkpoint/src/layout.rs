@@ -225,7 +225,7 @@ impl RunDir {
         self.step(step).join("manifest.deleted.json")
     }
 
-    /// Returns the manifest that another one was made again for.
+    /// Returns the copy of a damaged manifest that gave way to another one.
     pub fn damaged_manifest(&self, step: Step) -> PathBuf {
         self.step(step).join("manifest.damaged.json")
     }
@@ -233,6 +233,11 @@ impl RunDir {
     /// Returns the mark of a checkpoint that was read back whole.
     pub fn verified(&self, step: Step) -> PathBuf {
         self.step(step).join("verified.json")
+    }
+
+    /// Returns the mark of a checkpoint that was found to be damaged.
+    pub fn damage(&self, step: Step) -> PathBuf {
+        self.step(step).join("damaged.json")
     }
 
     /// Returns the hint at the newest checkpoint; nothing relies on it.

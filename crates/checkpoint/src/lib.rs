@@ -13,6 +13,7 @@
 //! [`mod@write`], [`mod@commit`], [`load`] and [`catalog`]; [`storage`] is what they stand on.
 #![forbid(unsafe_code)]
 
+pub mod aside;
 pub mod catalog;
 pub mod commit;
 pub mod doctor;
@@ -22,6 +23,7 @@ pub mod json;
 pub mod layout;
 pub mod load;
 pub mod manifest;
+pub mod pace;
 pub mod partition;
 pub mod read;
 pub mod rebuild;

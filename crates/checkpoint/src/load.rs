@@ -1,6 +1,6 @@
 //! Loading a whole state on any number of workers, and falling back from damage.
 
-use lacuna_recipe::state::{Counters, Layout, Section};
+use lacuna_recipe::state::{Counters, Layout, Section, TensorDigests, state_digest};
 use lacuna_types::Step;
 
 use crate::catalog::{self, Entry, Status};
@@ -8,7 +8,7 @@ use crate::json::Hex64;
 use crate::layout::RunDir;
 use crate::manifest::Manifest;
 use crate::read::{self, PlanError, ReadError, Wanted};
-use crate::state::{Dtype, digest_state};
+use crate::state::Dtype;
 use crate::storage::{FsError, chain};
 
 /// A state as it was saved.
@@ -187,10 +187,12 @@ fn read_state(dir: &RunDir, manifest: &Manifest, layout: &Layout) -> Result<Load
     }
     let ops = read::plan(manifest, &wanted).map_err(|e: PlanError| chain(&e))?;
     let read = read::read_all(dir, manifest, &ops, &mut buffers);
-    read.map_err(|e: ReadError| chain(&e))?;
+    let digests = read.map_err(|e: ReadError| chain(&e))?;
     let counters = manifest.state.counters.clone();
-    let views = [&sections[0][..], &sections[1], &sections[2]];
-    let found = Hex64(digest_state(layout, views, &counters));
+    let n = layout.n_blocks();
+    let of_tensor = |block: usize| std::array::from_fn(|section| digests[section * n + block]);
+    let tensors: Vec<TensorDigests> = (0..n).map(of_tensor).collect();
+    let found = Hex64(state_digest(&tensors, &counters));
     if found != manifest.state_digest {
         return Err(format!(
             "checkpoint step {}: the state read has digest {found}, manifest says {}",

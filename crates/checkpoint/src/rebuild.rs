@@ -10,11 +10,12 @@ use lacuna_recipe::state::Counters;
 use lacuna_types::{CoordEpoch, Step};
 use serde::Deserialize;
 
+use crate::aside;
 use crate::catalog::{self, Entry};
 use crate::commit::{CommitError, Context, assemble, highest_claim};
 use crate::json::{Hex64, parse_strict};
 use crate::layout::{Attempt, PartId, RunDir};
-use crate::manifest::{BLOCK_BYTES_MAX, MANIFEST_BYTES_MAX, Manifest, Parent};
+use crate::manifest::{BLOCK_BYTES_MAX, Manifest, Parent};
 use crate::partition::PARTITION;
 use crate::read;
 use crate::run_file::{RunFile, RunFileError};
@@ -133,17 +134,8 @@ pub fn rebuild(dir: &RunDir, step: Step, created: String) -> Result<Manifest, Re
 /// While there is a copy of a damaged one and no manifest, nobody removes the parts.
 pub fn restore(dir: &RunDir, manifest: &Manifest) -> Result<Published, RebuildError> {
     let (step, path) = (manifest.step(), dir.manifest(manifest.step()));
-    match dir.storage().read_small(&path, MANIFEST_BYTES_MAX) {
-        Ok(text) => {
-            if catalog::find(dir, step)?.is_some_and(|entry| entry.good().is_some()) {
-                return Err(RebuildError::Sound { step });
-            }
-            let damaged = dir.damaged_manifest(step);
-            dir.storage().create_small(&damaged, &damaged, &String::from_utf8_lossy(&text))?;
-            dir.storage().remove_file(&path)?;
-        }
-        Err(error) if error.is_not_found() => {}
-        Err(error) => return Err(error.into()),
+    if !aside::make_room(dir, step)? {
+        return Err(RebuildError::Sound { step });
     }
     let via = dir.attempt(step, manifest.attempt).join("manifest.json");
     let published = dir.storage().create_small(&via, &path, &manifest.render())?;

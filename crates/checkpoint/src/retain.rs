@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use lacuna_types::{Generation, Step};
 
+use crate::aside;
 use crate::catalog::{self, Entry};
 use crate::json::{canonical, parse_strict};
 use crate::layout::{Attempt, PARTIAL, RunDir};
@@ -191,6 +192,8 @@ fn remove_hidden(dir: &RunDir, step: Step, text: &[u8]) -> Result<(), RetainErro
     if let Ok(manifest) = Manifest::parse(text) {
         dir.storage().remove_folder(&dir.attempt(step, manifest.attempt))?;
     }
+    // What an earlier checkpoint that was damaged left goes with the one that took its place.
+    dir.storage().remove_file(&dir.damaged_manifest(step))?;
     dir.storage().remove_file(&dir.deleted_manifest(step))?;
     // Another attempt at this step may be under way: then the directory stays.
     dir.storage().remove_empty_folder(&dir.step(step));
@@ -200,6 +203,7 @@ fn remove_hidden(dir: &RunDir, step: Step, text: &[u8]) -> Result<(), RetainErro
 /// Removes the mark of a checkpoint that is gone, and what is left of making it.
 fn remove_marks(dir: &RunDir, step: Step) -> Result<(), FsError> {
     dir.storage().remove_file(&dir.verified(step))?;
+    aside::unmark(dir, step)?;
     dir.storage().remove_file(&partial(&dir.verified(step)))
 }
 

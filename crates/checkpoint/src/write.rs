@@ -10,12 +10,16 @@ use crate::header::{self, HeaderTensor};
 use crate::json::{Hex64, SealError, canonical, open_sealed, seal_of, to_value};
 use crate::layout::{Attempt, PartId, RunDir};
 use crate::manifest::FileEntry;
+use crate::pace::Pace;
 use crate::partition::PARTITION;
 use crate::state::{Dtype, NamedSlice, PartSlice};
 use crate::storage::{FsError, Published, Sink};
 
 /// Bytes of a digest block: a ranged read reads at most two too many, and ViT-H has 939 of them.
 pub const BLOCK_BYTES: u64 = 8 << 20;
+
+/// Bytes that are written before it is looked whether to go on.
+const PIECE_BYTES: usize = 8 << 20;
 
 /// Name of the one metadata entry of a part.
 pub const PART_METADATA: &str = "lacuna.part";
@@ -146,13 +150,23 @@ pub fn write_part(
     info: &PartInfo,
     slices: &[NamedSlice<'_>],
 ) -> Result<Receipt, WritePartError> {
+    write_part_at(dir, info, slices, &mut Pace::free())
+}
+
+/// The same at a limited rate, until it is given up.
+pub fn write_part_at(
+    dir: &RunDir,
+    info: &PartInfo,
+    slices: &[NamedSlice<'_>],
+    pace: &mut Pace,
+) -> Result<Receipt, WritePartError> {
     let sorted = slices.windows(2).all(|pair| pair[0].spec.tensor < pair[1].spec.tensor);
     assert!(sorted, "slices are sorted by name and one per tensor");
     let (step, part, attempt) = (info.step, info.part, info.attempt);
     let failed = |source: FsError| WritePartError::Fs { step, part, source };
     let place = dir.attempt(step, attempt);
     dir.storage().prepare(dir.root(), &place).map_err(failed)?;
-    let (file, receipt) = write_file(dir, info, slices).map_err(failed)?;
+    let (file, receipt) = write_file(dir, info, slices, pace).map_err(failed)?;
     if file.publish().map_err(failed)? == Published::Exists {
         return Err(WritePartError::Exists { step, part, attempt });
     }
@@ -169,6 +183,7 @@ fn write_file(
     dir: &RunDir,
     info: &PartInfo,
     slices: &[NamedSlice<'_>],
+    pace: &mut Pace,
 ) -> Result<(Box<dyn Sink>, Receipt), FsError> {
     let name = info.part.file_name();
     let specs: Vec<&PartSlice> = slices.iter().map(|slice| &slice.spec).collect();
@@ -182,7 +197,11 @@ fn write_file(
     for NamedSlice { spec, bytes } in slices {
         assert_eq!(bytes.len() as u64, spec.bytes(), "bytes of `{}`", spec.tensor);
         let start = sink.bytes();
-        let crc = sink.write(bytes)?;
+        let mut crc = Crc64::default();
+        for piece in bytes.chunks(PIECE_BYTES) {
+            pace.pass(piece.len() as u64).map_err(|e| FsError::new("write", &path, e))?;
+            crc = crc.then(sink.write(piece)?);
+        }
         entries.push(ReceiptSlice {
             tensor: spec.tensor.clone(),
             dtype: spec.dtype,

@@ -409,11 +409,16 @@ fn verify(args: &VerifyArgs) -> anyhow::Result<u8> {
 /// Checks one checkpoint; `None` if retention deleted it meanwhile.
 fn check(dir: &RunDir, entry: &Entry) -> Option<Checked> {
     let step = entry.step;
-    let (bytes, problems) = match &entry.status {
+    // One that was set aside is read again: the medium may have been at fault.
+    let aside = match &entry.status {
+        Status::Damaged { .. } => catalog::look(dir, step).ok().flatten(),
+        Status::Good(_) => None,
+    };
+    let (bytes, problems) = match &aside.as_ref().unwrap_or(entry).status {
         Status::Damaged { reason } => (0, vec![reason.clone()]),
         Status::Good(manifest) => {
             eprintln!("reading step {step}: {}", size(bytes(manifest)));
-            let Verified { bytes, problems } = read_back(dir, manifest);
+            let Verified { bytes, problems, .. } = read_back(dir, manifest);
             (bytes, problems)
         }
     };

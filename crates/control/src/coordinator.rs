@@ -19,6 +19,7 @@ mod conduct;
 mod dispute;
 mod forming;
 mod hang;
+mod inquiry;
 mod members;
 mod overdue;
 mod returning;
@@ -38,10 +39,12 @@ use crate::timing::Timing;
 use conduct::{Conduct, Deaths};
 use dispute::Dispute;
 use forming::{Group, Stage};
+use inquiry::Inquiry;
 use members::Worker;
 use returning::LastStarted;
 pub use words::{
-    Command, CommitOrder, Ending, Event, Hello, Note, RunConfig, Status, WorkerStatus,
+    Command, CommitOrder, Ending, Event, Examination, Hello, Note, RunConfig, Status, WhenBusy,
+    WorkerStatus,
 };
 
 /// The machine. One for each run.
@@ -63,6 +66,7 @@ pub struct Coordinator {
     awaited: (BTreeSet<WorkerId>, Timestamp),
     last_started: Option<LastStarted>,
     dispute: Option<Dispute>,
+    inquiry: Option<Inquiry>,
     last_change: Option<Timestamp>,
     /// Lives that were to be killed and whose end was not seen.
     shot: BTreeSet<(WorkerId, Incarnation)>,
@@ -73,7 +77,8 @@ pub struct Coordinator {
     /// Steps known to be applied.
     progress: Step,
     fruitless: u32,
-    failed_attempts: u32,
+    /// Checkpoint attempts in a row that failed, and those of them at a boundary.
+    failed_attempts: (u32, u32),
     /// Times in a row that the group was stuck and no member was to blame.
     network_hangs: u32,
     deaths: Deaths,
@@ -114,13 +119,14 @@ impl Coordinator {
             reform: None,
             last_started,
             dispute: None,
+            inquiry: None,
             last_change: None,
             shot: BTreeSet::new(),
             suspicions: BTreeMap::new(),
             slow_verdicts: 0,
             progress,
             fruitless: 0,
-            failed_attempts: 0,
+            failed_attempts: (0, 0),
             network_hangs: 0,
             deaths: Deaths::default(),
             last_waiting: String::new(),
@@ -155,6 +161,7 @@ impl Coordinator {
                     self.attempt_failed(&why);
                 }
             }
+            Event::Examined { checkpoint, found } => self.on_examined(&checkpoint, found),
             Event::Release { worker } => self.on_release(&worker),
             // What follows asks something of a run; one that rests has nothing to give.
             _ if self.saved.ending.is_some() => {}
@@ -211,6 +218,9 @@ impl Coordinator {
         if let Some(dispute) = &mut self.dispute {
             dispute.deadline = dispute.deadline + paused;
         }
+        if let Some(inquiry) = &mut self.inquiry {
+            inquiry.deadline = inquiry.deadline + paused;
+        }
     }
 
     /// Returns when [`Event::Tick`] is due at the latest, and for what.
@@ -237,11 +247,12 @@ impl Coordinator {
     /// Starts everything that is due.
     fn settle(&mut self, now: Timestamp) {
         let ended = |c: &Coordinator| c.saved.ending.is_some();
-        let expiries: [fn(&mut Coordinator, Timestamp); 5] = [
+        let expiries: [fn(&mut Coordinator, Timestamp); 6] = [
             Self::expire_workers,
             Self::expire_forming,
             Self::expire_attempt,
             Self::expire_dispute,
+            Self::expire_inquiry,
             Self::expire_stall,
         ];
         for expire in expiries {
@@ -279,7 +290,12 @@ impl Coordinator {
     fn reform_is_due(&self, now: Timestamp) -> bool {
         let waits = !self.awaited.0.is_empty() && now < self.awaited.1;
         let due = self.reform.as_ref().is_some_and(|(at, _)| *at <= now);
-        due && self.dispute.is_none() && !waits
+        due && self.is_settled() && !waits
+    }
+
+    /// Tells whether nothing is being looked into that the next group depends on.
+    fn is_settled(&self) -> bool {
+        self.dispute.is_none() && self.inquiry.is_none()
     }
 
     fn compute_due(&self, now: Timestamp) -> Option<(Timestamp, &'static str)> {
@@ -293,11 +309,12 @@ impl Coordinator {
                 all.push((lost + self.timing.stream_grace, "stream grace"));
             }
         }
-        if let Some((at, _)) = self.reform.as_ref().filter(|_| self.dispute.is_none()) {
+        if let Some((at, _)) = self.reform.as_ref().filter(|_| self.is_settled()) {
             let waits = !self.awaited.0.is_empty() && now < self.awaited.1;
             all.push((if waits { self.awaited.1 } else { *at }, "form"));
         }
         all.extend(self.dispute.as_ref().map(|d| (d.deadline, "audit")));
+        all.extend(self.inquiry.as_ref().map(|i| (i.deadline, "examination")));
         let quarantines = self.conduct.values().filter_map(|c| c.until);
         all.extend(quarantines.filter(|at| *at > now).map(|at| (at, "quarantine")));
         all.extend(self.zombie_until().filter(|at| *at > now).map(|at| (at, "disjoint")));
@@ -389,6 +406,7 @@ impl Coordinator {
         }
         self.reform = None;
         self.dispute = None;
+        self.inquiry = None;
     }
 
     fn note(&mut self, kind: &'static str, warning: bool, text: String) {

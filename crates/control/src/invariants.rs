@@ -23,7 +23,7 @@ pub enum Invariant {
     InStep,
     /// The slots of an applied step are all slots, each once.
     EachSlotOnce,
-    /// The newest checkpoint never goes back, and all its parts exist and match.
+    /// The newest checkpoint never goes back, unless it is damaged; all its parts exist and match.
     NewestNeverBack,
     /// Only members of the plan, through the newest coordinator, commit.
     MembersCommit,
@@ -138,6 +138,8 @@ pub enum Observation<'a> {
         /// Step of its state.
         step: Step,
     },
+    /// The newest checkpoint turned out to be damaged: an older one may be the newest.
+    SetAside,
     /// A coordinator started from its journal.
     Replayed {
         /// What its state was, in any one notation.
@@ -228,6 +230,10 @@ impl Observer {
                 fenced.or_else(|| self.committed(*generation, *step, *digest, *parts))
             }
             O::Newest { step } => self.newest(*step),
+            O::SetAside => {
+                self.newest = None;
+                None
+            }
             O::Replayed { before, after } => (before != after).then(|| {
                 let text = format!("the journal gives {after}, the state was {before}");
                 (Invariant::Replay, text)

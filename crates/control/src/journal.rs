@@ -43,6 +43,13 @@ pub enum Record {
     Checkpoint(CheckpointRef),
     /// There is no checkpoint any more: somebody deleted it.
     NoCheckpoint,
+    /// The newest checkpoint is damaged and counts no more.
+    SetAside {
+        /// The damaged one.
+        lost: CheckpointRef,
+        /// The newest one from here on, if there is one.
+        next: Option<CheckpointRef>,
+    },
     /// Somebody asked for a checkpoint.
     CheckpointAsked,
     /// Somebody asked the run to stop.
@@ -170,6 +177,7 @@ impl Saved {
             Record::Probe(probe) => self.probe = Some(probe),
             Record::Checkpoint(checkpoint) => self.checkpoint = Some(checkpoint),
             Record::NoCheckpoint => self.checkpoint = None,
+            Record::SetAside { next, .. } => self.checkpoint = next,
             Record::CheckpointAsked => self.checkpoint_asked = true,
             Record::Stopping { why } => self.stopping = Some(why),
             Record::Draining { worker, why } => {
@@ -242,6 +250,13 @@ impl fmt::Display for Record {
             Record::Probe(probe) => write!(f, "probe class {probe:016x}"),
             Record::Checkpoint(c) => write!(f, "checkpoint of step {} ({})", c.step, c.manifest),
             Record::NoCheckpoint => write!(f, "no checkpoint is there any more"),
+            Record::SetAside { lost, next } => {
+                write!(f, "checkpoint of step {} ({}) is set aside", lost.step, lost.manifest)?;
+                match next {
+                    Some(c) => write!(f, " for that of step {} ({})", c.step, c.manifest),
+                    None => write!(f, ", and there is no other"),
+                }
+            }
             Record::CheckpointAsked => write!(f, "a checkpoint is asked for"),
             Record::Stopping { why } => write!(f, "the run is to stop: {why}"),
             Record::Draining { worker, why } => write!(f, "{worker} is to leave: {why}"),

@@ -194,8 +194,10 @@ pub enum ToCoordinator {
 pub enum FaultKind {
     /// The communicator failed: a peer is gone, or the network is.
     Communicator,
-    /// This worker cannot read data or checkpoints.
+    /// This worker cannot read data.
     Storage,
+    /// The checkpoint to start from cannot be loaded here, by its fault or this worker's.
+    Checkpoint,
     /// The run itself cannot go on (not a worker's fault).
     Run,
     /// This process or device is broken.

@@ -3,13 +3,14 @@
 use std::num::NonZeroUsize;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use lacuna_checkpoint::aside::{self, Examined};
 use lacuna_checkpoint::catalog::{self, Entry, Status};
 use lacuna_checkpoint::commit::{self, Context};
 use lacuna_checkpoint::layout::{Attempt, RunDir};
-use lacuna_checkpoint::manifest::{Loss, Parent, RunFacts};
+use lacuna_checkpoint::manifest::{Loss, Manifest, Parent, RunFacts};
 use lacuna_checkpoint::run_file::RunFile;
 use lacuna_checkpoint::write::Receipt;
-use lacuna_control::coordinator::CommitOrder;
+use lacuna_control::coordinator::{CommitOrder, Examination};
 use lacuna_control::journal::{Record, Saved};
 use lacuna_control::plan::CheckpointRef;
 use lacuna_spec::RunSpec;
@@ -84,10 +85,7 @@ impl Catalogue {
         let epoch = epoch.max(claimed.next());
         commit::claim(&dir, epoch).map_err(failed)?;
         let entries = catalog::list(&dir).map_err(failed)?;
-        let newest = catalog::newest_good(&entries).map(|manifest| CheckpointRef {
-            step: manifest.step(),
-            manifest: manifest.seal.clone(),
-        });
+        let newest = catalog::newest_good(&entries).map(reference);
         let probe = catalog::newest_good(&entries)
             .and_then(|manifest| u64::from_str_radix(&manifest.state.facts.probe_class, 16).ok());
         let reason = |entry: &Entry| match &entry.status {
@@ -154,12 +152,29 @@ impl Catalogue {
         Ok(CheckpointRef { step: committed.step, manifest: committed.manifest })
     }
 
+    /// Reads a checkpoint whole; one that is damaged is set aside for the newest one that is left.
+    pub fn examine(&self, checkpoint: &CheckpointRef) -> Examination {
+        let (step, seal) = (checkpoint.step, checkpoint.manifest.as_str());
+        let why = match aside::examine(&self.dir, step, seal) {
+            Examined::Sound => return Examination::Sound,
+            Examined::Unknown(why) => return Examination::Unknown { why },
+            Examined::Damaged(why) => why,
+        };
+        match catalog::list(&self.dir) {
+            Ok(entries) => {
+                let others = entries.iter().rev().filter_map(Entry::good);
+                let next = others.map(reference).find(|other| other != checkpoint);
+                Examination::Damaged { why, next }
+            }
+            Err(error) => Examination::Unknown { why: lacuna_checkpoint::chain(&error) },
+        }
+    }
+
     /// Finds a checkpoint of the same step and state, from before a restart: it is as good as ours.
     fn same_state(&self, order: &CommitOrder) -> Option<CheckpointRef> {
         let entry = catalog::find(&self.dir, order.step).ok()??;
         let manifest = entry.good()?;
-        (manifest.state_digest.0 == order.digest)
-            .then(|| CheckpointRef { step: order.step, manifest: manifest.seal.clone() })
+        (manifest.state_digest.0 == order.digest).then(|| reference(manifest))
     }
 
     /// Deletes checkpoints that no rule keeps, and what is left of attempts from before
@@ -190,6 +205,10 @@ impl Catalogue {
         let facts = facts(&self.spec, self.n_samples, &self.fingerprint, step);
         RunFacts { probe_class, loss, ..facts }
     }
+}
+
+fn reference(manifest: &Manifest) -> CheckpointRef {
+    CheckpointRef { step: manifest.step(), manifest: manifest.seal.clone() }
 }
 
 /// Returns what identifies the arithmetic of a run over `n_samples` samples at `step`, without loss

@@ -7,10 +7,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lacuna_api::{v1, wire};
 use lacuna_control::coordinator::{
-    Command, CommitOrder, Coordinator, Ending, Event, Hello, Note, RunConfig, Status,
+    Command, CommitOrder, Coordinator, Ending, Event, Hello, Note, RunConfig, Status, WhenBusy,
 };
 use lacuna_control::journal::Record;
 use lacuna_control::message::{StepMark, ToCoordinator, ToWorker};
+use lacuna_control::plan::CheckpointRef;
 use lacuna_recipe::order::{EpochOrder, OrderMode, OrderSpec};
 use lacuna_spec::RunSpec;
 use lacuna_spec::units::Cadence;
@@ -120,6 +121,12 @@ pub(crate) fn run_config(spec: &RunSpec, n_samples: u64) -> Result<RunConfig, St
         workers_max: spec.elastic.workers.max as usize,
         checkpoint_steps: every.iter().filter_map(|c| cadence_steps(c, per_epoch)).min(),
         checkpoint_interval: every.iter().filter_map(cadence_time).min(),
+        when_busy: match spec.checkpoint.when_busy {
+            lacuna_spec::WhenBusy::Skip => WhenBusy::Skip,
+            lacuna_spec::WhenBusy::Wait => WhenBusy::Wait,
+            lacuna_spec::WhenBusy::Cancel => WhenBusy::Cancel,
+        },
+        max_failures: spec.checkpoint.max_failures,
         epoch_steps: per_epoch,
         epoch_samples,
         bad_samples_max: spec.bad_samples_max(epoch_samples),
@@ -348,6 +355,7 @@ impl RunTask {
                 self.shared.kill(&worker, incarnation, &why);
             }
             Command::Commit(order) => self.commit(order),
+            Command::Examine(checkpoint) => self.examine(checkpoint),
             Command::Persist(_) | Command::Note(_) | Command::Mark(_) | Command::NameSamples(_) => {
                 unreachable!("written by `carry_out_all`")
             }
@@ -425,6 +433,16 @@ impl RunTask {
             };
             // Fails only when the task is gone.
             let _ = queue.blocking_send(remark);
+        });
+    }
+
+    fn examine(&self, checkpoint: CheckpointRef) {
+        let catalogue = self.catalogue.clone();
+        let queue = self.input.clone();
+        tokio::task::spawn_blocking(move || {
+            let found = catalogue.examine(&checkpoint);
+            // Fails only when the task is gone.
+            let _ = queue.blocking_send(Input::Event(Event::Examined { checkpoint, found }));
         });
     }
 

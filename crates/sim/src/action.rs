@@ -41,6 +41,8 @@ pub enum Action {
     Corrupt(String),
     /// Its device computes other bits from here on.
     Rot(String),
+    /// The newest checkpoint's bytes change.
+    Spoil,
     /// Data cannot be read, or can again.
     Unfit(String, bool),
     /// A signal or a preemption notice asks the trainer to leave.
@@ -130,6 +132,7 @@ impl fmt::Display for Action {
             A::Slow(w, tenths) => write!(f, "slow {w} {tenths}"),
             A::Corrupt(w) => write!(f, "corrupt {w}"),
             A::Rot(w) => write!(f, "rot {w}"),
+            A::Spoil => write!(f, "spoil checkpoint"),
             A::Unfit(w, on) => write!(f, "unfit {w} {}", switch(on)),
             A::Notice(w) => write!(f, "notice {w}"),
             A::Drain(w) => write!(f, "drain {w}"),
@@ -199,6 +202,7 @@ impl FromStr for Action {
             ["slow", w, tenths] => A::Slow(one(w), number(tenths)?),
             ["corrupt", w] => A::Corrupt(one(w)),
             ["rot", w] => A::Rot(one(w)),
+            ["spoil", "checkpoint"] => A::Spoil,
             ["unfit", w, on @ ("on" | "off")] => A::Unfit(one(w), on == "on"),
             ["notice", w] => A::Notice(one(w)),
             ["drain", w] => A::Drain(one(w)),

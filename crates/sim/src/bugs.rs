@@ -48,6 +48,10 @@ pub enum Bug {
     SkipStarted,
     /// The record of the newest checkpoint goes back when an older one comes late.
     CheckpointGoesBack,
+    /// A worker takes what a checkpoint's files hold without comparing digests.
+    LoadUnverified,
+    /// The driver says that every checkpoint is sound.
+    ExamineNothing,
 }
 
 /// Every bug with its word.
@@ -71,6 +75,8 @@ pub const ALL: &[(Bug, &str)] = &[
     (Bug::SkipEnding, "skip-ending"),
     (Bug::SkipStarted, "skip-started"),
     (Bug::CheckpointGoesBack, "checkpoint-goes-back"),
+    (Bug::LoadUnverified, "load-unverified"),
+    (Bug::ExamineNothing, "examine-nothing"),
 ];
 
 impl fmt::Display for Bug {

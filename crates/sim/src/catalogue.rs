@@ -1,7 +1,8 @@
 //! The modelled folder of checkpoints: claims, parts and manifests, all created once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use lacuna_control::coordinator::Examination;
 use lacuna_control::plan::CheckpointRef;
 use lacuna_types::{CoordEpoch, Incarnation, Step, WorkerId};
 
@@ -32,6 +33,15 @@ pub struct Part {
     pub world: usize,
 }
 
+/// What reading a checkpoint gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loaded {
+    /// The state.
+    State(State),
+    /// Bytes that were not committed.
+    Damaged,
+}
+
 /// The folder.
 #[derive(Clone, Debug, Default)]
 pub struct Catalogue {
@@ -41,6 +51,10 @@ pub struct Catalogue {
     pub parts: BTreeMap<String, Part>,
     /// Manifests by step.
     pub manifests: BTreeMap<u64, (String, State)>,
+    /// Manifests whose parts are damaged.
+    pub spoiled: BTreeSet<String>,
+    /// Manifests that were found to be damaged.
+    pub aside: BTreeSet<String>,
     /// How creating manifests goes.
     pub disk: Disk,
 }
@@ -48,8 +62,14 @@ pub struct Catalogue {
 impl Catalogue {
     /// Returns the newest checkpoint.
     pub fn newest(&self) -> Option<CheckpointRef> {
-        let (step, (manifest, _)) = self.manifests.last_key_value()?;
+        let counts = |(_, (manifest, _)): &(&u64, &(String, State))| !self.aside.contains(manifest);
+        let (step, (manifest, _)) = self.manifests.iter().rev().find(counts)?;
         Some(CheckpointRef { step: Step(*step), manifest: manifest.clone() })
+    }
+
+    /// Changes bytes of the newest checkpoint.
+    pub fn spoil_newest(&mut self) {
+        self.spoiled.extend(self.newest().map(|newest| newest.manifest));
     }
 
     /// Returns the oldest checkpoint; only a planted bug asks.
@@ -58,9 +78,19 @@ impl Catalogue {
         Some(CheckpointRef { step: Step(*step), manifest: manifest.clone() })
     }
 
-    /// Loads a checkpoint by the digest of its manifest.
-    pub fn load(&self, step: u64, manifest: &str) -> Option<State> {
-        let (found, state) = self.manifests.get(&step)?;
-        (found == manifest).then_some(*state)
+    /// Loads a checkpoint by the digest of its manifest; `None` if there is none, or another.
+    pub fn load(&self, step: u64, manifest: &str) -> Option<Loaded> {
+        let (_, state) = self.manifests.get(&step).filter(|(found, _)| found == manifest)?;
+        let spoiled = self.spoiled.contains(manifest);
+        Some(if spoiled { Loaded::Damaged } else { Loaded::State(*state) })
+    }
+
+    /// Reads a checkpoint whole, and sets it aside if it is damaged.
+    pub fn examine(&mut self, checkpoint: &CheckpointRef) -> Examination {
+        if !self.spoiled.contains(&checkpoint.manifest) {
+            return Examination::Sound;
+        }
+        self.aside.insert(checkpoint.manifest.clone());
+        Examination::Damaged { why: "other bytes".to_string(), next: self.newest() }
     }
 }

@@ -1,7 +1,8 @@
 //! The coordinator's commits: fenced by claims, created once.
 
-use lacuna_control::coordinator::{CommitOrder, Event};
+use lacuna_control::coordinator::{CommitOrder, Event, Examination};
 use lacuna_control::invariants::Observation;
+use lacuna_control::journal::Record;
 use lacuna_control::plan::CheckpointRef;
 use lacuna_types::{CoordEpoch, Incarnation, WorkerId};
 
@@ -44,6 +45,44 @@ impl World {
         self.later(after, Ev::HostAnswer { life, event: Box::new(event) });
     }
 
+    /// What the folder of checkpoints knows better than the journal.
+    pub(crate) fn add_news(&mut self) {
+        let newest = match self.setup.plant {
+            Bug::CheckpointGoesBack => self.store.oldest(),
+            _ => self.store.newest(),
+        };
+        let known = self.host.saved.checkpoint.clone();
+        if known.as_ref().is_some_and(|known| self.store.aside.contains(&known.manifest)) {
+            self.observe(&Observation::SetAside);
+        }
+        match newest {
+            Some(newest) if known.as_ref() != Some(&newest) => {
+                self.durable(&Record::Checkpoint(newest));
+            }
+            None if known.is_some() => self.durable(&Record::NoCheckpoint),
+            _ => {}
+        }
+    }
+
+    pub(crate) fn begin_examination(&mut self, checkpoint: CheckpointRef) {
+        let after = self.setup.commit_ms * MS * self.rng.range(50, 300) / 100;
+        self.later(after, Ev::Examine { life: self.host.life, checkpoint });
+    }
+
+    /// Reads a checkpoint whole for the machine.
+    pub(crate) fn on_examine(&mut self, life: u64, checkpoint: CheckpointRef) {
+        if !self.host.is_up() || self.host.life != life {
+            return;
+        }
+        let found = match self.setup.plant {
+            Bug::ExamineNothing => Examination::Sound,
+            _ => self.store.examine(&checkpoint),
+        };
+        let after = self.rng.range(100_000, 5 * MS);
+        let event = Event::Examined { checkpoint, found };
+        self.later(after, Ev::HostAnswer { life, event: Box::new(event) });
+    }
+
     fn try_commit(
         &mut self,
         epoch: CoordEpoch,
@@ -67,7 +106,10 @@ impl World {
             return Err("replicas differ".to_string());
         }
         let step = order.step;
-        if let Some((manifest, known)) = self.store.manifests.get(&step.0) {
+        let known = self.store.manifests.get(&step.0);
+        // One that was found to be damaged makes room.
+        let known = known.filter(|(manifest, _)| !self.store.aside.contains(manifest));
+        if let Some((manifest, known)) = known {
             if known.digest != first.digest {
                 return Err(format!("checkpoint step {step} exists already"));
             }

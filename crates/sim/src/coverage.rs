@@ -19,7 +19,7 @@ pub const STAGES: [&str; 11] = [
     "paused",
 ];
 /// Events of the coordinator.
-pub const EVENTS: [&str; 25] = [
+pub const EVENTS: [&str; 26] = [
     "Tick",
     "Hello",
     "StreamLost",
@@ -45,6 +45,7 @@ pub const EVENTS: [&str; 25] = [
     "Leaving",
     "Audited",
     "BadSamples",
+    "Examined",
 ];
 /// Stages of a worker's session.
 pub const PLACES: [&str; 8] =
@@ -124,6 +125,7 @@ fn event(event: &Event) -> usize {
         Event::Checkpoint => 9,
         Event::Release { .. } => 10,
         Event::Force => 11,
+        Event::Examined { .. } => 25,
         Event::Message { message, .. } => match message {
             ToCoordinator::Beat(_) => 12,
             ToCoordinator::Warm { .. } => 13,

@@ -71,6 +71,7 @@ impl World {
                 world.procs[pid].step_loop.rotten = true;
                 world.tainted = true;
             }),
+            A::Spoil => self.store.spoil_newest(),
             A::Unfit(w, on) => self.each(w, |world, pid| world.procs[pid].step_loop.unfit = *on),
             A::Notice(w) => self.each(w, |world, pid| {
                 // The second one ends it at once.

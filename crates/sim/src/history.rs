@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use lacuna_control::coordinator::WhenBusy;
 use lacuna_control::invariants::{Invariant, Violation};
 
 use crate::action::Action;
@@ -140,6 +141,7 @@ fn draw_setup(rng: &mut Rng, seed: u64, plant: Bug) -> Setup {
         min: rng.range(1, max.min(3) as u64) as usize,
         max,
         checkpoint: *pick(rng, &[0, 5, 10, 20]),
+        when_busy: *pick(rng, &[WhenBusy::Skip, WhenBusy::Wait, WhenBusy::Cancel]),
         step_ms: rng.range(80, 400),
         mark_every: rng.range(1, 8),
         digest_every: rng.range(2, 12),
@@ -167,7 +169,7 @@ fn draw_fault(rng: &mut Rng, n_nodes: usize, at: u64, out: &mut Vec<(u64, Action
     let worker = format!("{node}:0");
     let until =
         at + *pick(rng, &[300, 1_500, 4_000, 10_000, 16_000, 32_000]) * rng.range(80, 120) / 100;
-    match rng.below(36) {
+    match rng.below(38) {
         0..=4 => out.push((at, A::Kill(worker))),
         5 => out.push((at, A::Fail(worker))),
         6 => {
@@ -220,6 +222,13 @@ fn draw_fault(rng: &mut Rng, n_nodes: usize, at: u64, out: &mut Vec<(u64, Action
         }
         29 => out.push((at, A::Checkpoint)),
         30 => out.push((at, A::Twin(worker))),
+        36 | 37 => {
+            out.push((at, A::Spoil));
+            // It matters to those alone that have nothing in memory.
+            for node in &NODES[..n_nodes] {
+                out.push((at + rng.below(2_000), A::Kill(format!("{node}:0"))));
+            }
+        }
         33 => out.push((at, A::Force)),
         34 => out.push((at, A::Release(worker))),
         31 => {

@@ -65,7 +65,7 @@ pub struct Host {
     /// Times that the run may still give up without being called stuck.
     pub(crate) excuses: u32,
     pub(crate) stalled: bool,
-    saved: Saved,
+    pub(crate) saved: Saved,
     pending: VecDeque<Command>,
     writing: Vec<Record>,
     inbox: VecDeque<Input>,
@@ -140,19 +140,6 @@ impl World {
             saved.plan = None;
         }
         self.begin(saved);
-    }
-
-    /// What the folder of checkpoints knows better than the journal.
-    fn add_news(&mut self) {
-        let newest = match self.setup.plant {
-            Bug::CheckpointGoesBack => self.store.oldest(),
-            _ => self.store.newest(),
-        };
-        if let Some(checkpoint) = newest
-            && self.host.saved.checkpoint.as_ref() != Some(&checkpoint)
-        {
-            self.durable(&Record::Checkpoint(checkpoint));
-        }
     }
 
     /// Puts the machine of these facts to work.
@@ -427,6 +414,7 @@ impl World {
                 self.later(after, Ev::HostAnswer { life, event: Box::new(event) });
             }
             Command::Commit(order) => self.begin_commit(order),
+            Command::Examine(checkpoint) => self.begin_examination(checkpoint),
             Command::Kill { worker, incarnation, .. } => {
                 let after = self.latency();
                 self.later(after, Ev::Kill { worker, incarnation });
@@ -495,7 +483,7 @@ impl World {
         self.serve();
     }
 
-    fn durable(&mut self, record: &Record) {
+    pub(crate) fn durable(&mut self, record: &Record) {
         self.host.saved.apply(record);
         let epoch = self.host.epoch;
         match record {
@@ -505,6 +493,13 @@ impl World {
             }
             Record::Checkpoint(checkpoint) => {
                 self.observe(&Observation::Newest { step: checkpoint.step });
+            }
+            Record::NoCheckpoint => self.observe(&Observation::SetAside),
+            Record::SetAside { next, .. } => {
+                self.observe(&Observation::SetAside);
+                if let Some(next) = next {
+                    self.observe(&Observation::Newest { step: next.step });
+                }
             }
             Record::Ended(ending) => self.ended(ending),
             _ => {}

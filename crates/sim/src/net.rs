@@ -13,6 +13,10 @@ use crate::world::{Ev, Pid, World};
 pub const COORDINATOR: usize = 0;
 /// A stream through which nothing comes for so long is given up by both ends.
 pub const KEEP_ALIVE: u64 = 8_000 * MS;
+/// Slowest that a message passes on a slow stream: beats still come within a lease.
+const SLOWEST: u64 = 1_200 * MS;
+/// Latest that an end notices a reset: the other still waits for it.
+const LATEST: u64 = 600 * MS;
 /// Longest time to open a stream.
 const CONNECT: u64 = 5_000 * MS;
 
@@ -76,7 +80,8 @@ impl World {
         if process.conn.is_some() || process.connecting {
             return;
         }
-        let delay = if self.rng.one_in(8) { self.latency() * 20 } else { 0 };
+        let slow = self.rng.one_in(8);
+        let delay = if slow { (self.latency() * 20).min(SLOWEST) } else { 0 };
         let conn = self.conns.len();
         self.conns.push(Conn {
             pid,
@@ -190,7 +195,7 @@ impl World {
     /// Both ends see a reset at their own time.
     pub(crate) fn break_stream(&mut self, pid: Pid) {
         let Some(conn) = self.procs[pid].conn else { return };
-        let (one, other) = (self.latency() * 2, self.latency() * 20);
+        let (one, other) = (self.latency() * 2, (self.latency() * 20).min(LATEST));
         let swapped = self.rng.one_in(2);
         self.later(if swapped { other } else { one }, Ev::UpBroken { conn });
         self.later(if swapped { one } else { other }, Ev::DownBroken { conn });

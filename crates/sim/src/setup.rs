@@ -3,13 +3,16 @@
 use std::fmt;
 use std::time::Duration;
 
-use lacuna_control::coordinator::RunConfig;
+use lacuna_control::coordinator::{RunConfig, WhenBusy};
 use lacuna_control::timing::Timing;
 
 use crate::bugs::Bug;
 
 /// Nanoseconds of a millisecond.
 pub const MS: u64 = 1_000_000;
+
+const WHEN_BUSY: [(WhenBusy, &str); 3] =
+    [(WhenBusy::Skip, "skip"), (WhenBusy::Wait, "wait"), (WhenBusy::Cancel, "cancel")];
 
 /// Everything about a history but its faults. Times are milliseconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +29,8 @@ pub struct Setup {
     pub max: usize,
     /// Checkpoint every so many steps, 0 for only at the end.
     pub checkpoint: u64,
+    /// What happens when a checkpoint is due while one is being written.
+    pub when_busy: WhenBusy,
     /// Time of a step that one worker computes alone, divided over the slots.
     pub step_ms: u64,
     /// Marks every so many steps.
@@ -71,6 +76,7 @@ impl Default for Setup {
             min: 1,
             max: 3,
             checkpoint: 20,
+            when_busy: WhenBusy::Skip,
             step_ms: 200,
             mark_every: 5,
             digest_every: 10,
@@ -102,6 +108,8 @@ impl Setup {
             workers_max: self.max,
             checkpoint_steps: (self.checkpoint > 0).then_some(self.checkpoint),
             checkpoint_interval: None,
+            when_busy: self.when_busy,
+            max_failures: 0,
             epoch_steps: self.steps,
             epoch_samples: self.steps,
             bad_samples_max: 0,
@@ -165,6 +173,10 @@ impl Setup {
                 let (low, high) = value.split_once("..").ok_or("workers are `min..max`")?;
                 (self.min, self.max) = (number(low)? as usize, number(high)? as usize);
             }
+            "when_busy" => {
+                let found = WHEN_BUSY.iter().find(|(_, word)| *word == value);
+                self.when_busy = found.ok_or("when_busy is skip, wait or cancel")?.0;
+            }
             "plant" => self.plant = value.parse()?,
             _ => {
                 let n = number(value)?;
@@ -190,6 +202,11 @@ impl fmt::Display for Setup {
         for ((name, value), (_, usual)) in own.fields().into_iter().zip(default.fields()) {
             if value != usual {
                 writeln!(f, "set {name} {value}")?;
+            }
+        }
+        for (when_busy, word) in WHEN_BUSY {
+            if self.when_busy == when_busy && when_busy != default.when_busy {
+                writeln!(f, "set when_busy {word}")?;
             }
         }
         if self.plant != Bug::None {

@@ -11,6 +11,7 @@ use lacuna_control::worker::Report;
 use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, exit};
 
 use crate::bugs::Bug;
+use crate::catalogue::Loaded;
 use crate::comm::{Gift, Kind, Outcome, Sum};
 use crate::digest::{State, slot_sum};
 use crate::process::IDLE;
@@ -402,10 +403,19 @@ impl World {
         let (_, sync) = self.procs[pid].step_loop.plan.as_ref().expect("a member has a plan");
         let state = match &sync.origin {
             Origin::Checkpoint { manifest } => self.store.load(sync.resume_step.0, manifest),
-            _ => Some(State::seed()),
+            _ => Some(Loaded::State(State::seed())),
         };
         match state {
-            Some(state) => {
+            Some(Loaded::Damaged) if self.setup.plant != Bug::LoadUnverified => {
+                self.procs[pid].step_loop.state = None;
+                self.fault(pid, FaultKind::Checkpoint, "a block has another digest");
+            }
+            Some(Loaded::Damaged) => {
+                let step = sync.resume_step.0;
+                self.procs[pid].step_loop.state = Some(State { step, ..State::seed() });
+                self.synced(pid);
+            }
+            Some(Loaded::State(state)) => {
                 self.procs[pid].step_loop.state = Some(state);
                 self.synced(pid);
             }

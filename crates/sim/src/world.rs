@@ -6,6 +6,7 @@ use std::collections::BinaryHeap;
 use lacuna_control::coordinator;
 use lacuna_control::invariants::{Observation, Observer, Violation};
 use lacuna_control::message::{ToCoordinator, ToWorker};
+use lacuna_control::plan::CheckpointRef;
 use lacuna_types::{CoordEpoch, Incarnation, Timestamp, WorkerId};
 
 use crate::agent::Agent;
@@ -69,6 +70,8 @@ pub enum Ev {
     HostAnswer { life: u64, event: Box<coordinator::Event> },
     /// A manifest is about to be created.
     Commit { life: u64, epoch: CoordEpoch, order: Box<coordinator::CommitOrder> },
+    /// The coordinator has read a checkpoint whole.
+    Examine { life: u64, checkpoint: CheckpointRef },
     /// The coordinator goes on after a stall.
     HostAwake { life: u64 },
     /// The coordinator starts.
@@ -317,6 +320,7 @@ impl World {
             Ev::HostSynced { life } => self.on_host_synced(life),
             Ev::HostAnswer { life, event } => self.on_host_answer(life, *event),
             Ev::Commit { life, epoch, order } => self.on_commit(life, epoch, *order),
+            Ev::Examine { life, checkpoint } => self.on_examine(life, checkpoint),
             Ev::HostAwake { life } => self.on_host_awake(life),
             Ev::HostStart => self.start_host(),
             Ev::Tend => self.tend(),

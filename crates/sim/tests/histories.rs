@@ -102,6 +102,12 @@ fn a_wrong_commit_is_found() {
 }
 
 #[test]
+fn a_damaged_checkpoint_that_is_used_is_found() {
+    check(Bug::LoadUnverified, 500, &[I::OneDigest]);
+    check(Bug::ExamineNothing, 500, &[I::Liveness]);
+}
+
+#[test]
 fn a_failing_history_shrinks_to_a_few_lines() {
     let (seed, invariant) = found_by(Bug::CheckpointGoesBack, 200).expect("it is found");
     let script = draw(seed, Bug::CheckpointGoesBack);

@@ -210,6 +210,21 @@ const FIELDS: &[Field] = &[
         "\"auto\"",
         "what a run that has checkpoints does: auto (go on), never (refuse)",
     ),
+    placement(
+        "checkpoint.when_busy",
+        "\"skip\"",
+        "when the next is due and one is being written: skip, wait (stand still), cancel (the one)",
+    ),
+    placement(
+        "checkpoint.max_write_mbps",
+        "0",
+        "megabytes a second at which a worker writes its part, 0 for no limit",
+    ),
+    placement(
+        "checkpoint.max_failures",
+        "0",
+        "attempts in a row that may fail before the run does, 0 for any number",
+    ),
     display(
         "track.every",
         "\"20step\"",

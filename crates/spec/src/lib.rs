@@ -33,6 +33,6 @@ pub use run_spec::{
     AutoOr, BAD_SAMPLES_FREE, BAD_SAMPLES_SHARE, BadSamples, CHECKPOINT_SCHEMES, CacheMode,
     CacheSpec, CheckpointSpec, DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec,
     OptimSpec, Order, Precision, Reduce, ResolveError, Resolved, Resume, RunSpec, SLOTS_MAX,
-    TrackSpec, TrainSpec, Workers,
+    TrackSpec, TrainSpec, WhenBusy, Workers,
 };
 pub use units::{Cadence, Length};

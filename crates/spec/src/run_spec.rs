@@ -138,6 +138,18 @@ word! {
     }
 }
 
+word! {
+    /// What happens when a checkpoint is due while one is being written.
+    WhenBusy {
+        /// None is made.
+        Skip = "skip",
+        /// Training stands still until the one is written.
+        Wait = "wait",
+        /// The one is given up for the new one.
+        Cancel = "cancel",
+    }
+}
+
 /// A number that may be left to the machine or the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AutoOr<T> {
@@ -278,6 +290,9 @@ pub struct CheckpointSpec {
     pub every: Vec<Cadence>,
     pub keep: KeepSpec,
     pub resume: Resume,
+    pub when_busy: WhenBusy,
+    pub max_write_mbps: u32,
+    pub max_failures: u32,
 }
 
 /// Key `checkpoint.keep`: a checkpoint stays if any rule keeps it.

@@ -3,9 +3,11 @@
 pub mod bad_samples;
 pub mod job;
 pub mod metrics;
+pub mod save_meter;
 pub mod saver;
 pub mod session;
 pub mod shared;
+mod snapshot;
 pub mod step_loop;
 mod step_math;
 mod sync;

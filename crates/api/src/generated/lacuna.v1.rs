@@ -2001,12 +2001,14 @@ pub enum FaultKind {
     Unspecified = 0,
     /// A peer is gone, or the network is.
     Communicator = 1,
-    /// This worker cannot read data or checkpoints.
+    /// This worker cannot read data.
     Storage = 2,
     /// The run itself cannot go on.
     Run = 3,
     /// This process or device is broken.
     Local = 4,
+    /// The checkpoint to start from cannot be loaded here.
+    Checkpoint = 5,
 }
 impl FaultKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2020,6 +2022,7 @@ impl FaultKind {
             Self::Storage => "FAULT_KIND_STORAGE",
             Self::Run => "FAULT_KIND_RUN",
             Self::Local => "FAULT_KIND_LOCAL",
+            Self::Checkpoint => "FAULT_KIND_CHECKPOINT",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2030,6 +2033,7 @@ impl FaultKind {
             "FAULT_KIND_STORAGE" => Some(Self::Storage),
             "FAULT_KIND_RUN" => Some(Self::Run),
             "FAULT_KIND_LOCAL" => Some(Self::Local),
+            "FAULT_KIND_CHECKPOINT" => Some(Self::Checkpoint),
             _ => None,
         }
     }

@@ -93,6 +93,12 @@ fn every_message_to_the_coordinator_survives_the_wire() {
             suspects: vec![0, 3],
             detail: "d".into(),
         },
+        ToCoordinator::Fault {
+            generation,
+            kind: FaultKind::Checkpoint,
+            suspects: vec![],
+            detail: "d".into(),
+        },
         ToCoordinator::Audited { generation, probe: 8 },
         ToCoordinator::StepMark(mark),
         ToCoordinator::Held { generation, step: Step(1), digest: 5 },

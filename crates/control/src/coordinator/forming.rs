@@ -122,7 +122,8 @@ impl Group {
             group.deadline = now + 2 * timing.lease;
             group.stage = Stage::Recovering;
             if saved.attempt_open {
-                group.attempt = Some(Attempt::new(saved.attempts, now + timing.attempt));
+                let attempt = Attempt::new(saved.attempts, now + timing.attempt);
+                group.attempt = Some(Attempt { recovered: true, ..attempt });
             }
         }
         group

@@ -268,17 +268,16 @@ impl Coordinator {
                 return;
             }
             FaultKind::Storage | FaultKind::Local | FaultKind::Unfit => {
-                let told = match self.workers.get_mut(worker) {
-                    Some(record) => record.unfit.replace(detail.to_string()).is_some(),
-                    None => true,
-                };
-                if !told {
-                    self.note("unfit", true, format!("worker {worker} is unfit: {detail}"));
-                }
+                let is_news = self.is_unfit(worker, detail);
                 // What breaks at once is the worker's own affair; what breaks at work does harm.
-                if !told && kind == FaultKind::Local && generation > Generation(0) {
+                if is_news && kind == FaultKind::Local && generation > Generation(0) {
                     self.strike(now, worker, Strike::Out, detail);
                 }
+            }
+            // One that is looked into is nobody's fault yet.
+            FaultKind::Checkpoint if self.inquire(now, worker, detail) => {}
+            FaultKind::Checkpoint => {
+                self.is_unfit(worker, detail);
             }
             FaultKind::Communicator => {}
         }
@@ -289,6 +288,16 @@ impl Coordinator {
             }
             self.disturb(now, &format!("{worker} reports: {detail}"));
         }
+    }
+
+    /// Takes a worker for unfit, and tells people once; returns whether it is news.
+    pub(super) fn is_unfit(&mut self, worker: &WorkerId, why: &str) -> bool {
+        let Some(record) = self.workers.get_mut(worker) else { return false };
+        let is_news = record.unfit.replace(why.to_string()).is_none();
+        if is_news {
+            self.note("unfit", true, format!("worker {worker} is unfit: {why}"));
+        }
+        is_news
     }
 
     /// Strikes a worker off whose process has ended.

@@ -22,16 +22,24 @@ impl Coordinator {
             return;
         }
         if let Some(change) = change {
-            let why = change.why.clone();
-            group.change = Some(change);
-            let group = group.clone();
-            let generation = group.plan.generation;
-            self.record(Record::Change(self.saved.changes + 1));
-            let change = self.saved.changes;
-            self.broadcast(&group, &ToWorker::Hold { generation, change, why });
+            self.hold(change);
         } else if due && group.attempt.is_none() {
             self.propose(now, false);
+        } else if due && !self.saved.checkpoint_asked {
+            self.due_while_busy(now);
         }
+    }
+
+    /// Asks everybody to stop at a boundary.
+    pub(super) fn hold(&mut self, change: Change) {
+        let Some(group) = self.group.as_mut() else { return };
+        let why = change.why.clone();
+        group.change = Some(change);
+        let group = group.clone();
+        let generation = group.plan.generation;
+        self.record(Record::Change(self.saved.changes + 1));
+        let change = self.saved.changes;
+        self.broadcast(&group, &ToWorker::Hold { generation, change, why });
     }
 
     fn wanted_change(&self, now: Timestamp) -> Option<Change> {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, WorkerId, exit};
 
-use super::forming::Stage;
-use super::{Command, CommitOrder, Coordinator, Ending};
+use super::forming::{Change, Stage};
+use super::{Command, CommitOrder, Coordinator, Ending, WhenBusy};
 use crate::journal::Record;
 use crate::message::ToWorker;
 use crate::plan::CheckpointRef;
@@ -20,6 +20,8 @@ pub(super) struct Attempt {
     pub committing: bool,
     /// Whether everybody stood at one boundary when it was proposed.
     pub held: bool,
+    /// Whether an earlier start of this process proposed it, nobody knows at which step.
+    pub recovered: bool,
 }
 
 impl Attempt {
@@ -31,6 +33,7 @@ impl Attempt {
             receipts: BTreeMap::new(),
             committing: false,
             held: false,
+            recovered: false,
         }
     }
 }
@@ -62,6 +65,37 @@ impl Coordinator {
         let group = group.clone();
         let generation = group.plan.generation;
         self.broadcast(&group, &ToWorker::Propose { generation, attempt: seq, held });
+    }
+
+    /// A checkpoint is due by cadence while one is being written.
+    pub(super) fn due_while_busy(&mut self, now: Timestamp) {
+        let Some(attempt) = self.group.as_ref().and_then(|g| g.attempt.as_ref()) else { return };
+        let step = self.progress;
+        if attempt.recovered || step.0 >= self.config.total_steps {
+            // It is the one that was due; or the last one, which is made at the boundary.
+            self.checkpoint_base = (step, now);
+            return;
+        }
+        let commits = attempt.committing;
+        match self.config.when_busy {
+            // Nothing is left to write, and the manifest may be there already.
+            WhenBusy::Cancel if commits => {}
+            WhenBusy::Cancel => {
+                self.attempt_failed(&format!("the next one is due at step {step}"));
+                // Nothing is wrong with the store, as far as is known.
+                self.failed_attempts.0 = self.failed_attempts.0.saturating_sub(1);
+                self.propose(now, false);
+            }
+            WhenBusy::Wait => {
+                let why = format!("a checkpoint is due at step {step} and one is being written");
+                self.hold(Change { why, shares: None });
+            }
+            WhenBusy::Skip => {
+                self.checkpoint_base = (step, now);
+                let text = format!("no checkpoint at step {step}: one is still being written");
+                self.note("skipped", true, text);
+            }
+        }
     }
 
     pub(super) fn attempt_is(&self, generation: Generation, seq: AttemptSeq) -> bool {
@@ -156,7 +190,7 @@ impl Coordinator {
             self.record(Record::Checkpoint(checkpoint.clone()));
         }
         self.checkpoint_base = (self.checkpoint_base.0.max(checkpoint.step), now);
-        self.failed_attempts = 0;
+        self.failed_attempts = (0, 0);
         let CheckpointRef { step, manifest } = checkpoint;
         self.note("saved", false, format!("checkpoint of step {step} committed ({manifest})"));
         let Some(group) = self.group.as_mut().filter(|_| mine) else {
@@ -182,14 +216,17 @@ impl Coordinator {
         let message =
             ToWorker::AbortAttempt { generation, attempt: attempt.seq, why: why.to_string() };
         self.broadcast(&group, &message);
-        if group.stage != Stage::Held {
+        self.failed_attempts.0 += 1;
+        let (n, most) = if group.stage == Stage::Held {
+            self.failed_attempts.1 += 1;
+            let n = self.failed_attempts.1;
+            self.note("not-saved", true, format!("checkpoint attempt {n} in a row failed: {why}"));
+            (n, self.timing.failed_attempts)
+        } else {
             self.note("not-saved", true, format!("checkpoint given up, training goes on: {why}"));
-            return;
-        }
-        self.failed_attempts += 1;
-        let n = self.failed_attempts;
-        self.note("not-saved", true, format!("checkpoint attempt {n} in a row failed: {why}"));
-        if n >= self.timing.failed_attempts {
+            (self.failed_attempts.0, self.config.max_failures)
+        };
+        if most > 0 && n >= most {
             let why = format!("{n} checkpoint attempts in a row failed, the last because: {why}");
             self.end(Ending::Failed { why, code: exit::IO });
         }

@@ -1,5 +1,6 @@
 mod any_events;
 mod bad_samples;
+mod inquiries;
 mod transcripts;
 
 use super::*;
@@ -14,6 +15,8 @@ const CONFIG: RunConfig = RunConfig {
     workers_max: 1,
     checkpoint_steps: None,
     checkpoint_interval: None,
+    when_busy: WhenBusy::Skip,
+    max_failures: 0,
     epoch_steps: 4,
     epoch_samples: 1000,
     bad_samples_max: 150,

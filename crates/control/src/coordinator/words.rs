@@ -23,12 +23,27 @@ pub struct RunConfig {
     pub checkpoint_steps: Option<u64>,
     /// Checkpoint whenever this much time has passed.
     pub checkpoint_interval: Option<Duration>,
+    /// What happens when a checkpoint is due while one is being written.
+    pub when_busy: WhenBusy,
+    /// Attempts in a row that may fail while the group trains, 0 for any number.
+    pub max_failures: u32,
     /// Steps of an epoch.
     pub epoch_steps: u64,
     /// Samples of an epoch.
     pub epoch_samples: u64,
     /// Most bad samples of an epoch; one more fails the run.
     pub bad_samples_max: u64,
+}
+
+/// What happens when a checkpoint is due while one is being written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenBusy {
+    /// None is made.
+    Skip,
+    /// Training stands still until the one is written.
+    Wait,
+    /// The one is given up for the new one.
+    Cancel,
 }
 
 /// What happens to a run.
@@ -88,6 +103,13 @@ pub enum Event {
         /// Why, for people.
         why: String,
     },
+    /// The driver has read a checkpoint whole, as far as it could; answers [`Command::Examine`].
+    Examined {
+        /// The checkpoint.
+        checkpoint: CheckpointRef,
+        /// What it found.
+        found: Examination,
+    },
     /// Take one worker out at the next boundary.
     Drain {
         /// Who.
@@ -109,6 +131,25 @@ pub enum Event {
     },
     /// Form a group although members of the one before may train on unseen.
     Force,
+}
+
+/// What came of reading a checkpoint whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Examination {
+    /// Every byte is what the manifest says.
+    Sound,
+    /// It is not what was committed; it is set aside.
+    Damaged {
+        /// What is wrong with it.
+        why: String,
+        /// The newest one before it that can be used, as far as manifests and sizes tell.
+        next: Option<CheckpointRef>,
+    },
+    /// It could not be read, which says nothing of it.
+    Unknown {
+        /// Why not.
+        why: String,
+    },
 }
 
 /// How a trainer introduces itself.
@@ -163,6 +204,9 @@ pub enum Command {
     /// Commit the checkpoint and answer with [`Event::CheckpointDone`] or
     /// [`Event::CheckpointFailed`].
     Commit(CommitOrder),
+    /// Read this checkpoint whole, set it aside if it is damaged, and answer with
+    /// [`Event::Examined`].
+    Examine(CheckpointRef),
     /// Tell people.
     Note(Note),
     /// Record the figures of a step.

@@ -22,6 +22,7 @@ enum Text {
     Probe { probe: String },
     Checkpoint { step: u64, manifest: String },
     NoCheckpoint,
+    SetAside { lost: CheckpointText, next: Option<CheckpointText> },
     CheckpointAsked,
     Stopping { why: String },
     Draining { worker: String, why: String },
@@ -35,6 +36,24 @@ enum Text {
     Stopped { step: u64, why: String },
     Paused { why: String },
     Resumed,
+}
+
+#[derive(Serialize, Deserialize)]
+struct CheckpointText {
+    step: u64,
+    manifest: String,
+}
+
+impl From<CheckpointRef> for CheckpointText {
+    fn from(checkpoint: CheckpointRef) -> Self {
+        CheckpointText { step: checkpoint.step.0, manifest: checkpoint.manifest }
+    }
+}
+
+impl From<CheckpointText> for CheckpointRef {
+    fn from(text: CheckpointText) -> Self {
+        CheckpointRef { step: Step(text.step), manifest: text.manifest }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -79,6 +98,9 @@ pub(super) fn render(record: &Record) -> String {
         Record::Probe(probe) => Text::Probe { probe: hex(probe) },
         Record::Checkpoint(c) => Text::Checkpoint { step: c.step.0, manifest: c.manifest },
         Record::NoCheckpoint => Text::NoCheckpoint,
+        Record::SetAside { lost, next } => {
+            Text::SetAside { lost: lost.into(), next: next.map(Into::into) }
+        }
         Record::CheckpointAsked => Text::CheckpointAsked,
         Record::Stopping { why } => Text::Stopping { why },
         Record::Draining { worker, why } => Text::Draining { worker: worker.to_string(), why },
@@ -125,6 +147,9 @@ pub(super) fn parse(text: &str) -> Result<Record, String> {
             Record::Checkpoint(CheckpointRef { step: Step(step), manifest })
         }
         Text::NoCheckpoint => Record::NoCheckpoint,
+        Text::SetAside { lost, next } => {
+            Record::SetAside { lost: lost.into(), next: next.map(Into::into) }
+        }
         Text::CheckpointAsked => Record::CheckpointAsked,
         Text::Stopping { why } => Record::Stopping { why },
         Text::Draining { worker: name, why } => Record::Draining { worker: worker(&name)?, why },

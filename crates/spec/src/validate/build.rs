@@ -12,7 +12,7 @@ use crate::problem::echo;
 use crate::run_spec::{
     AutoOr, BAD_SAMPLES_SHARE, BadSamples, CHECKPOINT_SCHEMES, CacheMode, CacheSpec,
     CheckpointSpec, DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec, OptimSpec,
-    Order, Precision, Reduce, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, Workers,
+    Order, Precision, Reduce, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, WhenBusy, Workers,
 };
 use crate::units::{Cadence, Length};
 
@@ -28,6 +28,10 @@ const WORKERS_MAX: u32 = 4096;
 const BLOCK_MAX: u64 = 1 << 48;
 /// Most threads of a loader: beyond any machine's cores.
 const THREADS_MAX: u32 = 1024;
+/// Highest limit of a rate: a terabyte a second.
+const MBPS_MAX: u32 = 1_000_000;
+/// Most attempts that may fail in a row.
+const FAILURES_MAX: u32 = 1_000_000;
 /// Most checkpoints kept by number.
 const KEEP_LAST_MAX: u32 = 10_000;
 /// Most rules of when to save: one for each unit and some to spare.
@@ -464,11 +468,17 @@ impl Reader<'_> {
             None => Some(None),
         };
         let resume = self.word("checkpoint.resume", Resume::ALL);
+        let when_busy = self.word("checkpoint.when_busy", WhenBusy::ALL);
+        let max_write_mbps = self.count("checkpoint.max_write_mbps", 0..=MBPS_MAX);
+        let max_failures = self.count("checkpoint.max_failures", 0..=FAILURES_MAX);
         Some(CheckpointSpec {
             to: to?,
             every: every?,
             keep: KeepSpec { last: last?, every: keep_every? },
             resume: resume?,
+            when_busy: when_busy?,
+            max_write_mbps: max_write_mbps?,
+            max_failures: max_failures?,
         })
     }
 

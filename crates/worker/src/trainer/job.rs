@@ -1,5 +1,6 @@
 //! A run as a trainer needs it: made from the coordinator's welcome.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -213,6 +214,11 @@ impl Job {
             adamw: self.spec.adamw(),
             decay_tokens: self.spec.optim.decay_tokens,
         }
+    }
+
+    /// Returns the bytes a second at which a part is written at most.
+    pub fn write_rate(&self) -> Option<NonZeroU64> {
+        NonZeroU64::new(u64::from(self.spec.checkpoint.max_write_mbps) * 1_000_000)
     }
 
     /// Returns the digest of the maths fields, as checkpoints carry it.

@@ -1,4 +1,4 @@
-//! Numbers about loading, written to a file that a monitoring agent collects.
+//! Numbers about loading and saving, written to a file that a monitoring agent collects.
 
 use std::fs;
 use std::io;
@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use lacuna_data::loader::LoaderWatch;
 use tracing::warn;
+
+use super::save_meter::SaveMeter;
 
 /// How often the file is written: as often as such files are usually read.
 const EVERY: Duration = Duration::from_secs(10);
@@ -27,6 +29,7 @@ struct Writer {
     path: PathBuf,
     labels: [(&'static str, String); 2],
     watch: LoaderWatch,
+    saving: SaveMeter,
     /// Whether it was said that writing fails; locked while writing.
     told: Mutex<bool>,
 }
@@ -35,7 +38,8 @@ impl Writer {
     fn write(&self) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let labels = self.labels.each_ref().map(|(name, value)| (*name, value.as_str()));
-        if let Err(error) = replace(&self.path, &self.watch.stats().prometheus(&labels))
+        let text = self.watch.stats().prometheus(&labels) + &self.saving.prometheus(&labels);
+        if let Err(error) = replace(&self.path, &text)
             && !std::mem::replace(&mut *told, true)
         {
             warn!(path = %self.path.display(), %error, "metrics cannot be written");
@@ -46,13 +50,19 @@ impl Writer {
 impl MetricsFile {
     /// Starts to write `<dir>/lacuna-data-<worker>.prom`; what goes wrong is said once and keeps
     /// nobody from training.
-    pub fn start(dir: &Path, run: &str, worker: &str, watch: LoaderWatch) -> Self {
+    pub fn start(
+        dir: &Path,
+        (run, worker): (&str, &str),
+        watch: LoaderWatch,
+        saving: SaveMeter,
+    ) -> Self {
         let name: String =
             worker.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         let writer = Arc::new(Writer {
             path: dir.join(format!("lacuna-data-{name}.prom")),
             labels: [("run", run.to_string()), ("worker", worker.to_string())],
             watch,
+            saving,
             told: Mutex::new(false),
         });
         let (end, ended) = sync_channel::<()>(1);

@@ -1,15 +1,22 @@
 //! Writes this worker's part of a checkpoint while training goes on.
 
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use lacuna_checkpoint::chain;
 use lacuna_checkpoint::layout::RunDir;
+use lacuna_checkpoint::pace::Pace;
 use lacuna_checkpoint::state::Snapshot;
-use lacuna_checkpoint::write::{PartInfo, write_part};
+use lacuna_checkpoint::write::{PartInfo, write_part_at};
 use lacuna_control::worker::Report;
 use lacuna_types::{AttemptSeq, Generation};
 use tokio::sync::mpsc;
+
+use super::save_meter::SaveMeter;
 
 /// A part to write.
 #[derive(Debug)]
@@ -22,6 +29,8 @@ pub struct SaveJob {
     pub info: PartInfo,
     /// The copied state.
     pub snapshot: Snapshot,
+    /// Set when nobody wants the part any more.
+    pub given_up: Arc<AtomicBool>,
 }
 
 /// The thread that writes, and the buffers it gives back.
@@ -30,23 +39,37 @@ pub struct Saver {
     jobs: Option<SyncSender<SaveJob>>,
     spare: Receiver<Snapshot>,
     thread: Option<JoinHandle<()>>,
+    /// Counts what is saved.
+    pub meter: SaveMeter,
 }
 
 impl Saver {
-    /// Starts the thread; results go to `reports`.
-    pub fn start(dir: RunDir, reports: mpsc::Sender<Report>) -> std::io::Result<Self> {
-        // One job under way at a time: an attempt ends before the next is proposed.
+    /// Starts the thread, which writes at most at this rate; results go to `reports`.
+    pub fn start(
+        dir: RunDir,
+        bytes_per_second: Option<NonZeroU64>,
+        reports: mpsc::Sender<Report>,
+        meter: SaveMeter,
+    ) -> std::io::Result<Self> {
+        // An attempt ends before the next is proposed, but its part may still be on its way out.
         let (jobs, inbox) = sync_channel::<SaveJob>(1);
         let (give_back, spare) = sync_channel::<Snapshot>(2);
+        let of_thread = meter.clone();
         let work = move || {
             for job in inbox {
                 let (generation, attempt) = (job.generation, job.attempt);
-                let report = match write_part(&dir, &job.info, &job.snapshot.slices()) {
+                let mut pace = Pace::new(bytes_per_second, job.given_up.clone());
+                let (slices, began) = (job.snapshot.slices(), Instant::now());
+                let report = match write_part_at(&dir, &job.info, &slices, &mut pace) {
                     Ok(receipt) => {
+                        of_thread.wrote(receipt.file.bytes, began.elapsed());
                         let receipt = receipt.render();
                         Report::PartDone { generation, attempt, receipt }
                     }
-                    Err(err) => Report::PartFailed { generation, attempt, detail: chain(&err) },
+                    Err(err) => {
+                        of_thread.failed();
+                        Report::PartFailed { generation, attempt, detail: chain(&err) }
+                    }
                 };
                 // The buffer is dropped where nobody wants it back.
                 let _ = give_back.try_send(job.snapshot);
@@ -56,7 +79,7 @@ impl Saver {
             }
         };
         let thread = std::thread::Builder::new().name("saver".to_string()).spawn(work)?;
-        Ok(Saver { jobs: Some(jobs), spare, thread: Some(thread) })
+        Ok(Saver { jobs: Some(jobs), spare, thread: Some(thread), meter })
     }
 
     /// Returns a buffer to copy the state into, used before if possible.

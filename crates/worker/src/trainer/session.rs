@@ -16,6 +16,7 @@ use tracing::{error, info, warn};
 
 use super::job::Job;
 use super::metrics::MetricsFile;
+use super::save_meter::SaveMeter;
 use super::saver::Saver;
 use super::shared::{Order, Shared, SharedHandle};
 use super::step_loop::StepLoop;
@@ -300,7 +301,8 @@ impl Driver {
                 self.order(Order::Save { generation, attempt });
             }
             Command::AbortAttempt { attempt, .. } => {
-                // Lowers the lane if it is still this attempt's; a part under way finishes unused.
+                // Lowers the lane if it is still this attempt's, and ends a part under way.
+                self.shared.give_up_saving();
                 let _ = self.shared.save.compare_exchange(
                     attempt.0,
                     0,
@@ -377,16 +379,19 @@ impl Start {
             .job
             .loader(dataset, self.args.local_world, self.shared.clone())
             .map_err(|err| storage(&err))?;
+        let meter = SaveMeter::default();
         let metrics = self.args.metrics_dir.as_deref().map(|dir| {
             let run = self.job.run.to_string();
-            MetricsFile::start(dir, &run, &self.args.worker_id, loader.watch())
+            let names = (run.as_str(), self.args.worker_id.as_str());
+            MetricsFile::start(dir, names, loader.watch(), meter.clone())
         });
         let engine_spec = self.job.engine_spec(&self.args.device);
         let mut engine = self.backend.engine(&engine_spec).map_err(|err| local(&err))?;
         let probe = whole_probe(engine.as_mut()).map_err(|err| local(&err))?;
         info!(device = engine.describe(), probe = format!("{probe:016x}"), "engine ready");
         let saver =
-            Saver::start(self.job.dir.clone(), self.reports.clone()).map_err(|err| local(&err))?;
+            Saver::start(self.job.dir.clone(), self.job.write_rate(), self.reports.clone(), meter);
+        let saver = saver.map_err(|err| local(&err))?;
         // Fails only when the session is gone.
         let _ = self.reports.blocking_send(Report::Warm { probe });
         Ok(StepLoop {

@@ -1,6 +1,6 @@
 //! What the threads of a trainer tell each other without waiting.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -60,6 +60,8 @@ pub struct Shared {
     pub save: AtomicU64,
     /// Bad samples that the coordinator has not heard of.
     pub bad_samples: BadSampleQueue,
+    /// Set to give up the part that is being written.
+    saving: Mutex<Arc<AtomicBool>>,
     progress: Mutex<Progress>,
 }
 
@@ -88,6 +90,7 @@ impl Default for Shared {
             stop: AtomicU64::new(0),
             save: AtomicU64::new(0),
             bad_samples: BadSampleQueue::default(),
+            saving: Mutex::default(),
             progress: Mutex::new(progress),
         }
     }
@@ -102,6 +105,20 @@ impl Shared {
     pub fn clear_requests(&self) {
         self.stop.store(0, Ordering::Relaxed);
         self.save.store(0, Ordering::Relaxed);
+        self.give_up_saving();
+    }
+
+    /// Begins a part; what is returned is set when nobody wants it any more.
+    pub fn begin_saving(&self) -> Arc<AtomicBool> {
+        let given_up = Arc::new(AtomicBool::new(false));
+        *self.saving.lock().unwrap_or_else(PoisonError::into_inner) = given_up.clone();
+        given_up
+    }
+
+    /// Nobody wants the part any more that is being written, if one is.
+    pub fn give_up_saving(&self) {
+        let saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        saving.store(true, Ordering::Release);
     }
 
     /// Notes that a generation begins.

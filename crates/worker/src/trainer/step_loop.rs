@@ -6,10 +6,6 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use lacuna_checkpoint::layout::{Attempt, PartId};
-use lacuna_checkpoint::partition::Partition;
-use lacuna_checkpoint::state::{LeftoverSpec, Origin, StateView, plan_part};
-use lacuna_checkpoint::write::{BLOCK_BYTES, PartInfo};
 use lacuna_collective::{AbortHandle, Collective, CollectiveError, Group};
 use lacuna_control::message::{FaultKind, Phase, StepMark};
 use lacuna_control::plan::{Origin as SyncOrigin, Plan, Sync};
@@ -24,7 +20,7 @@ use tracing::{info, warn};
 
 use super::job::Job;
 use super::metrics::MetricsFile;
-use super::saver::{SaveJob, Saver};
+use super::saver::Saver;
 use super::shared::{Order, SharedHandle};
 use super::step_math::{MathError, StepMath};
 use super::sync::{SyncError, synchronise};
@@ -288,7 +284,7 @@ impl StepLoop {
                     SyncError::Collective(CollectiveError::Aborted { .. }) => return None,
                     SyncError::Collective(err) => communicator_fault(err),
                     SyncError::Checkpoint(_) | SyncError::OtherCheckpoint { .. } => {
-                        FaultKind::Storage
+                        FaultKind::Checkpoint
                     }
                     SyncError::Engine(_) | SyncError::Peer(_) => FaultKind::Local,
                 };
@@ -298,7 +294,7 @@ impl StepLoop {
         Some(Membership { plan, rank, comm, abort })
     }
 
-    fn digest(&self) -> Result<u64, EngineError> {
+    pub(super) fn digest(&self) -> Result<u64, EngineError> {
         let counters = self.counters.as_ref().expect("there is a state");
         Ok(state_digest(&self.engine.tensor_digests()?, counters))
     }
@@ -498,57 +494,19 @@ impl StepLoop {
     fn save(&mut self, group: &Membership, attempt: AttemptSeq) {
         let generation = group.plan.generation;
         self.enter(Phase::Checkpoint);
-        let (digest, job) = match self.snapshot(group, attempt) {
+        let began = Instant::now();
+        let (digest, job) = match self.snapshot(&group.plan, group.rank, attempt) {
             Ok(taken) => taken,
             Err(err) => return self.fault(generation, FaultKind::Local, &err),
         };
-        let step = job.info.step;
-        info!(%generation, %step, %attempt, "state copied for a checkpoint");
+        let (step, stall) = (job.info.step, began.elapsed());
+        self.saver.meter.stalled(stall);
+        info!(%generation, %step, %attempt, ?stall, "state copied for a checkpoint");
         self.report(Report::Snapshotted { generation, attempt, step, digest });
         if let Err(why) = self.saver.save(job) {
             let detail = why.to_string();
             self.report(Report::PartFailed { generation, attempt, detail });
         }
-    }
-
-    fn snapshot(
-        &self,
-        group: &Membership,
-        attempt: AttemptSeq,
-    ) -> Result<(u64, SaveJob), EngineError> {
-        let layout = self.engine.layout().clone();
-        let counters = self.counters.clone().expect("there is a state");
-        let digest = self.digest()?;
-        let view = StateView::leftovers_of(&layout, &counters).with_tables(&self.job.spec.model);
-        let leftovers: Vec<LeftoverSpec> = view.leftovers().to_vec();
-        let world = group.plan.world() as u32;
-        let partition = Partition::new(&layout, world);
-        let specs = plan_part(&layout, &partition, &leftovers, group.rank as u32);
-        let mut snapshot = self.saver.buffer();
-        snapshot.prepare(specs.clone());
-        for (i, spec) in specs.iter().enumerate() {
-            let bytes = snapshot.bytes_mut(i);
-            match spec.origin {
-                Origin::Flat(section, block) => {
-                    let at = layout.range(block).start;
-                    let range = at + spec.range.start as usize..at + spec.range.end as usize;
-                    let mut values = vec![0f32; range.len()];
-                    self.engine.read(section, range, &mut values)?;
-                    bytes.copy_from_slice(bytemuck::cast_slice(&values));
-                }
-                Origin::Leftover(place) => bytes.copy_from_slice(view.leftover_bytes(place)),
-            }
-        }
-        let info = PartInfo {
-            run: self.job.run.clone(),
-            step: Step(counters.step),
-            attempt: Attempt::new(group.plan.generation, attempt),
-            part: PartId { rank: group.rank as u32, world },
-            state_digest: digest,
-            counters,
-            block_bytes: BLOCK_BYTES,
-        };
-        Ok((digest, SaveJob { generation: group.plan.generation, attempt, info, snapshot }))
     }
 }
 

@@ -14,7 +14,8 @@ fn worker() -> impl Strategy<Value = (WorkerId, Incarnation)> {
 }
 
 fn kind() -> impl Strategy<Value = FaultKind> {
-    let kinds = [FaultKind::Communicator, FaultKind::Storage, FaultKind::Local];
+    use FaultKind::{Checkpoint, Communicator, Local, Storage};
+    let kinds = [Communicator, Storage, Local, Checkpoint];
     prop::sample::select(kinds.to_vec())
 }
 
@@ -110,6 +111,18 @@ fn event() -> impl Strategy<Value = Event> {
             generation: Generation(g),
             attempt: AttemptSeq(seq),
             checkpoint: CheckpointRef { step: Step(step), manifest: "m".into() },
+        }),
+        1 => (0..6u64, 0..4u8, 0..6u64).prop_map(|(step, found, next)| Event::Examined {
+            checkpoint: CheckpointRef { step: Step(step), manifest: "m".into() },
+            found: match found {
+                0 => Examination::Sound,
+                1 => Examination::Unknown { why: "x".into() },
+                _ => Examination::Damaged {
+                    why: "x".into(),
+                    next: (next < step)
+                        .then(|| CheckpointRef { step: Step(next), manifest: "m".into() }),
+                },
+            },
         }),
         2 => Just(Event::Tick),
         1 => worker().prop_map(|(worker, _)| Event::Drain { worker, why: "x".into() }),

@@ -7,10 +7,10 @@ use crate::message::{Beat, Phase};
 use crate::plan::CheckpointRef;
 
 /// A coordinator that is told things in a few words and says what it does about them.
-struct Told {
-    machine: Coordinator,
-    ms: u64,
-    text: String,
+pub(super) struct Told {
+    pub machine: Coordinator,
+    pub ms: u64,
+    pub text: String,
 }
 
 fn config() -> RunConfig {
@@ -23,12 +23,12 @@ fn member(name: &str) -> (WorkerId, Incarnation) {
 }
 
 impl Told {
-    fn new(saved: Saved) -> Self {
+    pub fn new(saved: Saved) -> Self {
         let machine = Coordinator::new(config(), Timing::one_machine(), saved, Timestamp(0));
         Told { machine, ms: 0, text: String::new() }
     }
 
-    fn tell(&mut self, what: &str, event: Event) {
+    pub fn tell(&mut self, what: &str, event: Event) {
         let out = self.machine.handle(Timestamp::from_millis(self.ms), event);
         self.text += &format!("{what}\n");
         for command in out {
@@ -38,13 +38,13 @@ impl Told {
         }
     }
 
-    fn say(&mut self, name: &str, message: ToCoordinator) {
+    pub fn say(&mut self, name: &str, message: ToCoordinator) {
         let (worker, incarnation) = member(name);
         let what = format!("{name}: {message:?}");
         self.tell(&what, Event::Message { worker, incarnation, message });
     }
 
-    fn hello(&mut self, name: &str, state: Option<u64>, generation: u64, up: bool) {
+    pub fn hello(&mut self, name: &str, state: Option<u64>, generation: u64, up: bool) {
         let (worker, incarnation) = member(name);
         let (state, generation) = (state.map(Step), Generation(generation));
         let endpoint = "h:1".into();
@@ -53,12 +53,12 @@ impl Told {
         self.tell(&what, Event::Hello(hello));
     }
 
-    fn wait(&mut self, ms: u64) {
+    pub fn wait(&mut self, ms: u64) {
         self.ms += ms;
         self.tell(&format!("after {ms} ms"), Event::Tick);
     }
 
-    fn beat(&mut self, name: &str, step: u64, op_seq: u64, in_op: bool, phase: Phase) {
+    pub fn beat(&mut self, name: &str, step: u64, op_seq: u64, in_op: bool, phase: Phase) {
         let (generation, step) = (self.machine.saved().generation, Step(step));
         let beat = Beat { generation, step, phase, phase_ms: 6000, op_seq, in_op, slot_us: 1000 };
         self.say(name, ToCoordinator::Beat(beat));
@@ -78,7 +78,7 @@ impl Told {
     }
 
     /// Answers for all members until the generation starts.
-    fn form(&mut self, generation: u64, names: &[&str], state: Option<u64>, resume: u64) {
+    pub fn form(&mut self, generation: u64, names: &[&str], state: Option<u64>, resume: u64) {
         let generation = Generation(generation);
         let state = state.map(Step);
         for name in names {
@@ -95,7 +95,7 @@ impl Told {
         }
     }
 
-    fn check(self, expect: Expect) {
+    pub fn check(self, expect: Expect) {
         expect.assert_eq(&self.text);
     }
 }
@@ -109,6 +109,7 @@ fn describe(command: &Command) -> Option<String> {
         Command::Kill { worker, why, .. } => format!("kill {worker}: {why}"),
         Command::DrawCommId(generation) => format!("draw an id for generation {generation}"),
         Command::Commit(order) => format!("commit step {}", order.step),
+        Command::Examine(c) => format!("examine the checkpoint of step {}", c.step),
         Command::Note(note) => format!("note {}: {}", note.kind, note.text),
         Command::NameSamples(step) => format!("name the samples of step {step}"),
         Command::Mark(_) => return None,
