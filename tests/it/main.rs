@@ -1,5 +1,6 @@
 //! Real processes: the claim, faults, restarts, and bad input.
 
+mod bad_disks;
 mod bad_input;
 mod bad_samples;
 mod cache;
@@ -9,6 +10,7 @@ mod faults;
 mod nccl;
 mod objects;
 mod remote;
+mod syscalls;
 
 use std::path::{Path, PathBuf};
 

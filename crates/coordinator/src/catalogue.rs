@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lacuna_checkpoint::catalog::{self, Entry, Status};
-use lacuna_checkpoint::commit::{self, Context};
+use lacuna_checkpoint::commit::{self, CommitError, Context};
 use lacuna_checkpoint::layout::{Attempt, RunDir};
 use lacuna_checkpoint::manifest::{Loss, Parent, RunFacts};
 use lacuna_checkpoint::run_file::RunFile;
@@ -143,7 +143,11 @@ impl Catalogue {
         };
         let committed = match commit::commit(&self.dir, &receipts, &context) {
             Ok(committed) => committed,
-            Err(err) => return self.same_state(order).ok_or_else(|| failed(err)),
+            // After any other error the manifest may be there and not last.
+            Err(err @ CommitError::Taken { same_state: true, .. }) => {
+                return self.same_state(order).ok_or_else(|| failed(err));
+            }
+            Err(err) => return Err(failed(err)),
         };
         if committed.state_digest != order.digest {
             return Err(CatalogueError(format!(
@@ -163,8 +167,12 @@ impl Catalogue {
     }
 
     /// Deletes checkpoints that no rule keeps, and what is left of attempts from before
-    /// `generation`; returns the steps.
-    pub fn retain(&self, generation: Generation) -> Result<Vec<Step>, CatalogueError> {
+    /// `generation` and of those that are `over`; returns the steps.
+    pub fn retain(
+        &self,
+        generation: Generation,
+        over: &[Attempt],
+    ) -> Result<Vec<Step>, CatalogueError> {
         let keep = &self.spec.checkpoint.keep;
         let Some(last) = NonZeroUsize::new(keep.last as usize) else { return Ok(Vec::new()) };
         let entries = catalog::list(&self.dir).map_err(failed)?;
@@ -174,8 +182,14 @@ impl Catalogue {
         let now = rfc3339(SystemTime::now());
         let done =
             lacuna_checkpoint::retain::retain(&self.dir, last, &in_use, &now).map_err(failed)?;
-        lacuna_checkpoint::retain::collect_garbage(&self.dir, generation, &[]).map_err(failed)?;
+        self.collect(generation, over)?;
         Ok(done.delete)
+    }
+
+    /// Removes what is left of attempts from before `generation` and of those that are `over`.
+    pub fn collect(&self, generation: Generation, over: &[Attempt]) -> Result<(), CatalogueError> {
+        let removed = lacuna_checkpoint::retain::collect_garbage(&self.dir, generation, over);
+        removed.map(drop).map_err(failed)
     }
 
     fn keep_every_steps(&self) -> Option<u64> {
