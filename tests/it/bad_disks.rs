@@ -77,10 +77,10 @@ fn fill(path: &Path) -> u64 {
 /// The room comes back page by page, so that attempts fail at every place where they can.
 #[test]
 fn a_full_disk_costs_checkpoints_and_no_step() {
-    const STEPS: u64 = 1000;
+    const STEPS: u64 = 400;
     let mut fixture = fixture();
     let want = undisturbed(&mut fixture, STEPS);
-    let Some(disk) = on_small_disk(&mut fixture, 4 << 20) else { return };
+    let Some(disk) = on_small_disk(&mut fixture, 64 << 20) else { return };
     let mut cluster = Cluster::start(&fixture);
     let keys = [
         ("checkpoint.every", "[\"5step\"]"),
@@ -89,11 +89,13 @@ fn a_full_disk_costs_checkpoints_and_no_step() {
     ];
     let run = cluster.submit(&fixture.spec("full", STEPS, &keys));
     cluster.add("a", 2);
-    cluster.wait(&run, "a checkpoint", |seen| saved(seen) > 0);
+    let seen = cluster.wait(&run, "a checkpoint", |seen| saved(seen) > 0);
+    let needs = pages(&disk.outside(&fixture.path("ckpt/full/ckpt")), saved(&seen));
     let path = disk.outside(&fixture.path("ckpt/ballast"));
     let mut ballast = fill(&path);
+    // Less than two parts take.
+    let mut freed = needs / 2 - 2;
     let mut failed = 0;
-    let mut freed = 0;
     let seen = loop {
         let more = |seen: &Seen| {
             let last = seen.events.iter().rposition(|e| e.kind == "not-saved");
@@ -107,9 +109,10 @@ fn a_full_disk_costs_checkpoints_and_no_step() {
         if failed == 0 {
             verified(&fixture, &disk, &run, saved(&seen));
         }
+        let come_back = if failed == 0 { freed } else { 1 };
+        freed += u64::from(failed > 0);
         failed = seen.count("not-saved");
-        ballast -= PAGE;
-        freed += 1;
+        ballast -= come_back * PAGE;
         File::options().write(true).open(&path).unwrap().set_len(ballast).unwrap();
     };
     assert!(seen.run.exit_code.is_none(), "the run still trains: {}", seen.text());
@@ -123,7 +126,6 @@ fn a_full_disk_costs_checkpoints_and_no_step() {
     finished_with(&seen, want);
     undisturbed_training(&seen, STEPS);
     assert!(saved(&seen) == STEPS && step < STEPS);
-    let needs = pages(&disk.outside(&fixture.path("ckpt/full/ckpt")), STEPS);
     println!("{failed} attempts failed while {freed} pages came back; one takes {needs}");
     // Folders take a page, and a document is there under two names for a while.
     assert!(freed <= needs + 8, "failed attempts leave something: {freed} pages for {needs}");
@@ -289,8 +291,8 @@ fn a_worker_that_is_told_to_end_saves_and_another_one_goes_on() {
         [agent.pid(), trainer].into_iter().for_each(|pid| send_signal(pid, Signal::TERM));
         assert!(wait_for_end(agent.pid(), GRACE), "it ends in time");
         assert_eq!(agent.wait().code(), Some(75), "{node}");
-        let seen = cluster.wait(&run, "it was saved", |seen| saved(seen) >= at);
-        assert_eq!(saved(&seen), seen.step(), "where it stopped: {}", seen.text());
+        let where_it_stopped = |seen: &Seen| seen.step() >= at && saved(seen) == seen.step();
+        cluster.wait(&run, "it was saved where it stopped", where_it_stopped);
     }
     cluster.add("d", 1);
     let seen = cluster.wait_end(&run);

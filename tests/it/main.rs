@@ -11,6 +11,7 @@ mod nccl;
 mod objects;
 mod remote;
 mod syscalls;
+mod syscalls_run;
 
 use std::path::{Path, PathBuf};
 

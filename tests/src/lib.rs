@@ -372,9 +372,9 @@ impl<'a> Cluster<'a> {
         (code, out + &err)
     }
 
-    /// Tells whether the coordinator runs.
-    pub fn has_coordinator(&self) -> bool {
-        self.coordinator.as_ref().is_some_and(|process| is_alive(process.pid()))
+    /// Returns the process id of the coordinator.
+    pub fn coordinator_pid(&self) -> u32 {
+        self.coordinator.as_ref().expect("it was started").pid()
     }
 
     /// Returns what the coordinator says of a run.

@@ -142,9 +142,13 @@ impl Coordinator {
 
     /// Reads the checkpoint of a step back and marks it.
     pub fn verify(&self, step: u64) -> anyhow::Result<()> {
-        let entry = catalog::find(&run_dir(&self.root), Step(step))?;
-        let manifest = entry.as_ref().and_then(|entry| entry.good()).context("it is not good")?;
-        let verified = catalog::verify_and_mark(&run_dir(&self.root), manifest)?;
+        let dir = run_dir(&self.root);
+        let entry = catalog::find(&dir, Step(step))?.context("it is gone")?;
+        let manifest = match entry.status {
+            catalog::Status::Good(manifest) => manifest,
+            catalog::Status::Damaged { reason } => bail!(reason),
+        };
+        let verified = catalog::verify_and_mark(&dir, &manifest)?;
         if let Some(problem) = verified.problems.into_iter().next() {
             bail!("{problem}");
         }

@@ -200,6 +200,7 @@ impl Saved {
             }
             Record::BadSamplesTold { epoch, unlisted } => self.bad_epoch(epoch).told = unlisted,
             Record::Resumed => {
+                self.stopping = None;
                 if let Some(Ending::Failed { .. }) = self.ending.take() {
                     // Whoever lets it go on has looked, and may have mended the data.
                     self.bad_samples.clear();

@@ -94,7 +94,14 @@ impl Catalogue {
             Status::Damaged { reason } => Some(reason.clone()),
             Status::Good(_) => None,
         };
-        let damaged = entries.iter().filter_map(reason).collect();
+        let damaged: Vec<String> = entries.iter().filter_map(reason).collect();
+        if newest.is_none() && !damaged.is_empty() {
+            // Training from the seed, it would outdate what a person may yet repair.
+            let all = damaged.join("; ");
+            return Err(CatalogueError(format!(
+                "no checkpoint can be loaded: {all}; remove their folders to begin again"
+            )));
+        }
         let generation = catalog::highest_generation(&dir).map_err(failed)?;
         lacuna_checkpoint::retain::collect_garbage(&dir, generation.next(), &[]).map_err(failed)?;
         let found = Found { newest, generation, probe, damaged };

@@ -57,7 +57,7 @@ pub(crate) enum Input {
     Event(Event),
     /// Somebody asks for something, and is told once it is durable.
     Ask { event: Event, done: oneshot::Sender<bool> },
-    /// Go on after an end, with this spec.
+    /// Go on after an end or in the midst of a stop, with this spec.
     Resume(Box<RunSpec>),
     /// A background job has something for the log.
     Remark { warning: bool, text: String },
@@ -514,7 +514,9 @@ impl RunTask {
 
     /// Starts the machine again from what is stored.
     async fn resume(&mut self, spec: RunSpec) -> Result<(), Down> {
-        if self.machine.ended().is_none() {
+        // Nobody is left to carry out a stop that an earlier life was asked for.
+        let stops = self.machine.saved().stopping.is_some() && self.sessions.is_empty();
+        if self.machine.ended().is_none() && !stops {
             return Ok(());
         }
         let config = match run_config(&spec, self.stored.n_samples) {
