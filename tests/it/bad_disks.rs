@@ -12,7 +12,7 @@ use std::time::Duration;
 use lacuna_store::testing::{Fault, Kind, Server};
 use lacuna_tests::disks::SmallDisk;
 use lacuna_tests::processes::wait_for_end;
-use lacuna_tests::{Cluster, Fixture, Seen, saves, said, send_signal, under};
+use lacuna_tests::{Cluster, Fixture, Seen, said, saves, send_signal, under};
 use rustix::process::Signal;
 
 use crate::faults::finished_with;
@@ -100,10 +100,11 @@ fn a_full_disk_costs_checkpoints_and_no_step() {
         let more = |seen: &Seen| {
             let last = seen.events.iter().rposition(|e| e.kind == "not-saved");
             let since = last.map_or(&[][..], |last| &seen.events[last..]);
-            seen.count("not-saved") > failed || since.iter().any(|e| e.kind == "saved")
+            let over = seen.run.exit_code.is_some();
+            over || seen.count("not-saved") > failed || since.iter().any(|e| e.kind == "saved")
         };
         let seen = cluster.wait(&run, "another attempt", more);
-        if seen.count("not-saved") == failed {
+        if seen.count("not-saved") == failed || seen.run.exit_code.is_some() {
             break seen;
         }
         if failed == 0 {

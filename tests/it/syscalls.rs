@@ -241,13 +241,7 @@ fn file_of(point: &Point, root: &Path) -> String {
 }
 
 /// Checks what a call that failed did; tells whether nobody said anything.
-fn check_failed(
-    plan: &Plan,
-    point: &Point,
-    fault: Fault,
-    root: &Path,
-    ran: &Ran,
-) -> bool {
+fn check_failed(plan: &Plan, point: &Point, fault: Fault, root: &Path, ran: &Ran) -> bool {
     let case = plan.name(point, fault);
     let words = fault.words().expect("an error");
     let step = newest(root, &case);

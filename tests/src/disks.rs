@@ -33,7 +33,11 @@ impl SmallDisk {
         let script = "mount -t tmpfs -o size=$2 tmpfs \"$1\" && mount --bind \"$1\" \"$1\" \
                       && echo mounted && exec cat";
         let mut command = Command::new("unshare");
-        command.args(if as_user { ["--map-root-user", "--mount"].as_slice() } else { &["--mount"] });
+        command.args(if as_user {
+            ["--map-root-user", "--mount"].as_slice()
+        } else {
+            &["--mount"]
+        });
         command.args(["sh", "-c", script, "sh"]).arg(folder).arg(bytes.to_string());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().map_err(|err| format!("unshare cannot be started: {err}"))?;

@@ -47,8 +47,7 @@ impl State {
         let layout = Layout::new(params.to_vec());
         let value = |i: usize, salt: u64| ((i as f32 + 0.5) * 0.37).sin() + (salt + step) as f32;
         let section = |salt: u64| (0..layout.numel()).map(|i| value(i, salt)).collect();
-        let counters =
-            Counters { step, updates: step, ..Counters::fresh(layout.n_blocks(), 32) };
+        let counters = Counters { step, updates: step, ..Counters::fresh(layout.n_blocks(), 32) };
         State { sections: [section(1), section(2), section(3)], layout, counters }
     }
 

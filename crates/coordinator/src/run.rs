@@ -455,8 +455,7 @@ impl RunTask {
             Some(Update::Figures { loss, .. }) => Some(*loss),
             _ => None,
         };
-        let (queue, over, commits) =
-            (self.input.clone(), self.over.clone(), self.commits.clone());
+        let (queue, over, commits) = (self.input.clone(), self.over.clone(), self.commits.clone());
         commits.fetch_add(1, Ordering::AcqRel);
         tokio::task::spawn_blocking(move || {
             let (generation, attempt) = (order.generation, order.attempt);
