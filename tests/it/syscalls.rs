@@ -1,8 +1,8 @@
 //! Every system call on a checkpoint's files, as the last one of its process and as one that fails:
 //! the checkpoint before it is intact, or the new one is there; never nothing, never a mix.
 //!
-//! `LACUNA_STRACE=all` tries each error at each call, also those that calls which change nothing do
-//! not return in practice (`make strace`).
+//! `LACUNA_STRACE=all` (`make strace`) does it on a disk instead of in memory, and lets calls that
+//! only read fail with ENOSPC too.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -31,6 +31,7 @@ struct Ran {
     err: String,
 }
 
+/// Tells whether every fault is asked for, however long it takes.
 pub fn all_is_asked_for() -> bool {
     std::env::var("LACUNA_STRACE").is_ok_and(|word| word == "all")
 }

@@ -243,3 +243,27 @@ fn paths(at: &Path) -> std::io::Result<Vec<PathBuf>> {
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Training from the seed would outdate what can perhaps be repaired.
+    #[test]
+    fn a_run_whose_checkpoints_are_all_damaged_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        Coordinator::open(root).unwrap().save(10).unwrap();
+        let attempt = Attempt::new(Generation(1), AttemptSeq(1));
+        let part = PartId { rank: 1, world: WORLD }.file_name();
+        let part = run_dir(root).attempt(Step(10), attempt).join(part);
+        std::fs::rename(&part, root.join("aside")).unwrap();
+        let error = Coordinator::open(root).err().expect("nothing can be loaded");
+        let text = format!("{error:#}");
+        let named = text.contains("no checkpoint can be loaded: checkpoint step 10: part-00001-of");
+        assert!(named, "{text}");
+        std::fs::rename(root.join("aside"), part).unwrap();
+        assert_eq!(newest(root).unwrap(), 10);
+        Coordinator::open(root).unwrap().save(20).unwrap();
+    }
+}

@@ -226,7 +226,7 @@ mod tests {
 
     #[test]
     fn calls_are_counted_by_file() {
-        let log = r#"7 openat(AT_FDCWD</w>, "/r/a/x.partial", O_WRONLY|O_CREAT|O_EXCL, 0666) = 3</r/a/x.partial>
+        let log = r#"7 openat(-100</w>, "/r/a/x.partial", O_RDWR|O_CREAT, 0666) = 3</r/a/x.partial>
 7 pwrite64(3</r/a/x.partial>, ""..., 4096, 0) = 4096
 8 fsync(4</r/a> <unfinished ...>
 7 fsync(3</r/a/x.partial>) = 0
