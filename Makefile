@@ -1,6 +1,6 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale gpu-check clean clean-all
+.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check clean clean-all
 # Histories that `make sim` plays.
 SEEDS ?= 100000
 
@@ -39,6 +39,8 @@ ci: ## what continuous integration runs: prepare, check, test
 	@$(MAKE) --no-print-directory test
 proto: ## generate the gRPC code from proto/ anew
 	@cargo run --quiet --package xtask --features codegen -- proto
+strace: ## break every system call on checkpoint files, in small processes and in whole runs (20 min)
+	@LACUNA_STRACE=all cargo test $(CRATES) $(FEATURES) --test it syscalls -- --nocapture
 bench: ## time a training step here and in PyTorch (BENCH="--python v/bin/python", "--help")
 	@python3 scripts/bench/step.py $(BENCH)
 bench-data: ## images a second, here and in Python's loaders (BENCH="--python v/bin/python")

@@ -6,6 +6,7 @@ use lacuna_checkpoint::catalog::{self, Entry};
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::manifest::Manifest;
 use lacuna_tests::{Cluster, Fixture, said};
+use lacuna_types::Step;
 
 use crate::faults::{finished_with, undisturbed};
 use crate::fixture;
@@ -95,13 +96,15 @@ fn the_only_checkpoint_is_not_replaced_by_the_seed_unasked() {
     cluster.wait(&run, "a checkpoint", |seen| seen.run.checkpoint_step >= Some(60));
     cluster.take("a").signal(rustix::process::Signal::KILL);
     cluster.wait(&run, "the group to be over", |seen| seen.count("lost") >= 1);
-    assert!(flip_newest(&fixture, &run) < STEPS, "the second one is that of the end");
+    let step = flip_newest(&fixture, &run);
+    assert!(step < STEPS, "the second one is that of the end");
     cluster.add("b", 1);
     let seen = cluster.wait_end(&run);
     assert_eq!((seen.run.state.as_str(), seen.run.exit_code), ("failed", Some(74)));
     assert!(seen.run.why.contains("there is no other to go back to"), "{}", seen.run.why);
-    let spec = fixture.path("single.toml");
-    cluster.submit(&spec);
+    let dir = RunDir::new(fixture.path("ckpt"), run.parse().unwrap());
+    fs::remove_dir_all(dir.step(Step(step))).unwrap();
+    cluster.submit(&fixture.path("single.toml"));
     cluster.add("c", 1);
     let seen = cluster.wait_end(&run);
     finished_with(&seen, want);

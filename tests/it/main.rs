@@ -1,5 +1,6 @@
 //! Real processes: the claim, faults, restarts, and bad input.
 
+mod bad_disks;
 mod bad_input;
 mod bad_samples;
 mod cache;
@@ -10,6 +11,8 @@ mod faults;
 mod nccl;
 mod objects;
 mod remote;
+mod syscalls;
+mod syscalls_run;
 
 use std::path::{Path, PathBuf};
 

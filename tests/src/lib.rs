@@ -8,13 +8,16 @@
 pub mod bench;
 pub mod chaos;
 pub mod dice;
+pub mod disks;
 pub mod history;
 pub mod processes;
 pub mod proxy;
 pub mod rig;
+pub mod saves;
+pub mod strace;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -41,6 +44,39 @@ pub struct Binaries {
     pub worker: PathBuf,
 }
 
+/// What stands in front of the command lines of long-lived processes: a tracer, another namespace.
+#[derive(Clone, Debug, Default)]
+pub struct Under {
+    /// In front of coordinators.
+    pub coordinator: Vec<String>,
+    /// In front of agents; their trainers inherit it.
+    pub worker: Vec<String>,
+}
+
+/// Puts words in front of a command line.
+pub fn under(words: &[String], command: &Command) -> Command {
+    let program = command.get_program();
+    let mut out = match words.split_first() {
+        None => Command::new(program),
+        Some((first, rest)) => {
+            let mut out = Command::new(first);
+            out.args(rest).arg(program);
+            out
+        }
+    };
+    out.args(command.get_args());
+    for (key, value) in command.get_envs() {
+        match value {
+            Some(value) => out.env(key, value),
+            None => out.env_remove(key),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        out.current_dir(dir);
+    }
+    out
+}
+
 /// A folder with a packed data set and a run spec.
 pub struct Fixture {
     /// The folder; removed at the end.
@@ -49,6 +85,8 @@ pub struct Fixture {
     pub binaries: Binaries,
     /// What all processes find in their environment.
     pub env: Vec<(String, String)>,
+    /// What coordinators and agents run under.
+    pub under: Under,
 }
 
 impl Fixture {
@@ -63,7 +101,7 @@ impl Fixture {
             existing: Existing::Refuse,
         };
         pack(&source, &dir.path().join("data"), &config, &mut |_| {}).expect("packing works");
-        Fixture { dir, binaries, env: Vec::new() }
+        Fixture { dir, binaries, env: Vec::new(), under: Under::default() }
     }
 
     /// Returns a path in the folder.
@@ -139,6 +177,12 @@ pub fn said(output: &Output) -> (i32, String, String) {
 /// A process that is killed when dropped.
 pub struct Process(Child);
 
+impl From<Child> for Process {
+    fn from(child: Child) -> Self {
+        Process(child)
+    }
+}
+
 impl Process {
     /// Starts a command.
     pub fn start(command: &mut Command) -> Self {
@@ -153,6 +197,16 @@ impl Process {
     /// Takes what it writes to stdout, where that is a pipe.
     pub fn take_stdout(&mut self) -> Option<ChildStdout> {
         self.0.stdout.take()
+    }
+
+    /// Waits for the end, and returns what it wrote to stderr, where that is a pipe.
+    pub fn last_words(mut self) -> String {
+        let mut text = String::new();
+        if let Some(mut stderr) = self.0.stderr.take() {
+            // What cannot be read is not shown.
+            let _ = stderr.read_to_string(&mut text);
+        }
+        text.trim().to_string()
     }
 
     /// Sends a signal.
@@ -244,7 +298,9 @@ impl<'a> Cluster<'a> {
         for wait in &self.waits {
             command.args(["--set", wait]);
         }
-        command.arg("--state").arg(state).stdout(Stdio::piped()).stderr(self.log("coordinator"));
+        command.arg("--state").arg(state);
+        let mut command = under(&self.fixture.under.coordinator, &command);
+        command.stdout(Stdio::piped()).stderr(self.log("coordinator"));
         let mut process = Process::start(&mut command);
         let stdout = process.take_stdout().expect("stdout is a pipe");
         let mut line = String::new();
@@ -290,9 +346,9 @@ impl<'a> Cluster<'a> {
             .args(args)
             .env("LACUNA_FAKE_SLOT_MS", "3")
             .envs(self.fixture.env.iter().cloned())
-            .envs(env.iter().copied())
-            .stdin(Stdio::null())
-            .stderr(self.log(node));
+            .envs(env.iter().copied());
+        let mut command = under(&self.fixture.under.worker, &command);
+        command.stdin(Stdio::null()).stderr(self.log(node));
         self.agents.insert(node.to_string(), Process::start(&mut command));
     }
 
@@ -303,11 +359,22 @@ impl<'a> Cluster<'a> {
 
     /// Submits a spec and returns the run's name.
     pub fn submit(&self, spec: &Path) -> String {
+        let (code, text) = self.try_submit(spec);
+        assert_eq!(code, 0, "{text}");
+        spec.file_stem().expect("a file").to_string_lossy().into_owned()
+    }
+
+    /// Submits a spec that may be refused; returns the exit code and what was said.
+    pub fn try_submit(&self, spec: &Path) -> (i32, String) {
         let path = spec.to_str().expect("a path in UTF-8");
         let output = self.fixture.run(&["submit", path, "--coordinator", &self.url]);
         let (code, out, err) = said(&output);
-        assert_eq!(code, 0, "{out}{err}");
-        spec.file_stem().expect("a file").to_string_lossy().into_owned()
+        (code, out + &err)
+    }
+
+    /// Returns the process id of the coordinator.
+    pub fn coordinator_pid(&self) -> u32 {
+        self.coordinator.as_ref().expect("it was started").pid()
     }
 
     /// Returns what the coordinator says of a run.
@@ -320,10 +387,21 @@ impl<'a> Cluster<'a> {
 
     /// Follows a run until `done` says so of what was seen so far.
     pub fn wait(&self, run: &str, what: &str, done: impl Fn(&Seen) -> bool) -> Seen {
+        self.wait_unless(run, what, done, || false)
+    }
+
+    /// The same, also ended where `gone` says that it can never come.
+    pub fn wait_unless(
+        &self,
+        run: &str,
+        what: &str,
+        done: impl Fn(&Seen) -> bool,
+        gone: impl Fn() -> bool,
+    ) -> Seen {
         let started = Instant::now();
         let mut seen = Seen::default();
         let follow = async {
-            loop {
+            while !gone() {
                 if let Ok(mut client) = Client::connect(&self.url, DEADLINE).await
                     && let Ok(mut updates) = client.watch_run(run, seen.seq).await
                 {
@@ -374,6 +452,8 @@ pub struct Seen {
     pub run: v1::Run,
     /// Figures by step.
     pub figures: BTreeMap<u64, v1::Figures>,
+    /// Steps with figures, in order.
+    pub steps: Vec<u64>,
     /// Events in order.
     pub events: Vec<v1::RunEvent>,
     seq: u64,
@@ -385,6 +465,7 @@ impl Seen {
         match response.update {
             Some(Update::Snapshot(run)) => self.run = run,
             Some(Update::Figures(figures)) => {
+                self.steps.push(figures.step);
                 self.figures.insert(figures.step, figures);
             }
             Some(Update::Event(event)) => self.events.push(event),

@@ -24,6 +24,8 @@ pub enum Examined {
     Sound,
     /// It cannot be used, for this reason; it is marked, where there is a manifest to name.
     Damaged(String),
+    /// It is not there any more.
+    Gone,
     /// It could not be read now, for this reason, which says nothing of it.
     Unknown(String),
 }
@@ -33,10 +35,7 @@ pub enum Examined {
 pub fn examine(dir: &RunDir, step: Step, seal: &str) -> Examined {
     let manifest = match catalog::look(dir, step) {
         Err(error) => return Examined::Unknown(chain(&error)),
-        Ok(None) => {
-            let path = dir.manifest(step);
-            return Examined::Damaged(format!("`{}` is gone", path.display()));
-        }
+        Ok(None) => return Examined::Gone,
         Ok(Some(entry)) => match entry.status {
             Status::Damaged { reason } => return Examined::Damaged(reason),
             Status::Good(manifest) => manifest,
@@ -87,8 +86,8 @@ pub fn unmark(dir: &RunDir, step: Step) -> Result<(), FsError> {
 pub fn reason(dir: &RunDir, manifest: &Manifest) -> Result<Option<String>, FsError> {
     let text = match dir.storage().read_small(&dir.damage(manifest.step()), MARK_BYTES_MAX) {
         Ok(text) => text,
-        Err(error) if error.is_passing() => return Err(error),
-        Err(_) => return Ok(None),
+        Err(error) if error.is_not_found() => return Ok(None),
+        Err(error) => return Err(error),
     };
     // A mark that cannot be read marks nothing: the next reader finds the damage again.
     let Ok(mark) = parse_strict(&text) else { return Ok(None) };

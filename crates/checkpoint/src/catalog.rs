@@ -146,12 +146,18 @@ pub fn verify_and_mark(dir: &RunDir, manifest: &Manifest) -> Result<Verified, Fs
 }
 
 /// Tells whether this very checkpoint was once read back whole.
-pub fn is_verified(dir: &RunDir, manifest: &Manifest) -> bool {
+///
+/// # Errors
+/// The mark may be there and cannot be read.
+pub fn is_verified(dir: &RunDir, manifest: &Manifest) -> Result<bool, FsError> {
     /// A mark has one digest and one number.
     const MARK_BYTES_MAX: u64 = 4096;
-    let mark = dir.storage().read_small(&dir.verified(manifest.step()), MARK_BYTES_MAX).ok();
-    let mark = mark.and_then(|text| crate::json::parse_strict(&text).ok());
-    mark.is_some_and(|mark| mark["manifest"].as_str() == Some(manifest.seal.as_str()))
+    let mark = match dir.storage().read_small(&dir.verified(manifest.step()), MARK_BYTES_MAX) {
+        Ok(text) => crate::json::parse_strict(&text).ok(),
+        Err(error) if error.is_not_found() => None,
+        Err(error) => return Err(error),
+    };
+    Ok(mark.is_some_and(|mark| mark["manifest"].as_str() == Some(manifest.seal.as_str())))
 }
 
 #[cfg(test)]

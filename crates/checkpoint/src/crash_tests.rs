@@ -213,7 +213,7 @@ fn check(world: &World, facts: &[Fact], allowed: &Allowed) -> Result<Step, Strin
             }
             Fact::Verified(step) => {
                 let entry = catalog::find(&dir, step).map_err(text)?;
-                let verified = |m| catalog::is_verified(&dir, m);
+                let verified = |m| catalog::is_verified(&dir, m).unwrap_or(false);
                 let holds =
                     deleting(step) || entry.as_ref().and_then(|e| e.good()).is_some_and(verified);
                 ensure(holds, || format!("the mark of step {step} is lost"))?;

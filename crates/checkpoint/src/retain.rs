@@ -55,8 +55,13 @@ pub fn plan_retention(
     let mut holds = holds(dir)?;
     holds.retain(|hold| !hold.is_over(now));
     let good: Vec<&Manifest> = entries.iter().rev().filter_map(Entry::good).collect();
-    let verified = good.iter().find(|m| m.state.finite && catalog::is_verified(dir, m));
-    let verified: Option<Step> = verified.map(|m| m.step());
+    let mut verified: Option<Step> = None;
+    for manifest in good.iter().filter(|manifest| manifest.state.finite) {
+        if catalog::is_verified(dir, manifest)? {
+            verified = Some(manifest.step());
+            break;
+        }
+    }
     let mut out = Retention::default();
     let mut n_finite: usize = 0;
     for manifest in good {
@@ -233,8 +238,12 @@ pub fn plan_garbage(
             Err(error) if error.is_not_found() => None,
             Err(_) => continue,
         };
-        if committed.is_none() && dir.storage().size(&dir.damaged_manifest(step)).is_ok() {
-            continue;
+        if committed.is_none() {
+            match dir.storage().size(&dir.damaged_manifest(step)) {
+                Err(error) if error.is_not_found() => {}
+                // It is there, or that cannot be known.
+                _ => continue,
+            }
         }
         for name in dir.storage().names(&dir.step(step))? {
             let Some(attempt) = RunDir::parse_attempt(&name) else { continue };
@@ -266,6 +275,8 @@ pub fn collect_garbage(
         sweep(dir, step, current)?;
     }
     sweep_claims(dir)?;
+    // One that is being written just now is missed until the next commit: it is a hint.
+    dir.storage().remove_file(&partial(&dir.latest()))?;
     Ok(garbage)
 }
 

@@ -216,10 +216,15 @@ fn loss(loss: Option<f64>) -> String {
     loss.map_or("-".to_string(), |loss| format!("{loss:.4}"))
 }
 
+/// Tells whether a checkpoint is known to have been read back; a mark that cannot be read says
+/// nothing.
+fn is_verified(dir: &RunDir, manifest: &Manifest) -> bool {
+    catalog::is_verified(dir, manifest).unwrap_or(false)
+}
+
 /// Says in words what is known of a usable checkpoint.
 fn state(dir: &RunDir, manifest: &Manifest, holds: &[Hold]) -> String {
-    let is_verified = catalog::is_verified(dir, manifest);
-    let mut out = vec![if is_verified { "verified" } else { "good" }.to_string()];
+    let mut out = vec![if is_verified(dir, manifest) { "verified" } else { "good" }.to_string()];
     if !manifest.state.finite {
         out.push("not finite".to_string());
     }
@@ -282,7 +287,7 @@ fn summary(dir: &RunDir, manifest: &Manifest) -> Value {
     };
     json!({
         "run": manifest.run, "step": manifest.step, "status": "good",
-        "verified": catalog::is_verified(dir, manifest), "finite": manifest.state.finite,
+        "verified": is_verified(dir, manifest), "finite": manifest.state.finite,
         "created": manifest.created, "generation": manifest.generation,
         "attempt": manifest.attempt.to_string(), "coord_epoch": manifest.coord_epoch,
         "manifest": manifest.seal, "parent": manifest.parent,

@@ -47,8 +47,8 @@ pub enum Record {
     SetAside {
         /// The damaged one.
         lost: CheckpointRef,
-        /// The newest one from here on, if there is one.
-        next: Option<CheckpointRef>,
+        /// The newest one from here on.
+        next: CheckpointRef,
     },
     /// Somebody asked for a checkpoint.
     CheckpointAsked,
@@ -177,7 +177,7 @@ impl Saved {
             Record::Probe(probe) => self.probe = Some(probe),
             Record::Checkpoint(checkpoint) => self.checkpoint = Some(checkpoint),
             Record::NoCheckpoint => self.checkpoint = None,
-            Record::SetAside { next, .. } => self.checkpoint = next,
+            Record::SetAside { next, .. } => self.checkpoint = Some(next),
             Record::CheckpointAsked => self.checkpoint_asked = true,
             Record::Stopping { why } => self.stopping = Some(why),
             Record::Draining { worker, why } => {
@@ -208,6 +208,7 @@ impl Saved {
             }
             Record::BadSamplesTold { epoch, unlisted } => self.bad_epoch(epoch).told = unlisted,
             Record::Resumed => {
+                self.stopping = None;
                 if let Some(Ending::Failed { .. }) = self.ending.take() {
                     // Whoever lets it go on has looked, and may have mended the data.
                     self.bad_samples.clear();
@@ -251,11 +252,9 @@ impl fmt::Display for Record {
             Record::Checkpoint(c) => write!(f, "checkpoint of step {} ({})", c.step, c.manifest),
             Record::NoCheckpoint => write!(f, "no checkpoint is there any more"),
             Record::SetAside { lost, next } => {
-                write!(f, "checkpoint of step {} ({}) is set aside", lost.step, lost.manifest)?;
-                match next {
-                    Some(c) => write!(f, " for that of step {} ({})", c.step, c.manifest),
-                    None => write!(f, ", and there is no other"),
-                }
+                let (step, back) = (lost.step, next.step);
+                write!(f, "checkpoint of step {step} ({}) is set aside ", lost.manifest)?;
+                write!(f, "for that of step {back} ({})", next.manifest)
             }
             Record::CheckpointAsked => write!(f, "a checkpoint is asked for"),
             Record::Stopping { why } => write!(f, "the run is to stop: {why}"),

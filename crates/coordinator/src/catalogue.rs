@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use lacuna_checkpoint::aside::{self, Examined};
 use lacuna_checkpoint::catalog::{self, Entry, Status};
-use lacuna_checkpoint::commit::{self, Context};
+use lacuna_checkpoint::commit::{self, CommitError, Context};
 use lacuna_checkpoint::layout::{Attempt, RunDir};
 use lacuna_checkpoint::manifest::{Loss, Manifest, Parent, RunFacts};
 use lacuna_checkpoint::run_file::RunFile;
@@ -92,7 +92,14 @@ impl Catalogue {
             Status::Damaged { reason } => Some(reason.clone()),
             Status::Good(_) => None,
         };
-        let damaged = entries.iter().filter_map(reason).collect();
+        let damaged: Vec<String> = entries.iter().filter_map(reason).collect();
+        if newest.is_none() && !damaged.is_empty() {
+            // Training from the seed, it would outdate what a person may yet repair.
+            let all = damaged.join("; ");
+            return Err(CatalogueError(format!(
+                "no checkpoint can be loaded: {all}; remove their folders to begin again"
+            )));
+        }
         let generation = catalog::highest_generation(&dir).map_err(failed)?;
         lacuna_checkpoint::retain::collect_garbage(&dir, generation.next(), &[]).map_err(failed)?;
         let found = Found { newest, generation, probe, damaged };
@@ -141,7 +148,11 @@ impl Catalogue {
         };
         let committed = match commit::commit(&self.dir, &receipts, &context) {
             Ok(committed) => committed,
-            Err(err) => return self.same_state(order).ok_or_else(|| failed(err)),
+            // After any other error the manifest may be there and not last.
+            Err(err @ CommitError::Taken { same_state: true, .. }) => {
+                return self.same_state(order).ok_or_else(|| failed(err));
+            }
+            Err(err) => return Err(failed(err)),
         };
         if committed.state_digest != order.digest {
             return Err(CatalogueError(format!(
@@ -155,18 +166,25 @@ impl Catalogue {
     /// Reads a checkpoint whole; one that is damaged is set aside for the newest one that is left.
     pub fn examine(&self, checkpoint: &CheckpointRef) -> Examination {
         let (step, seal) = (checkpoint.step, checkpoint.manifest.as_str());
-        let why = match aside::examine(&self.dir, step, seal) {
+        let examined = aside::examine(&self.dir, step, seal);
+        match &examined {
             Examined::Sound => return Examination::Sound,
-            Examined::Unknown(why) => return Examination::Unknown { why },
-            Examined::Damaged(why) => why,
-        };
-        match catalog::list(&self.dir) {
-            Ok(entries) => {
-                let others = entries.iter().rev().filter_map(Entry::good);
-                let next = others.map(reference).find(|other| other != checkpoint);
-                Examination::Damaged { why, next }
+            Examined::Unknown(why) => return Examination::Unknown { why: why.clone() },
+            Examined::Damaged(_) | Examined::Gone => {}
+        }
+        let entries = match catalog::list(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) => {
+                return Examination::Unknown { why: lacuna_checkpoint::chain(&error) };
             }
-            Err(error) => Examination::Unknown { why: lacuna_checkpoint::chain(&error) },
+        };
+        let others = entries.iter().rev().filter_map(Entry::good).map(reference);
+        let next = others.into_iter().find(|other| other != checkpoint);
+        match examined {
+            // While others are there and damaged, the run is not begun again unasked.
+            Examined::Gone if next.is_some() || entries.is_empty() => Examination::Gone { next },
+            Examined::Damaged(why) => Examination::Damaged { why, next },
+            _ => Examination::Damaged { why: "it was removed".to_string(), next },
         }
     }
 
@@ -178,8 +196,12 @@ impl Catalogue {
     }
 
     /// Deletes checkpoints that no rule keeps, and what is left of attempts from before
-    /// `generation`; returns the steps.
-    pub fn retain(&self, generation: Generation) -> Result<Vec<Step>, CatalogueError> {
+    /// `generation` and of those that are `over`; returns the steps.
+    pub fn retain(
+        &self,
+        generation: Generation,
+        over: &[Attempt],
+    ) -> Result<Vec<Step>, CatalogueError> {
         let keep = &self.spec.checkpoint.keep;
         let Some(last) = NonZeroUsize::new(keep.last as usize) else { return Ok(Vec::new()) };
         let entries = catalog::list(&self.dir).map_err(failed)?;
@@ -189,8 +211,14 @@ impl Catalogue {
         let now = rfc3339(SystemTime::now());
         let done =
             lacuna_checkpoint::retain::retain(&self.dir, last, &in_use, &now).map_err(failed)?;
-        lacuna_checkpoint::retain::collect_garbage(&self.dir, generation, &[]).map_err(failed)?;
+        self.collect(generation, over)?;
         Ok(done.delete)
+    }
+
+    /// Removes what is left of attempts from before `generation` and of those that are `over`.
+    pub fn collect(&self, generation: Generation, over: &[Attempt]) -> Result<(), CatalogueError> {
+        let removed = lacuna_checkpoint::retain::collect_garbage(&self.dir, generation, over);
+        removed.map(drop).map_err(failed)
     }
 
     fn keep_every_steps(&self) -> Option<u64> {

@@ -498,8 +498,8 @@ impl Grpc {
         };
         let ending = view.borrow().ending.clone();
         match ending {
-            None | Some(Ending::Finished { .. }) => Ok(()),
-            Some(_) => {
+            Some(Ending::Finished { .. }) => Ok(()),
+            _ => {
                 input.send(Input::Resume(Box::new(spec))).await.map_err(|_| going_down())?;
                 let mut view = view;
                 let awake = view.wait_for(|view| view.ending.is_none());

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lacuna_api::{v1, wire};
+use lacuna_checkpoint::layout::Attempt;
 use lacuna_control::coordinator::{
     Command, CommitOrder, Coordinator, Ending, Event, Hello, Note, RunConfig, Status, WhenBusy,
 };
@@ -57,7 +58,7 @@ pub(crate) enum Input {
     Event(Event),
     /// Somebody asks for something, and is told once it is durable.
     Ask { event: Event, done: oneshot::Sender<bool> },
-    /// Go on after an end, with this spec.
+    /// Go on after an end or in the midst of a stop, with this spec.
     Resume(Box<RunSpec>),
     /// A background job has something for the log.
     Remark { warning: bool, text: String },
@@ -91,6 +92,10 @@ pub(crate) struct RunTask {
     sessions: BTreeMap<WorkerId, Attached>,
     figures: Option<Update>,
     last_seq: u64,
+    /// Attempts of one generation that are over: what was not committed of them is garbage.
+    over: Vec<Attempt>,
+    /// Commits under way: meanwhile an attempt that is over may yet become a checkpoint.
+    commits: Arc<AtomicUsize>,
     /// The newest plan, encoded: all members get the same.
     plan: Option<(Generation, prost::bytes::Bytes)>,
     last_published: Timestamp,
@@ -150,6 +155,19 @@ fn answer_to(event: &Event) -> Option<&'static str> {
     }
 }
 
+/// Removes what need not stay after a commit; returns what is to be said of it.
+fn retain(catalogue: &Catalogue, generation: Generation, over: &[Attempt]) -> Option<Input> {
+    let (warning, text) = match catalogue.retain(generation, over) {
+        Ok(deleted) if deleted.is_empty() => return None,
+        Ok(deleted) => {
+            let steps: Vec<String> = deleted.iter().map(ToString::to_string).collect();
+            (false, format!("retention deleted steps {}", steps.join(", ")))
+        }
+        Err(err) => (true, format!("retention failed: {err}")),
+    };
+    Some(Input::Remark { warning, text })
+}
+
 impl RunTask {
     /// Builds the task of a run; a run with an ending rests until [`Input::Resume`].
     pub(crate) fn create(
@@ -183,6 +201,8 @@ impl RunTask {
             sessions: BTreeMap::new(),
             figures,
             last_seq,
+            over: Vec::new(),
+            commits: Arc::default(),
             plan: None,
             last_published: now,
             unpublished: false,
@@ -268,8 +288,13 @@ impl RunTask {
             }
         };
         let answer = answer_to(&event);
+        let saved = matches!(event, Event::CheckpointDone { .. });
+        let generation = self.machine.saved().generation;
         let commands = self.machine.handle(now, event);
         self.unpublished |= !commands.is_empty();
+        if self.note_closed(generation, &commands) && !saved {
+            self.collect(generation);
+        }
         let met = answer.is_none_or(|kind| {
             commands.iter().any(|command| matches!(command, Command::Note(n) if n.kind == kind))
         });
@@ -401,6 +426,35 @@ impl RunTask {
         }
     }
 
+    /// Remembers which attempts are over from now on; says whether there are any.
+    fn note_closed(&mut self, generation: Generation, commands: &[Command]) -> bool {
+        self.over.retain(|attempt| attempt.generation == generation);
+        let n_before = self.over.len();
+        for command in commands {
+            if let Command::Persist(Record::AttemptClosed(seq)) = command {
+                self.over.push(Attempt::new(generation, *seq));
+            }
+        }
+        self.over.len() > n_before
+    }
+
+    /// Removes what a failed attempt left: on a full disk the next one needs the room.
+    fn collect(&self, generation: Generation) {
+        if self.commits.load(Ordering::Acquire) > 0 {
+            // It is removed after the next commit.
+            return;
+        }
+        let (catalogue, over, queue) =
+            (self.catalogue.clone(), self.over.clone(), self.input.clone());
+        tokio::task::spawn_blocking(move || {
+            if let Err(err) = catalogue.collect(generation, &over) {
+                let text = format!("what a failed attempt left was not removed: {err}");
+                // Fails only when the task is gone.
+                let _ = queue.blocking_send(Input::Remark { warning: true, text });
+            }
+        });
+    }
+
     fn commit(&mut self, order: CommitOrder) {
         let catalogue = self.catalogue.clone();
         let saved = self.machine.saved();
@@ -409,30 +463,24 @@ impl RunTask {
             Some(Update::Figures { loss, .. }) => Some(*loss),
             _ => None,
         };
-        let queue = self.input.clone();
+        let (queue, over, commits) = (self.input.clone(), self.over.clone(), self.commits.clone());
+        commits.fetch_add(1, Ordering::AcqRel);
         tokio::task::spawn_blocking(move || {
             let (generation, attempt) = (order.generation, order.attempt);
             let event = match catalogue.commit(&order, parent.as_ref(), probe, loss) {
                 Ok(checkpoint) => Event::CheckpointDone { generation, attempt, checkpoint },
                 Err(err) => Event::CheckpointFailed { generation, attempt, why: err.to_string() },
             };
+            let others = commits.fetch_sub(1, Ordering::AcqRel) - 1;
             let saved = matches!(event, Event::CheckpointDone { .. });
             if queue.blocking_send(Input::Event(event)).is_err() || !saved {
                 return;
             }
-            let remark = match catalogue.retain(generation) {
-                Ok(deleted) if deleted.is_empty() => return,
-                Ok(deleted) => {
-                    let steps: Vec<String> = deleted.iter().map(ToString::to_string).collect();
-                    let text = format!("retention deleted steps {}", steps.join(", "));
-                    Input::Remark { warning: false, text }
-                }
-                Err(err) => {
-                    Input::Remark { warning: true, text: format!("retention failed: {err}") }
-                }
-            };
-            // Fails only when the task is gone.
-            let _ = queue.blocking_send(remark);
+            let over = if others == 0 { over.as_slice() } else { &[] };
+            if let Some(remark) = retain(&catalogue, generation, over) {
+                // Fails only when the task is gone.
+                let _ = queue.blocking_send(remark);
+            }
         });
     }
 
@@ -483,7 +531,9 @@ impl RunTask {
 
     /// Starts the machine again from what is stored.
     async fn resume(&mut self, spec: RunSpec) -> Result<(), Down> {
-        if self.machine.ended().is_none() {
+        // Nobody is left to carry out a stop that an earlier life was asked for.
+        let stops = self.machine.saved().stopping.is_some() && self.sessions.is_empty();
+        if self.machine.ended().is_none() && !stops {
             return Ok(());
         }
         let config = match run_config(&spec, self.stored.n_samples) {

@@ -55,6 +55,8 @@ pub struct Catalogue {
     pub spoiled: BTreeSet<String>,
     /// Manifests that were found to be damaged.
     pub aside: BTreeSet<String>,
+    /// Manifests that an operator removed.
+    pub removed: BTreeSet<String>,
     /// How creating manifests goes.
     pub disk: Disk,
 }
@@ -65,6 +67,13 @@ impl Catalogue {
         let counts = |(_, (manifest, _)): &(&u64, &(String, State))| !self.aside.contains(manifest);
         let (step, (manifest, _)) = self.manifests.iter().rev().find(counts)?;
         Some(CheckpointRef { step: Step(*step), manifest: manifest.clone() })
+    }
+
+    /// An operator removes what is damaged.
+    pub fn remove_damaged(&mut self) {
+        let aside = std::mem::take(&mut self.aside);
+        self.manifests.retain(|_, (manifest, _)| !aside.contains(manifest));
+        self.removed.extend(aside);
     }
 
     /// Changes bytes of the newest checkpoint.
@@ -80,6 +89,9 @@ impl Catalogue {
 
     /// Loads a checkpoint by the digest of its manifest; `None` if there is none, or another.
     pub fn load(&self, step: u64, manifest: &str) -> Option<Loaded> {
+        if self.removed.contains(manifest) {
+            return Some(Loaded::Damaged);
+        }
         let (_, state) = self.manifests.get(&step).filter(|(found, _)| found == manifest)?;
         let spoiled = self.spoiled.contains(manifest);
         Some(if spoiled { Loaded::Damaged } else { Loaded::State(*state) })
@@ -87,6 +99,9 @@ impl Catalogue {
 
     /// Reads a checkpoint whole, and sets it aside if it is damaged.
     pub fn examine(&mut self, checkpoint: &CheckpointRef) -> Examination {
+        if self.removed.contains(&checkpoint.manifest) {
+            return Examination::Gone { next: self.newest() };
+        }
         if !self.spoiled.contains(&checkpoint.manifest) {
             return Examination::Sound;
         }

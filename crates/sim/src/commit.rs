@@ -52,14 +52,21 @@ impl World {
             _ => self.store.newest(),
         };
         let known = self.host.saved.checkpoint.clone();
-        if known.as_ref().is_some_and(|known| self.store.aside.contains(&known.manifest)) {
+        let is_lost = |known: &CheckpointRef| {
+            let (aside, removed) = (&self.store.aside, &self.store.removed);
+            aside.contains(&known.manifest) || removed.contains(&known.manifest)
+        };
+        if known.as_ref().is_some_and(is_lost) {
             self.observe(&Observation::SetAside);
         }
         match newest {
             Some(newest) if known.as_ref() != Some(&newest) => {
                 self.durable(&Record::Checkpoint(newest));
             }
-            None if known.is_some() => self.durable(&Record::NoCheckpoint),
+            // Where there are damaged ones alone, the run is left to an operator.
+            None if known.is_some() && self.store.aside.is_empty() => {
+                self.durable(&Record::NoCheckpoint);
+            }
             _ => {}
         }
     }

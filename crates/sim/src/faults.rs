@@ -197,6 +197,7 @@ impl World {
         }
         let resting = |e: &Ending| !matches!(e, Ending::Finished { .. });
         if self.host.ending().is_some_and(resting) {
+            self.store.remove_damaged();
             self.resume();
         }
         self.release_all();

@@ -497,9 +497,7 @@ impl World {
             Record::NoCheckpoint => self.observe(&Observation::SetAside),
             Record::SetAside { next, .. } => {
                 self.observe(&Observation::SetAside);
-                if let Some(next) = next {
-                    self.observe(&Observation::Newest { step: next.step });
-                }
+                self.observe(&Observation::Newest { step: next.step });
             }
             Record::Ended(ending) => self.ended(ending),
             _ => {}

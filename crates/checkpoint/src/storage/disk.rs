@@ -12,6 +12,10 @@ use crate::layout::PARTIAL;
 /// Threads that write a large file: a device is busy with one piece while the next one comes.
 const WRITERS: usize = 2;
 
+/// How often a folder's parent is made: whoever removes empty folders may do so in between, once
+/// for each attempt that is over.
+const CREATE_TRIES: usize = 3;
+
 /// A file system as a place for checkpoints.
 #[derive(Clone, Debug)]
 pub struct Disk {
@@ -33,18 +37,18 @@ impl Disk {
 
     fn create_dir_all(&self, path: &Path) -> Result<(), FsError> {
         let failed = |e: io::Error| FsError::new("create directory", path, e);
-        match self.fs.create_dir(path) {
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
-            Err(e) if e.kind() == ErrorKind::NotFound => {
-                let parent = path.parent().ok_or_else(|| failed(e))?;
-                self.create_dir_all(parent)?;
-                match self.fs.create_dir(path) {
-                    // Another writer was faster.
-                    Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
-                    done => done.map_err(failed),
+        let mut n_tries = 0;
+        loop {
+            match self.fs.create_dir(path) {
+                // Perhaps another writer was faster.
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::NotFound && n_tries < CREATE_TRIES => {
+                    n_tries += 1;
+                    let parent = path.parent().ok_or_else(|| failed(e))?;
+                    self.create_dir_all(parent)?;
                 }
+                done => return done.map_err(failed),
             }
-            done => done.map_err(failed),
         }
     }
 

@@ -59,6 +59,7 @@ impl Coordinator {
         match found {
             Examination::Sound => self.has_no_way_to_it(inquiry),
             Examination::Damaged { why, next } => self.set_aside(inquiry.checkpoint, &why, next),
+            Examination::Gone { next } => self.go_on_without(inquiry.checkpoint, next),
             Examination::Unknown { why } => {
                 let step = checkpoint.step;
                 let text = format!("the checkpoint of step {step} could not be examined: {why}");
@@ -82,24 +83,40 @@ impl Coordinator {
             // A commit came late, and there is a newer one.
             return;
         }
-        let step = lost.step;
-        self.record(Record::SetAside { lost, next: next.clone() });
-        let text = format!("the checkpoint of step {step} is damaged and set aside: {why}");
+        let text = format!("the checkpoint of step {} is damaged and set aside: {why}", lost.step);
         match next {
-            Some(next) => {
-                // There are only so many to go back to.
-                self.fruitless = 0;
-                let next = next.step;
-                self.note("set-aside", true, format!("{text}; going back to that of step {next}"));
-            }
+            Some(next) => self.go_back(lost, next, &text),
             None => {
                 let why = format!(
-                    "{text}; there is no other to go back to, and a run that is resumed begins \
-                     from the seed"
+                    "{text}; there is no other to go back to: repair it, or remove its folder to \
+                     begin again from the seed"
                 );
                 self.end(Ending::Failed { why, code: exit::IO });
             }
         }
+    }
+
+    /// Somebody removed the checkpoint, who knows what comes of that.
+    fn go_on_without(&mut self, lost: CheckpointRef, next: Option<CheckpointRef>) {
+        if self.saved.checkpoint.as_ref() != Some(&lost) {
+            return;
+        }
+        let text = format!("the checkpoint of step {} was removed", lost.step);
+        match next {
+            Some(next) => self.go_back(lost, next, &text),
+            None => {
+                self.record(Record::NoCheckpoint);
+                self.note("set-aside", true, format!("{text}; beginning again from the seed"));
+            }
+        }
+    }
+
+    fn go_back(&mut self, lost: CheckpointRef, next: CheckpointRef, text: &str) {
+        // There are only so many to go back to.
+        self.fruitless = 0;
+        let step = next.step;
+        self.record(Record::SetAside { lost, next });
+        self.note("set-aside", true, format!("{text}; going back to that of step {step}"));
     }
 
     pub(super) fn expire_inquiry(&mut self, now: Timestamp) {

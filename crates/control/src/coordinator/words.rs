@@ -145,6 +145,11 @@ pub enum Examination {
         /// The newest one before it that can be used, as far as manifests and sizes tell.
         next: Option<CheckpointRef>,
     },
+    /// It is not there any more: somebody removed it.
+    Gone {
+        /// The newest one that can be used.
+        next: Option<CheckpointRef>,
+    },
     /// It could not be read, which says nothing of it.
     Unknown {
         /// Why not.

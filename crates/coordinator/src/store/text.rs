@@ -22,7 +22,7 @@ enum Text {
     Probe { probe: String },
     Checkpoint { step: u64, manifest: String },
     NoCheckpoint,
-    SetAside { lost: CheckpointText, next: Option<CheckpointText> },
+    SetAside { lost: CheckpointText, next: CheckpointText },
     CheckpointAsked,
     Stopping { why: String },
     Draining { worker: String, why: String },
@@ -98,9 +98,7 @@ pub(super) fn render(record: &Record) -> String {
         Record::Probe(probe) => Text::Probe { probe: hex(probe) },
         Record::Checkpoint(c) => Text::Checkpoint { step: c.step.0, manifest: c.manifest },
         Record::NoCheckpoint => Text::NoCheckpoint,
-        Record::SetAside { lost, next } => {
-            Text::SetAside { lost: lost.into(), next: next.map(Into::into) }
-        }
+        Record::SetAside { lost, next } => Text::SetAside { lost: lost.into(), next: next.into() },
         Record::CheckpointAsked => Text::CheckpointAsked,
         Record::Stopping { why } => Text::Stopping { why },
         Record::Draining { worker, why } => Text::Draining { worker: worker.to_string(), why },
@@ -147,9 +145,7 @@ pub(super) fn parse(text: &str) -> Result<Record, String> {
             Record::Checkpoint(CheckpointRef { step: Step(step), manifest })
         }
         Text::NoCheckpoint => Record::NoCheckpoint,
-        Text::SetAside { lost, next } => {
-            Record::SetAside { lost: lost.into(), next: next.map(Into::into) }
-        }
+        Text::SetAside { lost, next } => Record::SetAside { lost: lost.into(), next: next.into() },
         Text::CheckpointAsked => Record::CheckpointAsked,
         Text::Stopping { why } => Record::Stopping { why },
         Text::Draining { worker: name, why } => Record::Draining { worker: worker(&name)?, why },

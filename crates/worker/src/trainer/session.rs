@@ -28,6 +28,10 @@ use crate::transport::Peers;
 /// Longest time for the last message to arrive before the process ends.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_millis(500);
 
+/// Signals within this time of the first one are one wish: whoever ends a whole job signals all of
+/// its processes at once, and the agent asks its trainers too.
+const SIGNAL_BURST: Duration = Duration::from_secs(1);
+
 /// Runs the session of one trainer.
 pub struct Driver {
     args: TrainerArgs,
@@ -108,6 +112,7 @@ impl Driver {
         let uplink = tokio::spawn(uplink.run());
         let mut parent = watch_parent();
         let mut signals = Signals::new();
+        let mut asked: Option<Instant> = None;
         let mut beat = beats(self.beat);
         let code = loop {
             if beat.period() != self.beat {
@@ -129,7 +134,13 @@ impl Driver {
                     self.send_bad_samples();
                     Some(Event::Tick)
                 }
-                name = signals.next() => Some(Event::Drain { why: name.to_string() }),
+                name = signals.next() => {
+                    if asked.is_some_and(|at| at.elapsed() < SIGNAL_BURST) {
+                        continue;
+                    }
+                    asked.get_or_insert_with(Instant::now);
+                    Some(Event::Drain { why: name.to_string() })
+                }
                 _ = &mut parent => {
                     warn!("the agent is gone");
                     break exit::FAILED;

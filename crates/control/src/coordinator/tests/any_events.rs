@@ -117,6 +117,7 @@ fn event() -> impl Strategy<Value = Event> {
             found: match found {
                 0 => Examination::Sound,
                 1 => Examination::Unknown { why: "x".into() },
+                2 => Examination::Gone { next: None },
                 _ => Examination::Damaged {
                     why: "x".into(),
                     next: (next < step)

@@ -74,10 +74,9 @@ fn without_another_one_the_run_fails() {
             examine the checkpoint of step 20
             to a:0: revoke 1
         the checkpoint was examined
-            persist: checkpoint of step 20 (m20) is set aside, and there is no other
-            persist: failed (74): the checkpoint of step 20 is damaged and set aside: other bytes; there is no other to go back to, and a run that is resumed begins from the seed
-            note failed: the checkpoint of step 20 is damaged and set aside: other bytes; there is no other to go back to, and a run that is resumed begins from the seed
-            to a:0: Exit { code: 74, why: "the checkpoint of step 20 is damaged and set aside: other bytes; there is no other to go back to, and a run that is resumed begins from the seed" }
+            persist: failed (74): the checkpoint of step 20 is damaged and set aside: other bytes; there is no other to go back to: repair it, or remove its folder to begin again from the seed
+            note failed: the checkpoint of step 20 is damaged and set aside: other bytes; there is no other to go back to: repair it, or remove its folder to begin again from the seed
+            to a:0: Exit { code: 74, why: "the checkpoint of step 20 is damaged and set aside: other bytes; there is no other to go back to: repair it, or remove its folder to begin again from the seed" }
     "#]]);
 }
 
@@ -142,6 +141,27 @@ fn nobody_waits_for_an_answer_for_ever() {
             to a:0: prepare 2
             draw an id for generation 2
         the checkpoint was examined
+    "#]]);
+}
+
+#[test]
+fn one_that_a_person_removed_is_gone_on_without() {
+    let mut told = cannot_load();
+    examined(&mut told, Examination::Gone { next: None });
+    told.wait(500);
+    told.check(expect![[r#"
+        a: Fault { generation: Generation(1), kind: Checkpoint, suspects: [], detail: "part-0 is damaged" }
+            note unreadable: a:0 cannot load the checkpoint of step 20, looking into it: part-0 is damaged
+            examine the checkpoint of step 20
+            to a:0: revoke 1
+        the checkpoint was examined
+            persist: no checkpoint is there any more
+            note set-aside: the checkpoint of step 20 was removed; beginning again from the seed
+        after 500 ms
+            persist: generation 2: slots a:0 8 (new communicator; a:0 reports: part-0 is damaged)
+            note forming: forming generation 2: 1 workers (a:0 reports: part-0 is damaged)
+            to a:0: prepare 2
+            draw an id for generation 2
     "#]]);
 }
 
