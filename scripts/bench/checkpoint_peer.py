@@ -34,6 +34,7 @@ def main() -> None:
     n_bytes = 4 * numel * N_TENSORS
     shutil.rmtree(args.folder, ignore_errors=True)
     writer = dcp.FileSystemWriter(args.folder, thread_count=args.threads, sync_files=True)
+    os.sync()
     start = time.perf_counter()
     dcp.save(state, storage_writer=writer)
     saved = time.perf_counter() - start
@@ -41,6 +42,7 @@ def main() -> None:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     loaded = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    os.sync()
     start = time.perf_counter()
     dcp.load(loaded, storage_reader=dcp.FileSystemReader(args.folder))
     took = time.perf_counter() - start

@@ -85,6 +85,9 @@ def watch(folder: pathlib.Path, settings: dict[str, Any], batch: int) -> Run:
                                    stdout=subprocess.PIPE, stderr=log)
         run, pid = Run(), None
         for line in process.stdout:
+            if not line.startswith("{"):
+                log.write(line)
+                continue
             update = json.loads(line)
             if "grad_norm" in update:
                 step = update["step"]

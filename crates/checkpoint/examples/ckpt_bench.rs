@@ -1,13 +1,15 @@
 //! Saves and loads a checkpoint beside raw direct writes and reads of as many bytes on one disk.
 //!
 //! ```text
-//! ckpt_bench FOLDER [--preset base] [--rounds 3]
+//! ckpt_bench FOLDER [--preset base] [--rounds 3] [--first raw|ours]
 //! ```
 //!
-//! One writer. A save is a part with its digests, its receipt and the commit, all durable; a load
+//! One writer. A save is a part with its digests, its receipt and the commit, all durable (the
+//! digest of the whole state is known by then, since the snapshot was taken); a load
 //! reads every byte, compares every digest, and the state's. Raw is 16 MiB at a time with O_DIRECT,
-//! and a sync. Each round does all four, on fresh files that are not in the page cache. Prints one
-//! JSON line: GB/s (10^9 bytes) of each round.
+//! and a sync. Each round does all four, on fresh files that are not in the page cache, and waits
+//! before each until the device has done what was asked of it before, such as discarding the blocks
+//! of removed files. Prints one JSON line: GB/s (10^9 bytes) of each round.
 
 use std::error::Error;
 use std::fs::{File, OpenOptions};
@@ -34,17 +36,19 @@ struct Args {
     folder: PathBuf,
     preset: String,
     rounds: u64,
+    ours_first: bool,
 }
 
 fn parse() -> Result<Args, Box<dyn Error>> {
     let mut words = std::env::args().skip(1);
     let folder = PathBuf::from(words.next().ok_or("usage: ckpt_bench FOLDER")?);
-    let mut args = Args { folder, preset: "base".to_string(), rounds: 3 };
+    let mut args = Args { folder, preset: "base".to_string(), rounds: 3, ours_first: false };
     while let Some(flag) = words.next() {
         let value = words.next().ok_or_else(|| format!("`{flag}` needs a value"))?;
         match flag.as_str() {
             "--preset" => args.preset = value,
             "--rounds" => args.rounds = value.parse()?,
+            "--first" => args.ours_first = value == "ours",
             _ => return Err(format!("`{flag}` is not known").into()),
         }
     }
@@ -59,15 +63,22 @@ fn main() -> Result<(), Box<dyn Error>> {
         |k: usize| (0..layout.numel()).map(|i| ((i + k) as f32).sqrt()).collect::<Vec<f32>>();
     let sections = [section(0), section(1), section(2)];
     let bytes = 12 * layout.numel();
+    let views = [&sections[0][..], &sections[1], &sections[2]];
+    let digest = digest_state(&layout, views, &counters(&layout));
     let mut rates: [Vec<f64>; 4] = Default::default();
     for round in 1..=args.rounds {
-        let raw = args.folder.join("raw");
-        rates[0].push(timed(bytes, || write_raw(&raw, bytes))?);
-        rates[1].push(timed(bytes, || read_raw(&raw, bytes))?);
-        std::fs::remove_file(&raw)?;
+        let raw = |rates: &mut [Vec<f64>; 4]| -> Result<(), Box<dyn Error>> {
+            let path = args.folder.join("raw");
+            rates[0].push(timed(bytes, || write_raw(&path, bytes))?);
+            rates[1].push(timed(bytes, || read_raw(&path, bytes))?);
+            Ok(std::fs::remove_file(&path)?)
+        };
+        if !args.ours_first {
+            raw(&mut rates)?;
+        }
         let dir = RunDir::new(&args.folder, format!("bench-{round}").parse()?);
         claim(&dir, CoordEpoch(1))?;
-        rates[2].push(timed(bytes, || save(&dir, &config, &layout, &sections))?);
+        rates[2].push(timed(bytes, || save(&dir, &config, &layout, &sections, digest))?);
         forget(&dir.path())?;
         let expected = Expected::tensors(&layout);
         let mut loaded = None;
@@ -78,6 +89,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         let is_same = loaded.is_some_and(|loaded| loaded.sections == sections);
         assert!(is_same, "the state is as it was saved");
         std::fs::remove_dir_all(dir.path())?;
+        if args.ours_first {
+            raw(&mut rates)?;
+        }
     }
     let list = |rates: &[f64]| {
         rates.iter().map(|rate| format!("{rate:.3}")).collect::<Vec<String>>().join(", ")
@@ -95,6 +109,7 @@ fn timed(
     bytes: usize,
     act: impl FnOnce() -> Result<(), Box<dyn Error>>,
 ) -> Result<f64, Box<dyn Error>> {
+    rustix::fs::sync();
     let start = Instant::now();
     act()?;
     Ok(bytes as f64 / 1e9 / start.elapsed().as_secs_f64())
@@ -134,13 +149,18 @@ fn read_raw(path: &Path, bytes: usize) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+fn counters(layout: &Layout) -> Counters {
+    Counters { step: 1, updates: 1, ..Counters::fresh(layout.n_blocks(), 64) }
+}
+
 fn save(
     dir: &RunDir,
     config: &ModelConfig,
     layout: &Layout,
     sections: &[Vec<f32>; 3],
+    digest: u64,
 ) -> Result<(), Box<dyn Error>> {
-    let counters = Counters { step: 1, updates: 1, ..Counters::fresh(layout.n_blocks(), 64) };
+    let counters = counters(layout);
     let views = [&sections[0][..], &sections[1], &sections[2]];
     let attempt = Attempt::new(Generation(1), AttemptSeq(1));
     let info = PartInfo {
@@ -148,7 +168,7 @@ fn save(
         step: Step(1),
         attempt,
         part: PartId { rank: 0, world: 1 },
-        state_digest: digest_state(layout, views, &counters),
+        state_digest: digest,
         counters: counters.clone(),
         block_bytes: BLOCK_BYTES,
     };

@@ -1,5 +1,6 @@
 //! Writes this worker's part of a checkpoint while training goes on.
 
+use std::cell::RefCell;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -10,7 +11,7 @@ use std::time::Instant;
 use lacuna_checkpoint::chain;
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::pace::Pace;
-use lacuna_checkpoint::state::Snapshot;
+use lacuna_checkpoint::state::{PartSlice, Snapshot};
 use lacuna_checkpoint::write::{PartInfo, write_part_at};
 use lacuna_control::worker::Report;
 use lacuna_types::{AttemptSeq, Generation};
@@ -41,6 +42,8 @@ pub struct Saver {
     thread: Option<JoinHandle<()>>,
     /// Counts what is saved.
     pub meter: SaveMeter,
+    /// Memory that was made ready.
+    ready: RefCell<Option<Snapshot>>,
 }
 
 impl Saver {
@@ -79,12 +82,19 @@ impl Saver {
             }
         };
         let thread = std::thread::Builder::new().name("saver".to_string()).spawn(work)?;
-        Ok(Saver { jobs: Some(jobs), spare, thread: Some(thread), meter })
+        Ok(Saver { jobs: Some(jobs), spare, thread: Some(thread), meter, ready: RefCell::default() })
     }
 
     /// Returns a buffer to copy the state into, used before if possible.
     pub fn buffer(&self) -> Snapshot {
-        self.spare.try_recv().unwrap_or_default()
+        self.spare.try_recv().ok().or_else(|| self.ready.take()).unwrap_or_default()
+    }
+
+    /// Makes memory for `slices` ready, so that the first copy need not wait for it.
+    pub fn reserve(&self, slices: Vec<PartSlice>) {
+        let mut buffer = self.buffer();
+        buffer.prepare(slices);
+        self.ready.replace(Some(buffer));
     }
 
     /// Hands a job over; refused while two earlier ones are not done.

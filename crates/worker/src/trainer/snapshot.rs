@@ -15,6 +15,16 @@ use super::step_loop::StepLoop;
 use crate::engine::{Engine, EngineError};
 
 impl StepLoop {
+    /// Makes memory for the part of `rank` ready.
+    pub(super) fn reserve(&self, plan: &Plan, rank: usize) {
+        let counters = self.counters.as_ref().expect("there is a state");
+        let view = StateView::leftovers_of(self.engine.layout(), counters);
+        let view = view.with_tables(&self.job.spec.model);
+        let partition = Partition::new(self.engine.layout(), plan.world() as u32);
+        let leftovers = view.leftovers();
+        self.saver.reserve(plan_part(self.engine.layout(), &partition, leftovers, rank as u32));
+    }
+
     /// Copies the part of `rank` aside; returns the digest of the whole state, and what to write.
     pub(super) fn snapshot(
         &self,

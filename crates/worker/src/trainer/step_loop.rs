@@ -275,7 +275,11 @@ impl StepLoop {
                 let step = Step(counters.step);
                 self.counters = Some(counters);
                 match self.digest() {
-                    Ok(digest) => self.report(Report::Synced { generation, step, digest }),
+                    Ok(digest) => {
+                        self.report(Report::Synced { generation, step, digest });
+                        // While others are not done yet.
+                        self.reserve(&plan, rank);
+                    }
                     Err(err) => self.fault(generation, FaultKind::Local, &err),
                 }
             }
