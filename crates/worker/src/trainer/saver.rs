@@ -82,7 +82,8 @@ impl Saver {
             }
         };
         let thread = std::thread::Builder::new().name("saver".to_string()).spawn(work)?;
-        Ok(Saver { jobs: Some(jobs), spare, thread: Some(thread), meter, ready: RefCell::default() })
+        let (jobs, thread, ready) = (Some(jobs), Some(thread), RefCell::default());
+        Ok(Saver { jobs, spare, thread, meter, ready })
     }
 
     /// Returns a buffer to copy the state into, used before if possible.
