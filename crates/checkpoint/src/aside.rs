@@ -22,6 +22,8 @@ const PROBLEMS_MAX: usize = 3;
 pub enum Examined {
     /// Every byte is what the manifest says.
     Sound,
+    /// Every byte is, although it was set aside; it is no more.
+    Mended,
     /// It cannot be used, for this reason; it is marked, where there is a manifest to name.
     Damaged(String),
     /// It is not there any more.
@@ -45,13 +47,20 @@ pub fn examine(dir: &RunDir, step: Step, seal: &str) -> Examined {
         let found = &manifest.seal;
         return Examined::Damaged(format!("another manifest has its place: {found}, not {seal}"));
     }
-    let verified = match catalog::verify_and_mark(dir, &manifest) {
+    let was_aside = matches!(reason(dir, &manifest), Ok(Some(_)));
+    let verify = || catalog::verify_and_mark(dir, &manifest);
+    let verified = match verify() {
+        // What could not be read is tried once more before it counts.
+        Ok(verified) if verified.n_unread > 0 => verify(),
+        done => done,
+    };
+    let verified = match verified {
         Ok(verified) => verified,
         // The bytes were read and are good; only the note beside them could not be written.
         Err(_) => return Examined::Sound,
     };
     if verified.problems.is_empty() {
-        return Examined::Sound;
+        return if was_aside { Examined::Mended } else { Examined::Sound };
     }
     let why = shortly(&verified.problems);
     if verified.n_passing > 0 {

@@ -448,20 +448,23 @@ pub struct Verified {
     pub bytes: u64,
     /// Everything that is wrong, one line each; empty for a sound checkpoint.
     pub problems: Vec<String>,
-    /// How many of them may pass: they say nothing of the bytes.
+    /// How many of them are of bytes that could not be read.
+    pub n_unread: usize,
+    /// How many of those may pass: they say nothing of the bytes.
     pub n_passing: usize,
 }
 
 impl Verified {
     fn add(&mut self, error: &ReadError) {
         self.problems.push(chain(error));
+        self.n_unread += usize::from(matches!(error, ReadError::Fs { .. }));
         self.n_passing += usize::from(error.is_passing());
     }
 }
 
 /// Reads every byte of every part and lists all damage.
 pub fn verify(dir: &RunDir, manifest: &Manifest) -> Verified {
-    let mut out = Verified { bytes: 0, problems: Vec::new(), n_passing: 0 };
+    let mut out = Verified { bytes: 0, problems: Vec::new(), n_unread: 0, n_passing: 0 };
     let mut blocks: Vec<BlockId> = Vec::new();
     for idx in 0..manifest.world_size {
         match BlockReader::open(dir, manifest, idx) {

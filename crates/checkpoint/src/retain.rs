@@ -209,6 +209,8 @@ fn remove_hidden(dir: &RunDir, step: Step, text: &[u8]) -> Result<(), RetainErro
 fn remove_marks(dir: &RunDir, step: Step) -> Result<(), FsError> {
     dir.storage().remove_file(&dir.verified(step))?;
     aside::unmark(dir, step)?;
+    dir.storage().remove_file(&partial(&dir.damage(step)))?;
+    dir.storage().remove_file(&partial(&dir.damaged_manifest(step)))?;
     dir.storage().remove_file(&partial(&dir.verified(step)))
 }
 

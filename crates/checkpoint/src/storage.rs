@@ -43,11 +43,22 @@ impl FsError {
     /// Tells whether another time or another user may succeed: nothing is known of the file then.
     pub fn is_passing(&self) -> bool {
         use io::ErrorKind::*;
+        use rustix::io::Errno;
+        let errno = self.source.raw_os_error();
+        // Too many open files, here or altogether, and servers that are down.
+        let passing = [Errno::MFILE, Errno::NFILE, Errno::HOSTDOWN];
+        if passing.iter().any(|passing| errno == Some(passing.raw_os_error())) {
+            return true;
+        }
         matches!(
             self.source.kind(),
             TimedOut
                 | PermissionDenied
                 | Interrupted
+                | WouldBlock
+                | OutOfMemory
+                | NotConnected
+                | ConnectionAborted
                 | StaleNetworkFileHandle
                 | NetworkDown
                 | NetworkUnreachable

@@ -170,7 +170,16 @@ impl Catalogue {
         match &examined {
             Examined::Sound => return Examination::Sound,
             Examined::Unknown(why) => return Examination::Unknown { why: why.clone() },
+            Examined::Mended => {
+                let why = "it was set aside and reads well again".to_string();
+                return Examination::Unknown { why };
+            }
             Examined::Damaged(_) | Examined::Gone => {}
+        }
+        // A place that went away, or that another coordinator took, says nothing of what was there.
+        if commit::highest_claim(&self.dir).ok().flatten() != Some(self.epoch) {
+            let why = format!("`{}` has no claim of this start", self.dir.path().display());
+            return Examination::Unknown { why };
         }
         let entries = match catalog::list(&self.dir) {
             Ok(entries) => entries,

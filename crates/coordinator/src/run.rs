@@ -292,13 +292,15 @@ impl RunTask {
         let generation = self.machine.saved().generation;
         let commands = self.machine.handle(now, event);
         self.unpublished |= !commands.is_empty();
-        if self.note_closed(generation, &commands) && !saved {
-            self.collect(generation);
-        }
+        let closed = self.note_closed(generation, &commands);
         let met = answer.is_none_or(|kind| {
             commands.iter().any(|command| matches!(command, Command::Note(n) if n.kind == kind))
         });
         self.carry_out_all(commands).await?;
+        // After the commands: one of them may have begun the commit of what is over.
+        if closed && !saved {
+            self.collect(generation);
+        }
         if let Some(done) = asked {
             // Nobody waits any more if it fails.
             let _ = done.send(met);

@@ -67,6 +67,11 @@ fn a_checkpoint_that_reads_well_again_counts_again() {
     assert!(matches!(examined(&dir, 20), Examined::Damaged(_)));
     flip(&dir, 20);
     assert_eq!(usable(&dir), [10]);
+    assert_eq!(examined(&dir, 20), Examined::Mended);
+    assert_eq!(usable(&dir), [10, 20]);
+    assert_eq!(examined(&dir, 20), Examined::Sound);
+    mark(&dir, &manifest(&dir, 20), "by hand").unwrap();
+    assert_eq!(usable(&dir), [10]);
     let verified = catalog::verify_and_mark(&dir, &manifest(&dir, 20)).unwrap();
     assert_eq!(verified.problems, Vec::<String>::new());
     assert_eq!(usable(&dir), [10, 20]);

@@ -23,8 +23,8 @@ pub(super) struct Inquiry {
 }
 
 impl Coordinator {
-    /// A member could not load the checkpoint that its group starts from. Returns whether that is
-    /// the run's newest, and looked into.
+    /// A member could not load the checkpoint that its group starts from: looks into it. Returns
+    /// whether there is one, so that the member is not to blame yet.
     pub(super) fn inquire(&mut self, now: Timestamp, worker: &WorkerId, detail: &str) -> bool {
         let sync = self.group.as_ref().and_then(|group| group.sync.as_ref());
         let Some(Origin::Checkpoint { manifest }) = sync.map(|sync| &sync.origin) else {
@@ -32,7 +32,8 @@ impl Coordinator {
         };
         let named = |c: &&CheckpointRef| c.manifest == *manifest;
         let Some(checkpoint) = self.saved.checkpoint.as_ref().filter(named).cloned() else {
-            return false;
+            // A newer one was committed meanwhile, which the next group loads.
+            return true;
         };
         let Some(record) = self.workers.get(worker) else { return false };
         let by = (worker.clone(), record.incarnation);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, WorkerId, exit};
 
-use super::forming::{Change, Stage};
+use super::forming::Change;
 use super::{Command, CommitOrder, Coordinator, Ending, WhenBusy};
 use crate::journal::Record;
 use crate::message::ToWorker;
@@ -81,9 +81,9 @@ impl Coordinator {
             // Nothing is left to write, and the manifest may be there already.
             WhenBusy::Cancel if commits => {}
             WhenBusy::Cancel => {
-                self.attempt_failed(&format!("the next one is due at step {step}"));
-                // Nothing is wrong with the store, as far as is known.
-                self.failed_attempts.0 = self.failed_attempts.0.saturating_sub(1);
+                let why = format!("the next one is due at step {step}");
+                self.close_attempt(&why);
+                self.note("not-saved", true, format!("checkpoint given up: {why}"));
                 self.propose(now, false);
             }
             WhenBusy::Wait => {
@@ -204,20 +204,9 @@ impl Coordinator {
 
     /// Gives the attempt up. Training goes on; an end that needs a checkpoint tries again.
     pub(super) fn attempt_failed(&mut self, why: &str) {
-        let Some(group) = self.group.as_mut() else {
-            return;
-        };
-        let Some(attempt) = group.attempt.take() else {
-            return;
-        };
-        let group = group.clone();
-        self.record(Record::AttemptClosed(attempt.seq));
-        let generation = group.plan.generation;
-        let message =
-            ToWorker::AbortAttempt { generation, attempt: attempt.seq, why: why.to_string() };
-        self.broadcast(&group, &message);
+        let Some(attempt) = self.close_attempt(why) else { return };
         self.failed_attempts.0 += 1;
-        let (n, most) = if group.stage == Stage::Held {
+        let (n, most) = if attempt.held {
             self.failed_attempts.1 += 1;
             let n = self.failed_attempts.1;
             self.note("not-saved", true, format!("checkpoint attempt {n} in a row failed: {why}"));
@@ -230,6 +219,19 @@ impl Coordinator {
             let why = format!("{n} checkpoint attempts in a row failed, the last because: {why}");
             self.end(Ending::Failed { why, code: exit::IO });
         }
+    }
+
+    /// Tells everybody that nobody waits for the attempt any more; returns it.
+    fn close_attempt(&mut self, why: &str) -> Option<Attempt> {
+        let group = self.group.as_mut()?;
+        let attempt = group.attempt.take()?;
+        let group = group.clone();
+        self.record(Record::AttemptClosed(attempt.seq));
+        let generation = group.plan.generation;
+        let message =
+            ToWorker::AbortAttempt { generation, attempt: attempt.seq, why: why.to_string() };
+        self.broadcast(&group, &message);
+        Some(attempt)
     }
 
     /// Everybody stands still before any step carried the attempt's lane from all: it can never
@@ -255,7 +257,7 @@ impl Coordinator {
     pub(super) fn expire_attempt(&mut self, now: Timestamp) {
         let attempt = self.group.as_ref().and_then(|g| g.attempt.as_ref());
         if attempt.is_some_and(|a| a.deadline <= now) {
-            let held = self.group.as_ref().is_some_and(|g| g.stage == Stage::Held);
+            let held = attempt.is_some_and(|attempt| attempt.held);
             let what = if held { "at the boundary" } else { "while training" };
             self.attempt_failed(&format!("it took longer than {:?} {what}", self.timing.attempt));
         }

@@ -166,3 +166,92 @@ fn a_commit_that_comes_late_still_counts() {
     let out = c.handle(Timestamp::from_millis(9), late);
     assert!(out.contains(&Command::Persist(Record::Checkpoint(checkpoint))));
 }
+
+/// One worker trains with these rules, and an attempt is under way when the next is due.
+fn busy(when_busy: WhenBusy, max_failures: u32) -> (Coordinator, Vec<Command>) {
+    let mut c = running();
+    c.config = RunConfig { when_busy, max_failures, checkpoint_steps: Some(2), ..CONFIG };
+    beat(&mut c, 10, 2);
+    let out = beat(&mut c, 20, 4);
+    (c, out)
+}
+
+fn beat(c: &mut Coordinator, ms: u64, step: u64) -> Vec<Command> {
+    let beat = crate::message::Beat {
+        generation: Generation(1),
+        step: Step(step),
+        phase: crate::message::Phase::Compute,
+        phase_ms: 0,
+        op_seq: step,
+        in_op: false,
+        slot_us: 0,
+    };
+    say(c, ms, ToCoordinator::Beat(beat))
+}
+
+fn sends(out: &[Command], wanted: impl Fn(&ToWorker) -> bool) -> bool {
+    out.iter().any(|c| matches!(c, Command::Send { message, .. } if wanted(message)))
+}
+
+fn notes(out: &[Command], kind: &str) -> bool {
+    out.iter().any(|c| matches!(c, Command::Note(note) if note.kind == kind))
+}
+
+#[test]
+fn a_checkpoint_that_is_due_while_one_is_written_is_skipped() {
+    let (mut c, out) = busy(WhenBusy::Skip, 0);
+    assert!(notes(&out, "skipped"), "{out:?}");
+    assert!(!sends(&out, |m| matches!(m, ToWorker::AbortAttempt { .. } | ToWorker::Hold { .. })));
+    // It counts from there, and is said once.
+    assert!(!notes(&beat(&mut c, 30, 5), "skipped"));
+    assert!(notes(&beat(&mut c, 40, 6), "skipped"));
+}
+
+#[test]
+fn or_training_stands_still_until_it_is_written() {
+    let (_, out) = busy(WhenBusy::Wait, 0);
+    assert!(sends(&out, |m| matches!(m, ToWorker::Hold { .. })), "{out:?}");
+    assert!(!sends(&out, |m| matches!(m, ToWorker::AbortAttempt { .. })));
+}
+
+/// What is given up for the next one is no failure.
+#[test]
+fn or_it_is_given_up_for_the_next_one() {
+    let (c, out) = busy(WhenBusy::Cancel, 1);
+    let given_up = AttemptSeq(1);
+    let is_it =
+        |m: &ToWorker| matches!(m, ToWorker::AbortAttempt { attempt, .. } if *attempt == given_up);
+    assert!(sends(&out, is_it), "{out:?}");
+    let next = |m: &ToWorker| matches!(m, ToWorker::Propose { attempt: AttemptSeq(2), .. });
+    assert!(sends(&out, next), "{out:?}");
+    assert_eq!(c.ended(), None);
+}
+
+#[test]
+fn so_many_failures_in_a_row_end_a_run_and_no_fewer() {
+    let (mut c, _) = busy(WhenBusy::Skip, 2);
+    let generation = Generation(1);
+    let fails = |c: &mut Coordinator, ms: u64, seq: u64| {
+        let (attempt, detail) = (AttemptSeq(seq), "no space left".to_string());
+        say(c, ms, ToCoordinator::PartFailed { generation, attempt, detail })
+    };
+    fails(&mut c, 30, 1);
+    assert_eq!(c.ended(), None);
+    beat(&mut c, 40, 6);
+    fails(&mut c, 50, 2);
+    assert!(matches!(c.ended(), Some(Ending::Failed { code: exit::IO, .. })), "{:?}", c.ended());
+}
+
+/// Without a limit they may go on for ever, also where the group waits for the store.
+#[test]
+fn failures_of_a_store_that_is_waited_for_end_no_run() {
+    let (mut c, _) = busy(WhenBusy::Wait, 0);
+    let generation = Generation(1);
+    say(&mut c, 30, ToCoordinator::Held { generation, step: Step(5), digest: 8 });
+    for _ in 0..5 {
+        let attempt = c.saved().attempts;
+        let detail = "no space left".to_string();
+        say(&mut c, 40, ToCoordinator::PartFailed { generation, attempt, detail });
+    }
+    assert_eq!(c.ended(), None);
+}

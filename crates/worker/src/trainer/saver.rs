@@ -30,6 +30,8 @@ pub struct SaveJob {
     pub info: PartInfo,
     /// The copied state.
     pub snapshot: Snapshot,
+    /// Whether training stands still for it: then it is written as fast as it can be.
+    pub held: bool,
     /// Set when nobody wants the part any more.
     pub given_up: Arc<AtomicBool>,
 }
@@ -61,7 +63,8 @@ impl Saver {
         let work = move || {
             for job in inbox {
                 let (generation, attempt) = (job.generation, job.attempt);
-                let mut pace = Pace::new(bytes_per_second, job.given_up.clone());
+                let limit = bytes_per_second.filter(|_| !job.held);
+                let mut pace = Pace::new(limit, job.given_up.clone());
                 let (slices, began) = (job.snapshot.slices(), Instant::now());
                 let report = match write_part_at(&dir, &job.info, &slices, &mut pace) {
                     Ok(receipt) => {

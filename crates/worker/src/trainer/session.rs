@@ -313,7 +313,7 @@ impl Driver {
             }
             Command::AbortAttempt { attempt, .. } => {
                 // Lowers the lane if it is still this attempt's, and ends a part under way.
-                self.shared.give_up_saving();
+                self.shared.give_up_saving(attempt);
                 let _ = self.shared.save.compare_exchange(
                     attempt.0,
                     0,

@@ -60,8 +60,9 @@ pub struct Shared {
     pub save: AtomicU64,
     /// Bad samples that the coordinator has not heard of.
     pub bad_samples: BadSampleQueue,
-    /// Set to give up the part that is being written.
-    saving: Mutex<Arc<AtomicBool>>,
+    /// Newest attempt of the generation that was given up, and what gives up the part that is being
+    /// written.
+    saving: Mutex<(AttemptSeq, Arc<AtomicBool>)>,
     progress: Mutex<Progress>,
 }
 
@@ -105,20 +106,25 @@ impl Shared {
     pub fn clear_requests(&self) {
         self.stop.store(0, Ordering::Relaxed);
         self.save.store(0, Ordering::Relaxed);
-        self.give_up_saving();
+        // Attempts of the next generation are counted anew.
+        self.give_up_saving(AttemptSeq(0));
+        self.saving.lock().unwrap_or_else(PoisonError::into_inner).0 = AttemptSeq(0);
     }
 
-    /// Begins a part; what is returned is set when nobody wants it any more.
-    pub fn begin_saving(&self) -> Arc<AtomicBool> {
-        let given_up = Arc::new(AtomicBool::new(false));
-        *self.saving.lock().unwrap_or_else(PoisonError::into_inner) = given_up.clone();
-        given_up
+    /// Begins the part of an attempt; what is returned is set when nobody wants it any more.
+    pub fn begin_saving(&self, attempt: AttemptSeq) -> Arc<AtomicBool> {
+        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        saving.1.store(true, Ordering::Release);
+        // It may have been given up while the state was copied.
+        saving.1 = Arc::new(AtomicBool::new(attempt <= saving.0));
+        saving.1.clone()
     }
 
-    /// Nobody wants the part any more that is being written, if one is.
-    pub fn give_up_saving(&self) {
-        let saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        saving.store(true, Ordering::Release);
+    /// Nobody wants parts of this attempt any more, or of those before.
+    pub fn give_up_saving(&self, attempt: AttemptSeq) {
+        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        saving.0 = saving.0.max(attempt);
+        saving.1.store(true, Ordering::Release);
     }
 
     /// Notes that a generation begins.

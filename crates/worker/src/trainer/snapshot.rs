@@ -30,7 +30,7 @@ impl StepLoop {
         &self,
         plan: &Plan,
         rank: usize,
-        attempt: AttemptSeq,
+        (attempt, held): (AttemptSeq, bool),
     ) -> Result<(u64, SaveJob), EngineError> {
         let layout = self.engine.layout().clone();
         let counters = self.counters.clone().expect("there is a state");
@@ -62,8 +62,8 @@ impl StepLoop {
             counters,
             block_bytes: BLOCK_BYTES,
         };
-        let (generation, given_up) = (plan.generation, self.shared.begin_saving());
-        Ok((digest, SaveJob { generation, attempt, info, snapshot, given_up }))
+        let (generation, given_up) = (plan.generation, self.shared.begin_saving(attempt));
+        Ok((digest, SaveJob { generation, attempt, info, snapshot, held, given_up }))
     }
 }
 

@@ -177,7 +177,7 @@ impl StepLoop {
                     if let Some(group) =
                         membership.as_ref().filter(|m| m.plan.generation == generation)
                     {
-                        self.save(group, attempt);
+                        self.save(group, attempt, true);
                         self.enter(Phase::Idle);
                     }
                 }
@@ -461,7 +461,7 @@ impl StepLoop {
             let lower =
                 self.shared.save.compare_exchange(raised, 0, Ordering::AcqRel, Ordering::Relaxed);
             if lower.is_ok() {
-                self.save(group, AttemptSeq(raised));
+                self.save(group, AttemptSeq(raised), false);
             }
         }
         let spec = &self.job.spec;
@@ -495,11 +495,11 @@ impl StepLoop {
     }
 
     /// Copies this rank's part aside and hands it to the saver.
-    fn save(&mut self, group: &Membership, attempt: AttemptSeq) {
+    fn save(&mut self, group: &Membership, attempt: AttemptSeq, held: bool) {
         let generation = group.plan.generation;
         self.enter(Phase::Checkpoint);
         let began = Instant::now();
-        let (digest, job) = match self.snapshot(&group.plan, group.rank, attempt) {
+        let (digest, job) = match self.snapshot(&group.plan, group.rank, (attempt, held)) {
             Ok(taken) => taken,
             Err(err) => return self.fault(generation, FaultKind::Local, &err),
         };
