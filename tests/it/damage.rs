@@ -39,11 +39,15 @@ fn a_flipped_bit_at_rest_costs_steps_and_no_bit() {
     let fixture = fixture();
     let want = undisturbed(&fixture, STEPS);
     let mut cluster = Cluster::start(&fixture);
-    let keys = [("elastic.workers", "\"2:2\""), ("checkpoint.every", "[\"10step\"]")];
+    let keys = [
+        ("elastic.workers", "\"2:2\""),
+        ("checkpoint.every", "[\"10step\"]"),
+        ("checkpoint.when_busy", "\"wait\""),
+    ];
     let spec = fixture.spec("flipped", STEPS, &keys);
     let run = cluster.submit(&spec);
     cluster.add("a", 2);
-    cluster.wait(&run, "ckpt", |seen| seen.run.checkpoint_step >= Some(40));
+    cluster.wait(&run, "two checkpoints", |seen| seen.count("saved") >= 2);
     cluster.take("a").signal(rustix::process::Signal::KILL);
     cluster.wait(&run, "the group to be over", |seen| seen.count("lost") >= 1);
     let step = flip_newest(&fixture, &run);
