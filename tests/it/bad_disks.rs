@@ -74,6 +74,20 @@ fn fill(path: &Path) -> u64 {
     file.metadata().unwrap().len()
 }
 
+/// A place that could never hold a checkpoint refuses the run when it is submitted, not when the
+/// first one is due.
+#[test]
+fn a_run_that_its_disk_cannot_hold_does_not_start() {
+    let mut fixture = fixture();
+    let Some(_disk) = on_small_disk(&mut fixture, 128 << 10) else { return };
+    let cluster = Cluster::start(&fixture);
+    let (code, text) = cluster.try_submit(&fixture.spec("small", 10, &[]));
+    assert_eq!(code, i32::from(lacuna_types::exit::IO), "{text}");
+    let why = "it was tried and does not keep what checkpoints are built on: `a large file appears";
+    assert!(text.contains(why) && text.contains("No space left on device"), "{text}");
+    assert!(std::fs::read_dir(fixture.path("ckpt")).unwrap().next().is_none(), "nothing stays");
+}
+
 /// The room comes back page by page, so that attempts fail at every place where they can.
 #[test]
 fn a_full_disk_costs_checkpoints_and_no_step() {

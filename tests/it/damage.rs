@@ -71,6 +71,26 @@ fn a_flipped_bit_at_rest_costs_steps_and_no_bit() {
     a_manifest_is_made_again(&fixture, &run);
 }
 
+/// A run that wants it has its checkpoints read back while it trains.
+#[test]
+fn checkpoints_are_read_back_where_a_run_wants_it() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start(&fixture);
+    let keys = [("checkpoint.every", "[\"10step\"]"), ("checkpoint.read_back", "true")];
+    let run = cluster.submit(&fixture.spec("read", STEPS, &keys));
+    cluster.add("a", 1);
+    cluster.wait_end(&run);
+    let is_verified =
+        |line: &str| line.contains(&format!(" {STEPS} ")) && line.contains("verified");
+    let verified = cluster.wait(&run, "the last one to be read back", |seen| {
+        let of_last = format!("checkpoint step {STEPS} was read back and is sound");
+        seen.events.iter().any(|event| event.text == of_last)
+    });
+    assert_eq!(verified.count("set-aside"), 0);
+    let (code, out, err) = said(&fixture.run(&["ckpt", "ls", &format!("ckpt/{run}")]));
+    assert!(code == 0 && out.lines().any(is_verified), "{out}{err}");
+}
+
 /// What the coordinator wrote down of the run is enough to make a lost manifest again.
 fn a_manifest_is_made_again(fixture: &Fixture, run: &str) {
     let before = newest(fixture, run);

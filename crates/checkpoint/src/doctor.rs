@@ -1,11 +1,18 @@
 //! Whether a place keeps what checkpoints are built on: tried, not believed.
 
 use std::path::Path;
+use std::time::SystemTime;
 
 use crate::storage::{FsError, Published, Storage, chain};
 
-/// Bytes of the file that is written on trial.
-const TRIAL_BYTES: usize = 1 << 20;
+/// Bytes of the large file that is written where a run is about to start: they cost it little.
+pub const BRIEF_BYTES: usize = 1 << 20;
+
+/// Bytes of one that object stores take in several parts.
+pub const THOROUGH_BYTES: usize = 24 << 20;
+
+/// Free space that a run wants, in checkpoints: an old one, a new one, and some air.
+const ROOM: f64 = 2.2;
 
 /// What was tried and how it went.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,17 +37,34 @@ pub struct Examined {
 impl Examined {
     /// Tells whether checkpoints can be trusted to this place.
     pub fn is_sound(&self) -> bool {
-        self.findings.iter().all(|finding| finding.problem.is_none())
+        self.problem().is_none()
     }
+
+    /// Names the first thing that does not hold, and why.
+    pub fn problem(&self) -> Option<String> {
+        let told = |f: &Finding| f.problem.as_ref().map(|why| format!("`{}`: {why}", f.what));
+        self.findings.iter().find_map(told)
+    }
+
+    /// Tells whether so many bytes are known to be more than are free.
+    pub fn lacks(&self, bytes: u64) -> bool {
+        self.free_bytes.is_some_and(|free| free < bytes)
+    }
+}
+
+/// Returns the free bytes that a run with checkpoints of `bytes` wants.
+pub fn room_for(bytes: u64) -> u64 {
+    (bytes as f64 * ROOM) as u64
 }
 
 /// Tells whether something holds.
 type Trial<'a> = dyn Fn() -> Result<bool, FsError> + 'a;
 
-/// Tries everything in a folder of the name `trial` in `base`, which is removed afterwards.
-///
-/// Nothing else may use that name.
-pub fn examine(storage: &dyn Storage, base: &Path, trial: &str) -> Examined {
+/// Tries everything in a folder in `base` that is removed afterwards; one file has `large_bytes`.
+pub fn examine(storage: &dyn Storage, base: &Path, large_bytes: usize) -> Examined {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    // Nobody else uses this name.
+    let trial = format!(".lacuna-trial-{}-{}", std::process::id(), now.as_nanos());
     let folder = base.join(trial);
     let file = folder.join("file");
     let trials: [(&'static str, &Trial<'_>); 7] = [
@@ -55,7 +79,7 @@ pub fn examine(storage: &dyn Storage, base: &Path, trial: &str) -> Examined {
             storage.replace_small(&file, "3")?;
             Ok(storage.read_small(&file, 16)? == b"3")
         }),
-        ("a large file appears whole", &|| large(storage, &folder.join("large"))),
+        ("a large file appears whole", &|| large(storage, &folder.join("large"), large_bytes)),
         ("a file can be hidden", &|| {
             storage.hide(&file, &folder.join("hidden"))?;
             Ok(storage.size(&file).is_err_and(|error| error.is_not_found()))
@@ -82,8 +106,8 @@ pub fn examine(storage: &dyn Storage, base: &Path, trial: &str) -> Examined {
 }
 
 /// A large file is not there before it is published, and then has its bytes and its name alone.
-fn large(storage: &dyn Storage, path: &Path) -> Result<bool, FsError> {
-    let bytes: Vec<u8> = (0..TRIAL_BYTES).map(|i| (i % 251) as u8).collect();
+fn large(storage: &dyn Storage, path: &Path, n: usize) -> Result<bool, FsError> {
+    let bytes: Vec<u8> = (0..n).map(|i| (i % 251) as u8).collect();
     let mut sink = storage.begin(path, bytes.len() as u64)?;
     sink.write_all(&bytes)?;
     let early = storage.size(path).is_ok();
@@ -105,9 +129,11 @@ mod tests {
     #[test]
     fn this_machine_is_sound() {
         let root = tempfile::tempdir().unwrap();
-        let found = examine(&Disk::new(), root.path(), "trial");
+        let found = examine(&Disk::new(), root.path(), BRIEF_BYTES);
         assert!(found.is_sound(), "{found:?}");
-        assert!(found.free_bytes.unwrap() > 0 && found.writes_direct.is_some());
+        assert!(found.writes_direct.is_some());
+        let free = found.free_bytes.unwrap();
+        assert!(free > 0 && !found.lacks(free) && found.lacks(room_for(free)));
         assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0, "nothing stays");
     }
 
@@ -117,9 +143,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let base = root.path().join("file");
         std::fs::write(&base, "").unwrap();
-        let found = examine(&Disk::new(), &base, "trial");
-        assert!(!found.is_sound());
-        let problem = found.findings[0].problem.as_deref().unwrap();
-        assert!(problem.starts_with("failed to create directory"), "{problem}");
+        let found = examine(&Disk::new(), &base, BRIEF_BYTES);
+        let problem = found.problem().unwrap();
+        assert!(problem.starts_with("`folders can be made`: failed to create"), "{problem}");
     }
 }

@@ -126,8 +126,13 @@ impl RunDir {
     /// Names the directory of `run` under `to`, a folder or the URL of an object store, as
     /// `checkpoint.to` says; nothing is created, and nothing is asked of a store.
     pub fn open(to: &str, run: RunId) -> Result<Self, FsError> {
+        RunDir::open_shared(to, run, 1)
+    }
+
+    /// The same for one of `n_readers` processes of this machine that load the same checkpoints.
+    pub fn open_shared(to: &str, run: RunId, n_readers: usize) -> Result<Self, FsError> {
         if !lacuna_store::is_url(to) {
-            return Ok(RunDir::new(to, run));
+            return Ok(RunDir::on(Arc::new(Disk::shared_by(n_readers)), to, run));
         }
         let storage = Objects::open(to)?;
         let root = storage.root();

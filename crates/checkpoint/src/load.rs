@@ -155,12 +155,31 @@ pub fn load(
     manifest: &Manifest,
     expected: &Expected<'_>,
 ) -> Result<LoadedState, LoadError> {
+    let numel = expected.layout.numel();
+    let mut sections: [Vec<f32>; 3] = std::array::from_fn(|_| vec![0.0; numel]);
+    let counters = load_into(dir, manifest, expected, &mut |section, at, values: &[f32]| {
+        sections[section as usize][at..at + values.len()].copy_from_slice(values);
+    })?;
+    Ok(LoadedState { manifest: manifest.clone(), sections, counters })
+}
+
+/// Loads the state of a checkpoint piece by piece, so that memory for it is needed once; returns
+/// its counters.
+///
+/// `put` gets `values` for the elements `at..` of a section, by place in the files, each after its
+/// block was compared. What it got is a state only if this succeeds.
+pub fn load_into(
+    dir: &RunDir,
+    manifest: &Manifest,
+    expected: &Expected<'_>,
+    put: &mut dyn FnMut(Section, usize, &[f32]),
+) -> Result<Counters, LoadError> {
     let step = manifest.step();
     let differences = differences(manifest, expected);
     if !differences.is_empty() {
         return Err(LoadError::Mismatch { step, differences });
     }
-    read_state(dir, manifest, expected.layout).map_err(|reason| {
+    read_state(dir, manifest, expected.layout, put).map_err(|reason| {
         // Best effort: the damage matters more than a store that cannot be listed.
         let entries = catalog::list(dir).unwrap_or_default();
         let next_good = catalog::next_good(&entries, manifest).map(Manifest::step);
@@ -169,27 +188,33 @@ pub fn load(
 }
 
 /// Reads the three sections; returns what is damaged.
-fn read_state(dir: &RunDir, manifest: &Manifest, layout: &Layout) -> Result<LoadedState, String> {
-    let mut sections: [Vec<f32>; 3] = std::array::from_fn(|_| vec![0.0; layout.numel()]);
-    let mut wanted: Vec<Wanted> = Vec::new();
-    let mut buffers: Vec<&mut [u8]> = Vec::new();
-    for (section, buffer) in Section::ALL.into_iter().zip(&mut sections) {
-        let mut rest: &mut [f32] = buffer;
-        for param in layout.params() {
-            let (own, later) = rest.split_at_mut(param.numel());
-            buffers.push(bytemuck::cast_slice_mut(own));
-            wanted.push(Wanted {
-                tensor: format!("{}/{}", section.prefix(), param.name),
-                range: 0..param.numel() as u64,
-            });
-            rest = later;
-        }
-    }
+fn read_state(
+    dir: &RunDir,
+    manifest: &Manifest,
+    layout: &Layout,
+    put: &mut dyn FnMut(Section, usize, &[f32]),
+) -> Result<Counters, String> {
+    let n = layout.n_blocks();
+    let want = |section: Section, block: usize| Wanted {
+        tensor: format!("{}/{}", section.prefix(), layout.params()[block].name),
+        range: 0..layout.range(block).len() as u64,
+    };
+    let of_section = |section: Section| (0..n).map(move |block| want(section, block));
+    let wanted: Vec<Wanted> = Section::ALL.into_iter().flat_map(of_section).collect();
     let ops = read::plan(manifest, &wanted).map_err(|e: PlanError| chain(&e))?;
-    let read = read::read_all(dir, manifest, &ops, &mut buffers);
+    let read = read::read_all(dir, manifest, &ops, wanted.len(), |wanted, dst, bytes| {
+        let (section, block) = (Section::ALL[wanted / n], wanted % n);
+        let at = layout.range(block).start + dst / size_of::<f32>();
+        match bytemuck::try_cast_slice(bytes) {
+            Ok(values) => put(section, at, values),
+            Err(_) => {
+                let values = bytes.chunks_exact(size_of::<f32>()).map(bytemuck::pod_read_unaligned);
+                put(section, at, &values.collect::<Vec<f32>>());
+            }
+        }
+    });
     let digests = read.map_err(|e: ReadError| chain(&e))?;
     let counters = manifest.state.counters.clone();
-    let n = layout.n_blocks();
     let of_tensor = |block: usize| std::array::from_fn(|section| digests[section * n + block]);
     let tensors: Vec<TensorDigests> = (0..n).map(of_tensor).collect();
     let found = Hex64(state_digest(&tensors, &counters));
@@ -199,19 +224,15 @@ fn read_state(dir: &RunDir, manifest: &Manifest, layout: &Layout) -> Result<Load
             manifest.step, manifest.state_digest
         ));
     }
-    Ok(LoadedState { manifest: manifest.clone(), sections, counters })
+    Ok(counters)
 }
 
-/// Loads the checkpoint of one step, or fails: an explicit choice is not replaced by another.
-pub fn load_step(
-    dir: &RunDir,
-    step: Step,
-    expected: &Expected<'_>,
-) -> Result<LoadedState, LoadError> {
+/// Finds the checkpoint of one step, or fails: an explicit choice is not replaced by another.
+pub fn find_step(dir: &RunDir, step: Step) -> Result<Manifest, LoadError> {
     let entries = catalog::list(dir).map_err(LoadError::List)?;
     let entry = entries.iter().find(|entry| entry.step == step);
     match &entry.ok_or(LoadError::NotFound { step })?.status {
-        Status::Good(manifest) => load(dir, manifest, expected),
+        Status::Good(manifest) => Ok(manifest.as_ref().clone()),
         Status::Damaged { reason } => {
             let older = entries.iter().filter(|entry| entry.step < step);
             let next_good = older.filter_map(Entry::good).max_by_key(|good| good.order());
@@ -219,6 +240,15 @@ pub fn load_step(
             Err(LoadError::Damaged { step, reason: reason.clone(), next_good })
         }
     }
+}
+
+/// Loads the checkpoint of one step, or fails.
+pub fn load_step(
+    dir: &RunDir,
+    step: Step,
+    expected: &Expected<'_>,
+) -> Result<LoadedState, LoadError> {
+    load(dir, &find_step(dir, step)?, expected)
 }
 
 /// Loads the newest checkpoint that is sound; `None` where none was ever committed.

@@ -10,11 +10,11 @@ use lacuna_recipe::digest::Crc64;
 use crate::json::Hex64;
 use crate::layout::RunDir;
 use crate::manifest::{FileEntry, Manifest};
-use crate::storage::{FsError, ReadAt, Storage, chain};
+use crate::storage::{FsError, Pages, ReadAt, Storage, chain};
 
 mod lanes;
 
-use self::lanes::BlockId;
+use self::lanes::Task;
 
 /// Tensors that a message names before it only counts them.
 const AFFECTED_SHOWN: usize = 6;
@@ -261,7 +261,7 @@ pub(crate) struct BlockReader<'a> {
     idx: u32,
     path: PathBuf,
     file: Box<dyn ReadAt>,
-    block: Vec<u8>,
+    block: Pages,
     held: Option<u64>,
 }
 
@@ -285,7 +285,7 @@ impl<'a> BlockReader<'a> {
             affects: all(),
             source,
         })?;
-        Ok(BlockReader { manifest, idx, path, file, block: Vec::new(), held: None })
+        Ok(BlockReader { manifest, idx, path, file, block: Pages::default(), held: None })
     }
 
     /// Returns the number of blocks.
@@ -308,99 +308,128 @@ impl<'a> BlockReader<'a> {
         if self.held != Some(idx) {
             self.held = None;
             let mut block = std::mem::take(&mut self.block);
-            let read = self.read(idx, &mut block);
+            let read = self.read(idx, &mut block, &[]);
             self.block = block;
             read?;
             self.held = Some(idx);
         }
-        Ok(&self.block)
+        Ok(self.block.bytes())
     }
 
-    /// Reads block `idx` into `buffer`, which gets its size.
-    fn read(&self, idx: u64, buffer: &mut Vec<u8>) -> Result<(), ReadError> {
+    /// Reads block `idx` into `buffer`, which gets its size; returns the digests of `pieces` of it.
+    fn read(
+        &self,
+        idx: u64,
+        buffer: &mut Pages,
+        pieces: &[Range<usize>],
+    ) -> Result<Vec<Crc64>, ReadError> {
         let entry = self.entry();
         let bytes = entry.block_range(idx);
-        buffer.resize((bytes.end - bytes.start) as usize, 0);
+        buffer.resize((bytes.end - bytes.start) as usize);
         let (step, file) = (self.manifest.step, entry.name.clone());
-        if let Err(e) = self.file.read_exact_at(buffer, bytes.start) {
+        if let Err(e) = self.file.read_exact_at(buffer.bytes_mut(), bytes.start) {
             let source = FsError::new("read", &self.path, e);
             let affects = affected(self.manifest, self.idx, &bytes);
             return Err(ReadError::Fs { step, file, affects, source });
         }
-        let found = Hex64(Crc64::of(buffer).value);
+        let (whole, digests) = digest_pieces(buffer.bytes(), pieces);
+        let found = Hex64(whole.value);
         let want = entry.blocks[idx as usize];
         if found != want {
             let affects = affected(self.manifest, self.idx, &bytes);
             return Err(ReadError::Damaged { step, file, bytes, found, want, affects });
         }
-        Ok(())
+        Ok(digests)
     }
 }
 
-/// Reads a whole plan; `buffers` has one buffer per wanted range of it. Returns the digest of each.
+/// Computes the digest of a block and those of `pieces` of it, from each byte once.
+fn digest_pieces(block: &[u8], pieces: &[Range<usize>]) -> (Crc64, Vec<Crc64>) {
+    if pieces.windows(2).any(|pair| pair[1].start < pair[0].end) {
+        // Somebody wants some bytes twice.
+        let digests = pieces.iter().map(|piece| Crc64::of(&block[piece.clone()])).collect();
+        return (Crc64::of(block), digests);
+    }
+    let (mut whole, mut at) = (Crc64::default(), 0);
+    let mut digests: Vec<Crc64> = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let digest = Crc64::of(&block[piece.clone()]);
+        whole = whole.then(Crc64::of(&block[at..piece.start])).then(digest);
+        at = piece.end;
+        digests.push(digest);
+    }
+    (whole.then(Crc64::of(&block[at..])), digests)
+}
+
+/// Reads a whole plan for `n_wanted` ranges and returns the digest of each.
 ///
-/// Digests are computed as the bytes come, while the device is busy with later ones.
+/// `put` gets the bytes piece by piece, by place in the files: the index of the wanted range, the
+/// first byte in it, and the bytes, which were compared with their block's digest. Digests are
+/// computed as the bytes come, while the device is busy with later ones.
 pub fn read_all(
     dir: &RunDir,
     manifest: &Manifest,
     ops: &[ReadOp],
-    buffers: &mut [&mut [u8]],
+    n_wanted: usize,
+    mut put: impl FnMut(usize, usize, &[u8]),
 ) -> Result<Vec<Crc64>, ReadError> {
+    let (tasks, places) = tasks(manifest, ops);
+    let mut places = places.into_iter();
     let mut pieces: Vec<(usize, usize, Crc64)> = Vec::new();
-    let blocks_of = |op: &ReadOp| {
-        let (file, size) = (op.file, manifest.files[op.file as usize].block);
-        (op.bytes.start / size..op.bytes.end.div_ceil(size)).map(move |block| (file, block))
-    };
-    let blocks: Vec<BlockId> = ops.iter().flat_map(blocks_of).collect();
-    let mut ops = ops.iter();
-    let mut at: Option<(&ReadOp, usize)> = None;
-    lanes::for_each(dir, manifest, &blocks, |(file, block), read| {
-        let range = manifest.files[file as usize].block_range(block);
-        let is_of = |op: &ReadOp| op.file == file && op.bytes.start < range.end;
-        let is_over = |op: &ReadOp| op.file != file || op.bytes.end <= range.start;
-        if at.is_none_or(|(op, _)| is_over(op)) {
-            at = ops.next().map(|op| (op, 0));
+    lanes::for_each(dir, manifest, &tasks, |task, read| {
+        let block = read?;
+        for (piece, digest) in task.pieces.iter().zip(block.digests) {
+            let (wanted, dst) = places.next().expect("every piece has a place");
+            put(wanted, dst, &block.bytes[piece.clone()]);
+            pieces.push((wanted, dst, digest));
         }
-        let (op, done) = at.as_mut().expect("every block is of an operation");
-        debug_assert!(is_of(op), "operations come in the order of their blocks");
-        copy_out(op, done, read?, &range, buffers, |wanted, dst, bytes| {
-            pieces.push((wanted, dst, Crc64::of(bytes)));
-        });
         Ok(())
     })?;
     // Parts may hold a tensor's slices in any order.
     pieces.sort_by_key(|(wanted, dst, _)| (*wanted, *dst));
-    let mut digests: Vec<Crc64> = vec![Crc64::default(); buffers.len()];
+    let mut digests: Vec<Crc64> = vec![Crc64::default(); n_wanted];
     for (wanted, _, piece) in pieces {
         digests[wanted] = digests[wanted].then(piece);
     }
     Ok(digests)
 }
 
-/// Puts what is wanted of a block in its places, and shows each piece to `put` with the index of
-/// its buffer and its place there; copies before `done` lie in earlier blocks.
-fn copy_out(
-    op: &ReadOp,
+/// Lists the blocks of a plan, and where each piece of them goes: range and first byte in it.
+fn tasks(manifest: &Manifest, ops: &[ReadOp]) -> (Vec<Task>, Vec<(usize, usize)>) {
+    let (mut tasks, mut places) = (Vec::new(), Vec::new());
+    for op in ops {
+        let entry = &manifest.files[op.file as usize];
+        let mut done = 0;
+        for block in op.bytes.start / entry.block..op.bytes.end.div_ceil(entry.block) {
+            let range = entry.block_range(block);
+            let mut pieces: Vec<Range<usize>> = Vec::new();
+            for (piece, wanted, dst) in wanted_of(op, &mut done, &range) {
+                pieces.push(piece);
+                places.push((wanted, dst));
+            }
+            tasks.push(Task { file: op.file, block, pieces });
+        }
+    }
+    (tasks, places)
+}
+
+/// Lists what is wanted of a block that is `range` of its file: bytes of the block, index of the
+/// wanted range, first byte in it. Copies before `done` lie in earlier blocks.
+fn wanted_of<'a>(
+    op: &'a ReadOp,
     done: &mut usize,
-    block: &[u8],
-    range: &Range<u64>,
-    buffers: &mut [&mut [u8]],
-    mut put: impl FnMut(usize, usize, &[u8]),
-) {
+    range: &'a Range<u64>,
+) -> impl Iterator<Item = (Range<usize>, usize, usize)> + 'a {
     while op.copies.get(*done).is_some_and(|copy| copy.at.end <= range.start) {
         *done += 1;
     }
     let near = op.copies[*done..].iter().take_while(|copy| copy.at.start < range.end);
-    for copy in near {
+    near.filter_map(|copy| {
         let (start, end) = (copy.at.start.max(range.start), copy.at.end.min(range.end));
-        if start >= end {
-            continue;
-        }
-        let from = &block[(start - range.start) as usize..(end - range.start) as usize];
+        let piece = (start - range.start) as usize..end.saturating_sub(range.start) as usize;
         let dst = copy.dst + (start - copy.at.start) as usize;
-        buffers[copy.wanted][dst..dst + from.len()].copy_from_slice(from);
-        put(copy.wanted, dst, from);
-    }
+        (start < end).then_some((piece, copy.wanted, dst))
+    })
 }
 
 /// Reads ranges of a checkpoint in any order, keeping the last part open and its last block held.
@@ -435,7 +464,10 @@ impl<'a> Reader<'a> {
         let mut done: usize = 0;
         for idx in op.bytes.start / size..op.bytes.end.div_ceil(size) {
             let range = reader.entry().block_range(idx);
-            copy_out(op, &mut done, reader.block(idx)?, &range, buffers, |_, _, _| {});
+            let block = reader.block(idx)?;
+            for (piece, wanted, dst) in wanted_of(op, &mut done, &range) {
+                buffers[wanted][dst..dst + piece.len()].copy_from_slice(&block[piece]);
+            }
         }
         Ok(())
     }
@@ -465,16 +497,17 @@ impl Verified {
 /// Reads every byte of every part and lists all damage.
 pub fn verify(dir: &RunDir, manifest: &Manifest) -> Verified {
     let mut out = Verified { bytes: 0, problems: Vec::new(), n_unread: 0, n_passing: 0 };
-    let mut blocks: Vec<BlockId> = Vec::new();
+    let mut tasks: Vec<Task> = Vec::new();
+    let task = |file: u32| move |block: u64| Task { file, block, pieces: Vec::new() };
     for idx in 0..manifest.world_size {
         match BlockReader::open(dir, manifest, idx) {
-            Ok(reader) => blocks.extend((0..reader.n_blocks()).map(|block| (idx, block))),
+            Ok(reader) => tasks.extend((0..reader.n_blocks()).map(task(idx))),
             Err(error) => out.add(&error),
         }
     }
-    let all = lanes::for_each(dir, manifest, &blocks, |_, read| {
+    let all = lanes::for_each(dir, manifest, &tasks, |_, read| {
         match read {
-            Ok(bytes) => out.bytes += bytes.len() as u64,
+            Ok(block) => out.bytes += block.bytes.len() as u64,
             Err(error) => out.add(&error),
         }
         Ok(())

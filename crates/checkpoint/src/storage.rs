@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 mod disk;
 mod objects;
+mod pages;
 mod posix;
 mod stage;
 
@@ -21,6 +22,7 @@ pub(crate) mod model;
 pub use disk::Disk;
 pub(crate) use disk::Partial;
 pub use objects::Objects;
+pub(crate) use pages::Pages;
 
 /// An operation on a file or object that failed.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +116,7 @@ pub trait Storage: fmt::Debug + Send + Sync {
 
     /// Returns how many threads read a large file best.
     fn readers(&self) -> usize {
-        2
+        3
     }
 
     /// Writes a small file that must not exist yet; `Created` means that it is there to stay, and

@@ -1,11 +1,14 @@
 //! Checkpoints of a run as the coordinator sees them: claim, commit, newest, retention.
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lacuna_checkpoint::aside::{self, Examined};
 use lacuna_checkpoint::catalog::{self, Entry, Status};
 use lacuna_checkpoint::commit::{self, CommitError, Context};
+use lacuna_checkpoint::doctor;
 use lacuna_checkpoint::layout::{Attempt, RunDir};
 use lacuna_checkpoint::manifest::{Loss, Manifest, Parent, RunFacts};
 use lacuna_checkpoint::run_file::RunFile;
@@ -13,9 +16,11 @@ use lacuna_checkpoint::write::Receipt;
 use lacuna_control::coordinator::{CommitOrder, Examination};
 use lacuna_control::journal::{Record, Saved};
 use lacuna_control::plan::CheckpointRef;
+use lacuna_recipe::state::Layout;
 use lacuna_spec::RunSpec;
 use lacuna_spec::units::Cadence;
 use lacuna_types::{BuildId, CoordEpoch, Generation, RunId, Step};
+use tracing::warn;
 
 /// Where a run's checkpoints stand, and what identifies its arithmetic.
 #[derive(Clone, Debug)]
@@ -25,6 +30,8 @@ pub struct Catalogue {
     n_samples: u64,
     fingerprint: String,
     epoch: CoordEpoch,
+    /// Whether a checkpoint is being read back.
+    is_reading: Arc<AtomicBool>,
 }
 
 /// What was found of a run's checkpoints when it (re)starts.
@@ -70,6 +77,28 @@ fn failed(error: impl std::error::Error + 'static) -> CatalogueError {
     CatalogueError(lacuna_checkpoint::chain(&error))
 }
 
+/// Tries whether the place of a new run keeps what checkpoints are built on: better now than when
+/// the first one is due.
+fn examine_place(dir: &RunDir, spec: &RunSpec) -> Result<(), CatalogueError> {
+    let found = doctor::examine(dir.storage(), dir.root(), doctor::BRIEF_BYTES);
+    if let Some(problem) = found.problem() {
+        return Err(CatalogueError(format!(
+            "it was tried and does not keep what checkpoints are built on: {problem}"
+        )));
+    }
+    // Parameters and both moments, f32.
+    let bytes = 12 * Layout::new(spec.model.params()).numel() as u64;
+    let (free, wanted) = (found.free_bytes.unwrap_or(u64::MAX), doctor::room_for(bytes));
+    if free < bytes {
+        return Err(CatalogueError(format!("a checkpoint has {bytes} bytes, {free} are free")));
+    }
+    if free < wanted {
+        let to = &spec.checkpoint.to;
+        warn!("`{to}` has {free} bytes free; checkpoints of this run want {wanted}");
+    }
+    Ok(())
+}
+
 impl Catalogue {
     /// Claims the run for this coordinator, with `epoch` or the first free one above it, and looks
     /// at what is there.
@@ -81,8 +110,11 @@ impl Catalogue {
     ) -> Result<(Self, Found), CatalogueError> {
         let run: RunId = spec.run_id();
         let dir = RunDir::open(&spec.checkpoint.to, run).map_err(failed)?;
-        let claimed = commit::highest_claim(&dir).map_err(failed)?.unwrap_or_default();
-        let epoch = epoch.max(claimed.next());
+        let claimed = commit::highest_claim(&dir).map_err(failed)?;
+        if claimed.is_none() {
+            examine_place(&dir, &spec)?;
+        }
+        let epoch = epoch.max(claimed.unwrap_or_default().next());
         commit::claim(&dir, epoch).map_err(failed)?;
         let entries = catalog::list(&dir).map_err(failed)?;
         let newest = catalog::newest_good(&entries).map(reference);
@@ -103,7 +135,8 @@ impl Catalogue {
         let generation = catalog::highest_generation(&dir).map_err(failed)?;
         lacuna_checkpoint::retain::collect_garbage(&dir, generation.next(), &[]).map_err(failed)?;
         let found = Found { newest, generation, probe, damaged };
-        let catalogue = Catalogue { dir, spec, n_samples, fingerprint, epoch };
+        let is_reading = Arc::default();
+        let catalogue = Catalogue { dir, spec, n_samples, fingerprint, epoch, is_reading };
         catalogue.describe()?;
         Ok((catalogue, found))
     }
@@ -197,6 +230,33 @@ impl Catalogue {
         }
     }
 
+    /// Reads a checkpoint that was just committed back, where the run wants that: a sound one is
+    /// marked as verified, a damaged one set aside. Returns what is to be said, and
+    /// whether it is a warning.
+    ///
+    /// One at a time: while one is being read, later ones are not.
+    pub fn read_back(&self, checkpoint: &CheckpointRef) -> Option<(bool, String)> {
+        if !self.spec.checkpoint.read_back || self.is_reading.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        let examined = aside::examine(&self.dir, checkpoint.step, &checkpoint.manifest);
+        self.is_reading.store(false, Ordering::Release);
+        let step = checkpoint.step;
+        match examined {
+            Examined::Sound | Examined::Mended => {
+                Some((false, format!("checkpoint step {step} was read back and is sound")))
+            }
+            Examined::Damaged(why) => {
+                Some((true, format!("checkpoint step {step} was read back and is damaged: {why}")))
+            }
+            Examined::Unknown(why) => {
+                Some((true, format!("checkpoint step {step} could not be read back: {why}")))
+            }
+            // Retention was faster.
+            Examined::Gone => None,
+        }
+    }
+
     /// Finds a checkpoint of the same step and state, from before a restart: it is as good as ours.
     fn same_state(&self, order: &CommitOrder) -> Option<CheckpointRef> {
         let entry = catalog::find(&self.dir, order.step).ok()??;
@@ -222,6 +282,18 @@ impl Catalogue {
             lacuna_checkpoint::retain::retain(&self.dir, last, &in_use, &now).map_err(failed)?;
         self.collect(generation, over)?;
         Ok(done.delete)
+    }
+
+    /// The same after a commit; returns what is to be said, and whether it is a warning.
+    pub fn clean_up(&self, generation: Generation, over: &[Attempt]) -> Option<(bool, String)> {
+        match self.retain(generation, over) {
+            Ok(deleted) if deleted.is_empty() => None,
+            Ok(deleted) => {
+                let steps: Vec<String> = deleted.iter().map(ToString::to_string).collect();
+                Some((false, format!("retention deleted steps {}", steps.join(", "))))
+            }
+            Err(err) => Some((true, format!("retention failed: {err}"))),
+        }
     }
 
     /// Removes what is left of attempts from before `generation` and of those that are `over`.

@@ -155,19 +155,6 @@ fn answer_to(event: &Event) -> Option<&'static str> {
     }
 }
 
-/// Removes what need not stay after a commit; returns what is to be said of it.
-fn retain(catalogue: &Catalogue, generation: Generation, over: &[Attempt]) -> Option<Input> {
-    let (warning, text) = match catalogue.retain(generation, over) {
-        Ok(deleted) if deleted.is_empty() => return None,
-        Ok(deleted) => {
-            let steps: Vec<String> = deleted.iter().map(ToString::to_string).collect();
-            (false, format!("retention deleted steps {}", steps.join(", ")))
-        }
-        Err(err) => (true, format!("retention failed: {err}")),
-    };
-    Some(Input::Remark { warning, text })
-}
-
 impl RunTask {
     /// Builds the task of a run; a run with an ending rests until [`Input::Resume`].
     pub(crate) fn create(
@@ -474,15 +461,21 @@ impl RunTask {
                 Err(err) => Event::CheckpointFailed { generation, attempt, why: err.to_string() },
             };
             let others = commits.fetch_sub(1, Ordering::AcqRel) - 1;
-            let saved = matches!(event, Event::CheckpointDone { .. });
-            if queue.blocking_send(Input::Event(event)).is_err() || !saved {
+            let saved = match &event {
+                Event::CheckpointDone { checkpoint, .. } => Some(checkpoint.clone()),
+                _ => None,
+            };
+            if queue.blocking_send(Input::Event(event)).is_err() {
                 return;
             }
+            let Some(checkpoint) = saved else { return };
             let over = if others == 0 { over.as_slice() } else { &[] };
-            if let Some(remark) = retain(&catalogue, generation, over) {
+            let say = |(warning, text)| {
                 // Fails only when the task is gone.
-                let _ = queue.blocking_send(remark);
-            }
+                let _ = queue.blocking_send(Input::Remark { warning, text });
+            };
+            catalogue.clean_up(generation, over).map(say);
+            catalogue.read_back(&checkpoint).map(say);
         });
     }
 

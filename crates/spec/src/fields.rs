@@ -225,6 +225,11 @@ const FIELDS: &[Field] = &[
         "0",
         "attempts in a row that may fail before the run does, 0 for any number",
     ),
+    placement(
+        "checkpoint.read_back",
+        "false",
+        "whether the coordinator reads each checkpoint back and marks it as verified",
+    ),
     display(
         "track.every",
         "\"20step\"",

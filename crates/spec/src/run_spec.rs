@@ -293,6 +293,7 @@ pub struct CheckpointSpec {
     pub when_busy: WhenBusy,
     pub max_write_mbps: u32,
     pub max_failures: u32,
+    pub read_back: bool,
 }
 
 /// Key `checkpoint.keep`: a checkpoint stays if any rule keeps it.

@@ -194,20 +194,23 @@ where
     let start = Instant::now();
     let end = start + deadline;
     let mut attempts: u32 = 0;
-    let last = loop {
+    let mut last = String::new();
+    loop {
         attempts += 1;
         let until = (Instant::now() + patience).min(end);
-        let why = match timeout_at(until, attempt()).await {
+        last = match timeout_at(until, attempt()).await {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(Trouble::Never(error))) => return Err(error),
             Ok(Err(Trouble::Again(why))) => why,
+            // The time was over before this attempt could say anything: the one before counts.
+            Err(_) if attempts > 1 && until == end => last,
             Err(_) => "no answer came".to_string(),
         };
         let pause = shared.limits.backoff(attempts, start.elapsed().as_nanos() as u64);
         if Instant::now() + pause >= end {
-            break why;
+            break;
         }
         sleep(pause).await;
-    };
+    }
     Err(StoreError::NoAnswer { object: shared.url(name), attempts, waited: start.elapsed(), last })
 }

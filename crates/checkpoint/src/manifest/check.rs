@@ -12,6 +12,9 @@ use crate::state::{Dtype, EXPONENTS};
 /// Largest accepted digest block: readers hold one in memory.
 pub(crate) const BLOCK_BYTES_MAX: u64 = 256 << 20;
 
+/// Places of elements and ends of blocks are multiples of this, so that no f32 lies in two blocks.
+const ELEMENT_BYTES: u64 = 4;
+
 /// A claim of a manifest that cannot hold.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidManifest {
@@ -78,6 +81,9 @@ fn check_blocks(file: &FileEntry) -> Check {
     ensure((1..=BLOCK_BYTES_MAX).contains(&file.block), || {
         format!("`{name}` has digest blocks of {} bytes", file.block)
     })?;
+    ensure(file.block.is_multiple_of(ELEMENT_BYTES), || {
+        format!("`{name}` has digest blocks of {} bytes, which cut elements", file.block)
+    })?;
     let n_blocks = file.bytes.div_ceil(file.block);
     ensure(file.blocks.len() as u64 == n_blocks, || {
         format!("`{name}` has {} block digests for {n_blocks} blocks", file.blocks.len())
@@ -113,7 +119,8 @@ fn check_cover(manifest: &Manifest, tensor: &TensorEntry) -> Result<(), String> 
         let file = manifest.files.get(slice.file as usize);
         let file = file.ok_or_else(|| format!("there is no file {}", slice.file))?;
         let bytes = (end - start) * tensor.dtype.bytes();
-        if from.checked_add(bytes) != Some(to) || to > file.bytes {
+        let is_aligned = from.is_multiple_of(tensor.dtype.bytes().min(ELEMENT_BYTES));
+        if from.checked_add(bytes) != Some(to) || to > file.bytes || !is_aligned {
             return Err(format!(
                 "elements {start}..{end} cannot be bytes {from}..{to} of `{}`",
                 file.name

@@ -95,3 +95,17 @@ fn verification_lists_all_damage() {
     "#]]
     .assert_eq(&report);
 }
+
+/// Bytes between pieces count, pieces may touch, be empty, or be wanted twice.
+#[test]
+fn digests_of_pieces_are_those_of_their_bytes() {
+    let block: Vec<u8> = (0..5000u32).map(|i| (i * i) as u8).collect();
+    let lists: [&[Range<usize>]; 5] =
+        [&[], &[0..5000], &[3..3, 8..700, 700..701, 4000..4999], &[0..9, 4..12], &[7..9, 7..9]];
+    for pieces in lists {
+        let (whole, digests) = digest_pieces(&block, pieces);
+        assert_eq!(whole, Crc64::of(&block), "{pieces:?}");
+        let want: Vec<Crc64> = pieces.iter().map(|p| Crc64::of(&block[p.clone()])).collect();
+        assert_eq!(digests, want, "{pieces:?}");
+    }
+}

@@ -4,6 +4,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::pages::{ALIGN, Pages, is_aligned};
 use super::posix::{Fs, FsFile, Posix};
 use super::stage::Stage;
 use super::{FsError, Published, ReadAt, Sink, Storage};
@@ -21,18 +22,27 @@ const CREATE_TRIES: usize = 3;
 pub struct Disk {
     fs: Arc<dyn Fs>,
     writers: usize,
+    /// Whether large files are read past the page cache.
+    reads_direct: bool,
 }
 
 impl Disk {
-    /// Uses the file system of this machine.
+    /// Uses the file system of this machine; large files are read past the page cache, so that
+    /// what is compared is what the device has.
     pub fn new() -> Self {
-        Disk { fs: Arc::new(Posix), writers: WRITERS }
+        Disk { fs: Arc::new(Posix), writers: WRITERS, reads_direct: true }
+    }
+
+    /// The same for one of `n` processes of this machine that read the same files: with others,
+    /// they are read through the page cache, and by the device once.
+    pub fn shared_by(n: usize) -> Self {
+        Disk { reads_direct: n <= 1, ..Disk::new() }
     }
 
     /// Uses another file system, and no thread but the caller's.
     #[cfg(test)]
     pub(crate) fn over(fs: Arc<dyn Fs>) -> Self {
-        Disk { fs, writers: 0 }
+        Disk { fs, writers: 0, reads_direct: false }
     }
 
     fn create_dir_all(&self, path: &Path) -> Result<(), FsError> {
@@ -131,7 +141,10 @@ impl Storage for Disk {
 
     fn open(&self, path: &Path) -> Result<Box<dyn ReadAt>, FsError> {
         let file = self.fs.open(path).map_err(|e| FsError::new("open", path, e))?;
-        Ok(Box::new(OnDisk(file)))
+        // Refused by tmpfs and some network file systems: then the cache it is.
+        let is_direct = |file: &Box<dyn FsFile>| file.set_direct(true).is_ok();
+        let direct = self.reads_direct.then(|| self.fs.open(path).ok().filter(is_direct));
+        Ok(Box::new(OnDisk { file, direct: direct.flatten() }))
     }
 
     fn create_small(&self, via: &Path, path: &Path, text: &str) -> Result<Published, FsError> {
@@ -192,11 +205,9 @@ impl Storage for Disk {
 
     fn writes_direct(&self, folder: &Path) -> Option<bool> {
         let partial = Partial::create_on(self, &folder.join("direct")).ok()?;
-        let page: Vec<u8> = vec![0; 1 << 13];
-        let start = page.as_ptr().align_offset(1 << 12);
-        let page = page.get(start..start + (1 << 12))?;
-        let written =
-            partial.file.set_direct(true).and_then(|()| partial.file.write_all_at(page, 0));
+        let page = Pages::new(ALIGN);
+        let set = partial.file.set_direct(true);
+        let written = set.and_then(|()| partial.file.write_all_at(page.bytes(), 0));
         Some(written.is_ok())
     }
 
@@ -205,11 +216,25 @@ impl Storage for Disk {
     }
 }
 
-struct OnDisk(Box<dyn FsFile>);
+struct OnDisk {
+    file: Box<dyn FsFile>,
+    /// The same past the page cache: whole pages only, into memory that starts one.
+    direct: Option<Box<dyn FsFile>>,
+}
 
 impl ReadAt for OnDisk {
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_exact_at(buffer, offset)
+        let direct = self.direct.as_ref().filter(|_| is_aligned(buffer, offset));
+        let Some(direct) = direct else { return self.file.read_exact_at(buffer, offset) };
+        let (pages, rest) = buffer.split_at_mut(buffer.len() / ALIGN * ALIGN);
+        match direct.read_exact_at(pages, offset) {
+            // Some file systems take the flag and refuse the read, and some devices want more.
+            Err(error) if error.kind() == ErrorKind::InvalidInput => {
+                self.file.read_exact_at(pages, offset)?;
+            }
+            read => read?,
+        }
+        self.file.read_exact_at(rest, offset + pages.len() as u64)
     }
 }
 

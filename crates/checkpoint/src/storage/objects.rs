@@ -68,22 +68,6 @@ impl Objects {
         PathBuf::from(self.store.url())
     }
 
-    /// Finds out whether the store keeps an object that a later one wants to take the place of.
-    ///
-    /// Writes and deletes one object; `unique` is a name that no other probe uses. Where it says
-    /// no, two coordinators could commit the same step.
-    pub fn probe_conditional_create(&self, unique: &str) -> Result<bool, FsError> {
-        let path = self.root().join(format!(".lacuna-probe-{unique}"));
-        let first = self.create(&path, "first\n")?;
-        if first == Published::Exists {
-            let error = io::Error::from(io::ErrorKind::AlreadyExists);
-            return Err(FsError::new("create", &path, error));
-        }
-        let second = self.create(&path, "second\n");
-        self.remove_file(&path)?;
-        Ok(second? == Published::Exists)
-    }
-
     fn create(&self, path: &Path, text: &str) -> Result<Published, FsError> {
         let bytes = text.as_bytes().to_vec();
         self.call("create", path, |name, stop| self.store.create(name, bytes, self.small, stop))

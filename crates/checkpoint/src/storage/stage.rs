@@ -6,20 +6,16 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use super::pages::{ALIGN, Pages};
 use super::posix::FsFile;
 
 /// Bytes of a piece at most: enough for a disk's full rate, little next to a snapshot.
 pub(super) const PIECE_BYTES: usize = 8 << 20;
 
-/// Alignment of memory, places and sizes that direct writes need on common devices.
-const ALIGN: usize = 4096;
-
 /// Memory for one piece.
 struct Piece {
-    memory: Vec<u8>,
-    start: usize,
     /// Room, in whole pages.
-    bytes: usize,
+    memory: Pages,
     filled: usize,
     /// Where it goes.
     offset: u64,
@@ -27,17 +23,14 @@ struct Piece {
 
 impl Piece {
     fn new(bytes: usize) -> Self {
-        let memory: Vec<u8> = vec![0; bytes + ALIGN];
-        let start = memory.as_ptr().align_offset(ALIGN);
-        let start = if start <= ALIGN { start } else { 0 };
-        Piece { memory, start, bytes, filled: 0, offset: 0 }
+        Piece { memory: Pages::new(bytes), filled: 0, offset: 0 }
     }
 
     /// Takes as many of `bytes` as there is room for; returns how many.
     fn fill(&mut self, bytes: &[u8]) -> usize {
-        let n = bytes.len().min(self.bytes - self.filled);
-        let at = self.start + self.filled;
-        self.memory[at..at + n].copy_from_slice(&bytes[..n]);
+        let n = bytes.len().min(self.memory.bytes().len() - self.filled);
+        let room = &mut self.memory.bytes_mut()[self.filled..];
+        room[..n].copy_from_slice(&bytes[..n]);
         self.filled += n;
         n
     }
@@ -45,8 +38,8 @@ impl Piece {
     /// Writes the piece, padded with zeros to whole pages; the file is cut to its size later.
     fn write(&mut self, file: &dyn FsFile) -> io::Result<()> {
         let padded = self.filled.next_multiple_of(ALIGN);
-        self.memory[self.start + self.filled..self.start + padded].fill(0);
-        let staged = &self.memory[self.start..self.start + padded];
+        self.memory.bytes_mut()[self.filled..padded].fill(0);
+        let staged = &self.memory.bytes()[..padded];
         match file.write_all_at(staged, self.offset) {
             // Some file systems take the flag and refuse the write.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
@@ -104,7 +97,7 @@ impl Stage {
             };
             let n = piece.fill(bytes);
             bytes = &bytes[n..];
-            if piece.filled == piece.bytes {
+            if piece.filled == piece.memory.bytes().len() {
                 self.send(piece)?;
             } else {
                 self.piece = Some(piece);

@@ -18,9 +18,6 @@ use super::run_dir;
 use crate::Coded;
 use crate::data::talk::{io, put, size, usage};
 
-/// Free space that a run wants, in checkpoints: an old one, a new one, and some air.
-const ROOM: f64 = 2.2;
-
 /// `lacuna ckpt doctor`.
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
@@ -44,15 +41,11 @@ pub struct RebuildArgs {
 /// Tries whether a place keeps its promises.
 pub(super) fn doctor(args: &DoctorArgs) -> anyhow::Result<u8> {
     let (dir, wants) = place(&args.place)?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let trial = format!(".lacuna-trial-{}-{}", std::process::id(), now.as_nanos());
-    let Examined { findings, free_bytes, writes_direct } =
-        doctor::examine(dir.storage(), dir.root(), &trial);
+    let examined = doctor::examine(dir.storage(), dir.root(), doctor::THOROUGH_BYTES);
+    let Examined { findings, free_bytes, writes_direct } = &examined;
     let mut text = String::new();
-    let mut is_sound = true;
-    for finding in &findings {
+    for finding in findings {
         let how = finding.problem.as_deref().unwrap_or("yes");
-        is_sound &= finding.problem.is_none();
         text += &format!("{:<32} {how}\n", finding.what);
     }
     let direct = match writes_direct {
@@ -61,15 +54,13 @@ pub(super) fn doctor(args: &DoctorArgs) -> anyhow::Result<u8> {
         None => "not known",
     };
     text += &format!("{:<32} {direct}\n", "writes past the page cache");
+    let wants = wants.map(doctor::room_for);
     if let Some(free) = free_bytes {
-        let wanted = wants.map(|bytes| (bytes as f64 * ROOM) as u64);
-        let enough = wanted.is_none_or(|wanted| free >= wanted);
-        let need = wanted.map_or(String::new(), |n| format!(", the run wants {}", size(n)));
-        text += &format!("{:<32} {}{need}\n", "free", size(free));
-        is_sound &= enough;
+        let need = wants.map_or(String::new(), |n| format!(", the run wants {}", size(n)));
+        text += &format!("{:<32} {}{need}\n", "free", size(*free));
     }
     put(&text)?;
-    if is_sound {
+    if examined.is_sound() && !wants.is_some_and(|wants| examined.lacks(wants)) {
         return Ok(exit::OK);
     }
     let shown = dir.root().display();

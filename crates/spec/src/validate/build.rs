@@ -471,6 +471,7 @@ impl Reader<'_> {
         let when_busy = self.word("checkpoint.when_busy", WhenBusy::ALL);
         let max_write_mbps = self.count("checkpoint.max_write_mbps", 0..=MBPS_MAX);
         let max_failures = self.count("checkpoint.max_failures", 0..=FAILURES_MAX);
+        let read_back = self.boolean("checkpoint.read_back");
         Some(CheckpointSpec {
             to: to?,
             every: every?,
@@ -479,6 +480,7 @@ impl Reader<'_> {
             when_busy: when_busy?,
             max_write_mbps: max_write_mbps?,
             max_failures: max_failures?,
+            read_back: read_back?,
         })
     }
 

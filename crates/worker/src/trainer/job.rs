@@ -79,15 +79,15 @@ pub enum JobError {
 }
 
 impl Job {
-    /// Reads the run from a welcome.
-    pub fn from_welcome(welcome: &v1::Welcome) -> Result<Self, JobError> {
+    /// Reads the run from a welcome; `local_world` trainers of this machine load checkpoints.
+    pub fn from_welcome(welcome: &v1::Welcome, local_world: usize) -> Result<Self, JobError> {
         let bad = |text: String| JobError::Spec(text);
         let run =
             welcome.run_id.parse().map_err(|err: lacuna_types::NameError| bad(err.to_string()))?;
         let spec: RunSpec =
             serde_json::from_str(&welcome.spec).map_err(|err| bad(err.to_string()))?;
         let resolved = spec.resolve(welcome.n_samples).map_err(|err| bad(err.to_string()))?;
-        let dir = RunDir::open(&spec.checkpoint.to, spec.run_id());
+        let dir = RunDir::open_shared(&spec.checkpoint.to, spec.run_id(), local_world);
         let dir = dir.map_err(|err| JobError::Checkpoints { source: Box::new(err) })?;
         let per_epoch = resolved.geometry.steps_per_epoch();
         let track_every = match &spec.track.every {

@@ -231,7 +231,8 @@ impl Driver {
 
     /// Starts the thread that computes, for the run of the first welcome.
     fn start_loop(&mut self, welcome: &v1::Welcome) -> Result<(), (u8, String)> {
-        let job = Job::from_welcome(welcome).map_err(|err| (exit::USAGE, chain(&err)))?;
+        let job = Job::from_welcome(welcome, self.args.local_world);
+        let job = job.map_err(|err| (exit::USAGE, chain(&err)))?;
         info!(run_id = %job.run, worker_id = %self.worker, "working for run");
         self.facts.send_modify(|facts| facts.run = Some(job.run.clone()));
         let (orders, inbox) = sync_channel(QUEUE);

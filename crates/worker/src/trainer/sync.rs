@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lacuna_checkpoint::load::{Expected, load_step};
+use lacuna_checkpoint::load::{Expected, LoadError, find_step, load_into};
 use lacuna_collective::{Collective, CollectiveError};
 use lacuna_control::plan::{Origin, Sync};
 use lacuna_recipe::init;
@@ -95,16 +95,20 @@ fn from_checkpoint(
         data_fingerprint: Some(&job.fingerprint),
         seed: Some(job.spec.train.seed),
     };
-    let loaded = load_step(&job.dir, lacuna_types::Step(step), &expected)
-        .map_err(|err| SyncError::Checkpoint(Box::new(err)))?;
-    if loaded.manifest.seal != manifest {
-        let (found, want) = (loaded.manifest.seal, manifest.to_string());
+    let failed = |err: LoadError| SyncError::Checkpoint(Box::new(err));
+    let found = find_step(&job.dir, lacuna_types::Step(step)).map_err(failed)?;
+    if found.seal != manifest {
+        let (found, want) = (found.seal, manifest.to_string());
         return Err(SyncError::OtherCheckpoint { step, found, want });
     }
-    for (section, values) in Section::ALL.into_iter().zip(&loaded.sections) {
-        engine.write(section, 0, values)?;
-    }
-    Ok(loaded.counters)
+    let mut written: Result<(), EngineError> = Ok(());
+    let counters = load_into(&job.dir, &found, &expected, &mut |section, at, values| {
+        if written.is_ok() {
+            written = engine.write(section, at, values);
+        }
+    });
+    written?;
+    counters.map_err(failed)
 }
 
 /// Broadcasts the source's counters and sections; only those who are healed (`mine`) take them.

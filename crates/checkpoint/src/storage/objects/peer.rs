@@ -9,6 +9,7 @@ use lacuna_types::{CoordEpoch, Generation, Step};
 use super::*;
 use crate::catalog::{self, verify_and_mark};
 use crate::commit::claim;
+use crate::doctor;
 use crate::layout::RunDir;
 use crate::load::{Expected, load_newest};
 use crate::retain::{collect_garbage, retain};
@@ -95,7 +96,7 @@ fn another_makers_server_does_the_same() {
     ];
     let objects = Objects::open_with("s3://bucket/ckpts", &options, Limits::default()).unwrap();
     let objects = objects.hurried(PART, Duration::from_secs(20));
-    assert!(objects.probe_conditional_create("peer").unwrap());
+    assert_eq!(doctor::examine(&objects, &objects.root(), 3 * PART as usize).problem(), None);
     let dir = RunDir::on(Arc::new(objects.clone()), objects.root(), "r-7f3a".parse().unwrap());
     claim(&dir, CoordEpoch(7)).unwrap();
     assert!(claim(&dir, CoordEpoch(7)).is_err());

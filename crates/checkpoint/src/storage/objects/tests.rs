@@ -13,6 +13,7 @@ use super::*;
 use crate::catalog::{self, verify_and_mark};
 use crate::chain;
 use crate::commit::{ClaimError, CommitError, claim, commit};
+use crate::doctor;
 use crate::layout::{Attempt, PartId, RunDir};
 use crate::load::{Expected, load_newest};
 use crate::manifest::Manifest;
@@ -401,9 +402,10 @@ fn a_deletion_that_was_cut_short_is_finished() {
 fn a_store_that_overwrites_is_found_out() {
     let desk = desk(every_other(&[Kind::Put, Kind::Delete], Fault::Lost));
     let objects = desk.objects(Duration::from_secs(20));
-    assert!(objects.probe_conditional_create("1").unwrap());
+    let examined = || doctor::examine(&objects, &objects.root(), 3 * PART as usize).problem();
+    assert_eq!(examined(), None);
     desk.server.ignore_conditions();
-    assert!(!objects.probe_conditional_create("2").unwrap());
+    assert_eq!(examined().unwrap(), "`a name is taken once`: it is not so");
     assert_eq!(desk.tree(), []);
 }
 
