@@ -108,6 +108,39 @@ fn a_run_stopped_and_resumed_with_other_workers_has_the_bits_of_an_undisturbed_o
     assert!(seen.text().contains("from the newest checkpoint"), "{}", seen.text());
 }
 
+/// Weights that another run learned are where a new one begins, with any number of workers.
+#[test]
+fn a_run_begins_with_imported_weights() {
+    const MORE: u64 = 20;
+    let fixture = fixture();
+    let lacuna = |args: &[&str]| {
+        let output = fixture.run(args);
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    undisturbed(&fixture, 1);
+    lacuna(&["ckpt", "export", "ckpt/quiet-1", "--layout", "mae", "--to", "learned"]);
+    let learned = fixture.path("learned/mae.safetensors");
+    let cluster = |run: &str, n: usize, is_imported: bool| {
+        let workers = format!("\"{n}:{n}\"");
+        let spec = fixture.spec(run, MORE, &[("elastic.workers", &workers)]);
+        let spec = spec.to_str().expect("a path in UTF-8");
+        if is_imported {
+            lacuna(&["ckpt", "import", learned.to_str().expect("UTF-8"), "--run", spec]);
+        }
+        let mut cluster = Cluster::start(&fixture);
+        cluster.submit(spec.as_ref());
+        cluster.add("a", n);
+        let seen = cluster.wait_end(run);
+        assert_eq!(seen.run.state, "finished", "{}", seen.text());
+        assert_eq!(seen.steps, (1..=MORE).collect::<Vec<u64>>(), "{}", seen.text());
+        (seen.figures[&1].loss, seen.run.final_digest.expect("a finished run has a digest"))
+    };
+    let (fresh, _) = cluster("fresh", 1, false);
+    let (alone, want) = cluster("imported-1", 1, true);
+    assert!(alone < 0.9 * fresh, "what was learned shows at once: {alone}, afresh {fresh}");
+    assert_eq!(cluster("imported-2", 2, true), (alone, want));
+}
+
 /// The engine keeps the contract of the interface.
 #[test]
 fn the_torch_engine_keeps_the_contract() {
