@@ -339,7 +339,20 @@ impl<'a> Cluster<'a> {
 
     /// Starts an agent with more arguments, and with more in its environment.
     pub fn add_with(&mut self, node: &str, n: usize, args: &[&str], env: &[(&str, &str)]) {
-        let mut command = Command::new(&self.fixture.binaries.worker);
+        let worker = self.fixture.binaries.worker.clone();
+        self.add_other(&worker, node, n, args, env);
+    }
+
+    /// The same with another worker binary than the fixture's.
+    pub fn add_other(
+        &mut self,
+        worker: &Path,
+        node: &str,
+        n: usize,
+        args: &[&str],
+        env: &[(&str, &str)],
+    ) {
+        let mut command = Command::new(worker);
         command
             .args(["--coordinator", &self.url, "--node-name", node])
             .args(["--devices", &format!("cpu:{n}")])

@@ -5,11 +5,11 @@
 //! ```
 //!
 //! One writer. A save is a part with its digests, its receipt and the commit, all durable (the
-//! digest of the whole state is known by then, since the snapshot was taken); a load
-//! reads every byte into memory that exists, and compares every digest, and the state's. Raw is 16 MiB at a time with O_DIRECT,
-//! and a sync. Each round does all four, on fresh files that are not in the page cache, and waits
-//! before each until the device has done what was asked of it before, such as discarding the blocks
-//! of removed files. Prints one JSON line: GB/s (10^9 bytes) of each round.
+//! digest of the whole state is known by then, since the snapshot was taken); a load reads every
+//! byte into memory that exists, and compares every digest, and the state's. Raw is 16 MiB at a
+//! time with O_DIRECT, and a sync. Each round does all four, on fresh files that are not in the
+//! page cache, and waits before each until the device has done what was asked of it before, such as
+//! discarding the blocks of removed files. Prints one JSON line: GB/s (10^9 bytes) of each round.
 
 use std::error::Error;
 use std::fs::{File, OpenOptions};
@@ -132,8 +132,12 @@ fn open(path: &Path, write: bool) -> std::io::Result<File> {
 fn write_raw(path: &Path, bytes: usize) -> Result<(), Box<dyn Error>> {
     let file = open(path, true)?;
     fallocate(&file, FallocateFlags::empty(), 0, bytes as u64)?;
-    let memory: Vec<u8> = vec![7; PIECE_BYTES + PAGE];
+    let mut memory: Vec<u8> = vec![0; PIECE_BYTES + PAGE];
     let start = memory.as_ptr().align_offset(PAGE);
+    // As hard to compress as a state, for storage that does that.
+    for (i, value) in memory[start..start + PIECE_BYTES].chunks_exact_mut(4).enumerate() {
+        value.copy_from_slice(&(i as f32).sqrt().to_le_bytes());
+    }
     for at in (0..bytes).step_by(PIECE_BYTES) {
         let n = (bytes - at).min(PIECE_BYTES).next_multiple_of(PAGE);
         file.write_all_at(&memory[start..start + n], at as u64)?;

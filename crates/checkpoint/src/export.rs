@@ -14,13 +14,13 @@ use std::path::{Path, PathBuf};
 use lacuna_recipe::keymap::{self, HfNames};
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::pos_embed::sincos_2d;
-use lacuna_recipe::state::Layout;
+use lacuna_recipe::state::{Layout, Section};
 
 use self::swap::Staged;
 use self::weights::Writer;
 use crate::disk::{self, FsError};
 use crate::layout::RunDir;
-use crate::load::{Expected, differences};
+use crate::load::{Expected, difference, differences};
 use crate::manifest::Manifest;
 use crate::read::{PlanError, ReadError};
 
@@ -151,6 +151,14 @@ enum Source {
     Table(Vec<f32>),
 }
 
+/// Lists what is missing of the tensors that `items` take. There may be others: an objective of
+/// somebody else's has its own behind the same encoder.
+fn encoder_differences(manifest: &Manifest, config: &ModelConfig, items: &[Item]) -> Vec<String> {
+    let params = config.params();
+    let taken = params.iter().filter(|param| items.iter().any(|item| item.ours == param.name));
+    taken.filter_map(|param| difference(manifest, Section::Param, param)).collect()
+}
+
 /// Exports the parameters of a checkpoint to `out`: a file, or a directory for Hugging Face.
 ///
 /// Whatever fails before the new files are whole leaves an earlier export as it was.
@@ -165,12 +173,16 @@ pub fn export(
     if options.layout.is_hf() && height != width {
         return Err(ExportError::NotSquare { height, width });
     }
-    let layout = Layout::new(config.params());
-    let differences = differences(manifest, &Expected::tensors(&layout));
+    let items = plan_items(config, options.layout);
+    let differences = match options.layout {
+        ExportLayout::Timm | ExportLayout::HfEncoder => {
+            encoder_differences(manifest, config, &items)
+        }
+        _ => differences(manifest, &Expected::tensors(&Layout::new(config.params()))),
+    };
     if !differences.is_empty() {
         return Err(ExportError::Mismatch { step: manifest.step, differences });
     }
-    let items = plan_items(config, options.layout);
     let n_tensors = items.len();
     let mut writer = Writer::new(dir, manifest, options.dtype);
     if !options.layout.is_hf() {

@@ -1,5 +1,6 @@
 //! Loading a whole state on any number of workers, and falling back from damage.
 
+use lacuna_recipe::model::ParamSpec;
 use lacuna_recipe::state::{Counters, Layout, Section, TensorDigests, state_digest};
 use lacuna_types::Step;
 
@@ -126,16 +127,7 @@ pub fn differences(manifest: &Manifest, expected: &Expected<'_>) -> Vec<String> 
     }
     for section in Section::ALL {
         for param in expected.layout.params() {
-            let name = format!("{}/{}", section.prefix(), param.name);
-            let shape: Vec<u64> = param.shape.iter().map(|&n| n as u64).collect();
-            match manifest.tensors.get(&name) {
-                None => out.push(format!("{name} {shape:?} is missing")),
-                Some(found) if found.shape != shape || found.dtype != Dtype::F32 => {
-                    let dtype = found.dtype.name();
-                    out.push(format!("{name} is {dtype} {:?}, not F32 {shape:?}", found.shape));
-                }
-                Some(_) => {}
-            }
+            out.extend(difference(manifest, section, param));
         }
         let prefix = format!("{}/", section.prefix());
         let known = |name: &str| expected.layout.find(name).is_some();
@@ -147,6 +139,22 @@ pub fn differences(manifest: &Manifest, expected: &Expected<'_>) -> Vec<String> 
         );
     }
     out
+}
+
+/// Tells in which way a tensor of a checkpoint is not what is expected.
+pub(crate) fn difference(
+    manifest: &Manifest,
+    section: Section,
+    param: &ParamSpec,
+) -> Option<String> {
+    let name = format!("{}/{}", section.prefix(), param.name);
+    let shape: Vec<u64> = param.shape.iter().map(|&n| n as u64).collect();
+    let Some(found) = manifest.tensors.get(&name) else {
+        return Some(format!("{name} {shape:?} is missing"));
+    };
+    let is_same = found.shape == shape && found.dtype == Dtype::F32;
+    let dtype = found.dtype.name();
+    (!is_same).then(|| format!("{name} is {dtype} {:?}, not F32 {shape:?}", found.shape))
 }
 
 /// Loads the state of a checkpoint, comparing every block and the state's digest.

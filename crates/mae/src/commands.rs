@@ -9,6 +9,7 @@ use lacuna_checkpoint::load::{Expected, load_newest, load_step};
 use lacuna_data::{Dataset, ImageShape, SampleReader};
 use lacuna_mae::frozen::FrozenMae;
 use lacuna_mae::reconstruct::{draw_rows, write_png};
+use lacuna_mae::worker::TorchBackend;
 use lacuna_recipe::init;
 use lacuna_recipe::mask::MaskOrder;
 use lacuna_recipe::model::ModelConfig;
@@ -16,8 +17,6 @@ use lacuna_recipe::state::Layout;
 use lacuna_spec::{RunSpec, parse_text};
 use lacuna_types::{SampleId, Step, exit};
 use lacuna_worker::engine::EngineSpec;
-
-use crate::backend::TorchBackend;
 
 /// `lacuna-worker reconstruct`.
 #[derive(Args, Debug)]
@@ -83,7 +82,7 @@ pub fn conformance() -> u8 {
             precision: lacuna_spec::Precision::F32,
             device: "cpu0".to_string(),
         };
-        lacuna_worker::conformance::run(&spec, &TorchBackend);
+        lacuna_worker::conformance::run(&spec, &TorchBackend::default());
         println!("engine conformance: {name} with slots of {slot_batch}");
     }
     println!("engine conformance: passed");

@@ -18,8 +18,9 @@ use lacuna_worker::engine::{Engine, EngineError, UpdateScalars};
 use tch::Device;
 
 pub use device::{DevicePlace, DeviceTorchEngine};
-use slot::{PROBE_BATCH, SlotInput, SlotProgram};
+use slot::{SlotInput, SlotProgram, draws_of};
 
+use crate::objective::{MaeObjective, Objective};
 use crate::runtime;
 use crate::weights::{Weights, values, view};
 
@@ -67,7 +68,7 @@ pub enum BuildEngineError {
     EmptySlot,
 }
 
-/// MAE on libtorch, on one CPU thread.
+/// An objective on libtorch, on one CPU thread.
 ///
 /// Parameters and moments are plain memory of Rust that the optimizer updates in place; libtorch
 /// reads the parameters through views and owns only what a slot needs.
@@ -84,8 +85,18 @@ pub struct TorchEngine {
 }
 
 impl TorchEngine {
-    /// Builds an engine on the CPU, with the initial state of the setup's seed.
+    /// Builds an engine that trains the masked autoencoder, with the initial state of the setup's
+    /// seed.
     pub fn new(setup: EngineSetup) -> Result<Self, BuildEngineError> {
+        let mae: Arc<dyn Objective> = Arc::new(MaeObjective);
+        TorchEngine::with_objective(setup, &mae)
+    }
+
+    /// The same for another objective.
+    pub fn with_objective(
+        setup: EngineSetup,
+        objective: &Arc<dyn Objective>,
+    ) -> Result<Self, BuildEngineError> {
         let missing = runtime::missing_pins();
         if !missing.is_empty() {
             tracing::warn!(?missing, "process started without the pins that fix a CPU's bits");
@@ -96,7 +107,7 @@ impl TorchEngine {
             return Err(BuildEngineError::NoTf32);
         }
         let (batch, precision) = (setup.slot_batch as usize, setup.precision);
-        let slot = SlotProgram::new(&setup.model, batch, Device::Cpu, precision);
+        let slot = SlotProgram::new(objective, &setup.model, batch, Device::Cpu, precision);
         Ok(TorchEngine {
             state: CpuState::fresh(slot.layout.clone(), setup.seed),
             normalize: Normalize::new(&setup.mean, &setup.std),
@@ -140,7 +151,8 @@ impl Engine for TorchEngine {
                 (self.slot.leaves(weights), view(&self.images, &self.slot.image_shape()))
             };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
-            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b };
+            let draws = draws_of(self.setup.seed, batch);
+            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws };
             let (loss, grads) = self.slot.differentiate(&weights, &input);
             (loss.double_value(&[]) as f32, grads)
         })?;
@@ -178,12 +190,7 @@ impl Engine for TorchEngine {
         if let Some(digest) = self.probe {
             return Ok(digest);
         }
-        let micro = ModelConfig::preset("micro").expect("`micro` is a preset");
-        let digest = guarded("compute the probe", || {
-            let small = SlotProgram::new(&micro, PROBE_BATCH, Device::Cpu, self.setup.precision);
-            let small = small.probe();
-            small.then(self.slot.probe())
-        })?;
+        let digest = guarded("compute the probe", || self.slot.probe())?;
         self.probe = Some(digest.value);
         Ok(digest.value)
     }

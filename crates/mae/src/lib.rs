@@ -7,7 +7,8 @@
 //! else.
 //!
 //! Start reading at [`mae`], which is the paper in code, then [`engine`]. docs/mae.md maps each
-//! idea of the method to its file and its test.
+//! idea of the method to its file and its test. To learn something else, implement
+//! [`objective::Objective`] and give it to [`worker::main`] (docs/extending.md).
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod context;
@@ -16,7 +17,9 @@ pub mod engine;
 pub mod frozen;
 pub mod mae;
 pub mod objective;
+pub mod patches;
 pub mod reconstruct;
 pub mod runtime;
-mod vit;
+pub mod vit;
 pub mod weights;
+pub mod worker;

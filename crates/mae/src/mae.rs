@@ -13,7 +13,7 @@ use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::pos_embed;
 use tch::{Device, Kind, Tensor};
 
-use crate::objective::{self, normalize_patches, patchify, size3};
+use crate::patches::{self, normalize_patches, patchify, size3};
 use crate::vit::{Block, LayerNorm, Linear, run};
 use crate::weights::Weights;
 
@@ -71,7 +71,7 @@ impl Mae {
     }
 
     /// Computes the loss of a batch: the mean over samples of the mean squared error of the removed
-    /// patches, with `weights_b` as in [`objective::loss`].
+    /// patches, with `weights_b` as in [`patches::loss`].
     ///
     /// Only removed patches are predicted, because the loss reads no others.
     pub fn loss(&self, images_bchw: &Tensor, masks: &Masks, weights_b: &Tensor) -> Tensor {
@@ -80,7 +80,7 @@ impl Mae {
         let tokens_bne = self.decode(&latent_bnd, masks);
         let removed_bre = pick(&tokens_bne, &(&masks.ids_removed_br + 1));
         let target_brp = self.target(&pick(&patches_blp, &masks.ids_removed_br));
-        objective::loss(&self.predict_pixels(&removed_bre), &target_brp, weights_b)
+        patches::loss(&self.predict_pixels(&removed_bre), &target_brp, weights_b)
     }
 
     /// Predicts every patch from the kept ones.
@@ -202,6 +202,11 @@ impl PosTables {
             Tensor::from_slice(&flat).view([1, -1, i64::from(width)]).to_kind(kind)
         };
         PosTables { encoder_1nd: table(config.width), decoder_1ne: table(config.decoder_width) }
+    }
+
+    /// Returns the encoder's table, `[1, 1 + l, d]`; the class token's row is zero.
+    pub fn encoder_1nd(&self) -> &Tensor {
+        &self.encoder_1nd
     }
 
     /// Copies the tables to `device`.

@@ -1,16 +1,14 @@
 //! Binary `lacuna-worker`: agent and trainer on libtorch, and what else needs the model.
 
-mod backend;
 mod commands;
 mod gpu_check;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use lacuna_mae::worker::TorchBackend;
 use lacuna_worker::args::{AgentArgs, Command as WorkerCommand, WorkerArgs};
 use lacuna_worker::entry::{dispatch, finish, init_logs};
-
-use crate::backend::TorchBackend;
 
 /// Joins a coordinator and computes for whatever run needs workers.
 #[derive(Debug, Parser)]
@@ -63,8 +61,8 @@ fn main() -> ExitCode {
             finish(Ok(commands::conformance()))
         }
         Some(Command::Worker(command)) => {
-            dispatch(WorkerArgs { version, command: Some(command), agent }, TorchBackend)
+            dispatch(WorkerArgs { version, command: Some(command), agent }, TorchBackend::default())
         }
-        None => dispatch(WorkerArgs { version, command: None, agent }, TorchBackend),
+        None => dispatch(WorkerArgs { version, command: None, agent }, TorchBackend::default()),
     }
 }

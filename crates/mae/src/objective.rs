@@ -1,72 +1,124 @@
-//! What the decoder must predict, and how wrong it is.
+//! What a run learns: which parameters there are, and what loss a slot has.
 //!
-//! Legend: b batch, c channels, h w pixels, l patches of an image, r removed patches, p values of
-//! a patch.
+//! Everything else (order of samples, exact sums, the optimizer, membership, checkpoints) works for
+//! any objective that keeps the contract of [`SlotLoss`]. [`MaeObjective`] is the one of
+//! `lacuna-worker`; docs/extending.md shows how to write another.
 
-use lacuna_recipe::model::NORM_PIX_EPS;
-use tch::{Kind, Tensor};
+use std::fmt;
 
-/// Splits images into flattened patches.
-///
-/// # Shapes
-/// - `images_bchw`: `[b, c, h, w]`, with `h` and `w` multiples of `patch_size`
-/// - returns `[b, l, p]` with `l = (h / patch_size) · (w / patch_size)` in raster order; within a
-///   patch the order is row, column, channel
-pub fn patchify(images_bchw: &Tensor, patch_size: i64) -> Tensor {
-    let (b, c, h, w) = size4(images_bchw);
-    let s = patch_size;
-    images_bchw.view([b, c, h / s, s, w / s, s]).permute([0, 2, 4, 3, 5, 1]).reshape([
-        b,
-        (h / s) * (w / s),
-        s * s * c,
-    ])
+use lacuna_recipe::model::{ModelConfig, ParamSpec};
+use lacuna_recipe::philox::Draws;
+use lacuna_recipe::state::Layout;
+use tch::{Device, Kind, Tensor};
+
+use crate::mae::{Mae, Masks, PosTables, mask_sizes};
+use crate::weights::Weights;
+
+/// A way to learn from images.
+pub trait Objective: fmt::Debug + Send + Sync {
+    /// Lists the parameters for `model`, sorted by name. The encoder's should have the names of
+    /// [`ModelConfig::params`], so that it can be exported.
+    fn params(&self, model: &ModelConfig) -> Vec<ParamSpec>;
+
+    /// Prepares slots of `model` on `device`: what does not change from slot to slot is made here.
+    fn prepare(&self, model: &ModelConfig, device: Device) -> Box<dyn SlotLoss>;
+
+    /// Lists the tensors of `layout` in the order in which a backward pass finishes them; each
+    /// once. It changes no bit.
+    fn completion(&self, _model: &ModelConfig, layout: &Layout) -> Vec<usize> {
+        (0..layout.n_blocks()).rev().collect()
+    }
 }
 
-/// Puts flattened patches together again: the inverse of [`patchify`].
-///
-/// # Shapes
-/// - `patches_blp`: `[b, l, p]`; `grid` is the rows and columns of patches
-/// - returns `[b, c, h, w]`
-pub fn unpatchify(patches_blp: &Tensor, patch_size: i64, grid: [i64; 2]) -> Tensor {
-    let (b, _, p) = size3(patches_blp);
-    let ([rows, columns], s) = (grid, patch_size);
-    let c = p / (s * s);
-    patches_blp.view([b, rows, columns, s, s, c]).permute([0, 5, 1, 3, 2, 4]).reshape([
-        b,
-        c,
-        rows * s,
-        columns * s,
-    ])
+/// The loss of slots of one shape.
+pub trait SlotLoss: fmt::Debug + Send {
+    /// Computes the loss of a slot, a scalar of f32 that backward passes can start from.
+    ///
+    /// It is a function of `weights` and `slot` alone: no state, no clock, no other random numbers
+    /// than `slot.draws`. It is a mean over the samples of the slot, in which a sample of weight 0
+    /// adds nothing and still counts in the divisor.
+    fn loss(&self, weights: &Weights, slot: &Slot<'_>) -> Tensor;
 }
 
-/// Normalises each patch: `(x − mean) / sqrt(var + 1e-6)`, with the **unbiased** variance of all
-/// values of the patch, channels together.
-///
-/// A constant patch becomes zero. The variance is spelled out because libtorch's own takes one
-/// slow pass.
-pub fn normalize_patches(patches_brp: &Tensor) -> Tensor {
-    let degrees = patches_brp.size()[2] - 1;
-    let centered_brp = patches_brp - patches_brp.mean_dim(-1, true, None::<Kind>);
-    let squares_br1 = centered_brp.square().sum_dim_intlist(-1, true, None::<Kind>);
-    let scale_br1 = (squares_br1 / degrees as f64 + NORM_PIX_EPS).rsqrt();
-    centered_brp * scale_br1
+/// The samples of a slot; tensors are on the device of the weights.
+#[derive(Debug)]
+pub struct Slot<'a> {
+    /// Normalised images, `[b, c, h, w]`.
+    pub images_bchw: Tensor,
+    /// 1, or 0 for a bad sample, `[b]`.
+    pub weights_b: Tensor,
+    /// Patches of each sample in shuffled order, `[b, n_patches]`; MAE keeps the first ones.
+    pub ids_shuffle: &'a [u32],
+    /// Random numbers of each sample, `[b]`: a function of (seed, step, sample).
+    pub draws: &'a [Draws],
 }
 
-/// Averages the squared error of each sample's removed patches, then over the batch.
-///
-/// A sample of weight 0 adds nothing and still counts in the divisor. Every sample has the same
-/// number of removed patches, so this is the reference's `sum(error · mask) / sum(mask)` for
-/// weights of 1.
-pub fn loss(pred_brp: &Tensor, target_brp: &Tensor, weights_b: &Tensor) -> Tensor {
-    let error_b = (pred_brp - target_brp).square().mean_dim([1, 2].as_slice(), false, None::<Kind>);
-    (error_b * weights_b).mean(None::<Kind>)
+impl Slot<'_> {
+    /// Returns which patches of each sample are kept, of `model`'s number, as
+    /// [`ids_shuffle`](Self::ids_shuffle) says.
+    pub fn masks(&self, model: &ModelConfig) -> Masks {
+        self.masks_of(model, self.ids_shuffle)
+    }
+
+    /// The same for other permutations `[b, n_patches]`.
+    pub fn masks_of(&self, model: &ModelConfig, ids_shuffle: &[u32]) -> Masks {
+        let (len_keep, n_patches) = mask_sizes(model);
+        Masks::from_shuffle(ids_shuffle, n_patches, len_keep).to_device(self.images_bchw.device())
+    }
 }
 
-/// Returns the sizes of a tensor of rank 3.
-pub(crate) fn size3(tensor: &Tensor) -> (i64, i64, i64) {
-    tensor.size3().expect("callers pass tensors of rank 3")
+/// The masked autoencoder of the paper.
+#[derive(Clone, Copy, Debug)]
+pub struct MaeObjective;
+
+impl Objective for MaeObjective {
+    fn params(&self, model: &ModelConfig) -> Vec<ParamSpec> {
+        model.params()
+    }
+
+    fn prepare(&self, model: &ModelConfig, device: Device) -> Box<dyn SlotLoss> {
+        let tables = PosTables::new(model, Kind::Float).to_device(device);
+        Box::new(MaeLoss { model: model.clone(), tables })
+    }
+
+    fn completion(&self, model: &ModelConfig, layout: &Layout) -> Vec<usize> {
+        completion_order(model, layout)
+    }
 }
 
-fn size4(tensor: &Tensor) -> (i64, i64, i64, i64) {
-    tensor.size4().expect("callers pass tensors of rank 4")
+#[derive(Debug)]
+struct MaeLoss {
+    model: ModelConfig,
+    tables: PosTables,
+}
+
+impl SlotLoss for MaeLoss {
+    fn loss(&self, weights: &Weights, slot: &Slot<'_>) -> Tensor {
+        let mae = Mae::new(&self.model, &self.tables, weights);
+        mae.loss(&slot.images_bchw, &slot.masks(&self.model), &slot.weights_b)
+    }
+}
+
+/// Lists the tensors in the order in which the backward pass finishes them: last used, first done.
+fn completion_order(model: &ModelConfig, layout: &Layout) -> Vec<usize> {
+    let mut names: Vec<String> = vec!["patch_embed.proj".into(), "cls_token".into()];
+    let mut blocks = |prefix: &str, depth: u32, before: &[&str], after: &[&str]| {
+        let parts = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"];
+        names.extend(before.iter().map(ToString::to_string));
+        for i in 0..depth {
+            names.extend(parts.iter().map(|part| format!("{prefix}.{i}.{part}")));
+        }
+        names.extend(after.iter().map(ToString::to_string));
+    };
+    blocks("blocks", model.depth, &[], &["norm"]);
+    let (before, after) = (["decoder_embed", "mask_token"], ["decoder_norm", "decoder_pred"]);
+    blocks("decoder_blocks", model.decoder_depth, &before, &after);
+    let find = |name: &String| {
+        let whole = layout.find(name);
+        let parts = ["bias", "weight"].map(|part| layout.find(&format!("{name}.{part}")));
+        whole.into_iter().chain(parts.into_iter().flatten())
+    };
+    let order: Vec<usize> = names.iter().rev().flat_map(find).collect();
+    assert_eq!(order.len(), layout.n_blocks(), "each tensor of the layout is listed once");
+    order
 }

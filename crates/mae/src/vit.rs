@@ -5,17 +5,17 @@
 use lacuna_recipe::model::LAYER_NORM_EPS;
 use tch::Tensor;
 
-use crate::objective::size3;
+use crate::patches::size3;
 use crate::weights::Weights;
 
 /// Runs a stack of blocks.
-pub(crate) fn run(blocks: &[Block], x_bnd: Tensor) -> Tensor {
+pub fn run(blocks: &[Block], x_bnd: Tensor) -> Tensor {
     blocks.iter().fold(x_bnd, |x_bnd, block| block.forward(&x_bnd))
 }
 
 /// A pre-norm transformer block.
 #[derive(Debug)]
-pub(crate) struct Block {
+pub struct Block {
     heads: i64,
     norm1: LayerNorm,
     qkv: Linear,
@@ -26,7 +26,8 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    pub(crate) fn new(weights: &Weights, name: &str, heads: i64) -> Self {
+    /// Builds the block whose tensors are named `name.norm1.weight` and so on.
+    pub fn new(weights: &Weights, name: &str, heads: i64) -> Self {
         Block {
             heads,
             norm1: LayerNorm::new(weights, &format!("{name}.norm1")),
@@ -38,7 +39,8 @@ impl Block {
         }
     }
 
-    pub(crate) fn forward(&self, x_bnd: &Tensor) -> Tensor {
+    /// Computes `[b, n, d]` to `[b, n, d]`.
+    pub fn forward(&self, x_bnd: &Tensor) -> Tensor {
         let x_bnd = x_bnd + self.attention(&self.norm1.forward(x_bnd));
         let hidden_bnm = self.fc1.forward(&self.norm2.forward(&x_bnd)).gelu("none");
         x_bnd + self.fc2.forward(&hidden_bnm)
@@ -65,15 +67,17 @@ impl Block {
 
 /// `x · weightᵀ + bias`.
 #[derive(Debug)]
-pub(crate) struct Linear {
+pub struct Linear {
     weight: Tensor,
     bias: Tensor,
 }
 
 impl Linear {
+    /// Builds the map whose tensors are `name.weight` and `name.bias`.
+    ///
     /// A convolution whose stride is its kernel is a linear map of patches. Its weight is stored
     /// channel first and patches are flattened channel last, so it is turned here.
-    pub(crate) fn new(weights: &Weights, name: &str) -> Self {
+    pub fn new(weights: &Weights, name: &str) -> Self {
         let bias = weights.get(&format!("{name}.bias"));
         let stored = weights.get(&format!("{name}.weight"));
         let weight = match stored.dim() {
@@ -84,25 +88,27 @@ impl Linear {
     }
 
     /// Computes in the weight's own precision, whatever comes in.
-    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+    pub fn forward(&self, x: &Tensor) -> Tensor {
         x.to_kind(self.weight.kind()).linear(&self.weight, Some(&self.bias))
     }
 }
 
 /// Normalisation over the width, with the biased variance.
 #[derive(Debug)]
-pub(crate) struct LayerNorm {
+pub struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
 }
 
 impl LayerNorm {
-    pub(crate) fn new(weights: &Weights, name: &str) -> Self {
+    /// Builds the norm whose tensors are `name.weight` and `name.bias`.
+    pub fn new(weights: &Weights, name: &str) -> Self {
         let get = |part: &str| weights.get(&format!("{name}.{part}"));
         LayerNorm { weight: get("weight"), bias: get("bias") }
     }
 
-    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+    /// Normalises the last dimension.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
         let width = self.weight.size();
         x.layer_norm(width, Some(&self.weight), Some(&self.bias), LAYER_NORM_EPS, false)
     }

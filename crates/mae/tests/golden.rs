@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use lacuna_mae::mae::{Mae, Masks, PosTables, unshuffle};
-use lacuna_mae::objective::{normalize_patches, patchify, unpatchify};
+use lacuna_mae::patches::{normalize_patches, patchify, unpatchify};
 use lacuna_mae::weights::Weights;
 use lacuna_recipe::adamw::{self, AdamW};
 use lacuna_recipe::model::ModelConfig;

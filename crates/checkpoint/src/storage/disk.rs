@@ -142,9 +142,9 @@ impl Storage for Disk {
     fn open(&self, path: &Path) -> Result<Box<dyn ReadAt>, FsError> {
         let file = self.fs.open(path).map_err(|e| FsError::new("open", path, e))?;
         // Refused by tmpfs and some network file systems: then the cache it is.
-        let is_direct = |file: &Box<dyn FsFile>| file.set_direct(true).is_ok();
-        let direct = self.reads_direct.then(|| self.fs.open(path).ok().filter(is_direct));
-        Ok(Box::new(OnDisk { file, direct: direct.flatten() }))
+        let direct = if self.reads_direct { self.fs.open(path).ok() } else { None };
+        let direct = direct.filter(|file| file.set_direct(true).is_ok());
+        Ok(Box::new(OnDisk { file, direct }))
     }
 
     fn create_small(&self, via: &Path, path: &Path, text: &str) -> Result<Published, FsError> {

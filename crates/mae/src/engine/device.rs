@@ -12,7 +12,6 @@ use std::sync::Arc;
 use lacuna_cuda::{Compiler, Driver};
 use lacuna_device::{DeviceState, Kernels, Pixels, Shape};
 use lacuna_recipe::init;
-use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::{Normalize, SlotBatch};
@@ -20,8 +19,9 @@ use lacuna_spec::Precision;
 use lacuna_worker::engine::{DeviceEngine, Engine, EngineError, UpdateScalars};
 use tch::{Device, Tensor};
 
-use super::slot::{PROBE_BATCH, SlotInput, SlotProgram};
+use super::slot::{SlotInput, SlotProgram, draws_of};
 use super::{BuildEngineError, EngineSetup, check_setup, guarded};
+use crate::objective::{MaeObjective, Objective};
 use crate::runtime;
 use crate::weights::{Weights, values, view_at};
 
@@ -40,7 +40,7 @@ pub struct DevicePlace {
     pub n_slots: u32,
 }
 
-/// MAE on libtorch, on one device.
+/// An objective on libtorch, on one device.
 #[derive(Debug)]
 pub struct DeviceTorchEngine {
     setup: EngineSetup,
@@ -63,9 +63,20 @@ fn failed(context: &str, err: impl Into<Box<dyn std::error::Error + Send + Sync>
 }
 
 impl DeviceTorchEngine {
-    /// Builds an engine with the initial state of the setup's seed. libtorch must be ready for the
-    /// device ([`load`](crate::cuda::load), [`set_kernels`](crate::context::set_kernels)).
+    /// Builds an engine that trains the masked autoencoder, with the initial state of the setup's
+    /// seed. libtorch must be ready for the device ([`load`](crate::cuda::load),
+    /// [`set_kernels`](crate::context::set_kernels)).
     pub fn new(setup: EngineSetup, place: DevicePlace) -> Result<Self, EngineError> {
+        let mae: Arc<dyn Objective> = Arc::new(MaeObjective);
+        DeviceTorchEngine::with_objective(setup, place, &mae)
+    }
+
+    /// The same for another objective.
+    pub fn with_objective(
+        setup: EngineSetup,
+        place: DevicePlace,
+        objective: &Arc<dyn Objective>,
+    ) -> Result<Self, EngineError> {
         check_setup(&setup).map_err(|err| failed("build the engine", err))?;
         runtime::pin_threads();
         let driver =
@@ -80,7 +91,7 @@ impl DeviceTorchEngine {
             return Err(failed("build the engine", BuildEngineError::NoTf32));
         }
         let (batch, precision) = (setup.slot_batch as usize, setup.precision);
-        let slot = SlotProgram::new(&setup.model, batch, place.device, precision);
+        let slot = SlotProgram::new(objective, &setup.model, batch, place.device, precision);
         let mut state = DeviceState::new(&kernels, slot.layout.clone(), place.n_slots)?;
         for (block, spec) in slot.layout.params().iter().enumerate() {
             let range = slot.layout.range(block);
@@ -124,7 +135,9 @@ impl DeviceTorchEngine {
             let images_bchw =
                 unsafe { view_at(pixels.address(), &slot.image_shape(), self.place.device) };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
-            slot.differentiate(weights, &SlotInput { images_bchw, ids_shuffle, weights: weights_b })
+            let draws = draws_of(self.setup.seed, batch);
+            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws };
+            slot.differentiate(weights, &input)
         })
     }
 }
@@ -175,12 +188,7 @@ impl Engine for DeviceTorchEngine {
         if let Some(digest) = self.probe {
             return Ok(digest);
         }
-        let micro = ModelConfig::preset("micro").expect("`micro` is a preset");
-        let (slot, device, precision) = (&self.slot, self.place.device, self.setup.precision);
-        let digest = guarded("compute the probe", || {
-            let small = SlotProgram::new(&micro, PROBE_BATCH, device, precision).probe();
-            small.then(slot.probe())
-        })?;
+        let digest = guarded("compute the probe", || self.slot.probe())?;
         self.probe = Some(digest.value);
         Ok(digest.value)
     }

@@ -6,18 +6,20 @@ use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::init;
 use lacuna_recipe::mask::MaskOrder;
 use lacuna_recipe::model::ModelConfig;
+use lacuna_recipe::philox::{Draws, Tag};
 use lacuna_recipe::state::Layout;
 use lacuna_recipe::step::SlotBatch;
 use lacuna_spec::Precision;
+use lacuna_types::SampleId;
 use lacuna_worker::engine::EngineError;
 use tch::{Device, Kind, Tensor};
 
-use crate::mae::{Mae, Masks, PosTables, mask_sizes};
+use crate::objective::{Objective, Slot, SlotLoss};
 use crate::runtime;
 use crate::weights::{Weights, values, view};
 
 /// Samples of the probe's small slot.
-pub(super) const PROBE_BATCH: usize = 4;
+const PROBE_BATCH: usize = 4;
 /// Seed of the probe's weights, masks and images; part of what a probe class means.
 const PROBE_SEED: u64 = 0x1AC0_17A5;
 
@@ -29,7 +31,8 @@ pub(super) struct SlotProgram {
     device: Device,
     precision: Precision,
     pub layout: Arc<Layout>,
-    tables: PosTables,
+    objective: Arc<dyn Objective>,
+    loss: Box<dyn SlotLoss>,
     /// Tensors in the order in which the backward pass finishes them.
     completion: Vec<usize>,
 }
@@ -39,14 +42,29 @@ pub(super) struct SlotInput<'a> {
     pub images_bchw: Tensor,
     pub ids_shuffle: &'a [u32],
     pub weights: &'a [f32],
+    pub draws: Vec<Draws>,
+}
+
+/// Returns the random numbers of a slot's samples.
+pub(super) fn draws_of(seed: u64, batch: &SlotBatch) -> Vec<Draws> {
+    // A sample is in a step once. Runs end before 2^32 steps.
+    let draws = |sample: &SampleId| Draws::new(seed, Tag::User, batch.slot.step.0 as u32, sample.0);
+    batch.samples.iter().map(draws).collect()
 }
 
 impl SlotProgram {
-    pub fn new(model: &ModelConfig, batch: usize, device: Device, precision: Precision) -> Self {
-        let layout = Layout::new(model.params());
+    pub fn new(
+        objective: &Arc<dyn Objective>,
+        model: &ModelConfig,
+        batch: usize,
+        device: Device,
+        precision: Precision,
+    ) -> Self {
+        let layout = Layout::new(objective.params(model));
         SlotProgram {
-            completion: completion_order(model, &layout),
-            tables: PosTables::new(model, Kind::Float).to_device(device),
+            completion: objective.completion(model, &layout),
+            loss: objective.prepare(model, device),
+            objective: objective.clone(),
             layout,
             model: model.clone(),
             batch,
@@ -98,12 +116,13 @@ impl SlotProgram {
         input: &SlotInput<'_>,
     ) -> (Tensor, Vec<(usize, Tensor)>) {
         runtime::pin_threads();
-        let (len_keep, n_patches) = mask_sizes(&self.model);
-        let masks =
-            Masks::from_shuffle(input.ids_shuffle, n_patches, len_keep).to_device(self.device);
-        let mae = Mae::new(&self.model, &self.tables, weights);
-        let weights_b = Tensor::from_slice(input.weights).to_device(self.device);
-        let loss = mae.loss(&input.images_bchw, &masks, &weights_b);
+        let slot = Slot {
+            images_bchw: input.images_bchw.shallow_clone(),
+            weights_b: Tensor::from_slice(input.weights).to_device(self.device),
+            ids_shuffle: input.ids_shuffle,
+            draws: &input.draws,
+        };
+        let loss = self.loss.loss(weights, &slot);
         let leaves: Vec<&Tensor> =
             self.completion.iter().map(|&block| &weights.tensors()[block]).collect();
         let grads = Tensor::run_backward(&[&loss], &leaves, false, false);
@@ -125,8 +144,17 @@ impl SlotProgram {
         [self.batch as i64, i64::from(self.model.channels), height, width]
     }
 
-    /// Computes a slot of fixed weights, images and masks and digests loss and gradients.
+    /// Computes slots of fixed weights, images and masks, one of a small model and one of these
+    /// shapes, and digests losses and gradients.
     pub fn probe(&self) -> Crc64 {
+        let micro = ModelConfig::preset("micro").expect("`micro` is a preset");
+        let (device, precision) = (self.device, self.precision);
+        let small = SlotProgram::new(&self.objective, &micro, PROBE_BATCH, device, precision);
+        small.probe_slot().then(self.probe_slot())
+    }
+
+    /// Computes a slot of fixed weights, images and masks and digests loss and gradients.
+    pub fn probe_slot(&self) -> Crc64 {
         let mut param: Vec<f32> = vec![0.0; self.layout.numel()];
         for (block, spec) in self.layout.params().iter().enumerate() {
             init::fill(spec, PROBE_SEED, &mut param[self.layout.range(block)]);
@@ -144,7 +172,9 @@ impl SlotProgram {
         let weights: Vec<f32> = vec![1.0; self.batch];
         // SAFETY: `images` lives until this function returns, and the graph does not.
         let images_bchw = unsafe { view(&images, &self.image_shape()) }.to_device(self.device);
-        let input = SlotInput { images_bchw, ids_shuffle: &ids_shuffle, weights: &weights };
+        let draws = (0..self.batch as u64).map(|i| Draws::new(PROBE_SEED, Tag::User, 0, i));
+        let draws: Vec<Draws> = draws.collect();
+        let input = SlotInput { images_bchw, ids_shuffle: &ids_shuffle, weights: &weights, draws };
         let copy = self.leaves(Weights::copy_of(&self.layout, &param).to_device(self.device));
         let (loss, grads) = self.differentiate(&copy, &input);
         let digest = |sum: Crc64, grad: &(usize, Tensor)| {
@@ -152,28 +182,4 @@ impl SlotProgram {
         };
         grads.iter().fold(Crc64::of_f32(&[loss.double_value(&[]) as f32]), digest)
     }
-}
-
-/// Lists the tensors in the order in which the backward pass finishes them: last used, first done.
-pub(super) fn completion_order(model: &ModelConfig, layout: &Layout) -> Vec<usize> {
-    let mut names: Vec<String> = vec!["patch_embed.proj".into(), "cls_token".into()];
-    let mut blocks = |prefix: &str, depth: u32, before: &[&str], after: &[&str]| {
-        let parts = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"];
-        names.extend(before.iter().map(ToString::to_string));
-        for i in 0..depth {
-            names.extend(parts.iter().map(|part| format!("{prefix}.{i}.{part}")));
-        }
-        names.extend(after.iter().map(ToString::to_string));
-    };
-    blocks("blocks", model.depth, &[], &["norm"]);
-    let (before, after) = (["decoder_embed", "mask_token"], ["decoder_norm", "decoder_pred"]);
-    blocks("decoder_blocks", model.decoder_depth, &before, &after);
-    let find = |name: &String| {
-        let whole = layout.find(name);
-        let parts = ["bias", "weight"].map(|part| layout.find(&format!("{name}.{part}")));
-        whole.into_iter().chain(parts.into_iter().flatten())
-    };
-    let order: Vec<usize> = names.iter().rev().flat_map(find).collect();
-    assert_eq!(order.len(), layout.n_blocks(), "each tensor of the layout is listed once");
-    order
 }

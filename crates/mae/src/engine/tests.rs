@@ -80,8 +80,8 @@ fn alignment_of_the_parameters_does_not_change_bits() {
     for (preset, slot_batch) in [("micro", 4), ("demo", 8)] {
         let setup = setup(preset, slot_batch);
         let batch = batch(&setup, 0);
-        let program =
-            SlotProgram::new(&setup.model, slot_batch as usize, Device::Cpu, Precision::F32);
+        let (n, mae) = (slot_batch as usize, Arc::new(MaeObjective) as Arc<dyn Objective>);
+        let program = SlotProgram::new(&mae, &setup.model, n, Device::Cpu, Precision::F32);
         let images: Vec<f32> = batch.pixels.iter().map(|&b| f32::from(b) / 64.0 - 2.0).collect();
         let fresh = CpuState::fresh(program.layout.clone(), 7);
         let param = fresh.section(Section::Param);
@@ -94,7 +94,8 @@ fn alignment_of_the_parameters_does_not_change_bits() {
                 (weights, view(&images, &program.image_shape()))
             };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
-            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b };
+            let input =
+                SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws: Vec::new() };
             let (loss, grads) = program.differentiate(&weights, &input);
             let start = Crc64::of_f32(&[loss.double_value(&[]) as f32]);
             grads.iter().fold(start, |sum, (_, grad)| sum.then(Crc64::of_f32(values(grad))))
@@ -226,7 +227,7 @@ fn setups_that_fit_nothing_are_refused() {
 fn gradients_complete_from_the_end() {
     let model = ModelConfig::preset("base").unwrap();
     let layout = Layout::new(model.params());
-    let order = slot::completion_order(&model, &layout);
+    let order = MaeObjective.completion(&model, &layout);
     let place = |name: &str| {
         let block = layout.find(name).unwrap();
         order.iter().position(|&b| b == block).unwrap()

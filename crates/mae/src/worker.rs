@@ -1,16 +1,47 @@
-//! The torch engine as a worker's backend.
+//! Worker binaries: agent and trainer on libtorch, for any objective.
 
-use lacuna_mae::context::{self, EXACT, Kernels};
-use lacuna_mae::cuda;
-use lacuna_mae::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, TorchEngine};
-use lacuna_mae::runtime::{CPU_ENV, CUDA_ENV, library_version};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser as _;
 use lacuna_spec::Precision;
+use lacuna_worker::args::WorkerArgs;
 use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec};
+use lacuna_worker::entry::dispatch;
 use tch::Device;
 
+use crate::context::{self, EXACT, Kernels};
+use crate::cuda;
+use crate::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, TorchEngine};
+use crate::objective::{MaeObjective, Objective};
+use crate::runtime::{CPU_ENV, CUDA_ENV, library_version};
+
+/// Is a worker whose runs learn `objective`: the whole `main` of a worker binary.
+///
+/// It has the command line of `lacuna-worker` and joins the same coordinators. Workers of one run
+/// all need the same objective; one with another is found out by its probe and refused.
+pub fn main(objective: impl Objective + 'static) -> ExitCode {
+    dispatch(WorkerArgs::parse(), TorchBackend::new(objective))
+}
+
 /// Builds torch engines.
-#[derive(Clone, Copy, Debug)]
-pub struct TorchBackend;
+#[derive(Clone, Debug)]
+pub struct TorchBackend {
+    objective: Arc<dyn Objective>,
+}
+
+impl TorchBackend {
+    /// Builds engines that learn `objective`.
+    pub fn new(objective: impl Objective + 'static) -> Self {
+        TorchBackend { objective: Arc::new(objective) }
+    }
+}
+
+impl Default for TorchBackend {
+    fn default() -> Self {
+        TorchBackend::new(MaeObjective)
+    }
+}
 
 impl Backend for TorchBackend {
     fn library(&self) -> String {
@@ -65,7 +96,9 @@ impl Backend for TorchBackend {
             source: Box::new(source),
         };
         if cuda_number(&spec.device).is_none() {
-            return Ok(Box::new(TorchEngine::new(setup).map_err(failed)?));
+            return Ok(Box::new(
+                TorchEngine::with_objective(setup, &self.objective).map_err(failed)?,
+            ));
         }
         let kernels = Kernels { tf32: spec.precision == Precision::Tf32, ..EXACT };
         context::set_kernels(kernels).map_err(|err| EngineError::Device {
@@ -80,7 +113,7 @@ impl Backend for TorchBackend {
             compiler: cuda::nvrtc(),
             n_slots: spec.n_slots,
         };
-        Ok(Box::new(DeviceTorchEngine::new(setup, place)?))
+        Ok(Box::new(DeviceTorchEngine::with_objective(setup, place, &self.objective)?))
     }
 }
 
@@ -105,11 +138,16 @@ mod tests {
         assert_eq!(visible_device(None, 3), "3");
         assert_eq!(visible_device(Some("4,6"), 1), "6");
         assert_eq!(visible_device(Some("GPU-5f, GPU-77"), 1), "GPU-77");
-        let env = TorchBackend.trainer_env("cuda2");
+        let env = TorchBackend::default().trainer_env("cuda2");
         let names: Vec<&str> = env.iter().map(|(name, _)| name.as_str()).collect();
         assert!(names.contains(&"CUDA_VISIBLE_DEVICES"), "{names:?}");
         assert!(names.contains(&"CUBLAS_WORKSPACE_CONFIG"), "{names:?}");
-        assert!(TorchBackend.trainer_env("cpu0").iter().all(|(name, _)| !name.contains("CU")));
+        assert!(
+            TorchBackend::default()
+                .trainer_env("cpu0")
+                .iter()
+                .all(|(name, _)| !name.contains("CU"))
+        );
     }
 
     #[test]
@@ -117,8 +155,8 @@ mod tests {
         if std::path::Path::new("/proc/driver/nvidia/version").exists() {
             return println!("skipped: this machine has an NVIDIA driver");
         }
-        TorchBackend.prepare("cpu1").expect("a CPU needs nothing");
-        let error = TorchBackend.prepare("cuda0").expect_err("there is no driver");
+        TorchBackend::default().prepare("cpu1").expect("a CPU needs nothing");
+        let error = TorchBackend::default().prepare("cuda0").expect_err("there is no driver");
         assert_eq!(error.to_string(), "cuda0 cannot be used");
         let why = std::error::Error::source(&error).expect("there is a reason").to_string();
         assert!(why.starts_with("no CUDA library") || why.starts_with("no NVIDIA driver"), "{why}");
