@@ -4,7 +4,8 @@
 //! cargo run --release -p lacuna-collective --example allreduce_bench -- 2 f32 100000000 20
 //! ```
 //!
-//! Arguments: world, element type (`f32` or `i64`), bytes, repetitions.
+//! Arguments: world, element type (`f32` or `i64`), bytes, repetitions. `f32-sockets` and
+//! `i64-sockets` share no memory.
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write, stdin};
@@ -68,7 +69,9 @@ fn launch(world: usize, kind: &str, n_bytes: usize, repeats: usize) -> Result<()
 /// Runs one rank: prints its address, reads all of them, reduces, prints the times on rank 0.
 fn member(rank: usize, kind: &str, n_bytes: usize, repeats: usize) -> Result<(), Box<dyn Error>> {
     let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
-    let listener = TrainerListener::bind(any_port, None, Exposure::Loopback)?;
+    let (kind, sockets) = kind.strip_suffix("-sockets").map_or((kind, false), |kind| (kind, true));
+    let listener =
+        TrainerListener::bind(any_port, sockets.then_some(any_port), Exposure::Loopback)?;
     println!("{}", listener.advertised());
     let mut members: Vec<SocketAddr> = Vec::new();
     for line in stdin().lines() {

@@ -24,14 +24,14 @@
 //! Why receiving into the buffer in place is safe: a sum of a chunk exists only after its owner has
 //! this rank's part of it, so this rank no longer needs the bytes that the sum overwrites.
 
-use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::{self, ErrorKind, IoSlice};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::link::Link;
 use crate::reduce::ReduceFn;
 use crate::{AbortHandle, CollectiveError, OpDescription, OpKind};
 
@@ -43,20 +43,16 @@ pub(crate) const CHUNK_BYTES: usize = 256 << 10;
 /// abort's hook came before the connection was registered.
 pub(crate) const TICK: Duration = Duration::from_millis(50);
 
+/// How often a member that waits for others of its machine gives them the processor before it
+/// sleeps: to be woken costs both sides more than the wait for a chunk.
+const YIELDS: u32 = 100;
+
 /// How long after a member closed its connection an operation that moves its bytes elsewhere may
 /// still complete: a member that is done may leave at once, and others need a moment more.
 pub(crate) const DEPARTED_GRACE: Duration = Duration::from_secs(1);
 
 pub(crate) const HEADER_BYTES: usize = 24;
 const HEADER_MAGIC: [u8; 4] = *b"lcOP";
-
-/// A proven connection to another member; its stream is non-blocking.
-#[derive(Debug)]
-pub(crate) struct Link {
-    pub rank: usize,
-    pub addr: SocketAddr,
-    pub stream: TcpStream,
-}
 
 /// What travels on one link during one operation.
 #[derive(Debug, Default)]
@@ -166,6 +162,8 @@ impl<'a> Exchange<'a> {
     fn drive(&mut self) -> Result<(), CollectiveError> {
         let header: [u8; HEADER_BYTES] = encode_header(&self.ours);
         let mut fds: Vec<PollFd<'a>> = Vec::with_capacity(self.links.len());
+        let shares_memory = self.links.iter().any(|link| link.rings.is_some());
+        let mut turns_left = YIELDS;
         loop {
             let moved: Moved = self.advance(&header)?;
             if self.flows.iter().all(Flow::is_done) {
@@ -182,7 +180,12 @@ impl<'a> Exchange<'a> {
                 let waiting_for = self.waiting_for();
                 return Err(CollectiveError::Timeout { op_seq: self.ours.op_seq, waiting_for });
             }
-            if moved == Moved::Nothing {
+            if moved == Moved::Something {
+                turns_left = YIELDS;
+            } else if shares_memory && turns_left > 0 {
+                turns_left -= 1;
+                std::thread::yield_now();
+            } else {
                 self.wait(&mut fds, left.min(TICK))?;
             }
         }
@@ -255,18 +258,19 @@ impl<'a> Exchange<'a> {
         if flow.sent >= sendable {
             return Ok(0);
         }
-        let mut stream: &TcpStream = &self.links[idx].stream;
+        let link: &Link = &self.links[idx];
         let ready_end: usize = HEADER_BYTES + flow.route.send_ready.len();
         let result = if flow.sent < HEADER_BYTES {
             let parts =
                 [&header[flow.sent..], piece(self.buffer, &flow.route.send_ready, 0, usize::MAX)];
-            stream.write_vectored(&parts.map(IoSlice::new))
+            link.write(&parts.map(IoSlice::new))
         } else if flow.sent < ready_end {
             let from = flow.sent - HEADER_BYTES;
-            stream.write(piece(self.buffer, &flow.route.send_ready, from, usize::MAX))
+            let ready = piece(self.buffer, &flow.route.send_ready, from, usize::MAX);
+            link.write(&[IoSlice::new(ready)])
         } else {
             let (from, to) = (flow.sent - ready_end, sendable - ready_end);
-            stream.write(piece(self.buffer, &flow.route.send_gated, from, to))
+            link.write(&[IoSlice::new(piece(self.buffer, &flow.route.send_gated, from, to))])
         };
         let n: usize = moved_bytes(result, ErrorKind::WriteZero)?;
         flow.sent += n;
@@ -291,8 +295,7 @@ impl<'a> Exchange<'a> {
             let end = flow.route.receive_final.end.min(start + CHUNK_BYTES);
             &mut self.buffer[start..end]
         };
-        let mut stream: &TcpStream = &self.links[idx].stream;
-        let n: usize = moved_bytes(stream.read(target), ErrorKind::UnexpectedEof)?;
+        let n: usize = moved_bytes(self.links[idx].read(target), ErrorKind::UnexpectedEof)?;
         flow.received += n;
         Ok(n)
     }
@@ -343,12 +346,23 @@ impl<'a> Exchange<'a> {
             (0..links.len()).filter(|idx| watches_all || !self.flows[*idx].is_done()).collect();
         for &idx in &undone {
             let interest: PollFlags = self.interest(idx);
-            let events = if interest.is_empty() { PollFlags::RDHUP } else { interest };
+            let mut events = PollFlags::RDHUP;
+            if !interest.is_empty() {
+                match links[idx].prepare_sleep(interest) {
+                    Ok(Some(wanted)) => events = wanted,
+                    Ok(None) => return Ok(()),
+                    Err(source) => return Err(self.lost(idx, source)),
+                }
+            }
             fds.push(PollFd::new(&links[idx].stream, events));
         }
         sleep_on(fds, timeout)?;
         for (idx, fd) in undone.into_iter().zip(fds.iter()) {
-            if !self.interest(idx).is_empty() || fd.revents().is_empty() {
+            if fd.revents().is_empty() {
+                continue;
+            }
+            if !self.interest(idx).is_empty() {
+                links[idx].woken();
                 continue;
             }
             if !self.flows[idx].is_done() {

@@ -15,11 +15,13 @@ use lacuna_types::{Generation, RunId};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
-use crate::exchange::{Link, TICK, sleep_on};
+use crate::exchange::{TICK, sleep_on};
 use crate::handshake::{
     HELLO_BYTES, Hello, Key, MESSAGE_BYTES_MAX, NONCE_BYTES, Nonce, PROOF_BYTES, Prover,
     REPLY_BYTES, Reply, prove,
 };
+use crate::link::Link;
+use crate::share::share;
 use crate::{AbortHandle, CollectiveError, MissingPeer, Refusal, TrainerListener, WORLD_MAX};
 
 /// How long an accepted connection may take to prove itself. A dialer sends at once and answers
@@ -101,7 +103,9 @@ pub(crate) fn form(
     loop {
         forming.advance()?;
         if forming.is_done() {
-            return Ok(forming.into_links());
+            let mut links: Vec<Link> = forming.into_links();
+            share(&mut links, group, listener.shares_memory, abort, deadline)?;
+            return Ok(links);
         }
         abort.check()?;
         let left: Duration = deadline.saturating_duration_since(Instant::now());
@@ -207,7 +211,7 @@ impl<'a> Forming<'a> {
     fn into_links(self) -> Vec<Link> {
         let ranked = self.links.into_iter().zip(&self.group.members).enumerate();
         let link = |(rank, (stream, addr)): (usize, (Option<TcpStream>, &SocketAddr))| {
-            stream.map(|stream| Link { rank, addr: *addr, stream })
+            stream.map(|stream| Link::new(rank, *addr, stream))
         };
         ranked.filter_map(link).collect()
     }

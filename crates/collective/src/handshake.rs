@@ -14,7 +14,7 @@
 use crate::Refusal;
 
 /// Opens every Hello; the last byte is the version of this exchange.
-const MAGIC: [u8; 8] = *b"lacunaC\x01";
+const MAGIC: [u8; 8] = *b"lacunaC\x02";
 pub(crate) const NONCE_BYTES: usize = 32;
 pub(crate) const PROOF_BYTES: usize = 32;
 pub(crate) const HELLO_BYTES: usize = 8 + 32 + 8 + 2 + 2 + 2 + NONCE_BYTES;

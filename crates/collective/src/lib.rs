@@ -14,8 +14,9 @@
 //!   listeners bind to loopback only (see [`Exposure`]).
 //! - It has no async code and starts no threads, but for those that abort NCCL.
 //!
-//! Start reading at `traits.rs` (the contract), then `exchange.rs` (how bytes move), `form.rs` and
-//! `handshake.rs` (how a group forms), and `nccl.rs`. `conformance.rs` is the contract as tests.
+//! Start reading at `traits.rs` (the contract), then `exchange.rs` (how bytes move) and `link.rs`
+//! (through what), `form.rs`, `handshake.rs` and `share.rs` (how a group forms), and `nccl.rs`.
+//! `conformance.rs` is the contract as tests.
 
 #[cfg(target_endian = "big")]
 compile_error!("elements travel as native bytes, which the wire format fixes to little-endian");
@@ -26,9 +27,12 @@ mod error;
 mod exchange;
 mod form;
 mod handshake;
+mod link;
 mod listener;
 mod nccl;
 mod reduce;
+mod rings;
+mod share;
 mod tcp;
 mod traits;
 

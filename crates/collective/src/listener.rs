@@ -22,6 +22,8 @@ pub enum Exposure {
 pub struct TrainerListener {
     pub(crate) socket: TcpListener,
     advertised: SocketAddr,
+    /// Whether members at the same address may share memory.
+    pub(crate) shares_memory: bool,
     /// Held while a group forms: two at once would take each other's connections.
     pub(crate) forming: Mutex<()>,
 }
@@ -30,7 +32,8 @@ impl TrainerListener {
     /// Binds to `addr` (port 0: any free port) and listens.
     ///
     /// `advertise` is what peers connect to, where that differs from the bound address (a
-    /// container, a wildcard bind); its port 0 stands for the bound port.
+    /// container, a wildcard bind); its port 0 stands for the bound port. Who is reached elsewhere
+    /// shares no memory with others at that address.
     ///
     /// # Errors
     /// [`BindError`] names the address and the reason.
@@ -54,7 +57,8 @@ impl TrainerListener {
             advertised.set_port(bound.port());
         }
         tracing::info!(%bound, %advertised, "trainer listener bound");
-        Ok(Self { socket, advertised, forming: Mutex::new(()) })
+        let shares_memory = advertise.is_none();
+        Ok(Self { socket, advertised, shares_memory, forming: Mutex::new(()) })
     }
 
     /// Returns the address that peers connect to.

@@ -1,4 +1,5 @@
-//! A collective over TCP: a full mesh of connections between host memories.
+//! A collective over TCP: a full mesh of connections between host memories. Between members on one
+//! machine the bytes go through shared memory.
 
 use std::fmt;
 use std::net::{Shutdown, SocketAddr};
@@ -8,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
-use crate::exchange::{CHUNK_BYTES, Exchange, Flow, Gate, Link, Route, sleep_on};
+use crate::exchange::{CHUNK_BYTES, Exchange, Flow, Gate, Route, sleep_on};
 use crate::form::form;
+use crate::link::Link;
 use crate::reduce::{Lane, sum_in_rank_order};
 use crate::traits::{Collective, OpLedger};
 use crate::{AbortHandle, CollectiveError, Group, OpDescription, OpKind, TrainerListener};
@@ -61,6 +63,7 @@ impl TcpCollective {
             generation = %group.generation,
             rank = group.rank,
             world = group.members.len(),
+            shared_memory = links.iter().filter(|link| link.rings.is_some()).count(),
             elapsed_ms = started.elapsed().as_millis(),
             "group formed"
         );
@@ -204,6 +207,12 @@ impl TcpCollective {
     pub(crate) fn count_from_here(&mut self) {
         self.op_seq = 0;
         self.ledger = OpLedger::default();
+    }
+
+    /// Tells whether any link goes through shared memory.
+    #[cfg(test)]
+    pub(crate) fn shares_memory(&self) -> bool {
+        self.links.iter().any(|link| link.rings.is_some())
     }
 
     /// Looks without waiting for a member that has closed its connection.

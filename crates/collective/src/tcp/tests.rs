@@ -83,9 +83,53 @@ fn check_sum(members: &mut Members) {
     assert!(sums.iter().all(|sum| *sum == [world * (world - 1) / 2, world]));
 }
 
+/// Members that share no memory although they could.
+fn make_group_of_sockets(world: usize) -> Members {
+    let one = |_| TrainerListener::bind(any_port(), Some(any_port()), Exposure::Loopback).unwrap();
+    let listeners: Vec<TrainerListener> = (0..world).map(one).collect();
+    form(&listeners, 1)
+}
+
+/// Every other member shares memory, so that each has links of both kinds.
+fn make_mixed_group(world: usize) -> Members {
+    let elsewhere = |rank: usize| (rank % 2 == 1).then(any_port);
+    let one = |rank| TrainerListener::bind(any_port(), elsewhere(rank), Exposure::Loopback);
+    let listeners: Vec<TrainerListener> = (0..world).map(|rank| one(rank).unwrap()).collect();
+    form(&listeners, 1)
+}
+
 #[test]
 fn conforms_in_worlds_up_to_five() {
     conformance::run(make_group, &[1, 2, 3, 4, 5]);
+}
+
+#[test]
+fn conforms_through_sockets() {
+    conformance::run(make_group_of_sockets, &[2, 3, 5]);
+}
+
+#[test]
+fn conforms_through_both() {
+    conformance::run(make_mixed_group, &[3, 4]);
+    conformance::sums_and_copies(&make_mixed_group, 5, &[0, 5, 1_009, 200_000]);
+}
+
+/// What a machine's members have in common is used, unless one of them is reached elsewhere.
+#[test]
+fn memory_is_shared_where_both_ends_want_it() {
+    let shared = |elsewhere: [bool; 2]| -> [bool; 2] {
+        let one = |elsewhere: bool| {
+            TrainerListener::bind(any_port(), elsewhere.then(any_port), Exposure::Loopback).unwrap()
+        };
+        let listeners = elsewhere.map(one);
+        let members = connect_all(&listeners, &plan(&listeners, 1), PATIENT, |_| ());
+        let shares: Vec<bool> = members.into_iter().map(|m| m.unwrap().shares_memory()).collect();
+        [shares[0], shares[1]]
+    };
+    assert_eq!(shared([false, false]), [true, true]);
+    for elsewhere in [[true, false], [false, true], [true, true]] {
+        assert_eq!(shared(elsewhere), [false, false], "{elsewhere:?}");
+    }
 }
 
 #[test]
