@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, program: pathlib.Path) -> Times:
 
 
 def table(times: Times) -> str:
-    """Returns a Markdown table: median and range, and how often ours fits gloo's time in a round."""
+    """Returns a Markdown table: median and range, and gloo's time over ours within a round."""
     heads = "".join(f" {m} MB, ms (range) | gloo's f32 to it |" for m in MEGABYTES)
     lines = [f"| |{heads}", f"|---|{'---:|---:|' * len(MEGABYTES)}"]
     for row, sizes in times.items():
