@@ -62,6 +62,10 @@ pub fn examine(dir: &RunDir, step: Step, seal: &str) -> Examined {
     if verified.problems.is_empty() {
         return if was_aside { Examined::Mended } else { Examined::Sound };
     }
+    // Retention may have been faster than the reader.
+    if let Ok(None) = catalog::look(dir, step) {
+        return Examined::Gone;
+    }
     let why = shortly(&verified.problems);
     if verified.n_passing > 0 {
         return Examined::Unknown(why);

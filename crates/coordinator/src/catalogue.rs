@@ -80,20 +80,20 @@ fn failed(error: impl std::error::Error + 'static) -> CatalogueError {
 /// Tries whether the place of a new run keeps what checkpoints are built on: better now than when
 /// the first one is due.
 fn examine_place(dir: &RunDir, spec: &RunSpec) -> Result<(), CatalogueError> {
-    let found = doctor::examine(dir.storage(), dir.root(), doctor::BRIEF_BYTES);
+    // The run's own folder where somebody made it: the one above may be another user's.
+    let own = dir.path();
+    let base = if own.is_dir() { own.as_path() } else { dir.root() };
+    let found = doctor::examine(dir.storage(), base, doctor::BRIEF_BYTES);
     if let Some(problem) = found.problem() {
         return Err(CatalogueError(format!(
             "it was tried and does not keep what checkpoints are built on: {problem}"
         )));
     }
-    // Parameters and both moments, f32.
+    // Parameters and both moments, f32, of the built-in objective; others may have more or less.
     let bytes = 12 * Layout::new(spec.model.params()).numel() as u64;
-    let (free, wanted) = (found.free_bytes.unwrap_or(u64::MAX), doctor::room_for(bytes));
-    if free < bytes {
-        return Err(CatalogueError(format!("a checkpoint has {bytes} bytes, {free} are free")));
-    }
-    if free < wanted {
-        let to = &spec.checkpoint.to;
+    let wanted = doctor::room_for(bytes);
+    if found.lacks(wanted) {
+        let (to, free) = (&spec.checkpoint.to, found.free_bytes.unwrap_or_default());
         warn!("`{to}` has {free} bytes free; checkpoints of this run want {wanted}");
     }
     Ok(())

@@ -62,12 +62,13 @@ pub(crate) fn block_order(draws: &Draws, grid: [usize; 2], n_removed: usize) -> 
     for i in 0..TRIES_MAX {
         let uniform = |k: u32| draws.unit_f64(4 * i + k);
         // Areas and aspects are drawn evenly, the latter on a logarithmic scale.
-        let most = left as f64;
         if left == 0 {
             break;
         }
+        let most = left as f64;
         let area = AREA_MIN.min(most) + uniform(0) * (most - AREA_MIN).max(0.0);
-        let aspect = ASPECT_MIN.powf(1.0 - 2.0 * uniform(1));
+        // Not `powf`, which is the C library's: machines may differ in its last bit.
+        let aspect = libm::exp(libm::log(ASPECT_MIN) * (1.0 - 2.0 * uniform(1)));
         let side = |length: f64, max: usize| (length.round() as usize).clamp(1, max);
         let height = side((area * aspect).sqrt(), rows);
         let width = side((area / aspect).sqrt(), columns);

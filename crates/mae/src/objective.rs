@@ -36,7 +36,10 @@ pub trait SlotLoss: fmt::Debug + Send {
     ///
     /// It is a function of `weights` and `slot` alone: no state, no clock, no other random numbers
     /// than `slot.draws`. It is a mean over the samples of the slot, in which a sample of weight 0
-    /// adds nothing and still counts in the divisor.
+    /// adds nothing and still counts in the divisor. Every parameter takes part in it.
+    ///
+    /// **Weights and images are views of memory that changes after the call**: no tensor that
+    /// shares it may be kept (keep a copy), and none may be written to in place.
     fn loss(&self, weights: &Weights, slot: &Slot<'_>) -> Tensor;
 }
 

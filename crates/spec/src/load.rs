@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
-use crate::fields::fields;
+use crate::fields::{Mark, fields};
 use crate::node::{
     self, At, Node, Source, Sources, SyntaxError, SyntaxKind, Table, Value, find, merge,
 };
@@ -64,7 +64,8 @@ pub fn parse_text(name: &str, text: &str, overrides: &[String]) -> Result<Loaded
     load(top, overrides, None).map_err(SpecError::Invalid)
 }
 
-/// Validates a spec in the layout of [`RunSpec::to_json`]; nothing is filled in from the defaults.
+/// Validates a spec in the layout of [`RunSpec::to_json`]. It is whole, but for keys that are newer
+/// than the build that wrote it: those that change no bit are filled in from the defaults.
 pub(crate) fn from_json(value: &serde_json::Value) -> Result<RunSpec, Problems> {
     let mut sources = Sources::default();
     let source = sources.add(Source {
@@ -74,7 +75,7 @@ pub(crate) fn from_json(value: &serde_json::Value) -> Result<RunSpec, Problems> 
         builtin: false,
         rank: 1,
     });
-    let root = match node::from_json(value, source).value {
+    let mut root = match node::from_json(value, source).value {
         Value::Table(root) => root,
         other => {
             let mut problems = Problems::default();
@@ -87,6 +88,15 @@ pub(crate) fn from_json(value: &serde_json::Value) -> Result<RunSpec, Problems> 
             return Err(problems);
         }
     };
+    let text = presets::DEFAULTS.to_string();
+    let name = "defaults".to_string();
+    let source = sources.add(Source { name, text, has_lines: true, builtin: true, rank: 0 });
+    let (defaults, _) = node::parse_toml(presets::DEFAULTS, source);
+    for field in fields().iter().filter(|field| field.mark != Mark::Maths) {
+        if let Some(default) = find(&defaults, field.path) {
+            node::fill(&mut root, field.path, default);
+        }
+    }
     Reader::new(&root, &sources, Problems::default(), false, Vec::new()).run_spec()
 }
 

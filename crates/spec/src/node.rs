@@ -247,6 +247,20 @@ pub(crate) fn merge(lower: &mut Table, upper: Table) {
     }
 }
 
+/// Puts a value at a dotted path where there is none, in a table that is there.
+pub(crate) fn fill(root: &mut Table, path: &str, value: &Node) {
+    match path.split_once('.') {
+        None => {
+            root.entry(path.to_string()).or_insert_with(|| value.clone());
+        }
+        Some((first, rest)) => {
+            if let Some(Node { value: Value::Table(table), .. }) = root.get_mut(first) {
+                fill(table, rest, value);
+            }
+        }
+    }
+}
+
 /// Returns the value at a dotted path.
 pub(crate) fn find<'a>(root: &'a Table, path: &str) -> Option<&'a Node> {
     let (first, rest) = match path.split_once('.') {

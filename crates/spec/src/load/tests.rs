@@ -197,3 +197,24 @@ fn order_is_pinned_once() {
         OrderParams::default_for(100_000_000, 1_000_000, 64)
     );
 }
+
+/// A coordinator reads what an older build of it wrote down: keys that change no bit may be newer
+/// than the text, those that do may not.
+#[test]
+fn what_an_older_build_wrote_lacks_newer_keys() {
+    let spec =
+        load_files(&[("conf/run.toml", DEMO)], &["checkpoint.read_back=false"]).unwrap().spec;
+    let mut json = spec.to_json();
+    let table = |json: &mut serde_json::Value, key: &str, inner: &str| {
+        json[key].as_object_mut().unwrap().remove(inner).unwrap();
+    };
+    table(&mut json, "checkpoint", "read_back");
+    table(&mut json, "checkpoint", "when_busy");
+    table(&mut json, "track", "every");
+    let again = from_json(&json).unwrap();
+    assert_eq!(again, spec);
+    assert_eq!(again.digest(), spec.digest());
+    table(&mut json, "train", "batch");
+    let problems = SpecError::Invalid(from_json(&json).unwrap_err()).to_string();
+    assert!(problems.contains("missing key `train.batch`"), "{problems}");
+}
