@@ -1,6 +1,6 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check clean clean-all
+.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-parity bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check clean clean-all
 # Histories that `make sim` plays.
 SEEDS ?= 100000
 
@@ -47,6 +47,8 @@ bench-data: ## images a second, here and in Python's loaders (BENCH="--python v/
 	@python3 scripts/bench/images.py $(BENCH)
 bench-allreduce: ## all-reduce between two processes, here and over gloo (BENCH="--python v/bin/python")
 	@python3 scripts/bench/allreduce.py $(BENCH)
+bench-parity: ## train 2,000 steps here and in PyTorch on equal inputs (BENCH="--python v/bin/python")
+	@python3 scripts/bench/parity.py $(BENCH)
 bench-ckpt: ## save and load checkpoints, here and in torch (BENCH="--python v/bin/python")
 	@python3 scripts/bench/checkpoint.py $(BENCH)
 bench-stall: build ## what saving costs steps and memory (BENCH="--preset small")

@@ -43,6 +43,7 @@ fn compile_shim(root: &Path) {
         .warnings(false)
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .include(root.join("include"))
+        .file("shim/autograd.cpp")
         .file("shim/context.cpp")
         .compile("lacuna_torch_shim");
 }

@@ -1,27 +1,37 @@
 #!/usr/bin/env python3
-"""The peer of `step_bench`: one process of masked-autoencoder training in eager PyTorch.
+"""The peer of `step_bench`: one process of masked-autoencoder training in PyTorch.
 
 What a careful PyTorch user would write: SDPA attention, fused AdamW with decay for matrices only,
 gradients set to None, images already normalised and in memory. The arithmetic is that of the
 reference MAE with normalised target. Prints one JSON line with the fields of `step_bench`.
 
-    python scripts/bench/pytorch_step.py --model tiny --batch 16 --steps 10
+    python scripts/bench/pytorch_step.py --model tiny --batch 16 --steps 10 [--compile]
+
+Several processes, each started with its own rank and a file that is not there yet, train together
+(DDP over gloo, `--batch` images each):
+
+    python scripts/bench/pytorch_step.py --world 2 --rank 0 --store FILE &
+    python scripts/bench/pytorch_step.py --world 2 --rank 1 --store FILE
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
+import pathlib
 import statistics
 import time
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 # Losses to report, for a look at whether both programs learn the same task.
 LOSSES = 3
+# A rank whose peers are gone gives up; compiling alone takes a minute or two.
+WAIT_SECONDS_MAX = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +107,12 @@ class Block(nn.Module):
 def position_table(width: int, grid: int) -> Tensor:
     """Returns fixed sine-cosine positions, `[1, 1 + grid², width]`, zero for the class token."""
     quarter = width // 4
-    frequencies = torch.exp2(-torch.arange(quarter) / quarter * 13.287712379549449)  # 10000^-x
-    angles = torch.outer(torch.arange(grid).float(), frequencies)
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.outer(torch.arange(grid, dtype=torch.float64), frequencies)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     columns = waves.repeat(grid, 1)
     rows = waves.repeat_interleave(grid, dim=0)
-    return F.pad(torch.cat([columns, rows], dim=1), (0, 0, 1, 0)).unsqueeze(0)
+    return F.pad(torch.cat([columns, rows], dim=1), (0, 0, 1, 0)).unsqueeze(0).float()
 
 
 class MaskedAutoencoder(nn.Module):
@@ -145,10 +155,12 @@ class MaskedAutoencoder(nn.Module):
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return (patches - mean) * torch.rsqrt(var + 1e-6)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, shuffle: Tensor | None = None) -> Tensor:
+        """Returns the loss; `shuffle` has each image's patches, the kept ones first."""
         tokens = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
         batch, n_patches, width = tokens.shape
-        shuffle = torch.rand(batch, n_patches).argsort(dim=1)
+        if shuffle is None:
+            shuffle = torch.rand(batch, n_patches).argsort(dim=1)
         restore = shuffle.argsort(dim=1).unsqueeze(2)
         keep = shuffle[:, : self.len_keep].unsqueeze(2)
         kept = tokens.gather(1, keep.expand(-1, -1, width))
@@ -169,7 +181,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """Returns AdamW with the settings of `step_bench`."""
+    """Returns AdamW with the settings of `step_bench`; tokens count as matrices."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -187,28 +199,62 @@ def summary(times_ms: list[float]) -> dict[str, float]:
     return {"median": median, "p10": times_ms[tenth], "p90": times_ms[-1 - tenth]}
 
 
-def main() -> None:
+def peak_gib() -> float:
+    """Returns the most memory that this process has held."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return kib / 2**20
+
+
+def prepare(model: MaskedAutoencoder, args: argparse.Namespace) -> nn.Module:
+    """Joins the other processes and compiles, where it is asked for; returns what to call."""
+    loss_of: nn.Module = model
+    if args.world > 1:
+        wait = datetime.timedelta(seconds=WAIT_SECONDS_MAX)
+        store = distributed.FileStore(args.store, args.world)
+        distributed.init_process_group("gloo", store=store, rank=args.rank,
+                                       world_size=args.world, timeout=wait)
+        loss_of = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return torch.compile(loss_of) if args.compile else loss_of
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", choices=sorted(PRESETS))
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="images a step of this process")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="torch.compile, its default mode")
+    parser.add_argument("--world", type=int, default=1, help="processes that train together")
+    parser.add_argument("--rank", type=int, default=0, help="which of them this is")
+    parser.add_argument("--store", help="a file that all of them can reach, not there yet")
     args = parser.parse_args()
+    if not 0 <= args.rank < args.world:
+        parser.error("--rank must be below --world")
+    if args.world > 1 and not args.store:
+        parser.error("--world needs --store")
+    return args
 
+
+def main() -> None:
+    args = parse()
     torch.set_num_threads(args.threads)
     torch.set_num_interop_threads(1)
     torch.manual_seed(0)
     sizes = PRESETS[args.model]
     model = MaskedAutoencoder(sizes)
     optimizer = make_optimizer(model)
+    loss_of = prepare(model, args)
+    if args.rank > 0:
+        torch.manual_seed(args.rank)  # other images and masks, the same weights
     pixels = torch.rand(args.batch, sizes.channels, sizes.img_size, sizes.img_size)
     images = (pixels - 0.45) / 0.25
 
     wall_ms, cpu_ms, losses = [], [], []
     for step in range(args.warmup + args.steps):
         start, start_cpu = time.perf_counter(), time.process_time()
-        loss = model(images)
+        loss = loss_of(images)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -223,15 +269,21 @@ def main() -> None:
         "peer": "pytorch",
         "torch": torch.__version__,
         "model": args.model,
+        "world": args.world,
+        "rank": args.rank,
         "batch_per_process": args.batch,
+        "compile": args.compile,
         "threads": torch.get_num_threads(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "images_per_s": args.batch / step_ms["median"] * 1e3,
+        "images_per_s": args.world * args.batch / step_ms["median"] * 1e3,
         "step_ms": step_ms,
         "cpu_ms": summary(cpu_ms),
+        "peak_gib": peak_gib(),
         "first_losses": losses,
     }))
+    if args.world > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

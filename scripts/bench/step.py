@@ -6,6 +6,9 @@ prints a Markdown table. CPU time is the primary figure: a busy machine disturbs
 time.
 
     python3 scripts/bench/step.py --python v/bin/python --rounds 5 --out step.json
+
+`--compile` adds PyTorch with torch.compile, and `--ddp` a second table: two processes that train
+together, ours with the exact sum between them and PyTorch's with DDP over gloo.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -36,6 +41,12 @@ ASK_SECONDS_MAX = 60
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # The instruction sets that `step_bench` is held to, so that equal steps give equal bits.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+# Where gloo looks for the other process of this machine; it may take another address otherwise.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
+# The words of `train.reduce`.
+SUMS = ("exact", "exact32", "fast")
+# Processes of the second table.
+WORLD = 2
 NO_PYTHON = f"""no Python with torch {TORCH_VERSION}: {{why}}
 To make one (about 5 GB), outside of the checkout:
   python3 -m venv v && v/bin/pip install torch=={TORCH_VERSION} numpy
@@ -44,19 +55,23 @@ To make one (about 5 GB), outside of the checkout:
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A program to time."""
+    """A program to time, and how many processes of it train together."""
 
     name: str
     command: tuple[str, ...]
     env: dict[str, str]
+    world: int = 1
+    # The flag for the path, unique to a run, at which several processes meet.
+    meet: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The median step of one process, in milliseconds."""
+    """The median step of a contestant, in milliseconds, and the memory of its largest process."""
 
     cpu_ms: float
     wall_ms: float
+    peak_gib: float
 
 
 # Per contestant, one timing a round; the first contestant is ours.
@@ -70,21 +85,56 @@ def table(rounds: Rounds) -> str:
     """
     ours = next(iter(rounds.values()))
     lines = [
-        "| | CPU ms a step (range) | wall ms a step (range) | CPU time to ours (range) |",
-        "|---|---:|---:|---:|",
+        "| | CPU ms a step (range) | wall ms a step (range) | CPU time to ours (range) "
+        "| peak GiB |",
+        "|---|---:|---:|---:|---:|",
     ]
     for name, timings in rounds.items():
-        cpu = [timing.cpu_ms for timing in timings]
-        wall = [timing.wall_ms for timing in timings]
-        ratio = "1"
-        if timings is not ours:
-            own_cpu = [timing.cpu_ms for timing in ours]
-            ratios = [peer / own for peer, own in zip(cpu, own_cpu)]
-            middle = statistics.median(cpu) / statistics.median(own_cpu)
-            ratio = with_range(middle, ratios, digits=3)
-        cells = [name, spread(cpu), spread(wall), ratio]
+        cpu, wall = columns(timings)
+        ratio = "1" if timings is ours else to_ours(cpu, columns(ours)[0])
+        cells = [name, spread(cpu), spread(wall), ratio, peak(timings)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def table_together(rounds: Rounds, images: int) -> str:
+    """Returns the same for processes that train together, on `images` a step.
+
+    CPU time is that of all processes; wall time is the primary figure here, because it has what a
+    process waits for the others.
+    """
+    ours = next(iter(rounds.values()))
+    lines = [
+        "| | wall ms a step (range) | images/s (range) | wall time to ours (range) "
+        "| CPU ms a step, all (range) | CPU time to ours (range) | peak GiB of a process |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, timings in rounds.items():
+        cpu, wall = columns(timings)
+        rates = [images / ms * 1e3 for ms in wall]
+        ratios = ["1", "1"]
+        if timings is not ours:
+            ratios = [to_ours(theirs, own) for theirs, own in zip((cpu, wall), columns(ours))]
+        cells = [name, spread(wall), spread(rates), ratios[1], spread(cpu), ratios[0],
+                 peak(timings)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def columns(timings: list[Timing]) -> tuple[list[float], list[float]]:
+    """Returns CPU and wall times, one a round."""
+    return [timing.cpu_ms for timing in timings], [timing.wall_ms for timing in timings]
+
+
+def to_ours(theirs: list[float], ours: list[float]) -> str:
+    """Returns the ratio of the medians with the range of the ratios within a round."""
+    ratios = [peer / own for peer, own in zip(theirs, ours)]
+    return with_range(statistics.median(theirs) / statistics.median(ours), ratios, digits=3)
+
+
+def peak(timings: list[Timing]) -> str:
+    """Returns the most memory of any round."""
+    return f"{max(timing.peak_gib for timing in timings):.2f}"
 
 
 def spread(values: list[float]) -> str:
@@ -133,13 +183,45 @@ def build() -> None:
         raise Unfit("`step_bench` cannot be built (`make setup` fetches libtorch)")
 
 
-def run_one(contestant: Contestant) -> dict[str, Any]:
-    """Runs a contestant once; returns the line it printed."""
-    done = subprocess.run(contestant.command, env={**os.environ, **contestant.env},
-                          stdout=subprocess.PIPE, text=True, timeout=RUN_SECONDS_MAX)
-    if done.returncode != 0:
-        raise Unfit(f"{contestant.name} failed with exit code {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def run_one(contestant: Contestant) -> list[dict[str, Any]]:
+    """Runs a contestant once, all its processes at the same time; returns a line of each."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        children: list[subprocess.Popen[str]] = []
+        try:
+            for rank in range(contestant.world):
+                command = [*contestant.command]
+                if contestant.world > 1:
+                    command += ["--world", str(contestant.world), "--rank", str(rank),
+                                contestant.meet, f"{folder}/meet"]
+                env = {**os.environ, **contestant.env}
+                children.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE,
+                                                 text=True))
+            return outputs(contestant, children)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+                if child.stdout:
+                    child.stdout.close()
+
+
+def outputs(contestant: Contestant, children: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+    """Waits for the processes of one run; returns the last line of each."""
+    deadline = time.monotonic() + RUN_SECONDS_MAX
+    lines: list[dict[str, Any]] = []
+    for child in children:
+        text, _ = child.communicate(timeout=max(deadline - time.monotonic(), 0))
+        if child.returncode != 0:
+            raise Unfit(f"{contestant.name} failed with exit code {child.returncode}")
+        lines.append(json.loads(text.strip().splitlines()[-1]))
+    return lines
+
+
+def timing_of(lines: list[dict[str, Any]]) -> Timing:
+    """Returns the timing of one run: CPU time of all processes, wall time of the slowest."""
+    return Timing(sum(line["cpu_ms"]["median"] for line in lines),
+                  max(line["step_ms"]["median"] for line in lines),
+                  max(line["peak_gib"] for line in lines))
 
 
 def compare(contestants: list[Contestant], n_rounds: int) -> tuple[Rounds, list[dict[str, Any]]]:
@@ -152,11 +234,12 @@ def compare(contestants: list[Contestant], n_rounds: int) -> tuple[Rounds, list[
     for idx in range(n_rounds):
         # Whoever runs second finds a warmer machine; turning the order shares that out.
         for contestant in contestants[:: -1 if idx % 2 else 1]:
-            record = run_one(contestant)
-            timing = Timing(record["cpu_ms"]["median"], record["step_ms"]["median"])
+            lines = run_one(contestant)
+            timing = timing_of(lines)
             rounds[contestant.name].append(timing)
             load = os.getloadavg()[0]
-            records.append({"round": idx, "contestant": contestant.name, "load": load, **record})
+            records += [{"round": idx, "contestant": contestant.name, "load": load, **line}
+                        for line in lines]
             say(PROGRAM, f"round {idx + 1} of {n_rounds}, {contestant.name}: "
                 f"{timing.cpu_ms:.1f} ms CPU, {timing.wall_ms:.1f} ms wall, load {load:.1f}")
     return rounds, records
@@ -181,13 +264,36 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (2)")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each (5)")
     parser.add_argument("--avx2", action="store_true",
-                        help="add a third row: PyTorch held to the instructions ours is held to")
+                        help="add a row: PyTorch held to the instructions ours is held to")
+    parser.add_argument("--compile", action="store_true",
+                        help="add rows: PyTorch with torch.compile (needs a C++ compiler)")
+    parser.add_argument("--ddp", action="store_true",
+                        help=f"add a table: {WORLD} processes, ours and PyTorch's over gloo")
     parser.add_argument("--no-build", action="store_true", help="time the step_bench that is there")
     parser.add_argument("--out", type=pathlib.Path, help="write every figure to this JSON file")
     args = parser.parse_args()
     if min(args.batch, args.steps, args.rounds) < 1 or args.warmup < 0:
         parser.error("--batch, --steps and --rounds must be positive, --warmup not negative")
     return args
+
+
+def contestants_of(args: argparse.Namespace, ours: tuple[str, ...],
+                   peer: tuple[str, ...]) -> tuple[list[Contestant], list[Contestant]]:
+    """Returns who runs alone, and who runs in several processes."""
+    alone = [Contestant("lacuna", ours, ONE_THREAD), Contestant("PyTorch", peer, ONE_THREAD)]
+    together = [
+        *(Contestant(f"lacuna, {word}", (*ours, "--reduce", word), ONE_THREAD, WORLD,
+                     "--rendezvous") for word in SUMS),
+        Contestant("PyTorch, DDP over gloo", peer, ONE_THREAD | LOOPBACK, WORLD, "--store"),
+    ]
+    if args.compile:
+        compiled = (*peer, "--compile")
+        alone.append(Contestant("PyTorch, compiled", compiled, ONE_THREAD))
+        together.append(Contestant("PyTorch, DDP over gloo, compiled", compiled,
+                                   ONE_THREAD | LOOPBACK, WORLD, "--store"))
+    if args.avx2:
+        alone.append(Contestant("PyTorch, AVX2", peer, ONE_THREAD | AVX2))
+    return alone, together if args.ddp else []
 
 
 def main() -> int:
@@ -203,23 +309,23 @@ def main() -> int:
                  for name in ("model", "batch", "steps", "warmup")]
         sizes = tuple(word for flag in flags for word in flag)
         peer = (python, str(HERE / "pytorch_step.py"), *sizes)
-        contestants = [
-            Contestant("lacuna", (str(ours), *sizes), ONE_THREAD),
-            Contestant("PyTorch", peer, ONE_THREAD),
-        ]
-        if args.avx2:
-            contestants.append(Contestant("PyTorch, AVX2", peer, ONE_THREAD | AVX2))
-        rounds, records = compare(contestants, args.rounds)
+        alone, together = contestants_of(args, (str(ours), *sizes), peer)
+        rounds, records = compare(alone, args.rounds)
+        rounds_together, more = compare(together, args.rounds)
     except (Unfit, subprocess.TimeoutExpired) as reason:
         say(PROGRAM, str(reason))
         return EXIT_UNFIT
     machine = f"{cpu_name()}, {os.cpu_count()} CPUs"
-    print(f"Preset `{args.model}`, batch {args.batch}, f32, one thread, {args.rounds} rounds of "
-          f"{args.steps} steps; {machine}.\n")
+    about = f"f32, {args.rounds} rounds of {args.steps} steps; {machine}"
+    print(f"Preset `{args.model}`, batch {args.batch}, one thread, {about}.\n")
     print(table(rounds))
+    if together:
+        print(f"\nPreset `{args.model}`, {WORLD} processes of one thread, batch {args.batch} each, "
+              f"{about}.\n")
+        print(table_together(rounds_together, WORLD * args.batch))
     if args.out:
         settings = {key: str(value) for key, value in vars(args).items()}
-        record = {"machine": machine, "settings": settings, "runs": records}
+        record = {"machine": machine, "settings": settings, "runs": records + more}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -41,6 +41,53 @@ fn one_two_and_three_workers_give_the_same_bits() {
 }
 
 #[test]
+fn sums_of_32_bits_give_the_same_bits_too() {
+    let fixture = fixture();
+    let train = |name: &str, n: usize, kills: bool| {
+        let mut cluster = Cluster::start(&fixture);
+        // Patches so large that a tensor has two exponents.
+        let extra = [
+            ("elastic.workers", "\"1:3\""),
+            ("train.reduce", "\"exact32\""),
+            ("model.patch_size", "4"),
+        ];
+        let run = cluster.submit(&fixture.spec(name, STEPS, &extra));
+        (0..n).for_each(|i| cluster.add(&format!("n{i}"), 1));
+        if kills {
+            cluster
+                .wait(&run, "some steps", |seen| seen.step() >= 20 && seen.run.workers.len() == n);
+            send_signal(cluster.pid("n1:cpu0"), Signal::KILL);
+        }
+        let seen = cluster.wait_end(&run);
+        assert_eq!(seen.run.state, "finished", "{}", seen.text());
+        seen.run.final_digest.expect("a finished run has a digest")
+    };
+    let want = train("alone", 1, false);
+    assert_eq!(train("three", 3, true), want);
+    // Exponents of chunks are in its checkpoints, which every command reads.
+    let verified = fixture.run(&["ckpt", "verify", "ckpt/three"]);
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stdout));
+    assert_eq!(format!("{want:016x}"), "89fb6e653979053a");
+}
+
+/// Floats promise no bits, and all else: members agree, a dead one is replaced, the run ends.
+#[test]
+fn a_run_that_sums_floats_survives_as_well() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start(&fixture);
+    let extra = [("elastic.workers", "\"1:3\""), ("train.reduce", "\"fast\"")];
+    let run = cluster.submit(&fixture.spec("floats", STEPS, &extra));
+    (0..3).for_each(|i| cluster.add(&format!("n{i}"), 1));
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 20 && seen.run.workers.len() == 3);
+    send_signal(cluster.pid("n1:cpu0"), Signal::KILL);
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    assert_eq!(seen.count("lost"), 1, "{}", seen.text());
+    let (first, last) = (seen.figures[&1].loss, seen.figures[&STEPS].loss);
+    assert!(last < first, "it learns: {first} to {last}");
+}
+
+#[test]
 fn a_sigkill_and_a_joiner_change_no_bit_and_restart_no_survivor() {
     let fixture = fixture();
     let want = undisturbed_steps(&fixture, 1, LONG);

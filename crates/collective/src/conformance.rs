@@ -33,6 +33,7 @@ pub fn run(make_group: impl Fn(usize) -> Members, worlds: &[usize]) {
     different_lengths_are_detected(&make_group);
     different_kinds_are_detected(&make_group);
     the_ledger_follows(&make_group);
+    a_thread_may_take_over(&make_group);
 }
 
 /// Checks all operations that succeed, over one group, with buffers of `lengths` elements.
@@ -44,6 +45,7 @@ pub fn sums_and_copies(make_group: &impl Fn(usize) -> Members, world: usize, len
     let results = on_each(&mut members, |member| {
         for &n in lengths {
             check_i64_sum(member, n)?;
+            check_i32_sum(member, n)?;
             check_broadcasts(member, n)?;
         }
         member.barrier(PATIENT)?;
@@ -80,6 +82,18 @@ fn check_i64_sum(member: &mut dyn Collective, n: usize) -> Result<(), Collective
     for (idx, sum) in buffer.iter().enumerate() {
         let expected: i64 = (0..world).map(|rank| i64_value(rank, idx)).sum();
         assert_eq!(*sum, expected, "i64 sum, element {idx} of {n}, rank {rank} of {world}");
+    }
+    Ok(())
+}
+
+fn check_i32_sum(member: &mut dyn Collective, n: usize) -> Result<(), CollectiveError> {
+    let (rank, world) = (member.rank(), member.world());
+    let value = |rank: usize, idx: usize| i64_value(rank, idx) as i32;
+    let mut buffer: Vec<i32> = (0..n).map(|idx| value(rank, idx)).collect();
+    member.all_reduce_i32(&mut buffer, PATIENT)?;
+    for (idx, sum) in buffer.iter().enumerate() {
+        let expected = (0..world).map(|rank| value(rank, idx)).fold(0, i32::wrapping_add);
+        assert_eq!(*sum, expected, "i32 sum, element {idx} of {n}, rank {rank} of {world}");
     }
     Ok(())
 }
@@ -264,6 +278,28 @@ pub fn the_ledger_follows(make_group: &impl Fn(usize) -> Members) {
             Ok::<(), CollectiveError>(())
         });
         results.into_iter().for_each(|result| result.expect("no fault was injected"));
+    }
+}
+
+/// Where the implementation says so, calls come from one thread and then from another.
+pub fn a_thread_may_take_over(make_group: &impl Fn(usize) -> Members) {
+    let mut members: Members = make_group(2);
+    let results = on_each(&mut members, |member| {
+        if !member.may_change_threads() {
+            return Ok([2, 4]);
+        }
+        let mut sums = [1, 2];
+        member.all_reduce_i64(&mut sums[..1], PATIENT)?;
+        let (there, later) = (&mut *member, &mut sums[1..]);
+        let done = thread::scope(|scope| {
+            scope.spawn(move || there.all_reduce_i64(later, PATIENT)).join().expect("no panic")
+        });
+        done?;
+        member.barrier(PATIENT)?;
+        Ok::<[i64; 2], CollectiveError>(sums)
+    });
+    for sums in results {
+        assert_eq!(sums.expect("no fault was injected"), [2, 4]);
     }
 }
 

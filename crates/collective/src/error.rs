@@ -230,6 +230,8 @@ impl fmt::Display for Refusal {
 pub enum OpKind {
     /// Sum of i64 elements.
     AllReduceI64,
+    /// Sum of i32 elements.
+    AllReduceI32,
     /// Sum of f32 elements.
     AllReduceF32,
     /// Copy from one rank to all.
@@ -243,6 +245,7 @@ impl OpKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::AllReduceI64 => "all_reduce_i64",
+            Self::AllReduceI32 => "all_reduce_i32",
             Self::AllReduceF32 => "all_reduce_f32",
             Self::Broadcast => "broadcast",
             Self::Barrier => "barrier",

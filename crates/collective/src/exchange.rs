@@ -440,6 +440,7 @@ fn encode_header(op: &OpDescription) -> [u8; HEADER_BYTES] {
         OpKind::AllReduceF32 => 2,
         OpKind::Broadcast => 3,
         OpKind::Barrier => 4,
+        OpKind::AllReduceI32 => 5,
     };
     out[6..8].copy_from_slice(&op.root.to_le_bytes());
     out[8..16].copy_from_slice(&op.op_seq.to_le_bytes());
@@ -456,6 +457,7 @@ fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Option<OpDescription> {
         2 => OpKind::AllReduceF32,
         3 => OpKind::Broadcast,
         4 => OpKind::Barrier,
+        5 => OpKind::AllReduceI32,
         _ => return None,
     };
     let u64_at = |at: usize| {

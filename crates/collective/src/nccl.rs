@@ -381,6 +381,19 @@ impl Collective for NcclCollective {
         })
     }
 
+    fn all_reduce_i32(
+        &mut self,
+        buffer: &mut [i32],
+        deadline: Duration,
+    ) -> Result<(), CollectiveError> {
+        let op = Op { kind: OpKind::AllReduceI32, root: 0 };
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(buffer);
+        self.operate(op, bytes, deadline, &|comm, at, n_bytes, stream| {
+            // SAFETY: as above.
+            unsafe { comm.all_reduce(at, at, n_bytes / 4, DataType::I32, ReduceOp::Sum, stream) }
+        })
+    }
+
     fn all_reduce_f32(
         &mut self,
         buffer: &mut [f32],

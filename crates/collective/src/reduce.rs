@@ -15,6 +15,12 @@ impl Lane for i64 {
     }
 }
 
+impl Lane for i32 {
+    fn plus(self, other: Self) -> Self {
+        self.wrapping_add(other)
+    }
+}
+
 impl Lane for f32 {
     fn plus(self, other: Self) -> Self {
         self + other

@@ -248,6 +248,14 @@ impl Collective for TcpCollective {
         self.all_reduce(OpKind::AllReduceI64, buffer, deadline)
     }
 
+    fn all_reduce_i32(
+        &mut self,
+        buffer: &mut [i32],
+        deadline: Duration,
+    ) -> Result<(), CollectiveError> {
+        self.all_reduce(OpKind::AllReduceI32, buffer, deadline)
+    }
+
     fn all_reduce_f32(
         &mut self,
         buffer: &mut [f32],
@@ -293,6 +301,10 @@ impl Collective for TcpCollective {
         // The exchange of headers is the barrier: it ends when all ranks' headers are in.
         self.flows.fill_with(Flow::default);
         self.operate(OpKind::Barrier, 0, &mut [], 0..0, Gate::Open, deadline)
+    }
+
+    fn may_change_threads(&self) -> bool {
+        true
     }
 
     fn leave(&mut self) -> Result<(), CollectiveError> {

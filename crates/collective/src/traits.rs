@@ -22,7 +22,8 @@ use crate::{AbortHandle, CollectiveError};
 ///   the value until membership tells it to leave the generation.
 ///
 /// # Threads
-/// One thread owns a communicator and makes all its calls. Other threads hold its [`AbortHandle`]
+/// One thread owns a communicator and makes all its calls, unless it says that it
+/// [may change threads](Collective::may_change_threads). Other threads hold its [`AbortHandle`]
 /// and its [`OpLedger`]. An implementation whose library needs an owner thread (a GPU's) can thus
 /// live on the caller's.
 ///
@@ -45,6 +46,19 @@ pub trait Collective: Send {
     fn all_reduce_i64(
         &mut self,
         buffer: &mut [i64],
+        deadline: Duration,
+    ) -> Result<(), CollectiveError>;
+
+    /// Replaces every element by its sum over all ranks, as [`all_reduce_i64`] does; sums that
+    /// leave the range of i32 wrap.
+    ///
+    /// # Errors
+    /// See [`CollectiveError`]; the communicator is dead afterwards.
+    ///
+    /// [`all_reduce_i64`]: Collective::all_reduce_i64
+    fn all_reduce_i32(
+        &mut self,
+        buffer: &mut [i32],
         deadline: Duration,
     ) -> Result<(), CollectiveError>;
 
@@ -80,6 +94,12 @@ pub trait Collective: Send {
     /// See [`CollectiveError`]; the communicator is dead afterwards.
     fn barrier(&mut self, deadline: Duration) -> Result<(), CollectiveError> {
         self.all_reduce_i64(&mut [0], deadline)
+    }
+
+    /// Tells whether calls may come from one thread now and from another later, never from two at
+    /// once: then a step's sums can run while its owner computes.
+    fn may_change_threads(&self) -> bool {
+        false
     }
 
     /// Returns the entry for buffers on this rank's device, where the group is one of devices.

@@ -108,7 +108,6 @@ fn a_step_on_the_device_has_the_bits_of_the_host(kernels: &Kernels) {
         ours.raise(Request::Stop, 5);
         state.close(&mut ours).expect(WORKS);
         let mut mean = vec![0f32; n];
-        reducer.buffer();
         let verdict = reducer.finish(1, &mut mean).expect(WORKS);
         let Verdict::Apply(expected) = verdict else { panic!("{verdict:?}") };
         let reading = state.word().expect(WORKS).read(1).expect(WORKS);
@@ -165,7 +164,6 @@ fn overflow_and_infinity_raise_the_lanes_of_the_host(kernels: &Kernels) {
         (0..SLOTS).for_each(|slot| add(&mut state, &mut reducer, slot, spoil(slot)));
         let mut ours = word();
         state.close(&mut ours).expect(WORKS);
-        reducer.buffer();
         let verdict = reducer.finish(1, &mut vec![0.0; layout.numel()]).expect(WORKS);
         let skipped = matches!(verdict, Verdict::Skip(_));
         assert_eq!((is_redo(&verdict), skipped), (redone, !redone), "{value}: {verdict:?}");

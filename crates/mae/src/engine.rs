@@ -134,6 +134,10 @@ impl Engine for TorchEngine {
         self.state.layout()
     }
 
+    fn completion(&self) -> Vec<usize> {
+        self.slot.completion().to_vec()
+    }
+
     fn slot(
         &mut self,
         batch: &SlotBatch,
@@ -143,9 +147,9 @@ impl Engine for TorchEngine {
         let [height, width] = self.setup.model.img_size;
         self.normalize.apply(&batch.pixels, (height * width) as usize, &mut self.images);
         let param = self.state.section(Section::Param);
-        let (loss, grads) = guarded("compute a slot", || {
+        guarded("compute a slot", || {
             // SAFETY: state and images are borrowed until this closure returns, and the graph is
-            // gone by then; gradients have storage of their own.
+            // gone by then.
             let (weights, images_bchw) = unsafe {
                 let weights = Weights::view_of(&self.slot.layout, param);
                 (self.slot.leaves(weights), view(&self.images, &self.slot.image_shape()))
@@ -153,13 +157,11 @@ impl Engine for TorchEngine {
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
             let draws = draws_of(self.setup.seed, batch);
             let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws };
-            let (loss, grads) = self.slot.differentiate(&weights, &input);
-            (loss.double_value(&[]) as f32, grads)
-        })?;
-        for (block, grad) in grads {
-            sink(SlotGrad { block, values: values(&grad) });
-        }
-        Ok(loss)
+            let loss = self.slot.differentiate(&weights, &input, &mut |block, grad| {
+                sink(SlotGrad { block, values: values(&grad) });
+            });
+            loss.double_value(&[]) as f32
+        })
     }
 
     fn apply(&mut self, mean: &[f32], update: &UpdateScalars) -> Result<(), EngineError> {

@@ -11,6 +11,7 @@
 //! [`objective::Objective`] and give it to [`worker::main`] (docs/extending.md).
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod autograd;
 pub mod context;
 pub mod cuda;
 pub mod engine;

@@ -14,7 +14,7 @@ use lacuna_recipe::pos_embed;
 use tch::{Device, Kind, Tensor};
 
 use crate::patches::{self, normalize_patches, patchify, size3};
-use crate::vit::{Block, LayerNorm, Linear, run};
+use crate::vit::{Block, LayerNorm, Linear, pick, run, run_to};
 use crate::weights::Weights;
 
 /// The model: parameters by role. Cheap to build; it shares the tensors of [`Weights`].
@@ -77,8 +77,8 @@ impl Mae {
     pub fn loss(&self, images_bchw: &Tensor, masks: &Masks, weights_b: &Tensor) -> Tensor {
         let patches_blp = patchify(images_bchw, self.patch_size);
         let latent_bnd = self.encode_kept(&patches_blp, masks);
-        let tokens_bne = self.decode(&latent_bnd, masks);
-        let removed_bre = pick(&tokens_bne, &(&masks.ids_removed_br + 1));
+        let tokens_bne = self.decoder_tokens(&latent_bnd, masks);
+        let removed_bre = run_to(&self.decoder_blocks, tokens_bne, &(&masks.ids_removed_br + 1));
         let target_brp = self.target(&pick(&patches_blp, &masks.ids_removed_br));
         patches::loss(&self.predict_pixels(&removed_bre), &target_brp, weights_b)
     }
@@ -87,7 +87,7 @@ impl Mae {
     pub fn predict(&self, images_bchw: &Tensor, masks: &Masks) -> Prediction {
         let patches_blp = patchify(images_bchw, self.patch_size);
         let latent_bnd = self.encode_kept(&patches_blp, masks);
-        let tokens_bne = self.decode(&latent_bnd, masks);
+        let tokens_bne = run(&self.decoder_blocks, self.decoder_tokens(&latent_bnd, masks));
         let n_patches = tokens_bne.size()[1] - 1;
         let pred_blp = self.predict_pixels(&tokens_bne.narrow(1, 1, n_patches));
         Prediction { latent_bnd, pred_blp }
@@ -104,8 +104,9 @@ impl Mae {
     /// Encodes the kept patches in shuffled order, each with the position it has in the image.
     fn encode_kept(&self, patches_blp: &Tensor, masks: &Masks) -> Tensor {
         let (b, l, _) = size3(patches_blp);
-        let pos_bld = self.pos_embed_1nd.narrow(1, 1, l).expand([b, -1, -1], false);
-        let pos_bkd = pick(&pos_bld, &masks.ids_keep_bk);
+        let pos_ld = self.pos_embed_1nd.narrow(1, 1, l).squeeze_dim(0);
+        let pos_bkd =
+            pos_ld.index_select(0, &masks.ids_keep_bk.reshape(-1)).view([b, -1, pos_ld.size()[1]]);
         self.encode_patches(&pick(patches_blp, &masks.ids_keep_bk), &pos_bkd)
     }
 
@@ -117,14 +118,14 @@ impl Mae {
         self.norm.forward(&run(&self.blocks, x_bnd))
     }
 
-    /// Puts encoded patches back in their places, fills the others with the mask token, and runs
-    /// the decoder: `[b, 1 + l, e]`, without the final norm.
-    fn decode(&self, latent_bnd: &Tensor, masks: &Masks) -> Tensor {
+    /// Puts encoded patches back in their places and fills the others with the mask token: what the
+    /// decoder's blocks start from, `[b, 1 + l, e]`.
+    fn decoder_tokens(&self, latent_bnd: &Tensor, masks: &Masks) -> Tensor {
         let tokens_bne = self.decoder_embed.forward(latent_bnd);
         // The residual stream is as precise as the tokens, in half precision too.
         let tokens_bne = tokens_bne.to_kind(self.mask_token_11e.kind());
         let x_bne = unshuffle(&tokens_bne, &self.mask_token_11e, &masks.ids_restore_bl);
-        run(&self.decoder_blocks, x_bne + &self.decoder_pos_embed_1ne)
+        x_bne + &self.decoder_pos_embed_1ne
     }
 
     fn predict_pixels(&self, tokens_bre: &Tensor) -> Tensor {
@@ -237,10 +238,4 @@ pub fn unshuffle(tokens_bne: &Tensor, mask_token_11e: &Tensor, ids_restore_bl: &
     let kept = n - 1;
     let ids_cls_b1 = Tensor::zeros([b, 1], (Kind::Int64, ids_restore_bl.device()));
     pick(&tokens_bne, &Tensor::cat(&[ids_cls_b1, ids_restore_bl.clamp_max(kept) + 1], 1))
-}
-
-/// Picks rows: `out[b, i, :] = x[b, ids[b, i], :]`.
-fn pick(x_bnd: &Tensor, ids_bi: &Tensor) -> Tensor {
-    let width = x_bnd.size()[2];
-    x_bnd.gather(1, &ids_bi.unsqueeze(-1).expand([-1, -1, width], false), false)
 }

@@ -3,14 +3,32 @@
 //! Legend: b batch, n tokens, d width, m hidden width of the MLP, a heads, f width of a head.
 
 use lacuna_recipe::model::LAYER_NORM_EPS;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use crate::autograd::border;
 use crate::patches::size3;
 use crate::weights::Weights;
 
-/// Runs a stack of blocks.
+/// Runs a stack of blocks; a backward pass may be cut before each.
 pub fn run(blocks: &[Block], x_bnd: Tensor) -> Tensor {
-    blocks.iter().fold(x_bnd, |x_bnd, block| block.forward(&x_bnd))
+    blocks.iter().fold(x_bnd, |x_bnd, block| block.forward(&border(x_bnd)))
+}
+
+/// Runs a stack of blocks and returns the tokens `ids_bi` of what comes out, `[b, i, d]`. The last
+/// block computes no others: they would only have been seen by blocks after it.
+pub fn run_to(blocks: &[Block], x_bnd: Tensor, ids_bi: &Tensor) -> Tensor {
+    let Some((last, before)) = blocks.split_last() else { return pick(&x_bnd, ids_bi) };
+    last.forward_at(&border(run(before, x_bnd)), ids_bi)
+}
+
+/// Picks rows: `out[b, i, :] = x[b, ids[b, i], :]`.
+pub fn pick(x_bnd: &Tensor, ids_bi: &Tensor) -> Tensor {
+    let (b, n, d) = size3(x_bnd);
+    // Whole rows of one long list: a gather would move, and add in the pass back, single elements.
+    let kind = (Kind::Int64, ids_bi.device());
+    let first_b1 = Tensor::arange_start_step(0, b * n, n, kind).unsqueeze(-1);
+    let rows = (ids_bi + first_b1).reshape(-1);
+    x_bnd.reshape([b * n, d]).index_select(0, &rows).view([b, -1, d])
 }
 
 /// A pre-norm transformer block.
@@ -41,16 +59,32 @@ impl Block {
 
     /// Computes `[b, n, d]` to `[b, n, d]`.
     pub fn forward(&self, x_bnd: &Tensor) -> Tensor {
-        let x_bnd = x_bnd + self.attention(&self.norm1.forward(x_bnd));
+        let qkv = self.qkv.forward(&self.norm1.forward(x_bnd)).chunk(3, -1);
+        self.mlp(x_bnd + self.attention(&qkv[0], &qkv[1], &qkv[2]))
+    }
+
+    /// Computes the tokens `ids_bi` only, `[b, i, d]`. They look at all others.
+    fn forward_at(&self, x_bnd: &Tensor, ids_bi: &Tensor) -> Tensor {
+        let normal_bnd = self.norm1.forward(x_bnd);
+        let d = x_bnd.size()[2];
+        let q_bid = self.qkv.rows(0, d).forward(&pick(&normal_bnd, ids_bi));
+        let kv = self.qkv.rows(d, 2 * d).forward(&normal_bnd).chunk(2, -1);
+        self.mlp(pick(x_bnd, ids_bi) + self.attention(&q_bid, &kv[0], &kv[1]))
+    }
+
+    fn mlp(&self, x_bnd: Tensor) -> Tensor {
         let hidden_bnm = self.fc1.forward(&self.norm2.forward(&x_bnd)).gelu("none");
         x_bnd + self.fc2.forward(&hidden_bnm)
     }
 
-    fn attention(&self, x_bnd: &Tensor) -> Tensor {
-        let (b, n, d) = size3(x_bnd);
-        let heads = |t_bnd: &Tensor| t_bnd.view([b, n, self.heads, d / self.heads]).transpose(1, 2);
-        let qkv = self.qkv.forward(x_bnd).chunk(3, -1);
-        let (q_banf, k_banf, v_banf) = (heads(&qkv[0]), heads(&qkv[1]), heads(&qkv[2]));
+    /// Lets each token of `q_bid` look at those of `k_bnd` and `v_bnd`.
+    fn attention(&self, q_bid: &Tensor, k_bnd: &Tensor, v_bnd: &Tensor) -> Tensor {
+        let heads = |t_bnd: &Tensor| {
+            let (b, n, d) = size3(t_bnd);
+            t_bnd.view([b, n, self.heads, d / self.heads]).transpose(1, 2)
+        };
+        let (q_banf, k_banf, v_banf) = (heads(q_bid), heads(k_bnd), heads(v_bnd));
+        let (b, n, d) = size3(q_bid);
         let out_banf = Tensor::scaled_dot_product_attention(
             &q_banf,
             &k_banf,
@@ -87,6 +121,11 @@ impl Linear {
         Linear { weight, bias }
     }
 
+    /// Returns the map to `n` outputs from output `from` on.
+    fn rows(&self, from: i64, n: i64) -> Self {
+        Linear { weight: self.weight.narrow(0, from, n), bias: self.bias.narrow(0, from, n) }
+    }
+
     /// Computes in the weight's own precision, whatever comes in.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         x.to_kind(self.weight.kind()).linear(&self.weight, Some(&self.bias))
@@ -113,3 +152,6 @@ impl LayerNorm {
         x.layer_norm(width, Some(&self.weight), Some(&self.bias), LAYER_NORM_EPS, false)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,27 +1,28 @@
 //! The exact reduction: why the gradient does not depend on who computed which slot.
 //!
-//! Every slot's gradient is rounded to fixed point with an exponent per tensor that all workers
-//! share, and fixed-point numbers are summed as i64. Integer addition is associative and
-//! commutative, so any map of slots to ranks, any order of arrival and any grouping give the same
-//! bytes. The last [`CONTROL_LANES`] numbers of the buffer are the control word, which everybody
-//! reads after the same step.
+//! Every slot's gradient is rounded to fixed point with exponents that all workers share, and
+//! fixed-point numbers are summed as integers. Integer addition is associative and commutative, so
+//! any map of slots to ranks, any order of arrival and any grouping give the same bytes. The
+//! control word is summed last: everybody reads it after the same step.
+//!
+//! [`Reduction`] names the ways to sum: 64-bit integers with an exponent a tensor, 32-bit integers
+//! with an exponent every [`CHUNK_32`] elements, and floats, which promise nothing.
 
+mod buckets;
+mod exponents;
+mod fixed32;
+mod fixed64;
 mod word;
 
 use std::sync::Arc;
 
+pub use buckets::{Buckets, Part};
+pub use exponents::Reduction;
+pub use fixed32::CHUNK as CHUNK_32;
 pub use word::{CONTROL_LANES, ControlWord, Lane, REQUEST_ID_MAX, Reading, Request};
 
-use crate::state::{Counters, Layout};
+use crate::state::Layout;
 
-/// Exponent of every tensor before the first step.
-pub const EXPONENT_START: i32 = 30;
-/// Bounds of an exponent.
-pub const EXPONENT_RANGE: (i32, i32) = (-60, 90);
-/// How far exponents fall after an overflow.
-pub const EXPONENT_BACK_OFF: i32 = 12;
-/// Bits that the mean gradient's largest element takes, before the slots' share.
-const TARGET_BITS: i32 = 50;
 /// Largest magnitude that the sum over all slots may reach.
 const SUM_LIMIT: f64 = (1u64 << 61) as f64;
 /// Scale of the loss lane.
@@ -39,15 +40,29 @@ pub struct SlotGrad<'a> {
 /// Sums the gradients of a step's slots.
 ///
 /// Use: [`begin`](Reducer::begin), then for each slot of this rank [`add`](Reducer::add) each
-/// tensor and [`end_slot`](Reducer::end_slot), then sum [`buffer`](Reducer::buffer) over the ranks,
-/// then [`finish`](Reducer::finish).
+/// tensor and [`end_slot`](Reducer::end_slot), then sum every part ([`take_rest`]) over the ranks
+/// and [`put`](Reducer::put) it back, then [`finish`](Reducer::finish). Parts that the last slot
+/// has completed can be taken while it still computes ([`begin_last_slot`], [`take_ready`]).
+///
+/// [`take_rest`]: Reducer::take_rest
+/// [`begin_last_slot`]: Reducer::begin_last_slot
+/// [`take_ready`]: Reducer::take_ready
 #[derive(Clone, Debug)]
 pub struct Reducer {
+    reduction: Reduction,
     layout: Arc<Layout>,
+    buckets: Arc<Buckets>,
     n_slots: u32,
     exponents: Vec<i32>,
-    sums: Vec<i64>,
+    /// Sums of each bucket; empty while a part is taken.
+    sums: Vec<Part>,
+    /// Per exponent of 32 bits, the sum over slots of the largest magnitude of a slot.
+    peaks: Vec<i64>,
     word: ControlWord,
+    /// Tensors that the slot in progress has not given yet, per bucket.
+    pending: Vec<usize>,
+    /// First part that was not taken, once this rank's last slot has begun.
+    next: Option<usize>,
 }
 
 /// What everybody does with a reduced step.
@@ -68,7 +83,8 @@ pub struct Summary {
     pub loss: f64,
     /// Euclidean norm of the mean gradient, 0 for a skipped step.
     pub grad_norm: f64,
-    /// Largest magnitude of the mean gradient, per tensor; empty for a skipped step.
+    /// Magnitudes that the next exponents follow, one an exponent; empty for a skipped step. Of
+    /// the mean gradient's largest element, and with 32 bits of the slots' largest ones, averaged.
     pub max_abs: Vec<f32>,
     /// Whether all ranks asked to stop here with one change id.
     pub stop: bool,
@@ -100,32 +116,93 @@ pub enum ReduceError {
 }
 
 impl Reducer {
-    /// Creates a reducer for steps of `n_slots` slots.
+    /// Creates a reducer of 64-bit sums for steps of `n_slots` slots.
     pub fn new(layout: Arc<Layout>, n_slots: u32) -> Self {
-        let exponents = vec![EXPONENT_START; layout.n_blocks()];
-        let sums = vec![0; layout.numel() + CONTROL_LANES];
-        Reducer { layout, n_slots, exponents, sums, word: ControlWord::new(n_slots) }
+        let order: Vec<usize> = (0..layout.n_blocks()).collect();
+        let buckets = Buckets::new(&layout, &order, usize::MAX);
+        Reducer::of(Reduction::Exact, layout, Arc::new(buckets), n_slots)
+    }
+
+    /// Creates a reducer for steps of `n_slots` slots whose sums lie in `buckets`.
+    pub fn of(
+        reduction: Reduction,
+        layout: Arc<Layout>,
+        buckets: Arc<Buckets>,
+        n_slots: u32,
+    ) -> Self {
+        let exponents = vec![reduction.exponent_start(); reduction.n_exponents(&layout)];
+        let sums = buckets.lengths().map(|n| Part::zeros(reduction, n)).collect();
+        let n_peaks = if reduction == Reduction::Exact32 { exponents.len() } else { 0 };
+        Reducer {
+            pending: buckets.n_tensors().to_vec(),
+            peaks: vec![0; n_peaks],
+            word: ControlWord::new(n_slots),
+            next: None,
+            reduction,
+            layout,
+            buckets,
+            n_slots,
+            exponents,
+            sums,
+        }
+    }
+
+    /// Returns how gradients are summed.
+    pub fn reduction(&self) -> Reduction {
+        self.reduction
     }
 
     /// Starts a step whose exponents are `exponents`.
     pub fn begin(&mut self, exponents: &[i32]) {
         self.exponents.copy_from_slice(exponents);
-        self.sums.fill(0);
+        for (sums, n) in self.sums.iter_mut().zip(self.buckets.lengths()) {
+            sums.reset(self.reduction, n);
+        }
+        self.peaks.fill(0);
+        self.pending.copy_from_slice(self.buckets.n_tensors());
         self.word = ControlWord::new(self.n_slots);
+        self.next = None;
+    }
+
+    /// Notes that what is added from here on belongs to this rank's last slot.
+    pub fn begin_last_slot(&mut self) {
+        self.next = Some(0);
     }
 
     /// Adds one slot's gradient of one tensor.
     pub fn add(&mut self, grad: SlotGrad<'_>) {
-        let range = self.layout.range(grad.block);
-        let sums = &mut self.sums[range];
-        let limit = slot_limit(self.n_slots);
-        let quantised = quantise_into(grad.values, self.exponents[grad.block], limit, sums);
+        let (bucket, range) = self.buckets.place(grad.block);
+        let first = self.reduction.first_exponent(&self.layout, grad.block);
+        let quantised = match &mut self.sums[bucket] {
+            Part::I64(sums) => {
+                let limit = slot_limit(self.n_slots);
+                fixed64::add(grad.values, self.exponents[first], limit, &mut sums[range])
+            }
+            Part::I32(sums) => fixed32::add(
+                grad.values,
+                &self.exponents[first..],
+                fixed32::slot_limit(self.n_slots),
+                &mut sums[range],
+                &mut self.peaks[first..],
+            ),
+            Part::F32(sums) => add_floats(grad.values, &mut sums[range]),
+        };
         self.word.flag(quantised == Quantised::Overflow, quantised == Quantised::NonFinite);
+        let left = self.pending[bucket].checked_sub(1);
+        self.pending[bucket] = left.expect("a tensor has one gradient a slot");
+    }
+
+    /// Tells whether each tensor has had its gradient of the slot in progress.
+    pub fn slot_is_complete(&self) -> bool {
+        self.pending.iter().all(|n| *n == 0)
     }
 
     /// Closes slot `index` of this rank, whose mean loss is `loss`.
     pub fn end_slot(&mut self, index: u32, loss: f32) {
         self.word.end_slot(index, loss);
+        if self.next.is_none() {
+            self.pending.copy_from_slice(self.buckets.n_tensors());
+        }
     }
 
     /// Asks, for this rank, that `request` number `id` takes effect at this step.
@@ -133,35 +210,79 @@ impl Reducer {
         self.word.raise(request, id);
     }
 
-    /// Returns this rank's sums with the control word at the end, to be added over the ranks in
-    /// place.
-    pub fn buffer(&mut self) -> &mut [i64] {
-        let n = self.layout.numel();
-        self.sums[n..].copy_from_slice(self.word.lanes());
-        &mut self.sums
+    /// Takes the next part if this rank's last slot has completed it. Parts come in one order on
+    /// every rank.
+    pub fn take_ready(&mut self) -> Option<Part> {
+        let next = self.next.as_mut()?;
+        let ready = self.pending.get(*next) == Some(&0);
+        ready.then(|| {
+            *next += 1;
+            std::mem::take(&mut self.sums[*next - 1])
+        })
+    }
+
+    /// Takes the parts that are left, the control word last: nothing is added after this.
+    pub fn take_rest(&mut self) -> Vec<Part> {
+        let from = self.next.unwrap_or(0);
+        self.next = Some(self.sums.len());
+        let mut rest: Vec<Part> = self.sums[from..].iter_mut().map(std::mem::take).collect();
+        rest.push(Part::I64([self.word.lanes().as_slice(), &self.peaks].concat()));
+        rest
+    }
+
+    /// Puts all parts back, in the order in which they were taken, each summed over the ranks.
+    ///
+    /// # Panics
+    /// If a part is missing or has another length.
+    pub fn put(&mut self, mut parts: Vec<Part>) {
+        let Some(Part::I64(tail)) = parts.pop() else {
+            panic!("the control word is the last part")
+        };
+        let (lanes, peaks) = tail.split_at(CONTROL_LANES);
+        self.word = ControlWord::of_sum(self.n_slots, lanes.try_into().expect("its length"));
+        self.peaks.copy_from_slice(peaks);
+        assert!(
+            parts.iter().map(Part::len).eq(self.buckets.lengths()),
+            "the parts taken come back"
+        );
+        self.sums = parts;
     }
 
     /// Reads the sums over all `world` ranks and writes the mean gradient to `mean`.
     ///
     /// `mean` is meaningful after [`Verdict::Apply`] only.
     pub fn finish(&mut self, world: usize, mean: &mut [f32]) -> Result<Verdict, ReduceError> {
-        let n = self.layout.numel();
-        let lanes = self.sums[n..].try_into().expect("the buffer ends with the word");
-        let reading = ControlWord::of_sum(self.n_slots, lanes).read(world)?;
+        let reading = self.word.read(world)?;
         let early = reading.verdict();
         if let Some(verdict) = early {
             return Ok(verdict);
         }
-        let mut max_abs: Vec<f32> = Vec::with_capacity(self.layout.n_blocks());
+        let mut max_abs: Vec<f32> = Vec::with_capacity(self.exponents.len());
         let mut square_sum = 0.0f64;
         for block in 0..self.layout.n_blocks() {
-            let range = self.layout.range(block);
-            let (exponent, n_slots) = (self.exponents[block], self.n_slots);
-            let (max, squares) =
-                mean_of(&self.sums[range.clone()], exponent, n_slots, &mut mean[range]);
-            max_abs.push(max);
-            square_sum += squares;
+            let mean = &mut mean[self.layout.range(block)];
+            let (bucket, range) = self.buckets.place(block);
+            let first = self.reduction.first_exponent(&self.layout, block);
+            let (exponents, n_slots) = (&self.exponents[first..], self.n_slots);
+            square_sum += match &self.sums[bucket] {
+                Part::I64(sums) => {
+                    let (max, squares) = mean_of(&sums[range], exponents[0], n_slots, mean);
+                    max_abs.push(max);
+                    squares
+                }
+                Part::I32(sums) => fixed32::mean_of(&sums[range], exponents, n_slots, mean),
+                Part::F32(sums) => {
+                    let (max, squares) = mean_of(&sums[range], 0, n_slots, mean);
+                    max_abs.push(max);
+                    squares
+                }
+            };
         }
+        let peaks = self.peaks.iter().zip(&self.exponents);
+        max_abs.extend(peaks.map(|(&peak, &e)| {
+            let scale = exp2(-e - fixed32::PEAK_BITS);
+            mean_value(peak as f64, scale, self.n_slots)
+        }));
         Ok(Verdict::Apply(reading.summary(square_sum.sqrt(), max_abs)))
     }
 }
@@ -188,28 +309,7 @@ pub fn slot_limit(n_slots: u32) -> f64 {
     SUM_LIMIT / f64::from(n_slots)
 }
 
-/// Sets the exponents for the step after one whose mean gradient had magnitudes `max_abs`.
-pub fn advance_exponents(counters: &mut Counters, max_abs: &[f32], n_slots: u32) {
-    assert_eq!(counters.exponents.len(), max_abs.len(), "one magnitude per tensor");
-    let before = counters.exponents.clone();
-    let slot_bits = ceil_log2(n_slots);
-    for (exponent, &max) in counters.exponents.iter_mut().zip(max_abs) {
-        if max > 0.0 {
-            let target = TARGET_BITS - slot_bits - exponent_of(max);
-            *exponent = target.clamp(EXPONENT_RANGE.0, EXPONENT_RANGE.1);
-        }
-    }
-    counters.exponent_version += u64::from(before != counters.exponents);
-}
-
-/// Lowers all exponents after an overflow. The step is then computed again.
-pub fn back_off_exponents(counters: &mut Counters) {
-    for exponent in &mut counters.exponents {
-        *exponent = (*exponent - EXPONENT_BACK_OFF).max(EXPONENT_RANGE.0);
-    }
-    counters.exponent_version += 1;
-}
-
+/// What became of a slot's gradient of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Quantised {
     Fine,
@@ -217,57 +317,64 @@ enum Quantised {
     NonFinite,
 }
 
-/// Elements handled at once: fits the first-level cache with its sums.
-const CHUNK: usize = 1024;
-
-/// Adds `round_ties_even(f64(g) · 2^exponent)` of each gradient to its sum.
-fn quantise_into(grad: &[f32], exponent: i32, limit: f64, sums: &mut [i64]) -> Quantised {
-    assert_eq!(grad.len(), sums.len(), "one sum per element");
-    let scale = exp2(exponent);
-    let mut worst = Quantised::Fine;
-    for (grad, sums) in grad.chunks(CHUNK).zip(sums.chunks_mut(CHUNK)) {
-        let max_bits = grad.iter().fold(0i32, |m, g| m.max((g.to_bits() & 0x7FFF_FFFF) as i32));
-        let max = f32::from_bits(max_bits as u32);
-        if !max.is_finite() {
-            return Quantised::NonFinite;
-        }
-        let reach = f64::from(max) * scale;
-        if reach.round_ties_even() > limit {
-            worst = Quantised::Overflow;
-        } else if reach < MAGIC_REACH {
-            add_by_magic(grad, scale, sums);
-        } else {
-            for (sum, g) in sums.iter_mut().zip(grad) {
-                *sum += (f64::from(*g) * scale).round_ties_even() as i64;
-            }
-        }
-    }
-    worst
+/// Returns the largest magnitude; not finite where an element is not.
+fn max_abs(values: &[f32]) -> f32 {
+    let bits = |m: i32, value: &f32| m.max((value.to_bits() & 0x7FFF_FFFF) as i32);
+    f32::from_bits(values.iter().fold(0i32, bits) as u32)
 }
 
-/// Below this magnitude, adding [`MAGIC`] rounds an f64 to the nearest integer, ties to even.
-const MAGIC_REACH: f64 = (1u64 << 51) as f64;
-/// 1.5 · 2^52: its unit in the last place is 1, and it stays in its binade for |x| < 2^51.
+/// 1.5 · 2^52: its unit in the last place is 1, and it stays in its binade for |x| < 2^51. Adding
+/// it to such an x rounds x to the nearest integer, ties to even, and the integer stands in the
+/// low bits.
 const MAGIC: f64 = (3u64 << 51) as f64;
 
-/// The quick path: the integer stands in the low bits of `x + MAGIC`. Vectorises without SSE4.
-fn add_by_magic(grad: &[f32], scale: f64, sums: &mut [i64]) {
+/// Adds without any promise about the order.
+fn add_floats(grad: &[f32], sums: &mut [f32]) -> Quantised {
+    assert_eq!(grad.len(), sums.len(), "one sum per element");
     for (sum, g) in sums.iter_mut().zip(grad) {
-        let shifted = f64::from(*g) * scale + MAGIC;
-        *sum += (shifted.to_bits() as i64).wrapping_sub(MAGIC.to_bits() as i64);
+        *sum += g;
     }
+    if max_abs(grad).is_finite() { Quantised::Fine } else { Quantised::NonFinite }
+}
+
+/// A sum that a mean is taken of.
+trait Sum: Copy {
+    fn wide(self) -> f64;
+}
+
+impl Sum for i64 {
+    fn wide(self) -> f64 {
+        self as f64
+    }
+}
+
+impl Sum for i32 {
+    fn wide(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Sum for f32 {
+    fn wide(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+/// Returns `f32(sum · scale / n_slots)`.
+fn mean_value(sum: f64, scale: f64, n_slots: u32) -> f32 {
+    (sum * scale / f64::from(n_slots)) as f32
 }
 
 /// Writes `f32(f64(sum) · 2^-exponent / n_slots)`; returns its largest magnitude and sum of
 /// squares.
-fn mean_of(sums: &[i64], exponent: i32, n_slots: u32, mean: &mut [f32]) -> (f32, f64) {
+fn mean_of<T: Sum>(sums: &[T], exponent: i32, n_slots: u32, mean: &mut [f32]) -> (f32, f64) {
     let scale = exp2(-exponent);
     let n = f64::from(n_slots);
     let mut max = 0f32;
     // Four running sums in a fixed pattern: quick, and the same on every machine.
     let mut squares = [0f64; 4];
     for (i, (to, &sum)) in mean.iter_mut().zip(sums).enumerate() {
-        let value = (sum as f64 * scale / n) as f32;
+        let value = (sum.wide() * scale / n) as f32;
         *to = value;
         max = max.max(value.abs());
         squares[i % 4] += f64::from(value) * f64::from(value);
@@ -278,16 +385,6 @@ fn mean_of(sums: &[i64], exponent: i32, n_slots: u32, mean: &mut [f32]) -> (f32,
 /// 2^e for |e| ≤ 1022: what a gradient is multiplied by, and with -e what a sum is.
 pub fn exp2(e: i32) -> f64 {
     f64::from_bits(((1023 + e) as u64) << 52)
-}
-
-/// Unbiased binary exponent: floor(log2 x) of a positive finite x.
-fn exponent_of(x: f32) -> i32 {
-    let bits = f64::from(x).to_bits();
-    ((bits >> 52) & 0x7FF) as i32 - 1023
-}
-
-fn ceil_log2(n: u32) -> i32 {
-    n.next_power_of_two().trailing_zeros() as i32
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::Crc64;
 use crate::model::ParamSpec;
+use crate::reduce::{CHUNK_32, Reduction};
 
 /// The trainable tensors of a model in canonical (sorted by name) order, laid out in one flat
 /// buffer.
@@ -17,17 +18,20 @@ use crate::model::ParamSpec;
 pub struct Layout {
     params: Vec<ParamSpec>,
     starts: Vec<usize>,
+    /// Chunks of [`CHUNK_32`] elements before each tensor.
+    chunks: Vec<usize>,
 }
 
 impl Layout {
     /// Lays `params` out one after another; they must be sorted by name.
     pub fn new(params: Vec<ParamSpec>) -> Arc<Self> {
         assert!(params.windows(2).all(|pair| pair[0].name < pair[1].name), "sorted, unique names");
-        let mut starts: Vec<usize> = vec![0];
-        for param in &params {
-            starts.push(starts[starts.len() - 1] + param.numel());
+        let (mut starts, mut chunks) = (vec![0], vec![0]);
+        for (block, param) in params.iter().enumerate() {
+            starts.push(starts[block] + param.numel());
+            chunks.push(chunks[block] + param.numel().div_ceil(CHUNK_32));
         }
-        Arc::new(Layout { params, starts })
+        Arc::new(Layout { params, starts, chunks })
     }
 
     /// Returns the tensors in canonical order.
@@ -48,6 +52,12 @@ impl Layout {
     /// Returns the place of tensor `block` in the flat buffer.
     pub fn range(&self, block: usize) -> Range<usize> {
         self.starts[block]..self.starts[block + 1]
+    }
+
+    /// Returns the number of chunks of [`CHUNK_32`] elements of the tensors before `block`; with
+    /// [`n_blocks`](Self::n_blocks), of all. No chunk spans tensors.
+    pub fn first_chunk(&self, block: usize) -> usize {
+        self.chunks[block]
     }
 
     /// Returns the index of the tensor named `name`.
@@ -88,7 +98,7 @@ pub struct Counters {
     pub step: u64,
     /// Updates applied, AdamW's t; smaller than `step` after a skipped step.
     pub updates: u64,
-    /// Fixed-point exponent of each tensor (see [`crate::reduce`]).
+    /// Fixed-point exponents, as many as the run's [`Reduction`] has.
     pub exponents: Vec<i32>,
     /// Number of changes of the exponents.
     pub exponent_version: u64,
@@ -110,12 +120,12 @@ pub struct Segment {
 }
 
 impl Counters {
-    /// Returns the counters of a fresh run.
+    /// Returns the counters of a fresh run that sums with [`Reduction::Exact`].
     pub fn fresh(n_blocks: usize, batch: u32) -> Self {
         Counters {
             step: 0,
             updates: 0,
-            exponents: vec![crate::reduce::EXPONENT_START; n_blocks],
+            exponents: vec![Reduction::Exact.exponent_start(); n_blocks],
             exponent_version: 0,
             non_finite_in_row: 0,
             non_finite: 0,

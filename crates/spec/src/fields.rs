@@ -164,7 +164,11 @@ const FIELDS: &[Field] = &[
     maths("train.batch", "4096", "samples of a step over all workers"),
     maths("train.slot_batch", "128", "samples of a slot, the unit of work; divides `batch`"),
     maths("train.precision", "\"f32\"", "arithmetic of the model: f32, bf16, tf32 (GPU)"),
-    maths("train.reduce", "\"exact\"", "sum of gradients: exact (same bits for any workers)"),
+    maths(
+        "train.reduce",
+        "\"exact\"",
+        "sum of gradients: exact (same bits for any workers), exact32 (half the bytes), fast",
+    ),
     maths("train.seed", "0", "key of every random draw"),
     placement(
         "train.max_nonfinite_steps",

@@ -4,12 +4,17 @@
 use std::fmt;
 
 use lacuna_recipe::order::{OrderMode, default_mode};
+use lacuna_recipe::state::Layout;
 
-use crate::run_spec::{Order, ResolveError, Resolved, RunSpec, SLOTS_MAX};
+use crate::run_spec::{Order, Reduce, ResolveError, Resolved, RunSpec, SLOTS_MAX};
 use crate::units::Length;
 
 /// Efficiency below which a number of workers is warned about: one in seven would be idle.
 pub const EFFICIENCY_WARNING: f64 = 0.85;
+/// Slots above which sums of 32 bits are warned about, and the bits that this many leave a slot's
+/// largest elements.
+const EXACT32_SLOTS_MAX: u32 = 1024;
+const EXACT32_BITS: u32 = 17;
 /// Rows of the printed table; beyond, only numbers of workers that shorten a step are of interest.
 const ROWS_MAX: usize = 64;
 /// Most numbers of workers that a warning names.
@@ -57,9 +62,9 @@ pub struct PlanReport {
 
 /// Works out what `spec` means for `n_samples` of data, or for data that is not known yet.
 pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
-    let params = spec.model.params();
-    let n_params: u64 = params.iter().map(|param| param.numel() as u64).sum();
-    let n_tensors = params.len();
+    let layout = Layout::new(spec.model.params());
+    let (n_params, n_tensors) = (layout.numel() as u64, layout.n_blocks());
+    let n_exponents = spec.train.reduce.reduction().n_exponents(&layout) as u64;
     let n_slots = spec.n_slots();
     let workers = spec.elastic.workers;
     let workers: Vec<WorkerRow> = (workers.min..=workers.max).map(|n| row(n_slots, n)).collect();
@@ -70,7 +75,7 @@ pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
         flops_per_image: spec.model.train_flops(),
         peak_lr: spec.peak_lr(),
         n_slots,
-        checkpoint_bytes: n_params * STATE_BYTES + n_tensors as u64 * EXPONENT_BYTES,
+        checkpoint_bytes: n_params * STATE_BYTES + n_exponents * EXPONENT_BYTES,
         warnings: warnings(spec, &workers, n_slots),
         workers,
         data,
@@ -105,6 +110,12 @@ fn warnings(spec: &RunSpec, workers: &[WorkerRow], n_slots: u32) -> Vec<String> 
             text += &format!("; `train.slot_batch` = {slot_batch} avoids it, as another run");
         }
         out.push(text);
+    }
+    if spec.train.reduce == Reduce::Exact32 && n_slots > EXACT32_SLOTS_MAX {
+        out.push(format!(
+            "sums of 32 bits over {n_slots} slots leave a slot's gradient fewer than \
+             {EXACT32_BITS} bits; `train.reduce` = \"exact\" has no such limit"
+        ));
     }
     out
 }

@@ -7,6 +7,7 @@ use lacuna_recipe::adamw::AdamW;
 use lacuna_recipe::augment::Augment;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::order::{OrderMode, OrderParams, default_block, default_mode};
+use lacuna_recipe::reduce::Reduction;
 use lacuna_recipe::schedule::Schedule;
 use lacuna_recipe::step::{Geometry, GeometryError};
 use lacuna_types::RunId;
@@ -123,8 +124,23 @@ word! {
 word! {
     /// How the slots' gradients are summed.
     Reduce {
-        /// As integers: the sum does not depend on who computed what.
+        /// As 64-bit integers: the sum does not depend on who computed what.
         Exact = "exact",
+        /// As 32-bit integers: so too, with half the bytes and a little less precision.
+        Exact32 = "exact32",
+        /// As floats: the sum depends on who computed what.
+        Fast = "fast",
+    }
+}
+
+impl Reduce {
+    /// Returns the arithmetic that the word stands for.
+    pub fn reduction(self) -> Reduction {
+        match self {
+            Reduce::Exact => Reduction::Exact,
+            Reduce::Exact32 => Reduction::Exact32,
+            Reduce::Fast => Reduction::Fast,
+        }
     }
 }
 

@@ -18,7 +18,7 @@ const PATH_BYTES_MAX: usize = 4096;
 const NOT_YET: &[&str] = &["checkpoint.keep.best", "track.reconstructions", "track.tensorboard"];
 
 /// Words of planned values, refused like [`NOT_YET`].
-const NOT_YET_WORDS: &[&str] = &["fast", "zero-weight"];
+const NOT_YET_WORDS: &[&str] = &["zero-weight"];
 
 /// What other training programs call our keys.
 const FOREIGN_NAMES: &[(&str, &str)] = &[

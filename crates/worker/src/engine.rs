@@ -61,6 +61,13 @@ pub trait Engine: Send {
     /// Returns the tensors of the state in canonical order.
     fn layout(&self) -> &Arc<Layout>;
 
+    /// Lists the tensors in the order in which a slot's gradients complete: the order in which they
+    /// are summed over a group. It is the same in every process, and no more than a hint for
+    /// [`slot`](Engine::slot).
+    fn completion(&self) -> Vec<usize> {
+        (0..self.layout().n_blocks()).collect()
+    }
+
     /// Computes one slot: calls `sink` once per tensor, in the order in which gradients complete,
     /// and returns the slot's mean loss.
     ///

@@ -16,5 +16,6 @@ pub mod cpu_state;
 pub mod engine;
 pub mod entry;
 pub mod fake;
+pub mod host_math;
 pub mod trainer;
 pub mod transport;

@@ -1,6 +1,7 @@
 //! What a manifest must satisfy beyond being the document that was written.
 
 use lacuna_recipe::digest::Crc64;
+use lacuna_recipe::reduce::CHUNK_32;
 use lacuna_recipe::state::{Section, TensorDigests, state_digest};
 
 use super::{FileEntry, Manifest, TensorEntry};
@@ -167,9 +168,7 @@ fn check_state(manifest: &Manifest) -> Check {
     for name in &names {
         digests.push(section_digests(manifest, name)?);
     }
-    ensure(counters.exponents.len() == names.len(), || {
-        format!("{} exponents for {} parameters", counters.exponents.len(), names.len())
-    })?;
+    check_n_exponents(manifest, &names)?;
     check_exponents(manifest)?;
     let (computed, reported) = (Hex64(state_digest(&digests, counters)), manifest.state_digest);
     if computed == reported {
@@ -196,6 +195,20 @@ fn section_digests(manifest: &Manifest, name: &str) -> Result<TensorDigests, Inv
         *digest = Crc64 { value: tensor.crc64.0, bytes };
     }
     Ok(out)
+}
+
+/// Checks that there is an exponent for each parameter, or for each chunk of each parameter.
+fn check_n_exponents(manifest: &Manifest, names: &[&str]) -> Check {
+    let n = manifest.state.counters.exponents.len();
+    let chunks = |name: &&str| {
+        let shape = &manifest.tensors[&format!("{}/{name}", Section::Param.prefix())].shape;
+        let numel = shape.iter().try_fold(1u64, |n, size| n.checked_mul(*size));
+        numel.map_or(u64::MAX, |numel| numel.div_ceil(CHUNK_32 as u64))
+    };
+    let n_chunks = names.iter().map(chunks).fold(0, u64::saturating_add);
+    ensure(n == names.len() || n as u64 == n_chunks, || {
+        format!("{n} exponents for {} parameters of {n_chunks} chunks", names.len())
+    })
 }
 
 /// Checks that the tensor of exponents holds what the counters say.

@@ -137,7 +137,12 @@ impl DeviceTorchEngine {
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
             let draws = draws_of(self.setup.seed, batch);
             let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws };
-            slot.differentiate(weights, &input)
+            // All are kept: the device may read them until it is waited for.
+            let mut grads: Vec<(usize, Tensor)> = Vec::new();
+            let loss = slot.differentiate(weights, &input, &mut |block, grad| {
+                grads.push((block, grad));
+            });
+            (loss, grads)
         })
     }
 }
@@ -145,6 +150,10 @@ impl DeviceTorchEngine {
 impl Engine for DeviceTorchEngine {
     fn layout(&self) -> &Arc<Layout> {
         &self.slot.layout
+    }
+
+    fn completion(&self) -> Vec<usize> {
+        self.slot.completion().to_vec()
     }
 
     fn slot(

@@ -1,5 +1,6 @@
 //! The computation of one slot shape: loss and gradients, on whatever device the weights are.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use lacuna_recipe::digest::Crc64;
@@ -14,6 +15,7 @@ use lacuna_types::SampleId;
 use lacuna_worker::engine::EngineError;
 use tch::{Device, Kind, Tensor};
 
+use crate::autograd::{self, Pieces};
 use crate::objective::{Objective, Slot, SlotLoss};
 use crate::runtime;
 use crate::weights::{Weights, values, view};
@@ -35,6 +37,8 @@ pub(super) struct SlotProgram {
     loss: Box<dyn SlotLoss>,
     /// Tensors in the order in which the backward pass finishes them.
     completion: Vec<usize>,
+    /// How backward passes are cut, once a slot has shown it; `None` where they are not.
+    pieces: OnceCell<Option<Pieces>>,
 }
 
 /// One slot's data, of the slot's shape.
@@ -67,6 +71,7 @@ impl SlotProgram {
         let all: Vec<usize> = (0..layout.n_blocks()).collect();
         assert_eq!(sorted, all, "`completion` of an objective lists each tensor once");
         SlotProgram {
+            pieces: OnceCell::new(),
             completion,
             loss: objective.prepare(model, device),
             objective: objective.clone(),
@@ -76,6 +81,19 @@ impl SlotProgram {
             device,
             precision,
         }
+    }
+
+    /// Leaves the backward pass whole.
+    #[cfg(test)]
+    pub fn uncut(mut self) -> Self {
+        self.pieces = OnceCell::from(None);
+        self
+    }
+
+    /// Tells into how many pieces backward passes are cut, once a slot was computed.
+    #[cfg(test)]
+    pub fn n_pieces(&self) -> usize {
+        self.pieces.get().and_then(Option::as_ref).map_or(1, Pieces::len)
     }
 
     /// Returns the number of values of a slot's images.
@@ -113,13 +131,20 @@ impl SlotProgram {
         Ok(())
     }
 
-    /// Computes the loss and the gradient of every tensor, in completion order. All of `input`, the
-    /// weights and what comes back is on the program's device; gradients are f32.
+    /// Returns the tensors in the order in which the backward pass finishes them.
+    pub fn completion(&self) -> &[usize] {
+        &self.completion
+    }
+
+    /// Computes the loss, and calls `sink` with each tensor and its gradient as the backward pass
+    /// finishes it. All of `input`, the weights and what comes back is on the program's device;
+    /// gradients are f32.
     pub fn differentiate(
         &self,
         weights: &Weights,
         input: &SlotInput<'_>,
-    ) -> (Tensor, Vec<(usize, Tensor)>) {
+        sink: &mut dyn FnMut(usize, Tensor),
+    ) -> Tensor {
         runtime::pin_threads();
         let slot = Slot {
             images_bchw: input.images_bchw.shallow_clone(),
@@ -127,12 +152,23 @@ impl SlotProgram {
             ids_shuffle: input.ids_shuffle,
             draws: &input.draws,
         };
-        let loss = self.loss.loss(weights, &slot);
         let leaves: Vec<&Tensor> =
             self.completion.iter().map(|&block| &weights.tensors()[block]).collect();
+        let compute = || self.loss.loss(weights, &slot);
+        let mut hand_over = |leaf: usize, grad: Tensor| {
+            sink(self.completion[leaf], grad.to_kind(Kind::Float).contiguous());
+        };
+        if let Some(pieces) = self.pieces.get_or_init(|| find_pieces(compute, &leaves)) {
+            let recorded = autograd::record(compute);
+            let loss = recorded.loss.detach();
+            let done = pieces.backward(recorded, &leaves, &mut hand_over);
+            done.unwrap_or_else(|err| panic!("{err}"));
+            return loss;
+        }
+        let loss = compute();
         let grads = Tensor::run_backward(&[&loss], &leaves, false, false);
-        let grads = grads.into_iter().map(|grad| grad.to_kind(Kind::Float).contiguous());
-        (loss.detach(), self.completion.iter().copied().zip(grads).collect())
+        grads.into_iter().enumerate().for_each(|(leaf, grad)| hand_over(leaf, grad));
+        loss.detach()
     }
 
     /// Makes leaves of f32 weights: what gradients are taken of, in the slot's precision.
@@ -181,10 +217,19 @@ impl SlotProgram {
         let draws: Vec<Draws> = draws.collect();
         let input = SlotInput { images_bchw, ids_shuffle: &ids_shuffle, weights: &weights, draws };
         let copy = self.leaves(Weights::copy_of(&self.layout, &param).to_device(self.device));
-        let (loss, grads) = self.differentiate(&copy, &input);
-        let digest = |sum: Crc64, grad: &(usize, Tensor)| {
-            sum.then(Crc64::of_f32(values(&grad.1.to_device(Device::Cpu))))
-        };
-        grads.iter().fold(Crc64::of_f32(&[loss.double_value(&[]) as f32]), digest)
+        let mut digests: Vec<Crc64> = vec![Crc64::default(); self.layout.n_blocks()];
+        let loss = self.differentiate(&copy, &input, &mut |block, grad| {
+            digests[block] = Crc64::of_f32(values(&grad.to_device(Device::Cpu)));
+        });
+        let loss = Crc64::of_f32(&[loss.double_value(&[]) as f32]);
+        self.completion.iter().fold(loss, |sum, &block| sum.then(digests[block]))
     }
+}
+
+/// Finds how the passes of a computation are cut, on two of them that nobody needs. Where cutting
+/// does not work, whatever the reason, passes stay whole.
+fn find_pieces(compute: impl Fn() -> Tensor, leaves: &[&Tensor]) -> Option<Pieces> {
+    let pieces = Pieces::find(&autograd::record(&compute), leaves).ok()??;
+    let trial = pieces.backward(autograd::record(&compute), leaves, &mut |_, _| {});
+    trial.is_ok().then_some(pieces)
 }

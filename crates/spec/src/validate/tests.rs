@@ -44,7 +44,7 @@ fn what_this_build_lacks() {
         "data.cache = { dir = \"/nvme\", size = \"500 gigs\" }",
         "data.cache = { size = \"500GB\" }",
         "data.cache = \"/nvme\"",
-        "train.precision = \"bf-16\"\ntrain.reduce = \"fast\"",
+        "train.precision = \"bf-16\"\ntrain.reduce = \"exact16\"",
         "data.bad_samples = \"zero-weight\"\ndata.order = \"random\"",
         "checkpoint.to = \"https://host/run\"",
         "data.cache = { dir = \"/nvme\", size = \"500GB\", mode = \"plane\" }",

@@ -14,6 +14,7 @@ use lacuna_data::loader::{
 };
 use lacuna_data::planes::{Fill, PlaneCache};
 use lacuna_data::{ImageShape, Limits};
+use lacuna_recipe::reduce::Reduction;
 use lacuna_spec::{AutoOr, BadSamples, CacheMode, CacheSpec, RunSpec};
 use lacuna_types::RunId;
 
@@ -214,6 +215,11 @@ impl Job {
             adamw: self.spec.adamw(),
             decay_tokens: self.spec.optim.decay_tokens,
         }
+    }
+
+    /// Returns how gradients are summed.
+    pub fn reduction(&self) -> Reduction {
+        self.spec.train.reduce.reduction()
     }
 
     /// Returns the bytes a second at which a part is written at most.

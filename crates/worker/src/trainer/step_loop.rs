@@ -11,7 +11,7 @@ use lacuna_control::message::{FaultKind, Phase, StepMark};
 use lacuna_control::plan::{Origin as SyncOrigin, Plan, Sync};
 use lacuna_control::worker::Report;
 use lacuna_data::loader::{LoadError, Loader, SlotStream};
-use lacuna_recipe::reduce::{Request, Summary, Verdict, advance_exponents, back_off_exponents};
+use lacuna_recipe::reduce::{Request, Summary, Verdict};
 use lacuna_recipe::state::{Counters, state_digest};
 use lacuna_recipe::step::SlotBatch;
 use lacuna_types::{AttemptSeq, Generation, Incarnation, Slot, Step, WorkerId};
@@ -328,7 +328,8 @@ impl StepLoop {
         let slots = group.plan.members[group.rank].slots.clone();
         let first = self.step();
         let mut stream = self.loader.stream(Step(first), Step(total), slots.clone())?;
-        let mut math = StepMath::new(self.engine.as_mut(), self.job.spec.n_slots());
+        let mut math =
+            StepMath::new(self.engine.as_mut(), self.job.reduction(), self.job.spec.n_slots());
         let mut meter = Meter::new(0);
         while self.step() < total {
             let started = Instant::now();
@@ -366,7 +367,7 @@ impl StepLoop {
     }
 
     /// Computes this worker's slots, sums over the group, and applies what comes out: again with
-    /// lower exponents after an overflow.
+    /// other exponents after an overflow, and where the step only measured.
     fn reduce_step(
         &mut self,
         group: &mut Membership,
@@ -375,35 +376,31 @@ impl StepLoop {
         deadline: Duration,
         meter: &mut Meter,
     ) -> Result<Summary, StepError> {
-        // Lowered exponents count from the step that is applied with them: until then a group that
+        // Other exponents count from the step that is applied with them: until then a group that
         // forms anew starts from the state as it was.
         let mut counters = self.counters.clone().expect("there is a state");
         let step = counters.step;
+        let (reduction, n_slots) = (self.job.reduction(), self.job.spec.n_slots());
         loop {
             self.shared.enter(step, Phase::Compute);
             math.begin(self.engine.as_mut(), &counters.exponents)?;
-            let mut suspects: Vec<String> = Vec::new();
-            for batch in batches {
-                if group.abort.reason().is_some() {
-                    group.abort.check()?;
-                }
-                let began = Instant::now();
-                let loss = math.slot(self.engine.as_mut(), batch)?;
-                self.shared.slot_took(began.elapsed());
-                if !loss.is_finite() {
-                    suspects.push(describe_samples(batch));
-                }
-            }
+            let suspects = self.compute(group, batches, math, deadline)?;
             self.raised_save = self.raise_requests(math);
             self.shared.enter(step, Phase::Reduce);
             math.reduce(self.engine.as_mut(), group.comm.as_mut(), deadline)?;
             self.shared.enter(step, Phase::Optimizer);
             match math.finish(self.engine.as_mut(), group.plan.world())? {
+                Verdict::Redo if reduction.at_floor(&counters) => {
+                    let detail = "gradients overflow the largest sums there are".to_string();
+                    return Err(StepError::NonFinite { n: 1, step, detail });
+                }
                 Verdict::Redo => {
-                    back_off_exponents(&mut counters);
+                    reduction.back_off(&mut counters);
                     meter.redone += 1;
                 }
                 Verdict::Skip(summary) => {
+                    // Exponents stay as they were: others counted for tries that nobody applied.
+                    let mut counters = self.counters.clone().expect("there is a state");
                     counters.step += 1;
                     counters.non_finite += 1;
                     counters.non_finite_in_row += 1;
@@ -416,18 +413,49 @@ impl StepLoop {
                     }
                     return Ok(summary);
                 }
+                Verdict::Apply(summary) if reduction.measures_first(&counters) => {
+                    reduction.advance(&mut counters, &summary.max_abs, n_slots);
+                    meter.redone += 1;
+                }
                 Verdict::Apply(summary) => {
                     let update = self.job.update(step, counters.updates + 1);
                     math.apply(self.engine.as_mut(), &update)?;
                     counters.step += 1;
                     counters.updates += 1;
                     counters.non_finite_in_row = 0;
-                    advance_exponents(&mut counters, &summary.max_abs, self.job.spec.n_slots());
+                    reduction.advance(&mut counters, &summary.max_abs, n_slots);
                     self.counters = Some(counters);
                     return Ok(summary);
                 }
             }
         }
+    }
+
+    /// Computes this worker's slots; returns the samples of those whose loss is not finite.
+    fn compute(
+        &mut self,
+        group: &mut Membership,
+        batches: &[SlotBatch],
+        math: &mut StepMath,
+        deadline: Duration,
+    ) -> Result<Vec<String>, StepError> {
+        let mut suspects: Vec<String> = Vec::new();
+        for (idx, batch) in batches.iter().enumerate() {
+            if group.abort.reason().is_some() {
+                group.abort.check()?;
+            }
+            let engine = self.engine.as_mut();
+            let (loss, took) = if idx + 1 < batches.len() {
+                math.slot(engine, batch)?
+            } else {
+                math.last_slot(engine, batch, group.comm.as_mut(), deadline)?
+            };
+            self.shared.slot_took(took);
+            if !loss.is_finite() {
+                suspects.push(describe_samples(batch));
+            }
+        }
+        Ok(suspects)
     }
 
     /// Raises the lanes that are asked for; returns the checkpoint attempt among them, 0 for none.

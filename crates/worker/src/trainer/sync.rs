@@ -15,7 +15,7 @@ use crate::engine::{Engine, EngineError};
 const CHUNK: usize = 1 << 22;
 /// Longest a single chunk may take.
 const CHUNK_DEADLINE: Duration = Duration::from_secs(60);
-/// Largest encoding of the counters: exponents are a few bytes a tensor.
+/// Largest encoding of the counters: at most four bytes for 2048 elements of the parameters.
 const COUNTERS_BYTES_MAX: usize = 64 << 20;
 
 /// A synchronisation that failed.
@@ -78,7 +78,7 @@ fn from_seed(job: &Job, engine: &mut dyn Engine) -> Result<Counters, SyncError> 
         init::fill(spec, job.spec.train.seed, &mut values);
         engine.write(Section::Param, range.start, &values)?;
     }
-    Ok(Counters::fresh(layout.n_blocks(), job.spec.train.batch))
+    Ok(job.reduction().fresh(&layout, job.spec.train.batch))
 }
 
 fn from_checkpoint(
@@ -108,7 +108,9 @@ fn from_checkpoint(
         }
     });
     written?;
-    counters.map_err(failed)
+    let mut counters = counters.map_err(failed)?;
+    job.reduction().fit(&layout, &mut counters);
+    Ok(counters)
 }
 
 /// Broadcasts the source's counters and sections; only those who are healed (`mine`) take them.

@@ -4,8 +4,11 @@
 //! cargo run --release -p lacuna-collective --example allreduce_bench -- 2 f32 100000000 20
 //! ```
 //!
-//! Arguments: world, element type (`f32` or `i64`), bytes, repetitions. `f32-sockets` and
-//! `i64-sockets` share no memory.
+//! Arguments: world, element type (`f32`, `i32` or `i64`), bytes, repetitions, and then, for a slow
+//! network, megabits a second into each member. `exact32` is `i32` with what the exact sum of 32
+//! bits sends beside it. `f32-sockets` and so on share no memory, which a slow network implies.
+
+mod throttle;
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write, stdin};
@@ -27,19 +30,29 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let (world, kind) = (text(0, "2").parse()?, text(1, "f32"));
     let (n_bytes, repeats) = (text(2, "100000000").parse()?, text(3, "20").parse()?);
-    match args.get(4) {
+    let megabits: f64 = text(4, "0").parse()?;
+    match args.get(5) {
         Some(rank) => member(rank.parse()?, kind, n_bytes, repeats),
-        None => launch(world, kind, n_bytes, repeats),
+        None => launch(world, kind, n_bytes, repeats, megabits),
     }
 }
 
 /// Starts one process per rank and tells each the addresses of all.
-fn launch(world: usize, kind: &str, n_bytes: usize, repeats: usize) -> Result<(), Box<dyn Error>> {
+fn launch(
+    world: usize,
+    kind: &str,
+    n_bytes: usize,
+    repeats: usize,
+    megabits: f64,
+) -> Result<(), Box<dyn Error>> {
+    let slow = megabits > 0.0;
+    let kind =
+        if slow { format!("{}-sockets", kind.trim_end_matches("-sockets")) } else { kind.into() };
     let mut children: Vec<Child> = Vec::new();
     for rank in 0..world {
         let numbers = [world, n_bytes, repeats, rank].map(|number| number.to_string());
         let child = Command::new(std::env::current_exe()?)
-            .args([&numbers[0], kind, &numbers[1], &numbers[2], &numbers[3]])
+            .args([&numbers[0], &kind, &numbers[1], &numbers[2], "0", &numbers[3]])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -49,7 +62,13 @@ fn launch(world: usize, kind: &str, n_bytes: usize, repeats: usize) -> Result<()
         children.iter_mut().filter_map(|child| child.stdout.take()).map(BufReader::new).collect();
     let mut members = String::new();
     for output in &mut outputs {
-        output.read_line(&mut members)?;
+        let mut line = String::new();
+        output.read_line(&mut line)?;
+        if slow {
+            let address = throttle::in_front_of(line.trim().parse()?, megabits * 1e6)?;
+            line = format!("{address}\n");
+        }
+        members.push_str(&line);
     }
     for child in &mut children {
         let mut input = child.stdin.take().ok_or("a child has no input")?;
@@ -86,6 +105,19 @@ fn member(rank: usize, kind: &str, n_bytes: usize, repeats: usize) -> Result<(),
         "f32" => {
             let mut buffer: Vec<f32> = vec![0.0; n_bytes / 4];
             time(repeats, || collective.all_reduce_f32(&mut buffer, DEADLINE))?
+        }
+        "i32" => {
+            let mut buffer: Vec<i32> = vec![0; n_bytes / 4];
+            time(repeats, || collective.all_reduce_i32(&mut buffer, DEADLINE))?
+        }
+        "exact32" => {
+            let mut buffer: Vec<i32> = vec![0; n_bytes / 4];
+            // The control word, and a magnitude every 2048 elements.
+            let mut tail: Vec<i64> = vec![0; 16 + n_bytes / 4 / 2048];
+            time(repeats, || {
+                collective.all_reduce_i32(&mut buffer, DEADLINE)?;
+                collective.all_reduce_i64(&mut tail, DEADLINE)
+            })?
         }
         "i64" => {
             let mut buffer: Vec<i64> = vec![0; n_bytes / 8];
