@@ -246,7 +246,7 @@ impl Trainer {
         loop {
             match self.mean_gradient(batches)? {
                 Verdict::Redo => {
-                    self.reduction.back_off(&mut self.counters);
+                    self.reduction.back_off(&mut self.counters, &self.math.overflows());
                     self.n_redone += 1;
                 }
                 Verdict::Skip(_) => bail!("step {step} is not finite"),

@@ -203,7 +203,9 @@ impl Bench {
     fn step(&mut self, step: u64) -> anyhow::Result<f64> {
         loop {
             match self.mean_gradient()? {
-                Verdict::Redo => self.reduction.back_off(&mut self.counters),
+                Verdict::Redo => {
+                    self.reduction.back_off(&mut self.counters, &self.math.overflows())
+                }
                 Verdict::Skip(_) => bail!("step {step} is not finite"),
                 Verdict::Apply(summary) => {
                     let measured = self.reduction.measures_first(&self.counters);

@@ -14,7 +14,7 @@ pub const EFFICIENCY_WARNING: f64 = 0.85;
 /// Slots above which sums of 32 bits are warned about, and the bits that this many leave a slot's
 /// largest elements.
 const EXACT32_SLOTS_MAX: u32 = 1024;
-const EXACT32_BITS: u32 = 17;
+const EXACT32_BITS: u32 = 15;
 /// Rows of the printed table; beyond, only numbers of workers that shorten a step are of interest.
 const ROWS_MAX: usize = 64;
 /// Most numbers of workers that a warning names.

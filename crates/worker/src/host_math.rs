@@ -196,6 +196,11 @@ impl HostMath {
         self.reducer.finish(world, &mut self.mean)
     }
 
+    /// Lists the exponents at which the step overflowed, after [`Verdict::Redo`].
+    pub fn overflows(&self) -> Vec<usize> {
+        self.reducer.overflows()
+    }
+
     /// Returns the mean gradient, flat in the layout's order, after [`Verdict::Apply`].
     pub fn mean(&self) -> &[f32] {
         &self.mean

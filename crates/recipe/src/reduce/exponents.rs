@@ -11,8 +11,8 @@ pub enum Reduction {
     /// As 64-bit integers, with one exponent a tensor.
     Exact,
     /// As 32-bit integers, with one exponent every [`CHUNK_32`](super::CHUNK_32) elements of a
-    /// tensor: half the bytes. A slot's largest elements take 27 bits less log2 V, those of an f32
-    /// for V = 8.
+    /// tensor: half the bytes. A slot's largest elements take 25 bits less log2 V, those of an f32
+    /// for V = 2.
     Exact32,
     /// As f32: the bits depend on who computed what.
     Fast,
@@ -76,11 +76,12 @@ impl Reduction {
         }
         assert_eq!(counters.exponents.len(), max_abs.len(), "one magnitude per exponent");
         let measured = self.measures_first(counters);
-        let bits = match self {
-            Reduction::Exact32 => fixed32::TARGET_BITS,
-            Reduction::Exact | Reduction::Fast => fixed64::TARGET_BITS,
+        let slot_bits = ceil_log2(n_slots);
+        let target = match self {
+            Reduction::Exact32 => (fixed32::TARGET_BITS - slot_bits).min(fixed32::FLOAT_BITS),
+            Reduction::Exact | Reduction::Fast => fixed64::TARGET_BITS - slot_bits,
         };
-        let target = bits - ceil_log2(n_slots);
+        let rise = i32::from(counters.step.is_multiple_of(fixed32::RISE_EVERY));
         let mut changed = measured;
         for (exponent, &max) in counters.exponents.iter_mut().zip(max_abs) {
             let next = match self {
@@ -89,10 +90,10 @@ impl Reduction {
                 Reduction::Exact32 => (*exponent).max(fixed32::UNSEEN_MAX),
                 Reduction::Exact | Reduction::Fast => *exponent,
             };
-            // Down at once, up slowly: a chunk in which few slots have a gradient, other ones in
-            // each step, would overflow in every step.
+            // Down at once, up slowly: noisy slots exceed an average now and then, and a chunk in
+            // which few slots have a gradient would overflow in every step.
             let next = match self {
-                Reduction::Exact32 if !measured => next.min(*exponent + fixed32::RISE_MAX),
+                Reduction::Exact32 if !measured => next.min(*exponent + rise),
                 _ => next,
             };
             let next = next.clamp(RANGE.0, RANGE.1);
@@ -102,20 +103,28 @@ impl Reduction {
         counters.exponent_version += u64::from(changed);
     }
 
-    /// Tells whether exponents cannot fall any more: then an overflow is a gradient that is not
+    /// Tells whether an exponent cannot fall any more: an overflow there is a gradient that is not
     /// finite by any measure.
-    pub fn at_floor(self, counters: &Counters) -> bool {
-        counters.exponents.iter().all(|exponent| *exponent == RANGE.0)
+    pub fn at_floor(self, counters: &Counters, overflows: &[usize]) -> bool {
+        let is_low = |exponent: &i32| *exponent == RANGE.0;
+        if overflows.is_empty() {
+            return counters.exponents.iter().all(is_low);
+        }
+        overflows.iter().any(|idx| is_low(&counters.exponents[*idx]))
     }
 
-    /// Lowers all exponents after an overflow. The step is then computed again.
-    pub fn back_off(self, counters: &mut Counters) {
+    /// Lowers the exponents at which a step [overflowed](super::Reducer::overflows), all where none
+    /// is listed. The step is then computed again.
+    pub fn back_off(self, counters: &mut Counters, overflows: &[usize]) {
         let by = match self {
             Reduction::Exact32 => fixed32::BACK_OFF,
             Reduction::Exact | Reduction::Fast => fixed64::BACK_OFF,
         };
-        for exponent in &mut counters.exponents {
-            *exponent = (*exponent - by).max(RANGE.0);
+        let all = overflows.is_empty();
+        for (idx, exponent) in counters.exponents.iter_mut().enumerate() {
+            if all || overflows.binary_search(&idx).is_ok() {
+                *exponent = (*exponent - by).max(RANGE.0);
+            }
         }
         // A step that measures goes on measuring.
         if !self.measures_first(counters) {

@@ -13,22 +13,26 @@ use crate::state::Layout;
 pub const CHUNK: usize = 2048;
 /// Exponent before the first step, which only measures.
 pub(super) const START: i32 = 20;
-/// How far exponents fall after an overflow: gradients that grew 64 times more than the room that
-/// they have had.
-pub(super) const BACK_OFF: i32 = 6;
+/// How far exponents fall after an overflow: as much again as the room that they have had.
+pub(super) const BACK_OFF: i32 = HEADROOM_BITS;
 /// Bits of a slot's average largest magnitude, before the slots' share. The sum has 31, and a slot
 /// may be [`HEADROOM_BITS`] above the average before it overflows.
+/// No more than [`FLOAT_BITS`], which are all that a gradient has.
 pub(super) const TARGET_BITS: i32 = 31 - 1 - HEADROOM_BITS;
-/// How far an exponent rises from one step to the next at most.
-pub(super) const RISE_MAX: i32 = 1;
+/// An exponent rises by a bit at most, in one step of so many: it remembers how noisy a chunk is.
+pub(super) const RISE_EVERY: u64 = 64;
+/// What a slot that overflows adds to the peak of its chunk. All peaks together stay below.
+const OVERFLOW: i64 = 1 << 48;
 /// Where the exponent of a chunk without any gradient rises to: gradients of 2^-15 that come all at
 /// once cost few steps that are computed again.
 pub(super) const UNSEEN_MAX: i32 = 44;
 /// Bits by which peaks are finer than sums: a chunk whose gradients all round to zero is measured
 /// still, and its exponent follows.
 pub(super) const PEAK_BITS: i32 = 16;
+/// Bits of an f32's mantissa.
+pub(super) const FLOAT_BITS: i32 = 24;
 /// Growth from one step to the next, in bits, that fits in any case.
-const HEADROOM_BITS: i32 = 3;
+const HEADROOM_BITS: i32 = 5;
 /// Largest magnitude that the sum over all slots may reach, and one more.
 const SUM_END: u32 = 1 << 31;
 
@@ -70,6 +74,7 @@ pub(super) fn add(
         let reach = f64::from(max) * scale;
         if reach.round_ties_even() > f64::from(limit) {
             worst = Quantised::Overflow;
+            *peak = peak.wrapping_add(OVERFLOW);
             continue;
         }
         *peak += (reach * exp2(PEAK_BITS)).round_ties_even() as i64;
@@ -79,6 +84,16 @@ pub(super) fn add(
         }
     }
     worst
+}
+
+/// Returns the sum of the slots' peaks, without marks of overflow.
+pub(super) fn magnitude(peak: i64) -> f64 {
+    (peak & (OVERFLOW - 1)) as f64
+}
+
+/// Tells whether a slot has overflowed.
+pub(super) fn is_marked(peak: i64) -> bool {
+    peak & !(OVERFLOW - 1) != 0
 }
 
 /// Writes the mean gradient of a tensor; returns its sum of squares.

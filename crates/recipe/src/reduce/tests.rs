@@ -159,7 +159,9 @@ proptest! {
                 prop_assert_eq!(i64::from(sums[i]), want, "element {}", i);
             }
             let peak = (f64::from(max) * exp2(exponent + 16)).round_ties_even() as i64;
-            prop_assert_eq!(peaks[chunk], if fits { peak } else { 0 });
+            prop_assert_eq!(fixed32::is_marked(peaks[chunk]), !fits);
+            let magnitude = if fits { peak as f64 } else { 0.0 };
+            prop_assert_eq!(fixed32::magnitude(peaks[chunk]), magnitude);
         }
         prop_assert_eq!(got == Quantised::Overflow, overflow);
     }
@@ -272,7 +274,7 @@ fn exponents_follow_the_gradient() {
     assert_eq!(counters.exponent_version, 1);
     exact.advance(&mut counters, &[1.5, 0.0, 3e-3], 8);
     assert_eq!(counters.exponent_version, 1, "nothing changed");
-    exact.back_off(&mut counters);
+    exact.back_off(&mut counters, &[]);
     assert_eq!((counters.exponents.as_slice(), counters.exponent_version), (&[35, 18, 44][..], 2));
     exact.advance(&mut counters, &[1e-38, 1e38, 1.0], 9);
     assert_eq!(counters.exponents, [90, -60, 46]);
@@ -286,16 +288,16 @@ fn sums_of_32_bits_measure_before_the_first_step() {
     let mut counters = exact32.fresh(&layout, 8);
     assert_eq!(counters.exponents, [20; 3], "two chunks and one");
     assert!(exact32.measures_first(&counters));
-    exact32.back_off(&mut counters);
-    assert_eq!(counters.exponents, [14; 3]);
+    exact32.back_off(&mut counters, &[]);
+    assert_eq!(counters.exponents, [15; 3]);
     assert!(exact32.measures_first(&counters), "it still has to");
-    // A gradient of 2^-10 takes 27 bits less those of 8 slots.
+    // A gradient of 2^-10 takes 25 bits less those of 8 slots.
     exact32.advance(&mut counters, &[0.0, exp2(-10) as f32, 1.0], 8);
-    assert_eq!((counters.exponents.as_slice(), counters.exponent_version), (&[44, 34, 24][..], 1));
+    assert_eq!((counters.exponents.as_slice(), counters.exponent_version), (&[44, 32, 22][..], 1));
     assert!(!exact32.measures_first(&counters));
     counters.step = 1;
     exact32.fit(&layout, &mut counters);
-    assert_eq!(counters.exponents, [44, 34, 24], "a state that was resumed keeps its own");
+    assert_eq!(counters.exponents, [44, 32, 22], "a state that was resumed keeps its own");
     // Weights that were imported know no reduction.
     let mut start = Counters::fresh(layout.n_blocks(), 8);
     exact32.fit(&layout, &mut start);
@@ -306,30 +308,34 @@ fn sums_of_32_bits_measure_before_the_first_step() {
     assert!(!exact32.measures_first(&zeros), "measured once is enough");
 }
 
-/// Exponents of 32-bit sums fall at once and rise by a bit a step.
+/// Exponents of 32-bit sums fall at once, each for itself, and rise by a bit in 64 steps.
 #[test]
 fn exponents_of_32_bits_rise_slowly() {
     let layout = layout(&[8, 8]);
     let exact32 = Reduction::Exact32;
     let mut counters = exact32.fresh(&layout, 8);
     exact32.advance(&mut counters, &[1.0, 1.0], 8);
-    assert_eq!(counters.exponents, [24, 24]);
-    exact32.advance(&mut counters, &[exp2(-9) as f32, 8.0], 8);
-    assert_eq!(counters.exponents, [25, 21]);
-    for _ in 0..40 {
+    assert_eq!(counters.exponents, [22, 22]);
+    for step in 1..=64 {
+        counters.step = step;
+        exact32.advance(&mut counters, &[exp2(-9) as f32, 8.0], 8);
+        assert_eq!(counters.exponents, [if step < 64 { 22 } else { 23 }, 19], "step {step}");
+    }
+    for step in 65..=64 * 30 {
+        counters.step = step;
         exact32.advance(&mut counters, &[0.0, 8.0], 8);
     }
-    assert_eq!(counters.exponents, [44, 21], "what has no gradient is looked at more closely");
-    (0..9).for_each(|_| exact32.back_off(&mut counters));
-    assert!(!exact32.at_floor(&counters));
-    (0..9).for_each(|_| exact32.back_off(&mut counters));
-    assert!(exact32.at_floor(&counters));
+    assert_eq!(counters.exponents, [44, 19], "what has no gradient is looked at more closely");
+    exact32.back_off(&mut counters, &[1]);
+    assert_eq!(counters.exponents, [44, 14]);
+    (0..26).for_each(|_| exact32.back_off(&mut counters, &[1]));
+    assert!(!exact32.at_floor(&counters, &[0]) && exact32.at_floor(&counters, &[1]));
+    assert!(!exact32.at_floor(&counters, &[]));
 }
 
-/// A slot may have a magnitude eight times the average of the step before, and no more than
-/// sixteen times.
+/// A slot may have a magnitude 32 times the average of the step before, and no more than 64 times.
 #[test]
-fn the_room_of_32_bit_sums_is_three_bits() {
+fn the_room_of_32_bit_sums_is_five_bits() {
     let layout = layout(&[2]);
     let verdict = |magnitude: f32| {
         let mut counters = Reduction::Exact32.fresh(&layout, 1);
@@ -344,10 +350,28 @@ fn the_room_of_32_bit_sums_is_three_bits() {
         let mut mean = [0.0; 2];
         (reducer.finish(1, &mut mean).unwrap(), mean)
     };
-    let (fits, mean) = verdict(15.5);
+    let (fits, mean) = verdict(63.5);
     let Verdict::Apply(summary) = fits else { panic!("{fits:?}") };
-    assert_eq!((summary.max_abs[0], mean), (15.5, [15.5, -15.5]));
-    assert_eq!(verdict(16.5).0, Verdict::Redo);
+    assert_eq!((summary.max_abs[0], mean), (63.5, [63.5, -63.5]));
+    assert_eq!(verdict(64.5).0, Verdict::Redo);
+}
+
+/// Whoever has an overflow marks where, in sums over any ranks.
+#[test]
+fn an_overflow_says_where() {
+    let layout = layout(&[1, CHUNK_32 + 1]);
+    let buckets = Arc::new(Buckets::new(&layout, &[1, 0], 1));
+    let mut reducer = Reducer::of(Reduction::Exact32, layout, buckets, 4);
+    reducer.begin(&[24; 3]);
+    for slot in 0..4 {
+        reducer.add(SlotGrad { block: 0, values: &[1.0] });
+        let mut values = vec![1.0; CHUNK_32 + 1];
+        values[CHUNK_32] = if slot % 2 == 0 { 1e4 } else { -1.0 };
+        reducer.add(SlotGrad { block: 1, values: &values });
+        reducer.end_slot(slot, 1.0);
+    }
+    assert_eq!(reducer.finish(1, &mut vec![0.0; CHUNK_32 + 2]).unwrap(), Verdict::Redo);
+    assert_eq!(reducer.overflows(), [2]);
 }
 
 #[test]

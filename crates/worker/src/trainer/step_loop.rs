@@ -390,12 +390,13 @@ impl StepLoop {
             math.reduce(self.engine.as_mut(), group.comm.as_mut(), deadline)?;
             self.shared.enter(step, Phase::Optimizer);
             match math.finish(self.engine.as_mut(), group.plan.world())? {
-                Verdict::Redo if reduction.at_floor(&counters) => {
-                    let detail = "gradients overflow the largest sums there are".to_string();
-                    return Err(StepError::NonFinite { n: 1, step, detail });
-                }
                 Verdict::Redo => {
-                    reduction.back_off(&mut counters);
+                    let overflows = math.overflows();
+                    if reduction.at_floor(&counters, &overflows) {
+                        let detail = "gradients overflow the largest sums there are".to_string();
+                        return Err(StepError::NonFinite { n: 1, step, detail });
+                    }
+                    reduction.back_off(&mut counters, &overflows);
                     meter.redone += 1;
                 }
                 Verdict::Skip(summary) => {

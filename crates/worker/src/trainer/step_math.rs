@@ -163,6 +163,15 @@ impl StepMath {
         Ok(Verdict::Apply(reading.summary(grad_norm, max_abs)))
     }
 
+    /// Lists the exponents at which the step overflowed, after [`Verdict::Redo`]; all did where
+    /// none is listed.
+    pub fn overflows(&self) -> Vec<usize> {
+        match self {
+            StepMath::Host(host) => host.overflows(),
+            StepMath::Device { .. } => Vec::new(),
+        }
+    }
+
     /// Applies the mean gradient.
     pub fn apply(
         &mut self,
