@@ -109,14 +109,14 @@ pub fn examine(storage: &dyn Storage, base: &Path, large_bytes: usize) -> Examin
 fn large(storage: &dyn Storage, path: &Path, n: usize) -> Result<bool, FsError> {
     let bytes: Vec<u8> = (0..n).map(|i| (i % 251) as u8).collect();
     let mut sink = storage.begin(path, bytes.len() as u64)?;
-    sink.write_all(&bytes)?;
+    sink.fill(&bytes)?;
     let early = storage.size(path).is_ok();
     let first = sink.publish()?;
     let mut found: Vec<u8> = vec![0; bytes.len()];
     let read = storage.open(path)?.read_exact_at(&mut found, 0);
     read.map_err(|source| FsError::new("read", path, source))?;
     let mut again = storage.begin(path, 1)?;
-    again.write_all(b"x")?;
+    again.fill(&b"x".to_vec())?;
     let second = again.publish()?;
     Ok(!early && (first, second) == (Published::Created, Published::Exists) && found == bytes)
 }

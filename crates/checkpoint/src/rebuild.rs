@@ -20,9 +20,9 @@ use crate::partition::PARTITION;
 use crate::read;
 use crate::run_file::{RunFile, RunFileError};
 use crate::state::{Dtype, Origin, PartSlice};
-use crate::storage::{FsError, Published, ReadAt, Sink, chain};
+use crate::storage::{FsError, Published, ReadAt};
 use crate::write::{
-    BLOCK_BYTES, BlockSink, PART_METADATA, PART_SCHEMA, PartInfo, Receipt, ReceiptSlice,
+    BLOCK_BYTES, Blocks, PART_METADATA, PART_SCHEMA, PartInfo, Receipt, ReceiptSlice,
     is_finite_f32, render_header, seal_receipt,
 };
 
@@ -193,19 +193,6 @@ fn parent_of(step: Step, attempt: Attempt, entries: &[Entry]) -> Option<Parent> 
     Some(Parent { step: parent.step, manifest: parent.seal.clone() })
 }
 
-/// Takes bytes and keeps none.
-struct Nowhere;
-
-impl Sink for Nowhere {
-    fn write_all(&mut self, _: &[u8]) -> Result<(), FsError> {
-        Ok(())
-    }
-
-    fn publish(self: Box<Self>) -> Result<Published, FsError> {
-        Ok(Published::Created)
-    }
-}
-
 /// Reads a part whole and describes it as its writer did.
 fn read_part(
     dir: &RunDir,
@@ -248,16 +235,14 @@ fn read_part(
 
 /// Computes the digests of a part's blocks and slices.
 fn digest_part(file: &dyn ReadAt, head: &Head, info: &PartInfo) -> Result<Receipt, String> {
-    let mut nowhere = Nowhere;
-    let mut sink = BlockSink::new(&mut nowhere, info.block_bytes);
-    let failed = |error: FsError| chain(&error);
-    sink.write(&head.bytes).map_err(failed)?;
+    let mut blocks = Blocks::new(info.block_bytes);
+    blocks.digest(&head.bytes);
     let mut finite = true;
     let mut slices: Vec<ReceiptSlice> = Vec::new();
     let mut buffer: Vec<u8> = Vec::new();
     for (tensor, place) in &head.about.slices {
         let dtype = *head.dtypes.get(tensor).ok_or_else(|| format!("`{tensor}` is lost"))?;
-        let start = sink.bytes();
+        let start = blocks.bytes();
         let elements = place.range[1].saturating_sub(place.range[0]);
         let end = start.saturating_add(elements.saturating_mul(dtype.bytes()));
         let mut sum = Crc64::default();
@@ -266,7 +251,7 @@ fn digest_part(file: &dyn ReadAt, head: &Head, info: &PartInfo) -> Result<Receip
             buffer.resize((end - at).min(PIECE_BYTES) as usize, 0);
             file.read_exact_at(&mut buffer, at).map_err(|error| error.to_string())?;
             finite &= dtype != Dtype::F32 || is_finite_f32(&buffer);
-            sum = sum.then(sink.write(&buffer).map_err(failed)?);
+            sum = sum.then(blocks.digest(&buffer));
             at += buffer.len() as u64;
         }
         slices.push(ReceiptSlice {
@@ -278,7 +263,7 @@ fn digest_part(file: &dyn ReadAt, head: &Head, info: &PartInfo) -> Result<Receip
             crc64: Hex64(sum.value),
         });
     }
-    let entry = sink.finish(info.part.file_name());
+    let entry = blocks.describe(info.part.file_name());
     Ok(seal_receipt(info, entry, slices, finite))
 }
 

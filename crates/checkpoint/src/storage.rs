@@ -158,13 +158,37 @@ pub trait Storage: fmt::Debug + Send + Sync {
 
 /// A file or object under construction; dropped before it is published, it vanishes.
 pub trait Sink: Send {
-    /// Appends bytes.
-    fn write_all(&mut self, bytes: &[u8]) -> Result<(), FsError>;
+    /// Writes all bytes of a source, from the first byte of the file on; called once.
+    fn fill(&mut self, source: &dyn Source) -> Result<(), FsError>;
 
     /// Makes the content durable and gives it its name, if that is free.
     ///
     /// The **name** lasts once [`Storage::create_small`] has created another file in that folder.
     fn publish(self: Box<Self>) -> Result<Published, FsError>;
+}
+
+/// The content of a file or object, for whoever writes it: each byte is asked for once, in whatever
+/// order and by however many threads suit the place it goes to.
+pub trait Source: Sync {
+    /// Returns how many bytes there are.
+    fn bytes(&self) -> u64;
+
+    /// Fills `into` from the byte `offset` on.
+    ///
+    /// # Errors
+    /// The writing was given up.
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+}
+
+impl Source for Vec<u8> {
+    fn bytes(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        into.copy_from_slice(&self[offset as usize..][..into.len()]);
+        Ok(())
+    }
 }
 
 /// A file or object that is read in ranges.

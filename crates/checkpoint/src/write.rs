@@ -13,13 +13,12 @@ use crate::manifest::FileEntry;
 use crate::pace::Pace;
 use crate::partition::PARTITION;
 use crate::state::{Dtype, NamedSlice, PartSlice};
-use crate::storage::{FsError, Published, Sink};
+use crate::storage::{FsError, Published, Sink, Source};
+pub(crate) use content::Blocks;
+use content::{Content, Digested};
 
 /// Bytes of a digest block: a ranged read reads at most two too many, and ViT-H has 939 of them.
 pub const BLOCK_BYTES: u64 = 8 << 20;
-
-/// Bytes that are digested, copied and looked at one after another, while a core's cache has them.
-const PIECE_BYTES: usize = 128 << 10;
 
 /// Name of the one metadata entry of a part.
 pub const PART_METADATA: &str = "lacuna.part";
@@ -150,7 +149,7 @@ pub fn write_part(
     info: &PartInfo,
     slices: &[NamedSlice<'_>],
 ) -> Result<Receipt, WritePartError> {
-    write_part_at(dir, info, slices, &mut Pace::free())
+    write_part_at(dir, info, slices, &Pace::free())
 }
 
 /// The same at a limited rate, until it is given up.
@@ -158,7 +157,7 @@ pub fn write_part_at(
     dir: &RunDir,
     info: &PartInfo,
     slices: &[NamedSlice<'_>],
-    pace: &mut Pace,
+    pace: &Pace,
 ) -> Result<Receipt, WritePartError> {
     let sorted = slices.windows(2).all(|pair| pair[0].spec.tensor < pair[1].spec.tensor);
     assert!(sorted, "slices are sorted by name and one per tensor");
@@ -183,38 +182,26 @@ fn write_file(
     dir: &RunDir,
     info: &PartInfo,
     slices: &[NamedSlice<'_>],
-    pace: &mut Pace,
+    pace: &Pace,
 ) -> Result<(Box<dyn Sink>, Receipt), FsError> {
     let name = info.part.file_name();
     let specs: Vec<&PartSlice> = slices.iter().map(|slice| &slice.spec).collect();
     let head = render_header(info, &specs);
-    let total = head.len() as u64 + slices.iter().map(|s| s.bytes.len() as u64).sum::<u64>();
     let path = dir.attempt(info.step, info.attempt).join(&name);
-    let mut file = dir.storage().begin(&path, total)?;
-    let mut sink = BlockSink::new(file.as_mut(), info.block_bytes);
-    sink.write(&head)?;
-    let mut entries: Vec<ReceiptSlice> = Vec::new();
-    let mut finite = true;
-    for NamedSlice { spec, bytes } in slices {
-        assert_eq!(bytes.len() as u64, spec.bytes(), "bytes of `{}`", spec.tensor);
-        let start = sink.bytes();
-        let mut crc = Crc64::default();
-        for piece in bytes.chunks(PIECE_BYTES) {
-            pace.pass(piece.len() as u64).map_err(|e| FsError::new("write", &path, e))?;
-            crc = crc.then(sink.write(piece)?);
-            finite &= spec.dtype != Dtype::F32 || is_finite_f32(piece);
-        }
-        entries.push(ReceiptSlice {
-            tensor: spec.tensor.clone(),
-            dtype: spec.dtype,
-            shape: spec.shape.clone(),
-            range: [spec.range.start, spec.range.end],
-            at: [start, sink.bytes()],
-            crc64: Hex64(crc.value),
-        });
-    }
-    let entry = sink.finish(name);
-    let receipt = seal_receipt(info, entry, entries, finite);
+    let content = Content::new(&head, slices, info.block_bytes, pace);
+    let mut file = dir.storage().begin(&path, content.bytes())?;
+    file.fill(&content)?;
+    let Digested { blocks, slices: digests, finite } = content.digested();
+    let entry = |(spec, (start, crc)): (PartSlice, (u64, Crc64))| ReceiptSlice {
+        tensor: spec.tensor,
+        dtype: spec.dtype,
+        shape: spec.shape,
+        range: [spec.range.start, spec.range.end],
+        at: [start, start + crc.bytes],
+        crc64: Hex64(crc.value),
+    };
+    let entries = slices.iter().map(|slice| slice.spec.clone()).zip(digests).map(entry).collect();
+    let receipt = seal_receipt(info, blocks.describe(name), entries, finite);
     Ok((file, receipt))
 }
 
@@ -285,71 +272,6 @@ pub(crate) fn is_finite_f32(bytes: &[u8]) -> bool {
     bytes.chunks(4096).all(all_of)
 }
 
-/// Writes bytes in order and digests them by block and by call, reading each byte once.
-pub(crate) struct BlockSink<'a> {
-    out: &'a mut dyn Sink,
-    block_bytes: u64,
-    block: Crc64,
-    blocks: Vec<Hex64>,
-    whole: Crc64,
-}
-
-impl<'a> BlockSink<'a> {
-    /// Digests what goes to `out` in blocks of `block_bytes`.
-    pub fn new(out: &'a mut dyn Sink, block_bytes: u64) -> Self {
-        assert!(block_bytes > 0, "blocks have bytes");
-        BlockSink {
-            out,
-            block_bytes,
-            block: Crc64::default(),
-            blocks: Vec::new(),
-            whole: Crc64::default(),
-        }
-    }
-
-    /// Returns how many bytes there are.
-    pub fn bytes(&self) -> u64 {
-        self.whole.bytes + self.block.bytes
-    }
-
-    /// Appends bytes; returns their digest.
-    pub fn write(&mut self, mut bytes: &[u8]) -> Result<Crc64, FsError> {
-        let mut sum = Crc64::default();
-        while !bytes.is_empty() {
-            let room = (self.block_bytes - self.block.bytes).min(bytes.len() as u64) as usize;
-            let (now, later) = bytes.split_at(room);
-            let crc = Crc64::of(now);
-            self.out.write_all(now)?;
-            sum = sum.then(crc);
-            self.block = self.block.then(crc);
-            if self.block.bytes == self.block_bytes {
-                self.end_block();
-            }
-            bytes = later;
-        }
-        Ok(sum)
-    }
-
-    fn end_block(&mut self) {
-        self.blocks.push(Hex64(self.block.value));
-        self.whole = self.whole.then(self.block);
-        self.block = Crc64::default();
-    }
-
-    /// Describes the file.
-    pub fn finish(mut self, name: String) -> FileEntry {
-        if self.block.bytes > 0 {
-            self.end_block();
-        }
-        FileEntry {
-            name,
-            bytes: self.whole.bytes,
-            crc64: Hex64(self.whole.value),
-            block: self.block_bytes,
-            blocks: self.blocks,
-        }
-    }
-}
-
+mod content;
 #[cfg(test)]
 mod tests;

@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use super::pages::{ALIGN, Pages, is_aligned};
 use super::posix::{Fs, FsFile, Posix};
-use super::stage::Stage;
-use super::{FsError, Published, ReadAt, Sink, Storage};
+use super::stage::write_past_cache;
+use super::{FsError, Published, ReadAt, Sink, Source, Storage};
 use crate::layout::PARTIAL;
 
-/// Threads that write a large file: a device is busy with one piece while the next one comes.
-const WRITERS: usize = 2;
+/// Threads that fill a large file: a device is busy with one piece while others are made.
+const WRITERS: usize = 3;
 
 /// How often a folder's parent is made: whoever removes empty folders may do so in between, once
 /// for each attempt that is over.
@@ -42,7 +42,7 @@ impl Disk {
     /// Uses another file system, and no thread but the caller's.
     #[cfg(test)]
     pub(crate) fn over(fs: Arc<dyn Fs>) -> Self {
-        Disk { fs, writers: 0, reads_direct: false }
+        Disk { fs, writers: 1, reads_direct: false }
     }
 
     fn create_dir_all(&self, path: &Path) -> Result<(), FsError> {
@@ -163,9 +163,7 @@ impl Storage for Disk {
     fn begin(&self, path: &Path, bytes: u64) -> Result<Box<dyn Sink>, FsError> {
         let partial = Partial::create_on(self, path)?;
         partial.reserve(bytes)?;
-        let stage = Stage::new(partial.file.clone(), bytes, self.writers);
-        let stage = stage.map_err(|e| partial.error("write", e))?;
-        Ok(Box::new(PartFile { stage: Some(stage), partial }))
+        Ok(Box::new(PartFile { partial, writers: self.writers }))
     }
 
     fn hide(&self, path: &Path, hidden: &Path) -> Result<(), FsError> {
@@ -240,19 +238,17 @@ impl ReadAt for OnDisk {
 
 /// A large file under construction.
 struct PartFile {
-    stage: Option<Stage>,
     partial: Partial,
+    writers: usize,
 }
 
 impl Sink for PartFile {
-    fn write_all(&mut self, bytes: &[u8]) -> Result<(), FsError> {
-        let stage = self.stage.as_mut().expect("it lives until the file is published");
-        stage.write_all(bytes).map_err(|e| self.partial.error("write", e))
+    fn fill(&mut self, source: &dyn Source) -> Result<(), FsError> {
+        let filled = write_past_cache(self.partial.file.as_ref(), source, self.writers);
+        filled.map_err(|e| self.partial.error("write", e))
     }
 
     fn publish(mut self: Box<Self>) -> Result<Published, FsError> {
-        let stage = self.stage.take().expect("it lives until the file is published");
-        stage.finish().map_err(|e| self.partial.error("write", e))?;
         self.partial.publish()
     }
 }

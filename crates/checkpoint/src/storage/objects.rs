@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use lacuna_store::{Creation, Limits, Pending, Stop, Store, StoreError, Upload};
 
-use super::{FsError, Published, ReadAt, Sink, Storage};
+use super::{FsError, Published, ReadAt, Sink, Source, Storage};
 
 /// How long a question or a small document may take: shorter than a client waits for the
 /// coordinator, so that it is told what is wrong.
@@ -21,6 +21,9 @@ const UPLOAD_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Ranges asked for ahead of a reader in order: enough to hide a store's latency, little memory.
 const AHEAD: usize = 3;
+
+/// Bytes handed to an upload at once.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// The objects below one URL as a place for checkpoints.
 ///
@@ -187,9 +190,18 @@ struct PartObject {
 }
 
 impl Sink for PartObject {
-    fn write_all(&mut self, bytes: &[u8]) -> Result<(), FsError> {
-        let sent = self.upload.write_all(bytes, &Stop::default());
-        sent.map_err(|error| FsError::new("write", &self.path, io_error(error)))
+    fn fill(&mut self, source: &dyn Source) -> Result<(), FsError> {
+        let failed = |error: io::Error| FsError::new("write", &self.path, error);
+        let mut piece = vec![0; PIECE_BYTES];
+        let mut offset = 0;
+        while offset < source.bytes() {
+            let n = (source.bytes() - offset).min(PIECE_BYTES as u64) as usize;
+            source.read(offset, &mut piece[..n]).map_err(failed)?;
+            let sent = self.upload.write_all(&piece[..n], &Stop::default());
+            sent.map_err(|error| failed(io_error(error)))?;
+            offset += n as u64;
+        }
+        Ok(())
     }
 
     fn publish(self: Box<Self>) -> Result<Published, FsError> {

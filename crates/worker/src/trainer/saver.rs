@@ -64,9 +64,9 @@ impl Saver {
             for job in inbox {
                 let (generation, attempt) = (job.generation, job.attempt);
                 let limit = bytes_per_second.filter(|_| !job.held);
-                let mut pace = Pace::new(limit, job.given_up.clone());
+                let pace = Pace::new(limit, job.given_up.clone());
                 let (slices, began) = (job.snapshot.slices(), Instant::now());
-                let report = match write_part_at(&dir, &job.info, &slices, &mut pace) {
+                let report = match write_part_at(&dir, &job.info, &slices, &pace) {
                     Ok(receipt) => {
                         of_thread.wrote(receipt.file.bytes, began.elapsed());
                         let receipt = receipt.render();

@@ -124,7 +124,7 @@ fn in_parts(dir: &RunDir) {
     let path = dir.path().join("large");
     let begun = || {
         let mut sink = dir.storage().begin(&path, content.len() as u64).unwrap();
-        sink.write_all(&content).unwrap();
+        sink.fill(&content).unwrap();
         sink
     };
     let (first, second) = (begun(), begun());

@@ -330,7 +330,7 @@ fn completing_is_on_condition() {
     let dir = desk.dir();
     let path = dir.attempt(Step(3), attempt(1)).join("part");
     let mut sink = dir.storage().begin(&path, 3 * PART).unwrap();
-    sink.write_all(&vec![7; 2 * PART as usize + 1]).unwrap();
+    sink.fill(&vec![7; 2 * PART as usize + 1]).unwrap();
     assert_eq!(dir.storage().create_small(&path, &path, "theirs").unwrap(), Published::Created);
     assert_eq!(sink.publish().unwrap(), Published::Exists);
     assert_eq!(dir.storage().read_small(&path, 100).unwrap(), b"theirs");
@@ -357,7 +357,7 @@ fn a_stalled_store_is_named_by_the_deadline() {
             "upload",
             Box::new(|| {
                 let mut sink = storage.begin(&path, 9 * PART)?;
-                sink.write_all(&vec![0; 9 * PART as usize])?;
+                sink.fill(&vec![0; 9 * PART as usize])?;
                 sink.publish().map(drop)
             }),
         ),
@@ -417,7 +417,7 @@ fn reading_ahead_changes_no_byte() {
     let path = dir.path().join("object");
     let content: Vec<u8> = (0..10_000u32).map(|i| (i * 7 % 251) as u8).collect();
     let mut sink = dir.storage().begin(&path, 10_000).unwrap();
-    sink.write_all(&content).unwrap();
+    sink.fill(&content).unwrap();
     assert_eq!(sink.publish().unwrap(), Published::Created);
     let object = dir.storage().open(&path).unwrap();
     for (offset, len) in
