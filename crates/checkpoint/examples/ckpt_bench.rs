@@ -7,14 +7,16 @@
 //! One writer. A save is a part with its digests, its receipt and the commit, all durable (the
 //! digest of the whole state is known by then, since the snapshot was taken); a load reads every
 //! byte into memory that exists, and compares every digest, and the state's. Raw is 16 MiB at a
-//! time with O_DIRECT, and a sync. Each round does all four, on fresh files that are not in the
-//! page cache, and waits before each until the device has done what was asked of it before, such as
-//! discarding the blocks of removed files. Prints one JSON line: GB/s (10^9 bytes) of each round.
+//! time with O_DIRECT, and a sync. Each round does all four twice, in the one order and in the other,
+//! on fresh files that are not in the page cache, and waits before each until the device has done
+//! what was asked of it before, such as discarding the blocks of removed files. Prints one JSON
+//! line: GB/s (10^9 bytes) of each round, both times together.
 
 use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use lacuna_checkpoint::commit::{Context, claim, commit};
@@ -62,38 +64,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     let section =
         |k: usize| (0..layout.numel()).map(|i| ((i + k) as f32).sqrt()).collect::<Vec<f32>>();
     let sections = [section(0), section(1), section(2)];
-    let bytes = 12 * layout.numel();
     let views = [&sections[0][..], &sections[1], &sections[2]];
     let digest = digest_state(&layout, views, &counters(&layout));
-    let mut loaded = sections.clone();
+    let loaded = sections.clone();
+    let mut bench =
+        Bench { folder: args.folder, config, layout, sections, digest, loaded, n_saves: 0 };
+    let bytes = 12 * bench.layout.numel();
     let mut rates: [Vec<f64>; 4] = Default::default();
-    for round in 1..=args.rounds {
-        let raw = |rates: &mut [Vec<f64>; 4]| -> Result<(), Box<dyn Error>> {
-            let path = args.folder.join("raw");
-            rates[0].push(timed(bytes, || write_raw(&path, bytes))?);
-            rates[1].push(timed(bytes, || read_raw(&path, bytes))?);
-            Ok(std::fs::remove_file(&path)?)
-        };
-        if !args.ours_first {
-            raw(&mut rates)?;
+    for _ in 0..args.rounds {
+        // Once in each order, so that neither is the one that finds a rested device.
+        let (mut raw, mut ours) = ([0.0; 2], [0.0; 2]);
+        for raw_comes in [!args.ours_first, args.ours_first, args.ours_first, !args.ours_first] {
+            let (took, sum) =
+                if raw_comes { (bench.raw(bytes)?, &mut raw) } else { (bench.ours()?, &mut ours) };
+            sum.iter_mut().zip(took).for_each(|(sum, took)| *sum += took);
         }
-        let dir = RunDir::new(&args.folder, format!("bench-{round}").parse()?);
-        claim(&dir, CoordEpoch(1))?;
-        rates[2].push(timed(bytes, || save(&dir, &config, &layout, &sections, digest))?);
-        forget(&dir.path())?;
-        let expected = Expected::tensors(&layout);
-        loaded.iter_mut().for_each(|section| section.fill(0.0));
-        rates[3].push(timed(bytes, || {
-            let manifest = find_step(&dir, Step(1))?;
-            load_into(&dir, &manifest, &expected, &mut |section, at, values: &[f32]| {
-                loaded[section as usize][at..at + values.len()].copy_from_slice(values);
-            })?;
-            Ok(())
-        })?);
-        assert!(loaded == sections, "the state is as it was saved");
-        std::fs::remove_dir_all(dir.path())?;
-        if args.ours_first {
-            raw(&mut rates)?;
+        for (rates, took) in rates.iter_mut().zip([raw[0], raw[1], ours[0], ours[1]]) {
+            rates.push(2.0 * bytes as f64 / 1e9 / took);
         }
     }
     let list = |rates: &[f64]| {
@@ -107,15 +94,56 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Returns GB/s.
-fn timed(
-    bytes: usize,
-    act: impl FnOnce() -> Result<(), Box<dyn Error>>,
-) -> Result<f64, Box<dyn Error>> {
+/// What is saved, and where.
+struct Bench {
+    folder: PathBuf,
+    config: ModelConfig,
+    layout: Arc<Layout>,
+    sections: [Vec<f32>; 3],
+    digest: u64,
+    loaded: [Vec<f32>; 3],
+    n_saves: u32,
+}
+
+impl Bench {
+    /// Writes and reads as many bytes; returns the seconds of each.
+    fn raw(&self, bytes: usize) -> Result<[f64; 2], Box<dyn Error>> {
+        let path = self.folder.join("raw");
+        let took = [timed(|| write_raw(&path, bytes))?, timed(|| read_raw(&path, bytes))?];
+        std::fs::remove_file(&path)?;
+        Ok(took)
+    }
+
+    /// Saves and loads the state; returns the seconds of each.
+    fn ours(&mut self) -> Result<[f64; 2], Box<dyn Error>> {
+        self.n_saves += 1;
+        let dir = RunDir::new(&self.folder, format!("bench-{}", self.n_saves).parse()?);
+        claim(&dir, CoordEpoch(1))?;
+        let (config, layout, sections) = (&self.config, &self.layout, &self.sections);
+        let saved = timed(|| save(&dir, config, layout, sections, self.digest))?;
+        forget(&dir.path())?;
+        let expected = Expected::tensors(layout);
+        let loaded = &mut self.loaded;
+        loaded.iter_mut().for_each(|section| section.fill(0.0));
+        let read = timed(|| {
+            let manifest = find_step(&dir, Step(1))?;
+            load_into(&dir, &manifest, &expected, &mut |section, at, values: &[f32]| {
+                loaded[section as usize][at..at + values.len()].copy_from_slice(values);
+            })?;
+            Ok(())
+        })?;
+        assert!(self.loaded == self.sections, "the state is as it was saved");
+        std::fs::remove_dir_all(dir.path())?;
+        Ok([saved, read])
+    }
+}
+
+/// Returns the seconds that `act` takes, begun when the device has done what it was told before.
+fn timed(act: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<f64, Box<dyn Error>> {
     rustix::fs::sync();
     let start = Instant::now();
     act()?;
-    Ok(bytes as f64 / 1e9 / start.elapsed().as_secs_f64())
+    Ok(start.elapsed().as_secs_f64())
 }
 
 fn open(path: &Path, write: bool) -> std::io::Result<File> {
