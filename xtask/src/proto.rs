@@ -7,11 +7,16 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
+use prost::Message as _;
 
 /// Files compiled, relative to `proto/`.
 const FILES: &[&str] = &["lacuna/v1/common.proto", "lacuna/v1/run.proto", "lacuna/v1/worker.proto"];
 /// Where the code stands, relative to the root.
 const OUT: &str = "crates/api/src/generated";
+/// The code.
+const CODE: &str = "lacuna.v1.rs";
+/// The protos in the form that reflection answers with.
+const DESCRIPTORS: &str = "lacuna.v1.bin";
 
 /// Writes the code, or with `check` compares it with what is there.
 pub fn run(root: &Path, check: bool) -> Result<ExitCode> {
@@ -19,27 +24,29 @@ pub fn run(root: &Path, check: bool) -> Result<ExitCode> {
     let proto = root.join("proto");
     let files = FILES.iter().map(|file| proto.join(file));
     let descriptors = protox::compile(files, [&proto]).context("compile the protos")?;
+    let known = descriptors.encode_to_vec();
     tonic_prost_build::configure()
         .out_dir(&fresh)
         .bytes(".lacuna.v1.Prepare.plan")
         .compile_fds(descriptors)
         .context("generate the code")?;
-    let name = "lacuna.v1.rs";
-    let code = std::fs::read_to_string(fresh.join(name)).context("read the generated code")?;
+    let code = std::fs::read(fresh.join(CODE)).context("read the generated code")?;
     std::fs::remove_dir_all(&fresh).context("remove the temporary folder")?;
-    let target = root.join(OUT).join(name);
-    if !check {
-        std::fs::create_dir_all(root.join(OUT)).context("make the folder")?;
-        std::fs::write(&target, code).context("write the generated code")?;
-        return Ok(ExitCode::SUCCESS);
+    let out = root.join(OUT);
+    for (name, content) in [(CODE, code), (DESCRIPTORS, known)] {
+        let target = out.join(name);
+        if !check {
+            std::fs::create_dir_all(&out).context("make the folder")?;
+            std::fs::write(&target, content).context("write the generated code")?;
+        } else if std::fs::read(&target).context("read what is committed")? != content {
+            eprintln!("{} is not what proto/ gives: run `make proto`", target.display());
+            return Ok(ExitCode::FAILURE);
+        }
     }
-    let committed = std::fs::read_to_string(&target).context("read the committed code")?;
-    if committed == code {
+    if check {
         println!("generated code is current");
-        return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("{} is not what proto/ gives: run `make proto`", target.display());
-    Ok(ExitCode::FAILURE)
+    Ok(ExitCode::SUCCESS)
 }
 
 fn tempdir(root: &Path) -> Result<std::path::PathBuf> {

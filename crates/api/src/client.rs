@@ -2,10 +2,14 @@
 
 use std::time::Duration;
 
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming};
 
 use crate::MESSAGE_BYTES_MAX;
+use crate::tls::{Credentials, TlsError};
 use crate::v1;
 use crate::v1::admin_service_client::AdminServiceClient;
 use crate::v1::run_service_client::RunServiceClient;
@@ -22,6 +26,21 @@ pub enum ClientError {
         #[source]
         source: Option<tonic::transport::Error>,
     },
+    /// The address and the files do not go together.
+    #[error(
+        "`{url}`: {}",
+        if *has_files { "with TLS files the address begins with https://" }
+        else { "https:// needs the authority's certificate: `--tls-dir` or LACUNA_TLS_DIR" }
+    )]
+    Scheme {
+        /// What was given.
+        url: String,
+        /// Whether there are TLS files.
+        has_files: bool,
+    },
+    /// A file to prove who one is cannot be used.
+    #[error(transparent)]
+    Credentials(#[from] TlsError),
     /// Nobody answers there.
     #[error("no coordinator answers at {url}")]
     Unreachable {
@@ -45,35 +64,91 @@ impl From<Status> for ClientError {
 /// How often an idle stream is checked, and how long an answer may take.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(20));
 
+/// A connection that shows its token with every call.
+pub type Connection = InterceptedService<Channel, Bearer>;
+
+/// Shows a token.
+#[derive(Clone)]
+pub struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl std::fmt::Debug for Bearer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Bearer")
+    }
+}
+
+impl Bearer {
+    fn of(credentials: &Credentials) -> Self {
+        let value = credentials.token().and_then(|token| format!("Bearer {token}").parse().ok());
+        Bearer(value.map(|mut value: MetadataValue<Ascii>| {
+            value.set_sensitive(true);
+            value
+        }))
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
+
 /// Opens a channel to `url` within `timeout`; streams on it are kept alive and checked.
-pub async fn connect(url: &str, timeout: Duration) -> Result<Channel, ClientError> {
+///
+/// `https://` is spoken with the authority of `credentials`; with TLS files, `http://` is refused,
+/// since a token would travel in the clear.
+pub async fn connect(
+    url: &str,
+    timeout: Duration,
+    credentials: &Credentials,
+) -> Result<Connection, ClientError> {
     let address = |source| ClientError::Address { url: url.to_string(), source };
     if !url.starts_with("http://") && !url.starts_with("https://") {
         return Err(address(None));
     }
-    let endpoint = Endpoint::from_shared(url.to_string())
+    let mut endpoint = Endpoint::from_shared(url.to_string())
         .map_err(|err| address(Some(err)))?
         .connect_timeout(timeout)
         .http2_keep_alive_interval(KEEP_ALIVE.0)
         .keep_alive_timeout(KEEP_ALIVE.1)
         .keep_alive_while_idle(true)
         .tcp_nodelay(true);
+    let tls = credentials.tls_config();
+    if url.starts_with("https://") != tls.is_some() {
+        return Err(ClientError::Scheme { url: url.to_string(), has_files: tls.is_some() });
+    }
+    if let Some(tls) = tls {
+        endpoint = endpoint.tls_config(tls).map_err(|err| address(Some(err)))?;
+    }
     let unreachable = |source| ClientError::Unreachable { url: url.to_string(), source };
-    endpoint.connect().await.map_err(unreachable)
+    let channel = endpoint.connect().await.map_err(unreachable)?;
+    Ok(InterceptedService::new(channel, Bearer::of(credentials)))
 }
 
 /// A connection to a coordinator. Every unary call has the same deadline.
 #[derive(Clone, Debug)]
 pub struct Client {
-    runs: RunServiceClient<Channel>,
-    admin: AdminServiceClient<Channel>,
+    runs: RunServiceClient<Connection>,
+    admin: AdminServiceClient<Connection>,
     timeout: Duration,
 }
 
 impl Client {
     /// Connects to `url` within `timeout`, which is also every unary call's deadline.
     pub async fn connect(url: &str, timeout: Duration) -> Result<Self, ClientError> {
-        let channel = connect(url, timeout).await?;
+        Client::connect_as(url, timeout, &Credentials::default()).await
+    }
+
+    /// The same for a caller that proves who it is.
+    pub async fn connect_as(
+        url: &str,
+        timeout: Duration,
+        credentials: &Credentials,
+    ) -> Result<Self, ClientError> {
+        let channel = connect(url, timeout, credentials).await?;
         let runs =
             RunServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let admin = AdminServiceClient::new(channel);
@@ -105,8 +180,16 @@ impl Client {
 
     /// Returns every run, by name.
     pub async fn list_runs(&mut self) -> Result<Vec<v1::Run>, ClientError> {
-        let request = self.request(v1::ListRunsRequest {});
-        Ok(self.runs.list_runs(request).await?.into_inner().runs)
+        let (mut all, mut page_token) = (Vec::new(), String::new());
+        loop {
+            let request = self.request(v1::ListRunsRequest { page_size: 0, page_token });
+            let page = self.runs.list_runs(request).await?.into_inner();
+            all.extend(page.runs);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                return Ok(all);
+            }
+        }
     }
 
     /// Follows a run: a snapshot first, then what happens after sequence number `after_seq`.
@@ -138,6 +221,20 @@ impl Client {
     pub async fn info(&mut self) -> Result<v1::GetInfoResponse, ClientError> {
         let request = self.request(v1::GetInfoRequest {});
         Ok(self.admin.get_info(request).await?.into_inner())
+    }
+
+    /// Returns every worker that is connected or that a run remembers, by name.
+    pub async fn list_workers(&mut self) -> Result<Vec<v1::Worker>, ClientError> {
+        let (mut all, mut page_token) = (Vec::new(), String::new());
+        loop {
+            let request = self.request(v1::ListWorkersRequest { page_size: 0, page_token });
+            let page = self.admin.list_workers(request).await?.into_inner();
+            all.extend(page.workers);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                return Ok(all);
+            }
+        }
     }
 
     /// Takes one worker out at the next boundary.

@@ -1,7 +1,12 @@
 //! The one mapping between errors and gRPC statuses.
 
+use std::time::Duration;
+
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
+
+/// When to try again, where that helps.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Domain of every reason.
 pub const DOMAIN: &str = "lacuna.dev";
@@ -23,6 +28,10 @@ pub enum Reason {
     VersionSkew,
     /// A message is malformed.
     Malformed,
+    /// The caller has not shown who it is.
+    Unauthenticated,
+    /// The caller may not do this.
+    RoleMissing,
     /// Data or checkpoints cannot be read or written here.
     Storage,
     /// The service is going down.
@@ -32,7 +41,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Reason; 10] = [
+    const ALL: [Reason; 12] = [
         Reason::InvalidSpec,
         Reason::RunNotFound,
         Reason::RunExists,
@@ -40,6 +49,8 @@ impl Reason {
         Reason::WorkerExists,
         Reason::VersionSkew,
         Reason::Malformed,
+        Reason::Unauthenticated,
+        Reason::RoleMissing,
         Reason::Storage,
         Reason::ShuttingDown,
         Reason::Internal,
@@ -55,6 +66,8 @@ impl Reason {
             Reason::WorkerExists => "WORKER_EXISTS",
             Reason::VersionSkew => "VERSION_SKEW",
             Reason::Malformed => "MALFORMED",
+            Reason::Unauthenticated => "UNAUTHENTICATED",
+            Reason::RoleMissing => "ROLE_MISSING",
             Reason::Storage => "STORAGE",
             Reason::ShuttingDown => "SHUTTING_DOWN",
             Reason::Internal => "INTERNAL",
@@ -67,6 +80,8 @@ impl Reason {
             Reason::RunNotFound | Reason::WorkerNotFound => Code::NotFound,
             Reason::RunExists | Reason::WorkerExists => Code::AlreadyExists,
             Reason::VersionSkew | Reason::Storage => Code::FailedPrecondition,
+            Reason::Unauthenticated => Code::Unauthenticated,
+            Reason::RoleMissing => Code::PermissionDenied,
             Reason::ShuttingDown => Code::Unavailable,
             Reason::Internal => Code::Internal,
         }
@@ -81,7 +96,10 @@ impl Reason {
 /// Makes the status of a refusal.
 pub fn status(reason: Reason, message: impl Into<String>) -> Status {
     let no_metadata: [(String, String); 0] = [];
-    let details = ErrorDetails::with_error_info(reason.word(), DOMAIN, no_metadata);
+    let mut details = ErrorDetails::with_error_info(reason.word(), DOMAIN, no_metadata);
+    if reason.retry_helps() {
+        details.set_retry_info(Some(RETRY_AFTER));
+    }
     Status::with_error_details(reason.code(), message, details)
 }
 

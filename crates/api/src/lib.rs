@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod error;
+pub mod tls;
 pub mod wire;
 
 /// Generated from `proto/` by `make proto`; committed, and checked to be current.
@@ -14,6 +15,9 @@ pub mod wire;
 pub mod v1 {
     include!("generated/lacuna.v1.rs");
 }
+
+/// The protos as `buf` and reflection know them; generated with the code.
+pub const DESCRIPTORS: &[u8] = include_bytes!("generated/lacuna.v1.bin");
 
 /// Largest message either side accepts, 16 MiB: specs and receipts are far below it, and a larger
 /// one is a mistake or an attack.

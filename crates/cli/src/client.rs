@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lacuna_api::client::{Client, ClientError};
+use lacuna_api::tls::Credentials;
 use lacuna_api::v1;
 use lacuna_types::exit;
 
@@ -22,11 +23,22 @@ pub struct Connect {
     /// Seconds that a call may take.
     #[arg(long, default_value_t = 10)]
     pub timeout: u64,
+
+    /// File with a token (`lacuna token new`).
+    #[arg(long, env = "LACUNA_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+
+    /// Folder with `ca.pem`, and `cert.pem` with `key.pem` where the coordinator wants certificates
+    /// (`lacuna tls init`).
+    #[arg(long, env = "LACUNA_TLS_DIR", value_name = "FOLDER")]
+    pub tls_dir: Option<PathBuf>,
 }
 
 impl Connect {
     async fn client(&self) -> Result<Client, ClientError> {
-        Client::connect(&self.coordinator, Duration::from_secs(self.timeout)).await
+        let credentials = Credentials::read(self.token_file.as_deref(), self.tls_dir.as_deref())?;
+        let timeout = Duration::from_secs(self.timeout);
+        Client::connect_as(&self.coordinator, timeout, &credentials).await
     }
 }
 

@@ -11,6 +11,7 @@ mod journal;
 mod plan;
 mod progress;
 mod serve;
+mod secrets;
 mod spec;
 mod train;
 
@@ -66,6 +67,10 @@ enum Command {
     Journal(journal::JournalArgs),
     /// List, check and export checkpoints.
     Ckpt(ckpt::CkptArgs),
+    /// Make tokens, which prove who somebody is.
+    Token(secrets::TokenArgs),
+    /// Make certificates, which encrypt and prove who somebody is.
+    Tls(secrets::TlsArgs),
 }
 
 /// An error that has its own exit code.
@@ -124,6 +129,8 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Force(args) => client::force(args),
         Command::Journal(args) => journal::journal(args),
         Command::Ckpt(args) => ckpt::ckpt(args),
+        Command::Token(args) => secrets::token(args),
+        Command::Tls(args) => secrets::tls(args),
     }
 }
 
@@ -144,11 +151,14 @@ fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
     use lacuna_api::client::ClientError;
     use lacuna_api::error::{Reason, reason};
     match err {
-        ClientError::Address { .. } => exit::USAGE,
+        ClientError::Address { .. } | ClientError::Scheme { .. } | ClientError::Credentials(_) => {
+            exit::USAGE
+        }
         ClientError::Unreachable { .. } => exit::UNREACHABLE,
         ClientError::Refused(status) => match reason(status) {
             Some(Reason::InvalidSpec | Reason::RunExists | Reason::Malformed) => exit::USAGE,
             Some(Reason::VersionSkew) => exit::VERSION,
+            Some(Reason::Unauthenticated | Reason::RoleMissing) => exit::UNAUTHORISED,
             Some(Reason::Storage) => exit::IO,
             Some(Reason::ShuttingDown) => exit::UNREACHABLE,
             _ => exit::FAILED,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 use lacuna_control::timing::Timing;
-use lacuna_coordinator::{Options, Service, StartError};
+use lacuna_coordinator::{Options, Security, Service, StartError};
 use lacuna_spec::units::parse_duration;
 use lacuna_types::exit;
 use tracing::info;
@@ -16,13 +16,23 @@ use crate::{Coded, init_logs, runtime};
 /// Settings of the service.
 #[derive(Args, Debug)]
 pub struct CoordinatorArgs {
-    /// Address to listen on; loopback until tokens and TLS exist.
+    /// Address to listen on; others than loopback need tokens or certificates.
     #[arg(long, default_value = "127.0.0.1:7070")]
     listen: SocketAddr,
 
     /// Folder of the state file.
     #[arg(long, default_value_os_t = default_state())]
     state: PathBuf,
+
+    /// File of the tokens that let callers in (`lacuna token new --add-to FILE`); read again when it
+    /// changes.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+
+    /// Folder with `cert.pem` and `key.pem`, and with `ca.pem` for callers with certificates
+    /// (`lacuna tls init`).
+    #[arg(long, value_name = "FOLDER")]
+    tls_dir: Option<PathBuf>,
 
     /// Waits as on one machine: changes of the group come at once instead of being gathered.
     #[arg(long)]
@@ -75,10 +85,10 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
     raise_file_limit();
     set_waits(&mut timing, &args.waits).map_err(|text| Coded::error(exit::USAGE, text))?;
     runtime()?.block_on(async {
-        let listener = lacuna_coordinator::service::bind(args.listen).await.map_err(coded)?;
-        let options = Options { state: args.state, timing };
-        let service = Service::open(listener, options).await.map_err(coded)?;
-        println!("listening on http://{}", service.addr());
+        let security = Security { tokens: args.token_file, tls: args.tls_dir };
+        let options = Options { state: args.state, timing, security };
+        let service = Service::open(args.listen, options).await.map_err(coded)?;
+        println!("listening on {}", service.url());
         let mut signals = StopSignals::new();
         service.serve(async move { signals.next().await }).await.map_err(coded)?;
         info!("stopped; runs and workers go on when a coordinator is back");
@@ -89,7 +99,7 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
 /// Gives a start error its exit code.
 pub fn coded(err: StartError) -> anyhow::Error {
     let code = match &err {
-        StartError::Exposed { .. } | StartError::Timing(_) => exit::USAGE,
+        StartError::Door(_) | StartError::Timing(_) => exit::USAGE,
         StartError::State { .. } | StartError::Store(_) => exit::IO,
         StartError::Bind { .. } | StartError::InUse { .. } | StartError::Serve(_) => exit::FAILED,
     };

@@ -12,7 +12,7 @@ use clap::Args;
 use lacuna_api::client::Client;
 use lacuna_api::v1;
 use lacuna_control::timing::Timing;
-use lacuna_coordinator::{Options, Service};
+use lacuna_coordinator::{Options, Security, Service};
 use lacuna_data::is_url;
 use lacuna_spec::{RunSpec, Workers};
 use lacuna_types::{BuildId, exit};
@@ -64,9 +64,9 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
         .with_context(|| format!("create `{}`", place.display()))?;
     runtime()?.block_on(async {
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let listener = lacuna_coordinator::service::bind(addr).await.map_err(coded)?;
-        let options = Options { state: place.join("coordinator"), timing: Timing::one_machine() };
-        let service = Service::open(listener, options).await.map_err(coded)?;
+        let (state, timing) = (place.join("coordinator"), Timing::one_machine());
+        let options = Options { state, timing, security: Security::default() };
+        let service = Service::open(addr, options).await.map_err(coded)?;
         let url = format!("http://{}", service.addr());
         let mut serving = tokio::spawn(service.serve(std::future::pending()));
         let log = place.join("logs/workers.log");
@@ -201,6 +201,9 @@ impl Training<'_> {
             .args(["--coordinator", &self.url])
             .args(["--devices", &devices])
             .args(["--node-name", "local", "--once", "--with-parent"])
+            // They are for another coordinator.
+            .env_remove("LACUNA_TOKEN_FILE")
+            .env_remove("LACUNA_TLS_DIR")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(stderr)

@@ -1,6 +1,7 @@
 //! The gRPC services: thin translations to the registry and the runs' tasks.
 
-mod messages;
+mod admin;
+pub(crate) mod messages;
 mod watch;
 
 use std::pin::Pin;
@@ -8,7 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lacuna_api::error::{Reason, status};
-use lacuna_api::v1::admin_service_server::AdminService;
 use lacuna_api::v1::run_service_server::RunService;
 use lacuna_api::v1::worker_service_server::WorkerService;
 use lacuna_api::{v1, wire};
@@ -22,10 +22,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
-use self::messages::to_message;
+use self::messages::run_message;
 use self::watch::watch_loop;
 use crate::catalogue::Catalogue;
-use crate::registry::{RunHandle, Shared};
+use crate::registry::Shared;
 use crate::run::{Gone, Input, SESSION_QUEUE, SessionSender, WATCH_QUEUE};
 use crate::store::{StoreError, StoredRun};
 
@@ -86,7 +86,7 @@ impl WorkerService for Grpc {
         let intro: Hello = wire::hello(&hello).map_err(malformed)?;
         check_build(hello.build.clone(), &format!("worker {}", intro.worker))?;
         let (out, answers) = mpsc::channel(SESSION_QUEUE);
-        self.0.enter(&intro.worker, intro.incarnation, &out)?;
+        self.0.enter(&intro.worker, intro.incarnation, &hello.device, &out)?;
         let session = Session { shared: self.0.clone(), intro, device: hello.device };
         tokio::spawn(session.run(hello.run_id, inbound, out));
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
@@ -334,10 +334,14 @@ impl RunService for Grpc {
 
     async fn list_runs(
         &self,
-        _request: Request<v1::ListRunsRequest>,
+        request: Request<v1::ListRunsRequest>,
     ) -> Result<Response<v1::ListRunsResponse>, Status> {
-        let runs = self.0.runs().iter().map(|(id, handle)| to_message(id, handle)).collect();
-        Ok(Response::new(v1::ListRunsResponse { runs }))
+        let v1::ListRunsRequest { page_size, page_token } = request.into_inner();
+        let all = self.0.runs();
+        let after = all.iter().skip_while(|(id, _)| id.as_str() <= page_token.as_str());
+        let (runs, next_page_token) =
+            page(after, page_size, |(id, handle)| run_message(id, handle), |run| &run.run_id);
+        Ok(Response::new(v1::ListRunsResponse { runs, next_page_token }))
     }
 
     async fn watch_run(
@@ -382,51 +386,6 @@ impl RunService for Grpc {
     }
 }
 
-#[tonic::async_trait]
-impl AdminService for Grpc {
-    async fn get_info(
-        &self,
-        _request: Request<v1::GetInfoRequest>,
-    ) -> Result<Response<v1::GetInfoResponse>, Status> {
-        let build = Some(BuildId::this().into());
-        Ok(Response::new(v1::GetInfoResponse { build, coord_epoch: self.0.epoch.0 }))
-    }
-
-    async fn drain_worker(
-        &self,
-        request: Request<v1::DrainWorkerRequest>,
-    ) -> Result<Response<v1::DrainWorkerResponse>, Status> {
-        let v1::DrainWorkerRequest { worker_id, why } = request.into_inner();
-        let malformed = |err: lacuna_types::NameError| status(Reason::Malformed, err.to_string());
-        let worker: WorkerId = worker_id.parse().map_err(malformed)?;
-        let holds =
-            |h: &&RunHandle| h.ends.view.borrow().status.workers.iter().any(|w| w.worker == worker);
-        let input = self.0.runs().values().find(holds).map(|h| h.ends.input.clone());
-        let none = || status(Reason::WorkerNotFound, format!("no run has a worker {worker}"));
-        ask(input.ok_or_else(none)?, Event::Drain { worker: worker.clone(), why }).await?;
-        Ok(Response::new(v1::DrainWorkerResponse {}))
-    }
-
-    async fn release_worker(
-        &self,
-        request: Request<v1::ReleaseWorkerRequest>,
-    ) -> Result<Response<v1::ReleaseWorkerResponse>, Status> {
-        let malformed = |err: lacuna_types::NameError| status(Reason::Malformed, err.to_string());
-        let worker: WorkerId = request.into_inner().worker_id.parse().map_err(malformed)?;
-        let inputs: Vec<mpsc::Sender<Input>> =
-            self.0.runs().values().map(|h| h.ends.input.clone()).collect();
-        let mut held = false;
-        for input in inputs {
-            held |= ask(input, Event::Release { worker: worker.clone() }).await?;
-        }
-        if !held {
-            let text = format!("no run keeps a worker {worker} out");
-            return Err(status(Reason::WorkerNotFound, text));
-        }
-        Ok(Response::new(v1::ReleaseWorkerResponse {}))
-    }
-}
-
 /// Passes a wish on to a run, waits until it is durable, and tells whether it changed anything.
 async fn ask(input: mpsc::Sender<Input>, event: Event) -> Result<bool, Status> {
     let (done, told) = oneshot::channel();
@@ -436,6 +395,23 @@ async fn ask(input: mpsc::Sender<Input>, event: Event) -> Result<bool, Status> {
         Ok(Err(_)) => Err(going_down()),
         Err(_) => Err(Status::deadline_exceeded("the run did not take the wish in time")),
     }
+}
+
+/// Most entries of a list in one answer.
+const PAGE_MAX: usize = 1000;
+
+/// Takes a page off a list, and the token of the next one, which is the last name of this.
+fn page<T, M>(
+    mut all: impl Iterator<Item = T>,
+    size: u32,
+    make: impl FnMut(T) -> M,
+    name: impl Fn(&M) -> &String,
+) -> (Vec<M>, String) {
+    let size = if size == 0 { PAGE_MAX } else { (size as usize).min(PAGE_MAX) };
+    let found: Vec<M> = all.by_ref().take(size).map(make).collect();
+    let more = all.next().is_some();
+    let token = found.last().filter(|_| more).map(|last| name(last).clone());
+    (found, token.unwrap_or_default())
 }
 
 fn going_down() -> Status {
@@ -567,7 +543,7 @@ impl Grpc {
 
     fn run_message(&self, id: &RunId) -> Result<v1::Run, Status> {
         let runs = self.0.runs();
-        runs.get(id).map(|handle| to_message(id, handle)).ok_or_else(|| not_found(id))
+        runs.get(id).map(|handle| run_message(id, handle)).ok_or_else(|| not_found(id))
     }
 }
 

@@ -8,11 +8,15 @@
 #![forbid(unsafe_code)]
 
 pub mod catalogue;
+pub mod door;
 mod grpc;
+mod http;
 mod registry;
 pub mod run;
 mod scribe;
 pub mod service;
 pub mod store;
+mod times;
 
+pub use door::Security;
 pub use service::{Options, Service, StartError};

@@ -1,6 +1,7 @@
 //! What runs and sessions share: the store, the runs, and which run a free worker goes to.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +19,9 @@ use crate::run::{Input, RunEnds, RunTask, SessionSender};
 use crate::scribe::Scribe;
 use crate::service::Options;
 use crate::store::{Store, StoreError, StoredRun, Update};
+
+/// Name of the state file in its folder.
+pub(crate) const STATE_FILE: &str = "coordinator.sqlite";
 
 /// A run and the ways to reach its task.
 pub(crate) struct RunHandle {
@@ -41,13 +45,21 @@ pub(crate) struct Shared {
     store: Arc<Mutex<Box<dyn Store>>>,
     pub scribe: Scribe,
     runs: Mutex<BTreeMap<RunId, RunHandle>>,
-    live: Mutex<BTreeMap<WorkerId, (Incarnation, SessionSender)>>,
+    live: Mutex<BTreeMap<WorkerId, Live>>,
     /// Streams of agents by node.
     agents: Mutex<BTreeMap<String, AgentSender>>,
     sessions: AtomicU64,
     changed: watch::Sender<u64>,
     fatal: mpsc::Sender<StoreError>,
     started: Instant,
+}
+
+/// A worker that is connected.
+struct Live {
+    incarnation: Incarnation,
+    /// What it computes on, for people.
+    device: String,
+    out: SessionSender,
 }
 
 /// The sender of an agent's stream.
@@ -96,6 +108,16 @@ impl Shared {
 
     pub(crate) fn store(&self) -> MutexGuard<'_, Box<dyn Store>> {
         lock(&self.store)
+    }
+
+    /// Returns where the state file lies.
+    pub(crate) fn state_file(&self) -> PathBuf {
+        self.options.state.join(STATE_FILE)
+    }
+
+    /// Returns how many workers are connected.
+    pub(crate) fn n_sessions(&self) -> usize {
+        lock(&self.live).len()
     }
 
     pub(crate) fn runs(&self) -> MutexGuard<'_, BTreeMap<RunId, RunHandle>> {
@@ -178,24 +200,32 @@ impl Shared {
         &self,
         worker: &WorkerId,
         incarnation: Incarnation,
+        device: &str,
         out: &SessionSender,
     ) -> Result<(), Status> {
         let mut live = lock(&self.live);
-        let namesake = live.get(worker).filter(|(i, s)| *i != incarnation && !s.is_closed());
+        let other = |known: &&Live| known.incarnation != incarnation && !known.out.is_closed();
+        let namesake = live.get(worker).filter(other);
         if namesake.is_some() {
             let text = format!(
                 "a live worker is called {worker} already: give each node its own `--node-name`"
             );
             return Err(status(Reason::WorkerExists, text));
         }
-        live.insert(worker.clone(), (incarnation, out.clone()));
+        let (device, out) = (device.to_string(), out.clone());
+        live.insert(worker.clone(), Live { incarnation, device, out });
         Ok(())
+    }
+
+    /// Returns the workers that are connected, and what they compute on.
+    pub(crate) fn devices(&self) -> Vec<(WorkerId, String)> {
+        lock(&self.live).iter().map(|(id, live)| (id.clone(), live.device.clone())).collect()
     }
 
     /// Forgets a session whose stream has ended; a newer one of the same process stays.
     pub(crate) fn leave(&self, worker: &WorkerId, out: &SessionSender) {
         let mut live = lock(&self.live);
-        if live.get(worker).is_some_and(|(_, known)| known.same_channel(out)) {
+        if live.get(worker).is_some_and(|known| known.out.same_channel(out)) {
             live.remove(worker);
         }
     }
@@ -203,7 +233,7 @@ impl Shared {
     /// Forgets one life of a worker, whose process has ended.
     pub(crate) fn bury(&self, worker: &WorkerId, incarnation: Incarnation) {
         let mut live = lock(&self.live);
-        if live.get(worker).is_some_and(|(i, _)| *i == incarnation) {
+        if live.get(worker).is_some_and(|known| known.incarnation == incarnation) {
             live.remove(worker);
         }
     }

@@ -24,6 +24,7 @@ use crate::catalogue::{Catalogue, cadence_steps};
 use crate::registry::Shared;
 use crate::scribe::Down;
 use crate::store::{Entry, StoredRun, Update};
+use crate::times::Times;
 
 /// Bound of a run's queue: a few hundred workers may beat at once while the task writes to disk.
 pub(crate) const INPUT_QUEUE: usize = 1024;
@@ -72,6 +73,10 @@ pub(crate) struct View {
     pub figures: Option<Update>,
     pub devices: BTreeMap<WorkerId, String>,
     pub last_seq: u64,
+    /// Where the time went since this coordinator started.
+    pub times: Times,
+    /// Events of each kind since this coordinator started.
+    pub events: BTreeMap<String, u64>,
 }
 
 struct Attached {
@@ -99,6 +104,12 @@ pub(crate) struct RunTask {
     /// The newest plan, encoded: all members get the same.
     plan: Option<(Generation, prost::bytes::Bytes)>,
     last_published: Timestamp,
+    times: Times,
+    /// Until when time was counted.
+    timed: Timestamp,
+    events: BTreeMap<String, u64>,
+    /// Images of a step.
+    batch: u32,
     /// Whether something happened since that others should see at once.
     unpublished: bool,
     input: mpsc::Sender<Input>,
@@ -175,6 +186,8 @@ impl RunTask {
             figures: figures.clone(),
             devices: BTreeMap::new(),
             last_seq,
+            times: Times::default(),
+            events: BTreeMap::new(),
         };
         let (view, view_rx) = watch::channel(view);
         let (updates, _) = broadcast::channel(WATCH_QUEUE);
@@ -192,6 +205,10 @@ impl RunTask {
             commits: Arc::default(),
             plan: None,
             last_published: now,
+            times: Times::default(),
+            timed: now,
+            events: BTreeMap::new(),
+            batch: spec.train.batch,
             unpublished: false,
             input,
             view,
@@ -338,6 +355,9 @@ impl RunTask {
 
     fn publish(&mut self) {
         let ended = self.machine.ended().is_some();
+        let (now, before) = (self.shared.now(), self.view.borrow().status.state.to_string());
+        self.times.pass(&before, now.since(self.timed).as_secs_f64());
+        self.timed = now;
         let ended_before = self.view.borrow().ending.is_some();
         let devices = self.sessions.iter().map(|(id, s)| (id.clone(), s.device.clone())).collect();
         self.view.send_replace(View {
@@ -346,6 +366,8 @@ impl RunTask {
             figures: self.figures.clone(),
             devices,
             last_seq: self.last_seq,
+            times: self.times.clone(),
+            events: self.events.clone(),
         });
         if ended != ended_before {
             self.shared.runs_changed();
@@ -495,8 +517,9 @@ impl RunTask {
     }
 
     /// Logs a note, and makes it an update.
-    fn note(&self, note: Note) -> Entry {
+    fn note(&mut self, note: Note) -> Entry {
         let Note { kind, warning, text } = note;
+        *self.events.entry(kind.to_string()).or_default() += 1;
         if warning {
             warn!(run_id = %self.id, kind, "{text}");
         } else {
@@ -508,6 +531,11 @@ impl RunTask {
     }
 
     fn mark(&mut self, mark: StepMark) -> Entry {
+        if let Some(Update::Figures { redone, .. }) = &self.figures {
+            let again = mark.redone.saturating_sub(*redone) as f64;
+            let batch = f64::from(self.batch);
+            self.times.repeat((again * batch / mark.images_per_second).max(0.0));
+        }
         let figures = Update::Figures {
             generation: mark.generation.0,
             step: mark.step.0,

@@ -6,6 +6,7 @@ use std::io::{Read as _, Seek as _, Write as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use lacuna_api::MESSAGE_BYTES_MAX;
 use lacuna_api::v1::admin_service_server::AdminServiceServer;
@@ -15,13 +16,25 @@ use lacuna_control::timing::Timing;
 use lacuna_spec::RunSpec;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use axum::middleware::from_fn_with_state;
+use tonic::service::Routes;
+use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tracing::{info, warn};
 
 use crate::catalogue::Catalogue;
+use crate::door::{self, Door, DoorError, Security, guarded};
 use crate::grpc::Grpc;
-use crate::registry::Shared;
+use crate::http;
+use crate::registry::{STATE_FILE, Shared};
 use crate::store::{SqliteStore, Store as _, StoreError, StoredRun};
+
+/// How often an idle connection is asked whether it lives, and how long it may take to answer.
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(20));
+/// How long a caller may take for the first bytes.
+const FIRST_WORDS: Duration = Duration::from_secs(10);
+/// How long TLS may take to begin.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// How a coordinator is set up.
 #[derive(Clone, Debug)]
@@ -30,6 +43,8 @@ pub struct Options {
     pub state: PathBuf,
     /// Waits and limits of the protocol.
     pub timing: Timing,
+    /// Who may come in.
+    pub security: Security,
 }
 
 /// A coordinator that could not start or go on.
@@ -44,15 +59,9 @@ pub enum StartError {
         #[source]
         source: std::io::Error,
     },
-    /// Anybody on the network could use the service.
-    #[error(
-        "refusing to listen on {addr}: without tokens or TLS the service is open to everybody who \
-         can reach it; listen on a loopback address"
-    )]
-    Exposed {
-        /// The address.
-        addr: SocketAddr,
-    },
+    /// The door cannot be opened as it was asked for.
+    #[error(transparent)]
+    Door(#[from] DoorError),
     /// The state folder cannot be used.
     #[error("failed to use state folder `{path}`")]
     State {
@@ -87,21 +96,21 @@ pub struct Service {
     failures: mpsc::Receiver<StoreError>,
     listener: TcpListener,
     addr: SocketAddr,
+    door: Door,
     // Held for the life of the service; the lock goes with the process.
     _lock: File,
 }
 
-/// Binds to a loopback address.
-pub async fn bind(addr: SocketAddr) -> Result<TcpListener, StartError> {
-    if !addr.ip().is_loopback() {
-        return Err(StartError::Exposed { addr });
-    }
-    TcpListener::bind(addr).await.map_err(|source| StartError::Bind { addr, source })
-}
-
 impl Service {
-    /// Takes the state's lock, counts the start, and puts every remembered run to work.
-    pub async fn open(listener: TcpListener, options: Options) -> Result<Self, StartError> {
+    /// Listens on `addr` (port 0: any free port), takes the state's lock, counts the start, and puts
+    /// every remembered run to work.
+    ///
+    /// # Errors
+    /// An address that nothing protects, a port or a state folder in use, files that cannot be read.
+    pub async fn open(addr: SocketAddr, options: Options) -> Result<Self, StartError> {
+        let door = Door::new(addr, &options.security)?;
+        let listener =
+            TcpListener::bind(addr).await.map_err(|source| StartError::Bind { addr, source })?;
         if let Some(problem) = options.timing.problems().into_iter().next() {
             return Err(StartError::Timing(problem));
         }
@@ -110,7 +119,7 @@ impl Service {
         let addr = listener.local_addr().map_err(state)?;
         std::fs::create_dir_all(&options.state).map_err(state)?;
         let lock = take_lock(&options, addr)?;
-        let mut store = SqliteStore::open(&options.state.join("coordinator.sqlite"))?;
+        let mut store = SqliteStore::open(&options.state.join(STATE_FILE))?;
         let stored = parse_runs(store.runs()?)?;
         let epoch = store.next_epoch()?;
         info!(%addr, %epoch, runs = stored.len(), "coordinator started");
@@ -118,7 +127,16 @@ impl Service {
         for (run, spec) in stored {
             open_run(&shared, run, spec);
         }
-        Ok(Service { shared, failures, listener, addr, _lock: lock })
+        if door.is_locked() && !door.is_encrypted() && !addr.ip().is_loopback() {
+            warn!("tokens travel in the clear: give a certificate with `--tls-dir`");
+        }
+        Ok(Service { shared, failures, listener, addr, door, _lock: lock })
+    }
+
+    /// Returns the URL that clients and workers connect to.
+    pub fn url(&self) -> String {
+        let scheme = if self.door.is_encrypted() { "https" } else { "http" };
+        format!("{scheme}://{}", self.addr)
     }
 
     /// Returns the address that clients and workers connect to.
@@ -128,20 +146,19 @@ impl Service {
 
     /// Serves until `shutdown` completes or the store fails. Open streams are cut.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), StartError> {
-        let Service { shared, mut failures, listener, .. } = self;
-        let grpc = Grpc(shared);
+        let Service { shared, mut failures, listener, door, .. } = self;
         // Set here: the server's own option is for listeners that it opens itself. Without it an
         // answer of several segments waits some 40 ms for the acknowledgement of the first.
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let server = tonic::transport::Server::builder()
-            .add_service(
-                WorkerServiceServer::new(grpc.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
-            )
-            .add_service(
-                RunServiceServer::new(grpc.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
-            )
-            .add_service(AdminServiceServer::new(grpc))
-            .serve_with_incoming(incoming);
+        let incoming = guarded(TcpIncoming::from(listener).with_nodelay(Some(true)), FIRST_WORDS);
+        let mut server = Server::builder()
+            .accept_http1(true)
+            .http2_keepalive_interval(Some(KEEP_ALIVE.0))
+            .http2_keepalive_timeout(Some(KEEP_ALIVE.1));
+        if let Some(tls) = door.tls_config()? {
+            server = server.tls_config(tls.timeout(HANDSHAKE)).map_err(StartError::Serve)?;
+        }
+        let routes = routes(shared, Arc::new(door)).await;
+        let server = server.add_routes(routes).serve_with_incoming(incoming);
         tokio::select! {
             served = server => served.map_err(StartError::Serve),
             failure = failures.recv() => match failure {
@@ -151,6 +168,33 @@ impl Service {
             () = shutdown => Ok(()),
         }
     }
+}
+
+/// Everything that is answered on the one port.
+async fn routes(shared: Arc<Shared>, door: Arc<Door>) -> Routes {
+    let grpc = Grpc(shared.clone());
+    let workers =
+        WorkerServiceServer::new(grpc.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let runs = RunServiceServer::new(grpc.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<WorkerServiceServer<Grpc>>().await;
+    health.set_serving::<RunServiceServer<Grpc>>().await;
+    health.set_serving::<AdminServiceServer<Grpc>>().await;
+    let routes = Routes::new(workers)
+        .add_service(runs)
+        .add_service(AdminServiceServer::new(grpc))
+        .add_service(health_service)
+        .add_service(reflection().build_v1().expect("the descriptors are ours"))
+        .add_service(reflection().build_v1alpha().expect("the descriptors are ours"));
+    let all = routes.into_axum_router().merge(http::router(shared)).fallback(http::not_found);
+    Routes::from(all.layer(from_fn_with_state(door, door::check)))
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(lacuna_api::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
 }
 
 /// Takes the exclusive lock of the state folder and writes down who has it.

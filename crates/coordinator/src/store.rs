@@ -258,6 +258,31 @@ impl SqliteStore {
 }
 
 impl SqliteStore {
+    /// Returns up to about `n` figures of a run, evenly over its updates, and the newest.
+    pub fn some_figures(&self, run: &RunId, n: u64) -> Result<Vec<Update>, StoreError> {
+        let last = self.last_seq(run)?;
+        let stride = signed(last.div_ceil(n.max(1)).max(1));
+        let sql = "SELECT body FROM updates WHERE run_id = ?1 AND figures AND seq % ?2 = 0
+                   ORDER BY seq";
+        let mut found = self.bodies(sql, params![run.as_str(), stride])?;
+        found.extend(self.newest_figures(run)?);
+        Ok(found)
+    }
+
+    /// Returns up to `n` events of a run, the newest first.
+    pub fn last_events(&self, run: &RunId, n: u64) -> Result<Vec<Update>, StoreError> {
+        let sql = "SELECT body FROM updates WHERE run_id = ?1 AND NOT figures
+                   ORDER BY seq DESC LIMIT ?2";
+        self.bodies(sql, params![run.as_str(), signed(n)])
+    }
+
+    fn bodies(&self, sql: &str, values: &[&dyn rusqlite::ToSql]) -> Result<Vec<Update>, StoreError> {
+        let failed = query("read updates");
+        let mut statement = self.db.prepare_cached(sql).map_err(&failed)?;
+        let rows = statement.query_map(values, |row| row.get::<_, String>(0)).map_err(&failed)?;
+        rows.map(|body| parse_update(&body.map_err(&failed)?)).collect()
+    }
+
     /// Has commits synced, or not: a crash may take the last updates, which are for people, and
     /// nothing is decided by them.
     fn sync_commits(&mut self, synced: bool) -> Result<(), StoreError> {

@@ -11,9 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use lacuna_api::client::connect;
+use lacuna_api::client::{ClientError, connect};
+use lacuna_api::tls::Credentials;
 use lacuna_api::v1;
 use lacuna_api::v1::worker_service_client::WorkerServiceClient;
+use lacuna_checkpoint::chain;
 use lacuna_cuda::Driver;
 use lacuna_types::{BuildId, exit};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
@@ -43,10 +45,12 @@ const QUEUE: usize = 256;
 pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
     let usage = |message: String| CodedError { code: exit::USAGE, message };
     let devices = devices(&args)?;
-    if !args.bind_addr.ip().is_loopback() {
+    let credentials = args.credentials.read().map_err(|err| usage(chain(&err)))?;
+    if !args.bind_addr.ip().is_loopback() && credentials.is_empty() {
         let message = format!(
-            "refusing to listen on {}: without tokens or TLS the collective is open to everybody \
-             who can reach it; use a loopback `--bind-addr`",
+            "refusing to listen on {}: the coordinator, which tells members of a group their key, \
+             would give it to everybody who can reach it; give `--token-file` or `--tls-dir`, or \
+             use a loopback `--bind-addr`",
             args.bind_addr
         );
         return Err(usage(message).into());
@@ -59,7 +63,7 @@ pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
         .enable_all()
         .build()
         .context("start the agent's thread")?;
-    Ok(runtime.block_on(Agent { args, node, devices, backend }.run()))
+    Ok(runtime.block_on(Agent { args, credentials, node, devices, backend }.run()))
 }
 
 /// Lists the devices that the command line asks for.
@@ -82,6 +86,7 @@ fn host_name() -> String {
 
 struct Agent {
     args: AgentArgs,
+    credentials: Credentials,
     node: String,
     devices: Vec<String>,
     backend: Arc<dyn Backend>,
@@ -101,6 +106,7 @@ impl Agent {
         let uplink = Uplink {
             kills: kills.clone(),
             url: self.args.coordinator.clone(),
+            credentials: self.credentials.clone(),
             node: self.node.clone(),
             devices: self.devices.clone(),
             fatal,
@@ -315,6 +321,7 @@ impl Supervisor {
             .args(["--local-world", &self.local_world.to_string()])
             .args(["--bind-addr", &self.args.bind_addr.to_string()])
             .args(["--give-up-seconds", &self.args.give_up_seconds.to_string()])
+            .args(self.args.credentials.to_args())
             .args(self.args.transport.to_args())
             .envs(self.env.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::piped())
@@ -436,6 +443,7 @@ async fn forward_stderr(stderr: tokio::process::ChildStderr) -> String {
 /// The agent's stream to the coordinator.
 struct Uplink {
     url: String,
+    credentials: Credentials,
     node: String,
     devices: Vec<String>,
     fatal: mpsc::Sender<u8>,
@@ -470,9 +478,10 @@ impl Uplink {
         outbox: &mut mpsc::Receiver<v1::TrainerExited>,
         pending: &mut Option<v1::TrainerExited>,
     ) -> Result<(), (String, Option<u8>)> {
-        let channel = connect(&self.url, Duration::from_secs(5)).await.map_err(|err| {
-            let wrong = matches!(err, lacuna_api::client::ClientError::Address { .. });
-            (lacuna_checkpoint::chain(&err), wrong.then_some(exit::USAGE))
+        let opened = connect(&self.url, Duration::from_secs(5), &self.credentials).await;
+        let channel = opened.map_err(|err| {
+            let wrong = matches!(err, ClientError::Address { .. } | ClientError::Scheme { .. });
+            (chain(&err), wrong.then_some(exit::USAGE))
         })?;
         let (requests, outgoing) = mpsc::channel(QUEUE);
         // The queue is new and has room.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lacuna_api::tls::{Credentials, TlsError};
 
 /// Joins a coordinator and computes for whatever run needs workers.
 #[derive(Debug, Parser)]
@@ -87,9 +88,42 @@ pub struct AgentArgs {
     #[arg(long, env = "LACUNA_METRICS_DIR", value_name = "FOLDER")]
     pub metrics_dir: Option<PathBuf>,
 
+    /// How to prove who this is.
+    #[command(flatten)]
+    pub credentials: CredentialArgs,
+
     /// How the trainers reach their peers.
     #[command(flatten)]
     pub transport: TransportArgs,
+}
+
+/// How a worker proves to the coordinator who it is. Secrets stand in files, never in arguments.
+#[derive(Args, Clone, Debug, Default)]
+pub struct CredentialArgs {
+    /// File with a token of the role `worker` (`lacuna token new`).
+    #[arg(long, env = "LACUNA_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+
+    /// Folder with `ca.pem`, and `cert.pem` with `key.pem` of the role `worker` (`lacuna tls init`).
+    #[arg(long, env = "LACUNA_TLS_DIR", value_name = "FOLDER")]
+    pub tls_dir: Option<PathBuf>,
+}
+
+impl CredentialArgs {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// A file cannot be read or is none of its kind.
+    pub fn read(&self) -> Result<Credentials, TlsError> {
+        Credentials::read(self.token_file.as_deref(), self.tls_dir.as_deref())
+    }
+
+    /// Returns the arguments that say the same to another process.
+    pub fn to_args(&self) -> Vec<OsString> {
+        let files = [("--token-file", &self.token_file), ("--tls-dir", &self.tls_dir)];
+        let given = files.into_iter().filter_map(|(name, path)| Some((name, path.as_ref()?)));
+        given.flat_map(|(name, path)| [name.into(), path.into()]).collect()
+    }
 }
 
 /// How a trainer's groups sum: the same for all workers of a run.
@@ -185,6 +219,10 @@ pub struct TrainerArgs {
     /// Folder for files of metrics.
     #[arg(long)]
     pub metrics_dir: Option<PathBuf>,
+
+    /// How to prove who this is.
+    #[command(flatten)]
+    pub credentials: CredentialArgs,
 
     /// How to reach peers.
     #[command(flatten)]

@@ -32,7 +32,13 @@ pub fn run(args: TrainerArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
     let transport = Transport::open(&args.transport, &args.device)
         .map_err(|err| unfit(&err))
         .context("prepare the collective")?;
-    let listener = TrainerListener::bind(args.bind_addr, args.advertise_addr, Exposure::Loopback)
+    let usage = |err: &dyn std::error::Error| CodedError {
+        code: exit::USAGE,
+        message: lacuna_checkpoint::chain(err),
+    };
+    let credentials = args.credentials.read().map_err(|err| usage(&err))?;
+    let exposure = if credentials.is_empty() { Exposure::Loopback } else { Exposure::Trusted };
+    let listener = TrainerListener::bind(args.bind_addr, args.advertise_addr, exposure)
         .context("listen for peers")?;
     let peers = Peers { listener, transport };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -40,7 +46,7 @@ pub fn run(args: TrainerArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
         .enable_all()
         .build()
         .context("start the control thread")?;
-    let session = session::Driver::new(args, worker, incarnation, peers, backend);
+    let session = session::Driver::new(args, credentials, worker, incarnation, peers, backend);
     Ok(runtime.block_on(session.run()))
 }
 

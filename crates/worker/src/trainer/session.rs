@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use lacuna_api::tls::Credentials;
 use lacuna_api::{v1, wire};
 use lacuna_checkpoint::chain;
 use lacuna_collective::AbortHandle;
@@ -35,6 +36,7 @@ const SIGNAL_BURST: Duration = Duration::from_secs(1);
 /// Runs the session of one trainer.
 pub struct Driver {
     args: TrainerArgs,
+    credentials: Credentials,
     worker: WorkerId,
     incarnation: Incarnation,
     endpoint: String,
@@ -60,6 +62,7 @@ impl Driver {
     /// Prepares the session.
     pub fn new(
         args: TrainerArgs,
+        credentials: Credentials,
         worker: WorkerId,
         incarnation: Incarnation,
         peers: Peers,
@@ -89,6 +92,7 @@ impl Driver {
             beat: Duration::from_millis(500),
             exit: None,
             working_for: None,
+            credentials,
             args,
         }
     }
@@ -102,6 +106,7 @@ impl Driver {
         let (events, mut net) = mpsc::channel(QUEUE);
         let uplink = Uplink {
             url: self.args.coordinator.clone(),
+            credentials: self.credentials.clone(),
             worker: self.worker.clone(),
             incarnation: self.incarnation,
             endpoint: self.endpoint.clone(),

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use lacuna_api::client::connect;
+use lacuna_api::client::{ClientError, connect};
 use lacuna_api::error::{Reason, reason};
+use lacuna_api::tls::Credentials;
 use lacuna_api::v1::worker_service_client::WorkerServiceClient;
 use lacuna_api::{MESSAGE_BYTES_MAX, v1, wire};
 use lacuna_checkpoint::chain;
@@ -56,6 +57,8 @@ pub struct HelloFacts {
 pub struct Uplink {
     /// Address of the coordinator.
     pub url: String,
+    /// How to prove who this is.
+    pub credentials: Credentials,
     /// Who.
     pub worker: WorkerId,
     /// Which life of it.
@@ -86,9 +89,9 @@ impl Uplink {
 
     /// One connection, from opening to its end: why it ended, whether for good, whether it was up.
     async fn once(&self) -> (String, Option<u8>, bool) {
-        let channel = match connect(&self.url, CONNECT_DEADLINE).await {
+        let channel = match connect(&self.url, CONNECT_DEADLINE, &self.credentials).await {
             Ok(channel) => channel,
-            Err(err @ lacuna_api::client::ClientError::Address { .. }) => {
+            Err(err @ (ClientError::Address { .. } | ClientError::Scheme { .. })) => {
                 return (chain(&err), Some(exit::USAGE), false);
             }
             Err(err) => return (chain(&err), None, false),
@@ -152,6 +155,9 @@ pub(crate) fn refused(status: &tonic::Status) -> (String, Option<u8>, bool) {
     match reason(status) {
         Some(Reason::VersionSkew) => (text, Some(exit::VERSION), false),
         Some(Reason::Malformed) => (text, Some(exit::USAGE), false),
+        Some(Reason::Unauthenticated | Reason::RoleMissing) => {
+            (text, Some(exit::UNAUTHORISED), false)
+        }
         _ => (text, None, false),
     }
 }

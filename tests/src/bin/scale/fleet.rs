@@ -173,7 +173,7 @@ async fn agent(
     url: &str,
     node: usize,
 ) -> anyhow::Result<(mpsc::Sender<v1::AgentRequest>, impl Future<Output = ()> + use<>)> {
-    let channel = connect(url, DEADLINE).await.context("connect an agent")?;
+    let channel = connect(url, DEADLINE, &Default::default()).await.context("connect an agent")?;
     let (requests, outgoing) = mpsc::channel(2 * DEVICES);
     let hello = v1::NodeHello {
         node: format!("node{node:03}"),

@@ -106,6 +106,7 @@ impl Stub {
         let facts = watch::Sender::new(HelloFacts::default());
         let uplink = Uplink {
             url: shared.url.clone(),
+            credentials: Default::default(),
             worker,
             incarnation,
             endpoint: "10.128.128.128:40000".to_string(),

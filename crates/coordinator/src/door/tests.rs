@@ -1,0 +1,112 @@
+use axum::body::Body;
+use axum::http::Request as HttpRequest;
+
+use super::*;
+
+#[test]
+fn roles_and_what_they_may() {
+    use Role::{Admin, Submit, View, Worker};
+    let may = |role: Role| Role::ALL.map(|needed| role.may(needed));
+    assert_eq!(may(View), [true, false, false, false]);
+    assert_eq!(may(Submit), [true, true, false, false]);
+    assert_eq!(may(Worker), [false, false, true, false]);
+    assert_eq!(may(Admin), [true; 4]);
+    assert_eq!("root".parse::<Role>().unwrap_err().to_string(), "`root` is no role: view, submit, worker or admin");
+}
+
+/// Every method of the protos is thought of, and what is new needs most until it is.
+#[test]
+fn every_method_needs_a_role() {
+    use prost::Message as _;
+    let known = prost_types::FileDescriptorSet::decode(lacuna_api::DESCRIPTORS).unwrap();
+    let mut out = String::new();
+    for file in known.file.iter().filter(|file| file.package() == "lacuna.v1") {
+        for service in &file.service {
+            for method in &service.method {
+                let role = needed(&format!("/lacuna.v1.{}/{}", service.name(), method.name()));
+                out += &format!("{}.{} {}\n", service.name(), method.name(), role.unwrap());
+            }
+        }
+    }
+    let expected = "RunService.CreateRun submit
+RunService.GetRun view
+RunService.ListRuns view
+RunService.WatchRun view
+RunService.StopRun submit
+RunService.RequestCheckpoint submit
+RunService.ForceRun admin
+AdminService.GetInfo view
+AdminService.ListWorkers view
+AdminService.DrainWorker admin
+AdminService.ReleaseWorker admin
+WorkerService.Session worker
+WorkerService.Agent worker
+";
+    assert_eq!(out, expected);
+    assert_eq!(needed("/lacuna.v1.RunService/Anything"), Some(Role::Admin));
+    assert_eq!([needed("/healthz"), needed("/grpc.health.v1.Health/Check")], [None; 2]);
+    assert_eq!(needed("/runs/x"), Some(Role::View));
+}
+
+#[test]
+fn files_of_tokens() {
+    let token = new_token();
+    assert_ne!(token, new_token());
+    let line = TokenLine::of(&token, Role::Submit, "ci of team a");
+    let text = format!("# who may come in\n\n{line}\n");
+    let tokens = Tokens::parse(&text).unwrap();
+    assert_eq!(tokens.role_of(&token), Some(Role::Submit));
+    assert_eq!(tokens.role_of(&token[1..]), None);
+    assert_eq!(tokens.role_of(""), None);
+    assert!(!text.contains(&token));
+    for (bad, message) in [
+        ("", "has no token"),
+        ("# nothing\n", "has no token"),
+        ("submit\n", "line 1: expected `role:sha256"),
+        ("\nsubmit:0123\n", "line 2: expected `role:sha256"),
+        ("boss:0123\n", "line 1"),
+    ] {
+        let error = Tokens::parse(bad).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{bad:?}: {error}");
+    }
+}
+
+#[test]
+fn a_file_of_tokens_that_changes_is_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokens");
+    let [old, new] = [new_token(), new_token()];
+    let write = |token: &str, role: Role| {
+        std::fs::write(&path, TokenLine::of(token, role, "").to_string()).unwrap();
+    };
+    write(&old, Role::View);
+    let file = TokenFile::open(&path).unwrap();
+    assert_eq!(file.role_of(&old), Some(Role::View));
+    let until = |wanted: [Option<Role>; 2]| {
+        let start = std::time::Instant::now();
+        while [file.role_of(&old), file.role_of(&new)] != wanted {
+            assert!(start.elapsed().as_secs() < 20, "it is not read again");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    };
+    write(&new, Role::Admin);
+    until([None, Some(Role::Admin)]);
+    // What is broken changes nothing.
+    std::fs::write(&path, "nonsense").unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(1200));
+    until([None, Some(Role::Admin)]);
+}
+
+#[test]
+fn tokens_come_as_bearer_or_as_password() {
+    let of = |value: &str| {
+        let request = HttpRequest::builder().header("authorization", value).body(Body::empty());
+        bearer(request.unwrap().headers())
+    };
+    assert_eq!(of("Bearer lacuna_1").as_deref(), Some("lacuna_1"));
+    // `any:lacuna_1`
+    assert_eq!(of("Basic YW55OmxhY3VuYV8x").as_deref(), Some("lacuna_1"));
+    for bad in ["lacuna_1", "Digest x", "Basic !", "Basic YW55"] {
+        assert_eq!(of(bad), None, "{bad}");
+    }
+}

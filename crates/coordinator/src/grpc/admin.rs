@@ -1,0 +1,93 @@
+//! The service itself and its workers.
+
+use std::collections::BTreeMap;
+
+use lacuna_api::error::{Reason, status};
+use lacuna_api::v1;
+use lacuna_api::v1::admin_service_server::AdminService;
+use lacuna_control::coordinator::Event;
+use lacuna_types::{BuildId, RunId, WorkerId};
+use tokio::sync::mpsc;
+use tonic::{Request, Response, Status};
+
+use super::messages::run_message;
+use super::{Grpc, ask, page};
+use crate::registry::RunHandle;
+use crate::run::Input;
+
+/// Describes a worker that waits for a run.
+fn free(id: WorkerId, device: String) -> (String, v1::Worker) {
+    let worker_id = id.to_string();
+    let state = "free".to_string();
+    (worker_id.clone(), v1::Worker { worker_id, state, device, ..Default::default() })
+}
+
+/// Describes a worker of a run.
+fn of_run(run: &RunId, worker: v1::RunWorker) -> (String, v1::Worker) {
+    let v1::RunWorker { worker_id, rank, state, step, phase, device, .. } = worker;
+    let run_id = run.to_string();
+    let worker = v1::Worker { worker_id, run_id, rank, state, phase, step, device };
+    (worker.worker_id.clone(), worker)
+}
+
+#[tonic::async_trait]
+impl AdminService for Grpc {
+    async fn get_info(
+        &self,
+        _request: Request<v1::GetInfoRequest>,
+    ) -> Result<Response<v1::GetInfoResponse>, Status> {
+        let build = Some(BuildId::this().into());
+        Ok(Response::new(v1::GetInfoResponse { build, coord_epoch: self.0.epoch.0 }))
+    }
+
+    async fn list_workers(
+        &self,
+        request: Request<v1::ListWorkersRequest>,
+    ) -> Result<Response<v1::ListWorkersResponse>, Status> {
+        let v1::ListWorkersRequest { page_size, page_token } = request.into_inner();
+        // Those of runs take the place of what is known of them as connected.
+        let free = self.0.devices().into_iter().map(|(id, device)| free(id, device));
+        let mut all: BTreeMap<String, v1::Worker> = free.collect();
+        for (id, handle) in self.0.runs().iter() {
+            all.extend(run_message(id, handle).workers.into_iter().map(|w| of_run(id, w)));
+        }
+        let after = all.iter().skip_while(|(id, _)| **id <= page_token);
+        let (workers, next_page_token) =
+            page(after, page_size, |(_, worker)| worker.clone(), |worker| &worker.worker_id);
+        Ok(Response::new(v1::ListWorkersResponse { workers, next_page_token }))
+    }
+
+    async fn drain_worker(
+        &self,
+        request: Request<v1::DrainWorkerRequest>,
+    ) -> Result<Response<v1::DrainWorkerResponse>, Status> {
+        let v1::DrainWorkerRequest { worker_id, why } = request.into_inner();
+        let malformed = |err: lacuna_types::NameError| status(Reason::Malformed, err.to_string());
+        let worker: WorkerId = worker_id.parse().map_err(malformed)?;
+        let holds =
+            |h: &&RunHandle| h.ends.view.borrow().status.workers.iter().any(|w| w.worker == worker);
+        let input = self.0.runs().values().find(holds).map(|h| h.ends.input.clone());
+        let none = || status(Reason::WorkerNotFound, format!("no run has a worker {worker}"));
+        ask(input.ok_or_else(none)?, Event::Drain { worker: worker.clone(), why }).await?;
+        Ok(Response::new(v1::DrainWorkerResponse {}))
+    }
+
+    async fn release_worker(
+        &self,
+        request: Request<v1::ReleaseWorkerRequest>,
+    ) -> Result<Response<v1::ReleaseWorkerResponse>, Status> {
+        let malformed = |err: lacuna_types::NameError| status(Reason::Malformed, err.to_string());
+        let worker: WorkerId = request.into_inner().worker_id.parse().map_err(malformed)?;
+        let inputs: Vec<mpsc::Sender<Input>> =
+            self.0.runs().values().map(|h| h.ends.input.clone()).collect();
+        let mut held = false;
+        for input in inputs {
+            held |= ask(input, Event::Release { worker: worker.clone() }).await?;
+        }
+        if !held {
+            let text = format!("no run keeps a worker {worker} out");
+            return Err(status(Reason::WorkerNotFound, text));
+        }
+        Ok(Response::new(v1::ReleaseWorkerResponse {}))
+    }
+}

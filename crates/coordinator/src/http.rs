@@ -1,0 +1,171 @@
+//! What a browser and a monitoring system get from the same port: pages, metrics, health.
+//!
+//! Pages are rendered here and readable without JavaScript; a script of a few lines fetches them
+//! again when the server says that something happened. Nothing is loaded from elsewhere.
+
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{Next, from_fn};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::get;
+use lacuna_types::RunId;
+use tokio_stream::{Stream, StreamExt as _};
+
+use crate::registry::{Shared, lock};
+use crate::store::{SqliteStore, StoreError};
+
+mod chart;
+mod metrics;
+mod page;
+
+/// Shortest time between two notices to one page.
+const NOTICE_EVERY: Duration = Duration::from_secs(1);
+
+/// What may be loaded and run on a page: what is served here.
+const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; \
+                      connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// What handlers share.
+#[derive(Clone)]
+pub(crate) struct Web {
+    shared: Arc<Shared>,
+    /// A connection of its own, so that a page that reads much keeps no run from writing.
+    reader: Arc<Mutex<Option<SqliteStore>>>,
+}
+
+/// Routes of everything that is not gRPC.
+pub(crate) fn router(shared: Arc<Shared>) -> Router {
+    let web = Web { shared, reader: Arc::default() };
+    Router::new()
+        .route("/", get(runs))
+        .route("/runs/{run}", get(run))
+        .route("/runs/{run}/notices", get(notices))
+        .route("/page.css", get(|| async { asset("text/css", include_str!("http/page.css")) }))
+        .route("/page.js", get(|| async { asset("text/javascript", include_str!("http/page.js")) }))
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(|| async { "ok\n" }))
+        .layer(from_fn(headers))
+        .with_state(web)
+}
+
+/// Answers a path that nothing is at: gRPC in its own way.
+pub(crate) async fn not_found(request: Request) -> Response {
+    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    if kind.is_some_and(|kind| kind.starts_with("application/grpc")) {
+        return tonic::Status::unimplemented("there is no such method").into_http();
+    }
+    (StatusCode::NOT_FOUND, "there is nothing here; the runs are at /\n").into_response()
+}
+
+fn asset(kind: &'static str, text: &'static str) -> Response {
+    ([(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, "no-cache")], text).into_response()
+}
+
+async fn headers(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    for (name, value) in [
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    ] {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// Why a page cannot be shown.
+enum Problem {
+    NoRun(String),
+    Store(StoreError),
+    Bug(String),
+}
+
+impl From<StoreError> for Problem {
+    fn from(err: StoreError) -> Self {
+        Problem::Store(err)
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let (code, text) = match self {
+            Problem::NoRun(run) => (StatusCode::NOT_FOUND, format!("there is no run `{run}`")),
+            Problem::Store(err) => {
+                (StatusCode::SERVICE_UNAVAILABLE, lacuna_checkpoint::chain(&err))
+            }
+            Problem::Bug(text) => (StatusCode::INTERNAL_SERVER_ERROR, text),
+        };
+        (code, format!("{text}\n")).into_response()
+    }
+}
+
+impl Web {
+    /// Reads from the state file on a thread that may wait.
+    async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&SqliteStore) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let (reader, path) = (self.reader.clone(), self.shared.state_file());
+        let work = move || {
+            let mut reader = lock(&reader);
+            let store = match reader.take() {
+                Some(store) => store,
+                None => SqliteStore::open_to_read(&path)?,
+            };
+            // Put back only if it worked: the next one opens the file anew.
+            let found = read(&store)?;
+            *reader = Some(store);
+            Ok(found)
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.unwrap_or_else(|err| return_bug(&err)).map_err(|found: Problem| found)
+    }
+}
+
+fn return_bug<T>(err: &tokio::task::JoinError) -> Result<T, Problem> {
+    Err(Problem::Bug(format!("a page could not be read: {err}")))
+}
+
+async fn runs(State(web): State<Web>) -> Result<Html<String>, Problem> {
+    page::runs(&web.shared).map(Html).map_err(|err| Problem::Bug(err.to_string()))
+}
+
+async fn run(
+    State(web): State<Web>,
+    Path(run): Path<String>,
+) -> Result<Html<String>, Problem> {
+    let no_run = || Problem::NoRun(run.clone());
+    let id: RunId = run.parse().map_err(|_| no_run())?;
+    let seen = page::look(&web.shared, &id).ok_or_else(no_run)?;
+    let read = move |store: &SqliteStore| page::Past::read(store, &id);
+    let past = web.read(read).await?;
+    page::run(&seen, &past).map(Html).map_err(|err| Problem::Bug(err.to_string()))
+}
+
+/// Tells a page, at most once a second, that something happened to its run.
+async fn notices(
+    State(web): State<Web>,
+    Path(run): Path<String>,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Problem> {
+    let id: RunId = run.parse().map_err(|_| Problem::NoRun(run.clone()))?;
+    let view = web.shared.runs().get(&id).map(|handle| handle.ends.view.clone());
+    let view = view.ok_or(Problem::NoRun(run))?;
+    let changes = tokio_stream::wrappers::WatchStream::from_changes(view).throttle(NOTICE_EVERY);
+    let notices = changes.map(|_| Ok(Event::default().event("changed").data("")));
+    Ok(Sse::new(notices).keep_alive(KeepAlive::default()))
+}
+
+async fn metrics(State(web): State<Web>) -> Response {
+    match metrics::render(&web.shared) {
+        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(err) => Problem::Bug(err.to_string()).into_response(),
+    }
+}

@@ -1,0 +1,26 @@
+// Fetches the page again when the server says that something happened, and puts the new content in
+// the place of the old. Without this script the page stays readable, and is fetched anew by hand.
+"use strict";
+const main = document.querySelector("main[data-notices]");
+if (main) {
+  let busy = false;
+  const source = new EventSource(main.dataset.notices);
+  const say = (text) => { document.getElementById("live").textContent = text; };
+  source.onopen = () => say("live");
+  source.onerror = () => say("connection lost; trying again");
+  source.addEventListener("changed", async () => {
+    if (busy) return;
+    busy = true;
+    try {
+      const answer = await fetch(location.pathname, { cache: "no-store" });
+      if (!answer.ok) return;
+      const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+      for (const part of document.querySelectorAll("[data-part]")) {
+        const next = fresh.querySelector(`[data-part="${part.dataset.part}"]`);
+        if (next) part.replaceChildren(...next.childNodes);
+      }
+    } finally {
+      busy = false;
+    }
+  });
+}

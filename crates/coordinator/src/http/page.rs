@@ -1,0 +1,390 @@
+//! What the pages say: runs, and one run with its past.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use askama::Template;
+use lacuna_types::{BuildId, RunId};
+
+use super::chart::{self, Curve};
+use crate::grpc::messages::{run_message, times_of};
+use crate::registry::Shared;
+use crate::store::{SqliteStore, StoreError, Update};
+use crate::times::{Share, Times};
+use lacuna_api::v1;
+
+/// Points of a curve at most.
+const POINTS_MAX: u64 = 600;
+/// Events that a page shows.
+const EVENTS_MAX: u64 = 200;
+/// Kinds of events that tell of groups.
+const GROUPS: &[&str] =
+    &["forming", "formed", "lost", "leaving", "recovered", "set-aside", "distrusted", "stuck"];
+
+/// A run in a list.
+struct Row {
+    id: String,
+    state: String,
+    tone: &'static str,
+    step: String,
+    total: String,
+    loss: String,
+    speed: String,
+    workers: usize,
+    eta: String,
+}
+
+impl Row {
+    fn of(run: &v1::Run) -> Self {
+        let figures = run.figures.as_ref();
+        let dash = || "–".to_string();
+        Row {
+            id: run.run_id.clone(),
+            state: run.state.clone(),
+            tone: tone_of(&run.state),
+            step: grouped(run.step),
+            total: grouped(run.total_steps),
+            loss: figures.map_or_else(dash, |f| format!("{:.4}", f.loss)),
+            speed: figures.map_or_else(dash, |f| grouped(f.images_per_second as u64)),
+            workers: run.workers.iter().filter(|w| w.rank.is_some()).count(),
+            eta: eta(run).unwrap_or_else(dash),
+        }
+    }
+}
+
+fn tone_of(state: &str) -> &'static str {
+    match state {
+        "running" | "finished" => "good",
+        "recovering" | "forming" | "syncing" | "held" | "disputed" => "warn",
+        "failed" => "bad",
+        _ => "idle",
+    }
+}
+
+/// Writes a number with a comma between thousands.
+fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// Tells how long a run that trains has to go at its newest rate.
+fn eta(run: &v1::Run) -> Option<String> {
+    let figures = run.figures.as_ref().filter(|_| run.state == "running")?;
+    let spec: serde_json::Value = serde_json::from_str(&run.spec).ok()?;
+    let batch = spec.get("train")?.get("batch")?.as_f64()?;
+    let seconds = run.total_steps.checked_sub(run.step)? as f64 * batch / figures.images_per_second;
+    (seconds.is_finite() && seconds < 1e9).then(|| span(Duration::from_secs_f64(seconds)))
+}
+
+/// Writes a span of time in its two largest units.
+fn span(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{} h {:02} min", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{} d {:02} h", seconds / 86_400, seconds % 86_400 / 3600),
+    }
+}
+
+#[derive(Template)]
+#[template(path = "runs.html")]
+struct RunsPage {
+    rows: Vec<Row>,
+    build: String,
+}
+
+/// Renders the list of runs, the newest first.
+pub(super) fn runs(shared: &Shared) -> Result<String, askama::Error> {
+    let mut all: Vec<(usize, Row)> = {
+        let runs = shared.runs();
+        runs.iter().map(|(id, h)| (h.order, Row::of(&run_message(id, h)))).collect()
+    };
+    all.sort_by_key(|(order, _)| std::cmp::Reverse(*order));
+    let rows = all.into_iter().map(|(_, row)| row).collect();
+    RunsPage { rows, build: BuildId::this().to_string() }.render()
+}
+
+/// A run as it is now.
+pub(super) struct Now {
+    run: v1::Run,
+    times: Times,
+}
+
+/// Looks at a run; `None` if there is none of this name.
+pub(super) fn look(shared: &Shared, id: &RunId) -> Option<Now> {
+    let runs = shared.runs();
+    let handle = runs.get(id)?;
+    Some(Now { run: run_message(id, handle), times: times_of(handle) })
+}
+
+/// What is written down of a run.
+pub(super) struct Past {
+    figures: Vec<Update>,
+    events: Vec<Update>,
+}
+
+impl Past {
+    /// Reads as much as a page shows.
+    pub fn read(store: &SqliteStore, id: &RunId) -> Result<Self, StoreError> {
+        Ok(Past {
+            figures: store.some_figures(id, POINTS_MAX)?,
+            events: store.last_events(id, EVENTS_MAX)?,
+        })
+    }
+
+    /// Returns one figure by step: where a run went back, what it computed again.
+    fn curve(&self, of: impl Fn(&Update) -> Option<(u64, f64)>) -> Vec<(f64, f64)> {
+        let mut points: BTreeMap<u64, f64> = BTreeMap::new();
+        for (step, value) in self.figures.iter().filter_map(of) {
+            drop(points.split_off(&step));
+            points.insert(step, value);
+        }
+        points.into_iter().map(|(step, value)| (step as f64, value)).collect()
+    }
+}
+
+struct Fact {
+    name: &'static str,
+    value: String,
+}
+
+struct Chart {
+    title: &'static str,
+    last: String,
+    svg: String,
+}
+
+struct WorkerRow {
+    id: String,
+    rank: String,
+    slots: u32,
+    state: String,
+    phase: String,
+    step: String,
+    device: String,
+}
+
+struct EventRow {
+    when: String,
+    kind: String,
+    tone: &'static str,
+    text: String,
+}
+
+struct TimeRow {
+    word: &'static str,
+    name: &'static str,
+    share: String,
+    time: String,
+}
+
+#[derive(Template)]
+#[template(path = "run.html")]
+struct RunPage {
+    row: Row,
+    why: String,
+    steps_max: u64,
+    steps_done: u64,
+    facts: Vec<Fact>,
+    charts: Vec<Chart>,
+    time_bar: String,
+    times: Vec<TimeRow>,
+    workers: Vec<WorkerRow>,
+    groups: Vec<EventRow>,
+    events: Vec<EventRow>,
+    spec: String,
+    build: String,
+}
+
+/// Renders the page of a run.
+pub(super) fn run(now: &Now, past: &Past) -> Result<String, askama::Error> {
+    let Now { run, times } = now;
+    let spec: serde_json::Value = serde_json::from_str(&run.spec).unwrap_or_default();
+    let shares: Vec<(&str, f64)> =
+        Share::ALL.iter().map(|share| (share.word(), times.seconds(*share))).collect();
+    let (groups, events) = event_rows(&past.events);
+    RunPage {
+        row: Row::of(run),
+        why: run.why.clone(),
+        steps_max: run.total_steps.max(1),
+        steps_done: run.step,
+        facts: facts(run),
+        charts: charts(past),
+        time_bar: chart::bar(&shares),
+        times: time_rows(times),
+        workers: run.workers.iter().map(worker_row).collect(),
+        groups,
+        events,
+        spec: serde_json::to_string_pretty(&spec).unwrap_or_default(),
+        build: BuildId::this().to_string(),
+    }
+    .render()
+}
+
+fn facts(run: &v1::Run) -> Vec<Fact> {
+    let fact = |name, value| Fact { name, value };
+    let mut out = vec![
+        fact("step", format!("{} of {}", grouped(run.step), grouped(run.total_steps))),
+        fact("generation", run.generation.to_string()),
+    ];
+    if run.steps_per_epoch > 0 {
+        let epochs = |steps: u64| steps as f64 / run.steps_per_epoch as f64;
+        let text = format!("{:.2} of {:.0}", epochs(run.step), epochs(run.total_steps));
+        out.insert(1, fact("epoch", text));
+    }
+    if let Some(figures) = &run.figures {
+        out.push(fact("images/s", grouped(figures.images_per_second as u64)));
+        out.push(fact("waiting for data", format!("{:.1} %", 100.0 * figures.data_wait)));
+        out.push(fact("steps skipped", grouped(figures.skipped)));
+        out.push(fact("steps computed again", grouped(figures.redone)));
+    }
+    out.extend(eta(run).map(|left| fact("to go", left)));
+    let saved = run.checkpoint_step.map_or("none".to_string(), |step| format!("step {}", grouped(step)));
+    out.push(fact("newest checkpoint", saved));
+    out.extend(run.final_digest.map(|digest| fact("state digest", format!("{digest:016x}"))));
+    out
+}
+
+fn charts(past: &Past) -> Vec<Chart> {
+    type Of = fn(&Update) -> Option<(u64, f64)>;
+    type Shown = (&'static str, fn(f64) -> String, Of);
+    let all: [Shown; 4] = [
+        ("loss", |v| format!("{v:.4}"), |u| match u {
+            Update::Figures { step, loss, .. } => Some((*step, *loss)),
+            Update::Event { .. } => None,
+        }),
+        ("learning rate", |v| format!("{v:.2e}"), |u| match u {
+            Update::Figures { step, lr, .. } => Some((*step, *lr)),
+            Update::Event { .. } => None,
+        }),
+        ("gradient norm", |v| format!("{v:.3}"), |u| match u {
+            Update::Figures { step, grad_norm, .. } => Some((*step, *grad_norm)),
+            Update::Event { .. } => None,
+        }),
+        ("images/s", |v| format!("{v:.0}"), |u| match u {
+            Update::Figures { step, images_per_second, .. } => Some((*step, *images_per_second)),
+            Update::Event { .. } => None,
+        }),
+    ];
+    let draw = |(title, show, of): Shown| {
+        let points = past.curve(of);
+        let last = points.last().map(|point| show(point.1)).unwrap_or_default();
+        let svg = chart::curve(&Curve { title, points, show })?;
+        Some(Chart { title, last, svg })
+    };
+    all.into_iter().filter_map(draw).collect()
+}
+
+fn time_rows(times: &Times) -> Vec<TimeRow> {
+    let total: f64 = Share::ALL.iter().map(|share| times.seconds(*share)).sum();
+    let row = |share: &Share| {
+        let seconds = times.seconds(*share);
+        (seconds >= 0.05).then(|| TimeRow {
+            word: share.word(),
+            name: share.name(),
+            share: format!("{:.1} %", 100.0 * seconds / total),
+            time: span(Duration::from_secs_f64(seconds)),
+        })
+    };
+    Share::ALL.iter().filter_map(row).collect()
+}
+
+fn worker_row(worker: &v1::RunWorker) -> WorkerRow {
+    WorkerRow {
+        id: worker.worker_id.clone(),
+        rank: worker.rank.map_or("–".to_string(), |rank| rank.to_string()),
+        slots: worker.slots,
+        state: worker.state.clone(),
+        phase: worker.phase.clone(),
+        step: grouped(worker.step),
+        device: worker.device.clone(),
+    }
+}
+
+/// Splits events into those of groups and the others, the newest first.
+fn event_rows(events: &[Update]) -> (Vec<EventRow>, Vec<EventRow>) {
+    let (mut groups, mut others) = (Vec::new(), Vec::new());
+    for event in events {
+        if let Update::Event { kind, warning, text, at_ms } = event {
+            let tone = if *warning { "warn" } else { "idle" };
+            let row = EventRow {
+                when: clock(*at_ms),
+                kind: kind.clone(),
+                tone,
+                text: text.clone(),
+            };
+            if GROUPS.contains(&kind.as_str()) { groups.push(row) } else { others.push(row) }
+        }
+    }
+    (groups, others)
+}
+
+/// Writes a time of day and its date, UTC.
+fn clock(at_ms: u64) -> String {
+    let seconds = at_ms / 1000;
+    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = date(days);
+    let (hour, minute, second) = (of_day / 3600, of_day % 3600 / 60, of_day % 60);
+    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
+/// Returns the date that is so many days after 1970-01-01, by the Gregorian calendar.
+fn date(days: u64) -> (u64, u64, u64) {
+    // Years begin in March here, so that a leap day is a year's last.
+    let shifted = days + 719_468;
+    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
+    let of_era_year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * of_era_year + of_era_year / 4 - of_era_year / 100);
+    let from_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * from_march + 2) / 5 + 1;
+    let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
+    (era * 400 + of_era_year + u64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_and_spans() {
+        assert_eq!(clock(0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(clock(951_782_399_000), "2000-02-28 23:59:59 UTC");
+        assert_eq!(clock(951_782_400_000), "2000-02-29 00:00:00 UTC");
+        assert_eq!(clock(1_764_402_000_123), "2025-11-29 07:40:00 UTC");
+        assert_eq!(span(Duration::from_secs(3_725)), "1 h 02 min");
+        assert_eq!(span(Duration::from_secs(90_061)), "1 d 01 h");
+        assert_eq!(grouped(1_234_567), "1,234,567");
+        assert_eq!(grouped(12), "12");
+    }
+
+    #[test]
+    fn a_run_that_went_back_has_each_step_once() {
+        let figures = |step: u64, loss: f64| Update::Figures {
+            generation: 1,
+            step,
+            loss,
+            lr: 0.0,
+            grad_norm: 0.0,
+            images_per_second: 0.0,
+            data_wait: 0.0,
+            digest: None,
+            skipped: 0,
+            redone: 0,
+        };
+        let figures = [(1, 3.0), (2, 2.0), (3, 1.5), (2, 2.5), (3, 1.0)].map(|(s, l)| figures(s, l));
+        let past = Past { figures: figures.to_vec(), events: Vec::new() };
+        let loss = past.curve(|u| match u {
+            Update::Figures { step, loss, .. } => Some((*step, *loss)),
+            Update::Event { .. } => None,
+        });
+        assert_eq!(loss, [(1.0, 3.0), (2.0, 2.5), (3.0, 1.0)]);
+    }
+}

@@ -1,0 +1,108 @@
+//! Where a run's time goes: what is spent on steps that count, and on what else.
+
+/// What a run spends time on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Share {
+    /// Steps that count.
+    Productive,
+    /// Steps computed again.
+    Repeat,
+    /// Forming groups and handing state over.
+    Reform,
+    /// A checkpoint that training waits for.
+    Checkpoint,
+    /// Too few workers.
+    WaitWorkers,
+    /// Stopped, paused or over.
+    Paused,
+}
+
+impl Share {
+    /// All of them, in the order of the page.
+    pub const ALL: [Share; 6] = [
+        Share::Productive,
+        Share::Repeat,
+        Share::Reform,
+        Share::Checkpoint,
+        Share::WaitWorkers,
+        Share::Paused,
+    ];
+
+    /// Returns the word in metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            Share::Productive => "productive",
+            Share::Repeat => "repeat",
+            Share::Reform => "reform",
+            Share::Checkpoint => "checkpoint",
+            Share::WaitWorkers => "wait_workers",
+            Share::Paused => "paused",
+        }
+    }
+
+    /// Returns the name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Share::Productive => "steps",
+            Share::Repeat => "steps computed again",
+            Share::Reform => "forming groups",
+            Share::Checkpoint => "held for a checkpoint",
+            Share::WaitWorkers => "waiting for workers",
+            Share::Paused => "not to run",
+        }
+    }
+
+    /// Returns what the time in a run's state is spent on.
+    fn of_state(state: &str) -> Self {
+        match state {
+            "running" => Share::Productive,
+            "recovering" | "forming" | "syncing" | "disputed" => Share::Reform,
+            "held" => Share::Checkpoint,
+            "waiting" => Share::WaitWorkers,
+            _ => Share::Paused,
+        }
+    }
+}
+
+/// Seconds spent on each.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Times([f64; 6]);
+
+impl Times {
+    /// Returns the seconds spent on one.
+    pub fn seconds(&self, share: Share) -> f64 {
+        self.0[share as usize]
+    }
+
+    /// Counts time that passed in a state.
+    pub fn pass(&mut self, state: &str, seconds: f64) {
+        self.0[Share::of_state(state) as usize] += seconds;
+    }
+
+    /// Moves the time of steps that were computed before to where it belongs.
+    pub fn repeat(&mut self, seconds: f64) {
+        let moved = seconds.clamp(0.0, self.seconds(Share::Productive));
+        self.0[Share::Productive as usize] -= moved;
+        self.0[Share::Repeat as usize] += moved;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_time_is_somewhere() {
+        let mut times = Times::default();
+        for (state, seconds) in [("running", 10.0), ("forming", 2.0), ("stopped", 4.0), ("new", 1.0)]
+        {
+            times.pass(state, seconds);
+        }
+        times.repeat(3.0);
+        times.repeat(f64::NAN.max(0.0));
+        let all = Share::ALL.map(|share| times.seconds(share));
+        assert_eq!(all, [7.0, 3.0, 2.0, 0.0, 0.0, 5.0]);
+        times.repeat(100.0);
+        assert_eq!(times.seconds(Share::Repeat), 10.0);
+    }
+}
