@@ -46,6 +46,7 @@ const CRATES: &[Crate] = &[
         sideways_dev: STAND_IN,
     },
     row("lacuna-telemetry", 2, &[]),
+    row("lacuna-track", 2, &[]),
     row("lacuna-coordinator", 2, &["lacuna-api", "lacuna-checkpoint", "lacuna-telemetry"]),
     Crate {
         name: "lacuna-worker",
