@@ -143,7 +143,9 @@ fn a_worker_of_another_build_is_refused_by_the_coordinator() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let status = runtime.block_on(async {
         let channel =
-            lacuna_api::client::connect(&cluster.url, lacuna_tests::DEADLINE, &Default::default()).await.unwrap();
+            lacuna_api::client::connect(&cluster.url, lacuna_tests::DEADLINE, &Default::default())
+                .await
+                .unwrap();
         let mut client = v1::worker_service_client::WorkerServiceClient::new(channel);
         let mut build: v1::BuildId = BuildId::this().into();
         build.numerics += 1;

@@ -124,9 +124,8 @@ impl Credentials {
     pub(crate) fn tls_config(&self) -> Option<ClientTlsConfig> {
         let files = self.tls.as_ref()?;
         let ca = files.ca.as_ref().map(Certificate::from_pem);
-        let config = ca.into_iter().fold(ClientTlsConfig::new(), |config, ca| {
-            config.ca_certificate(ca)
-        });
+        let config =
+            ca.into_iter().fold(ClientTlsConfig::new(), |config, ca| config.ca_certificate(ca));
         Some(match files.identity() {
             Ok((cert, key)) => config.identity(Identity::from_pem(cert, key)),
             Err(_) => config,

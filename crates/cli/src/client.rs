@@ -91,6 +91,16 @@ pub struct RunsArgs {
     connect: Connect,
 }
 
+/// `lacuna workers`.
+#[derive(Args, Debug)]
+pub struct WorkersArgs {
+    /// How the result is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+    #[command(flatten)]
+    connect: Connect,
+}
+
 /// `lacuna status`.
 #[derive(Args, Debug)]
 pub struct StatusArgs {
@@ -167,6 +177,40 @@ pub fn runs(args: RunsArgs) -> anyhow::Result<u8> {
                 let v1::Run { run_id, state, step, total_steps, workers, .. } = run;
                 let n = workers.iter().filter(|w| w.rank.is_some()).count();
                 println!("{run_id:<32} {state:<9} {step:>12} {total_steps:>8} {n:>7}");
+            }
+        }
+    }
+    Ok(exit::OK)
+}
+
+/// Lists workers.
+pub fn workers(args: WorkersArgs) -> anyhow::Result<u8> {
+    let workers = runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        client.list_workers().await
+    })?;
+    match args.output {
+        Output::Json => {
+            let of = |w: &v1::Worker| {
+                serde_json::json!({
+                    "worker_id": w.worker_id, "run_id": w.run_id, "rank": w.rank, "state": w.state,
+                    "phase": w.phase, "step": w.step, "device": w.device,
+                })
+            };
+            println!("{}", serde_json::Value::from(workers.iter().map(of).collect::<Vec<_>>()));
+        }
+        Output::Table => {
+            println!(
+                "{:<28} {:<24} {:>4} {:<10} {:<10} {:>9} DEVICE",
+                "WORKER", "RUN", "RANK", "STATE", "PHASE", "STEP"
+            );
+            for worker in workers {
+                let v1::Worker { worker_id, run_id, rank, state, phase, step, device } = worker;
+                let rank = rank.map_or("-".to_string(), |rank| rank.to_string());
+                let run = if run_id.is_empty() { "-".to_string() } else { run_id };
+                println!(
+                    "{worker_id:<28} {run:<24} {rank:>4} {state:<10} {phase:<10} {step:>9} {device}"
+                );
             }
         }
     }

@@ -10,8 +10,8 @@ mod data;
 mod journal;
 mod plan;
 mod progress;
-mod serve;
 mod secrets;
+mod serve;
 mod spec;
 mod train;
 
@@ -57,6 +57,8 @@ enum Command {
     Stop(client::RunArgs),
     /// Checkpoint a run at its next boundary.
     Checkpoint(client::RunArgs),
+    /// List workers: those of runs, and those that wait for one.
+    Workers(client::WorkersArgs),
     /// Take a worker out at the next boundary.
     Drain(client::DrainArgs),
     /// Let a worker back in that was kept out because it did harm.
@@ -124,6 +126,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Wait(args) => client::wait(args),
         Command::Stop(args) => client::stop(args),
         Command::Checkpoint(args) => client::checkpoint(args),
+        Command::Workers(args) => client::workers(args),
         Command::Drain(args) => client::drain(args),
         Command::Release(args) => client::release(args),
         Command::Force(args) => client::force(args),
@@ -150,6 +153,7 @@ fn exit_code(err: &anyhow::Error) -> u8 {
 fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
     use lacuna_api::client::ClientError;
     use lacuna_api::error::{Reason, reason};
+    use tonic::Code;
     match err {
         ClientError::Address { .. } | ClientError::Scheme { .. } | ClientError::Credentials(_) => {
             exit::USAGE
@@ -161,6 +165,10 @@ fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
             Some(Reason::Unauthenticated | Reason::RoleMissing) => exit::UNAUTHORISED,
             Some(Reason::Storage) => exit::IO,
             Some(Reason::ShuttingDown) => exit::UNREACHABLE,
+            // Not the coordinator's words: what is between did not let the call through.
+            None if matches!(status.code(), Code::Unavailable | Code::Unknown) => {
+                exit::UNREACHABLE
+            }
             _ => exit::FAILED,
         },
     }

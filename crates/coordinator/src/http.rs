@@ -138,10 +138,7 @@ async fn runs(State(web): State<Web>) -> Result<Html<String>, Problem> {
     page::runs(&web.shared).map(Html).map_err(|err| Problem::Bug(err.to_string()))
 }
 
-async fn run(
-    State(web): State<Web>,
-    Path(run): Path<String>,
-) -> Result<Html<String>, Problem> {
+async fn run(State(web): State<Web>, Path(run): Path<String>) -> Result<Html<String>, Problem> {
     let no_run = || Problem::NoRun(run.clone());
     let id: RunId = run.parse().map_err(|_| no_run())?;
     let seen = page::look(&web.shared, &id).ok_or_else(no_run)?;

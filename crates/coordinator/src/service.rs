@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::middleware::from_fn_with_state;
 use lacuna_api::MESSAGE_BYTES_MAX;
 use lacuna_api::v1::admin_service_server::AdminServiceServer;
 use lacuna_api::v1::run_service_server::RunServiceServer;
@@ -16,7 +17,6 @@ use lacuna_control::timing::Timing;
 use lacuna_spec::RunSpec;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use axum::middleware::from_fn_with_state;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;

@@ -276,7 +276,11 @@ impl SqliteStore {
         self.bodies(sql, params![run.as_str(), signed(n)])
     }
 
-    fn bodies(&self, sql: &str, values: &[&dyn rusqlite::ToSql]) -> Result<Vec<Update>, StoreError> {
+    fn bodies(
+        &self,
+        sql: &str,
+        values: &[&dyn rusqlite::ToSql],
+    ) -> Result<Vec<Update>, StoreError> {
         let failed = query("read updates");
         let mut statement = self.db.prepare_cached(sql).map_err(&failed)?;
         let rows = statement.query_map(values, |row| row.get::<_, String>(0)).map_err(&failed)?;

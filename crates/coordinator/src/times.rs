@@ -94,7 +94,8 @@ mod tests {
     #[test]
     fn all_time_is_somewhere() {
         let mut times = Times::default();
-        for (state, seconds) in [("running", 10.0), ("forming", 2.0), ("stopped", 4.0), ("new", 1.0)]
+        for (state, seconds) in
+            [("running", 10.0), ("forming", 2.0), ("stopped", 4.0), ("new", 1.0)]
         {
             times.pass(state, seconds);
         }

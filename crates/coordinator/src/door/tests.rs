@@ -11,7 +11,10 @@ fn roles_and_what_they_may() {
     assert_eq!(may(Submit), [true, true, false, false]);
     assert_eq!(may(Worker), [false, false, true, false]);
     assert_eq!(may(Admin), [true; 4]);
-    assert_eq!("root".parse::<Role>().unwrap_err().to_string(), "`root` is no role: view, submit, worker or admin");
+    assert_eq!(
+        "root".parse::<Role>().unwrap_err().to_string(),
+        "`root` is no role: view, submit, worker or admin"
+    );
 }
 
 /// Every method of the protos is thought of, and what is new needs most until it is.

@@ -24,7 +24,9 @@ pub enum TokensError {
     #[error("cannot be read")]
     Read(#[source] std::io::Error),
     /// A line means nothing.
-    #[error("line {line}: expected `role:sha256 of the token in hex`, and a name behind it if you like")]
+    #[error(
+        "line {line}: expected `role:sha256 of the token in hex`, and a name behind it if you like"
+    )]
     Line {
         /// Number of the line, from 1.
         line: usize,

@@ -30,9 +30,8 @@ pub(super) fn curve(curve: &Curve<'_>) -> Option<String> {
     let (left, below) = LABELS;
     let (width, height) = (WIDTH - left - 6.0, HEIGHT - below - 8.0);
     let x = |value: f64| left + width * (value - first.0) / x_span;
-    let y = |value: f64| {
-        8.0 + height * (1.0 - if y_span > 0.0 { (value - low) / y_span } else { 0.5 })
-    };
+    let y =
+        |value: f64| 8.0 + height * (1.0 - if y_span > 0.0 { (value - low) / y_span } else { 0.5 });
     let mut path = String::new();
     for (i, point) in points.iter().enumerate() {
         let command = if i == 0 { 'M' } else { 'L' };

@@ -17,8 +17,7 @@ use crate::registry::Shared;
 use crate::times::Share;
 
 /// The content type of [`render`].
-pub(super) const CONTENT_TYPE: &str =
-    "application/openmetrics-text; version=1.0.0; charset=utf-8";
+pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 type Float = Gauge<f64, AtomicU64>;
 type Seconds = Counter<f64, AtomicU64>;
@@ -80,17 +79,33 @@ impl Families {
         float("lacuna_run_loss", "Mean loss of the newest step", &self.loss);
         float("lacuna_run_learning_rate", "Learning rate of the newest step", &self.lr);
         float("lacuna_run_gradient_norm", "Norm of the newest mean gradient", &self.grad_norm);
-        float("lacuna_run_images_per_second", "Images a second of the group", &self.images_per_second);
+        float(
+            "lacuna_run_images_per_second",
+            "Images a second of the group",
+            &self.images_per_second,
+        );
         float(
             "lacuna_run_data_wait_ratio",
             "Share of a step that the group waits for data",
             &self.data_wait,
         );
-        registry.register("lacuna_run_skipped_steps", "Steps without an update", self.skipped.clone());
+        registry.register(
+            "lacuna_run_skipped_steps",
+            "Steps without an update",
+            self.skipped.clone(),
+        );
         registry.register("lacuna_run_redone_steps", "Steps computed again", self.redone.clone());
         registry.register("lacuna_run_images", "Images that count", self.images.clone());
-        registry.register("lacuna_run_state", "1 for the state that the run is in", self.state.clone());
-        registry.register("lacuna_run_workers", "Workers of the run by state", self.workers.clone());
+        registry.register(
+            "lacuna_run_state",
+            "1 for the state that the run is in",
+            self.state.clone(),
+        );
+        registry.register(
+            "lacuna_run_workers",
+            "Workers of the run by state",
+            self.workers.clone(),
+        );
         registry.register(
             "lacuna_run_time_seconds",
             "Where the run's time went since the coordinator started",

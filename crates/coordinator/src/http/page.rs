@@ -247,7 +247,8 @@ fn facts(run: &v1::Run) -> Vec<Fact> {
         out.push(fact("steps computed again", grouped(figures.redone)));
     }
     out.extend(eta(run).map(|left| fact("to go", left)));
-    let saved = run.checkpoint_step.map_or("none".to_string(), |step| format!("step {}", grouped(step)));
+    let saved =
+        run.checkpoint_step.map_or("none".to_string(), |step| format!("step {}", grouped(step)));
     out.push(fact("newest checkpoint", saved));
     out.extend(run.final_digest.map(|digest| fact("state digest", format!("{digest:016x}"))));
     out
@@ -257,22 +258,40 @@ fn charts(past: &Past) -> Vec<Chart> {
     type Of = fn(&Update) -> Option<(u64, f64)>;
     type Shown = (&'static str, fn(f64) -> String, Of);
     let all: [Shown; 4] = [
-        ("loss", |v| format!("{v:.4}"), |u| match u {
-            Update::Figures { step, loss, .. } => Some((*step, *loss)),
-            Update::Event { .. } => None,
-        }),
-        ("learning rate", |v| format!("{v:.2e}"), |u| match u {
-            Update::Figures { step, lr, .. } => Some((*step, *lr)),
-            Update::Event { .. } => None,
-        }),
-        ("gradient norm", |v| format!("{v:.3}"), |u| match u {
-            Update::Figures { step, grad_norm, .. } => Some((*step, *grad_norm)),
-            Update::Event { .. } => None,
-        }),
-        ("images/s", |v| format!("{v:.0}"), |u| match u {
-            Update::Figures { step, images_per_second, .. } => Some((*step, *images_per_second)),
-            Update::Event { .. } => None,
-        }),
+        (
+            "loss",
+            |v| format!("{v:.4}"),
+            |u| match u {
+                Update::Figures { step, loss, .. } => Some((*step, *loss)),
+                Update::Event { .. } => None,
+            },
+        ),
+        (
+            "learning rate",
+            |v| format!("{v:.2e}"),
+            |u| match u {
+                Update::Figures { step, lr, .. } => Some((*step, *lr)),
+                Update::Event { .. } => None,
+            },
+        ),
+        (
+            "gradient norm",
+            |v| format!("{v:.3}"),
+            |u| match u {
+                Update::Figures { step, grad_norm, .. } => Some((*step, *grad_norm)),
+                Update::Event { .. } => None,
+            },
+        ),
+        (
+            "images/s",
+            |v| format!("{v:.0}"),
+            |u| match u {
+                Update::Figures { step, images_per_second, .. } => {
+                    Some((*step, *images_per_second))
+                }
+                Update::Event { .. } => None,
+            },
+        ),
     ];
     let draw = |(title, show, of): Shown| {
         let points = past.curve(of);
@@ -315,12 +334,8 @@ fn event_rows(events: &[Update]) -> (Vec<EventRow>, Vec<EventRow>) {
     for event in events {
         if let Update::Event { kind, warning, text, at_ms } = event {
             let tone = if *warning { "warn" } else { "idle" };
-            let row = EventRow {
-                when: clock(*at_ms),
-                kind: kind.clone(),
-                tone,
-                text: text.clone(),
-            };
+            let row =
+                EventRow { when: clock(*at_ms), kind: kind.clone(), tone, text: text.clone() };
             if GROUPS.contains(&kind.as_str()) { groups.push(row) } else { others.push(row) }
         }
     }
@@ -379,7 +394,8 @@ mod tests {
             skipped: 0,
             redone: 0,
         };
-        let figures = [(1, 3.0), (2, 2.0), (3, 1.5), (2, 2.5), (3, 1.0)].map(|(s, l)| figures(s, l));
+        let figures =
+            [(1, 3.0), (2, 2.0), (3, 1.5), (2, 2.5), (3, 1.0)].map(|(s, l)| figures(s, l));
         let past = Past { figures: figures.to_vec(), events: Vec::new() };
         let loss = past.curve(|u| match u {
             Update::Figures { step, loss, .. } => Some((*step, *loss)),
