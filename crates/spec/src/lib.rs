@@ -18,12 +18,15 @@ mod node;
 pub mod plan;
 pub mod presets;
 mod problem;
+pub mod reference;
 mod render;
 mod run_spec;
+pub mod schema;
+mod syntax;
 pub mod units;
 mod validate;
 
-pub use fields::{Field, FieldDiff, Mark, diff, fields};
+pub use fields::{DefaultValue, Field, FieldDiff, Interval, Kind, Mark, diff, fields};
 pub use load::{
     INHERITANCE_DEPTH_MAX, Loaded, OVERRIDES_MAX, ReadText, SPEC_BYTES_MAX, parse_file, parse_text,
 };

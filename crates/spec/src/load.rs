@@ -5,12 +5,11 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use crate::fields::{Mark, fields};
-use crate::node::{
-    self, At, Node, Source, Sources, SyntaxError, SyntaxKind, Table, Value, find, merge,
-};
+use crate::node::{self, At, Node, Source, Sources, Table, Value, find, merge};
 use crate::presets;
 use crate::problem::{Place, Problem, Problems, SpecError, echo};
 use crate::run_spec::RunSpec;
+use crate::syntax::{SyntaxError, SyntaxKind};
 use crate::validate::{Reader, closest};
 
 /// Largest accepted file: a spec has under a hundred keys, and a wrong path may name a data file.
@@ -97,7 +96,7 @@ pub(crate) fn from_json(value: &serde_json::Value) -> Result<RunSpec, Problems> 
             node::fill(&mut root, field.path, default);
         }
     }
-    Reader::new(&root, &sources, Problems::default(), false, Vec::new()).run_spec()
+    Reader::new(&root, &sources, Problems::default(), false, Vec::new()).stored().run_spec()
 }
 
 /// Joins a path that is relative and no address to `base`.
@@ -205,7 +204,8 @@ impl Loader<'_> {
             self.sources.add(Source { name, text: text.clone(), has_lines: true, builtin, rank });
         if too_large {
             let message = format!("the file has {n_bytes} bytes, more than {SPEC_BYTES_MAX}");
-            self.problem(At { source, offset: 0 }, "", message, None);
+            let fix = "name a run spec".to_string();
+            self.problem(At { source, offset: 0 }, "", message, Some(fix));
             self.partial = true;
         }
         let (mut table, errors) = node::parse_toml(&text, source);
@@ -238,15 +238,20 @@ impl Loader<'_> {
     ) -> Option<Document> {
         let Value::Text(name) = &base.value else {
             let message = format!("`base` must be a string, not {}", base.value.describe());
-            return self.bad_base(base, message, None);
+            let fix = "for example \"preset:demo\" or \"common.toml\"".to_string();
+            return self.bad_base(base, message, Some(fix));
         };
+        if let Some((message, fix)) = base_fault(name) {
+            return self.bad_base(base, message, Some(fix));
+        }
         let document = match name.strip_prefix("preset:") {
             Some(preset) => self.preset(base, preset)?,
             None => self.file(base, name, path, seen)?,
         };
         if seen.len() == INHERITANCE_DEPTH_MAX {
             let message = format!("`base` is nested more than {INHERITANCE_DEPTH_MAX} deep");
-            return self.bad_base(base, message, None);
+            let fix = "join some of these files".to_string();
+            return self.bad_base(base, message, Some(fix));
         }
         Some(document)
     }
@@ -255,7 +260,7 @@ impl Loader<'_> {
         let Some(preset) = presets::find(name) else {
             let message = format!("`base` names the unknown preset `{}`", echo(name));
             let fix = match closest(name, presets::names()) {
-                Some(known) => format!("did you mean `preset:{known}`?"),
+                Some(known) => meant_preset(known),
                 None => {
                     let names: Vec<&str> = presets::names().collect();
                     format!("use one of {}", names.join(", "))
@@ -277,7 +282,7 @@ impl Loader<'_> {
         path: Option<&Path>,
         seen: &[(PathBuf, String)],
     ) -> Option<Document> {
-        let preset = presets::find(name).map(|_| format!("did you mean `preset:{name}`?"));
+        let preset = presets::find(name).map(|_| meant_preset(name));
         let (Some(path), Some(read)) = (path, self.read) else {
             let message = format!("`base` = `{}` is a path, and this text is no file", echo(name));
             let fix = preset.unwrap_or("use `preset:NAME`".to_string());
@@ -289,14 +294,24 @@ impl Loader<'_> {
             let names = seen[first..].iter().chain([&seen[first]]);
             let names: Vec<&str> = names.map(|(_, name)| name.as_str()).collect();
             let message = format!("`base` forms a cycle: {}", names.join(" -> "));
-            return self.bad_base(base, message, None);
+            let fix = "remove one of these `base` keys".to_string();
+            return self.bad_base(base, message, Some(fix));
         }
         match read(&file) {
             Ok(text) => Some(Document { name: file.display().to_string(), text, path: Some(file) }),
             Err(error) => {
                 let file = echo(&file.display().to_string());
                 let message = format!("failed to read base `{file}`: {error}");
-                self.bad_base(base, message, preset)
+                let fix = preset.or_else(|| preset_file(name)).unwrap_or_else(|| {
+                    let fix = match error.kind() {
+                        io::ErrorKind::InvalidData => "save it as UTF-8",
+                        io::ErrorKind::IsADirectory => "name a file in it",
+                        io::ErrorKind::PermissionDenied => "make it readable",
+                        _ => "give a path that starts from the folder of this file",
+                    };
+                    fix.to_string()
+                });
+                self.bad_base(base, message, Some(fix))
             }
         }
     }
@@ -340,6 +355,35 @@ impl Loader<'_> {
         }
         layers
     }
+}
+
+fn meant_preset(name: &str) -> String {
+    format!("did you mean `preset:{name}`?")
+}
+
+/// Finds the preset that a file name such as `demo.toml` is meant to name.
+fn preset_file(name: &str) -> Option<String> {
+    let stem = Path::new(name).file_stem()?.to_str()?;
+    presets::find(stem).map(|_| meant_preset(stem))
+}
+
+/// Says what is wrong with a base that is neither a preset nor a path.
+fn base_fault(name: &str) -> Option<(String, String)> {
+    let shown = echo(name);
+    if name.trim().is_empty() {
+        let fix = "name a preset or a file, or remove it".to_string();
+        return Some(("`base` is empty".to_string(), fix));
+    }
+    if name.contains("://") {
+        let fix = "copy it to a file and give its path".to_string();
+        return Some((format!("`base` = `{shown}` is a URL, and only files are read"), fix));
+    }
+    let (prefix, preset) = name.split_once(':')?;
+    if prefix == "preset" || closest(prefix.trim(), ["preset"].into_iter()).is_none() {
+        return None;
+    }
+    let preset = presets::find(preset.trim()).map_or("demo", |preset| preset.name);
+    Some((format!("`base` = `{shown}` names no preset"), meant_preset(preset)))
 }
 
 /// Parses `key=value`; the value is TOML, or else a string as it stands.

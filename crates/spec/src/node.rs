@@ -6,6 +6,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::problem::{Place, echo};
+use crate::syntax::{self, SyntaxError};
 
 /// A place in one of the sources.
 #[derive(Clone, Copy, Debug)]
@@ -108,69 +109,44 @@ impl Value {
             Value::Table(_) => "a table".to_string(),
         }
     }
-}
 
-/// An error of syntax.
-#[derive(Debug)]
-pub(crate) struct SyntaxError {
-    pub(crate) offset: usize,
-    pub(crate) message: String,
-    pub(crate) fix: Option<String>,
-    pub(crate) kind: SyntaxKind,
-}
-
-/// How much of the text around an error of syntax can be trusted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SyntaxKind {
-    /// Everything: only a key stands twice.
-    Duplicate,
-    /// The other lines.
-    Line,
-    /// Nothing below: it is not known which table the keys belong to.
-    Header,
+    /// Returns a value that no key of a table is inside; `None` for others.
+    pub(crate) fn to_json(&self) -> Option<serde_json::Value> {
+        Some(match self {
+            Value::Text(text) => text.as_str().into(),
+            Value::Integer(n) => i64::try_from(*n).ok()?.into(),
+            Value::Float(x) => (*x).into(),
+            Value::Bool(b) => (*b).into(),
+            Value::Array(list) => {
+                let items = list.iter().map(|item| item.value.to_json());
+                items.collect::<Option<Vec<serde_json::Value>>>()?.into()
+            }
+            Value::Huge(_) | Value::Date(_) | Value::Null | Value::Table(_) => return None,
+        })
+    }
 }
 
 /// Parses TOML text; returns what could be understood, and the first error of each line.
 pub(crate) fn parse_toml(text: &str, source: usize) -> (Table, Vec<SyntaxError>) {
     let (table, errors) = DeTable::parse_recoverable(text);
     let mut out: Vec<SyntaxError> = Vec::new();
-    let mut last_line = usize::MAX;
+    let mut lines: Vec<usize> = Vec::new();
     for error in errors {
-        let offset = error.span().map_or(text.len(), |span| span.start).min(text.len());
+        let offset = error.span().map_or_else(|| syntax::deepest_key(text), |span| span.start);
+        let offset = offset.min(text.len());
         let before = &text.as_bytes()[..offset];
         let line_start = before.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
-        if last_line != line_start {
-            last_line = line_start;
-            out.push(syntax_error(error.message(), text, offset, line_start));
+        if let Some(error) = syntax::unclosed(error.message(), text, line_start) {
+            // What follows was read as if it belonged to the value.
+            out.push(error);
+            break;
+        }
+        if !lines.contains(&line_start) {
+            lines.push(line_start);
+            out.push(SyntaxError::new(error.message(), text, offset, line_start));
         }
     }
     (convert_table(table.get_ref(), source), out)
-}
-
-fn syntax_error(message: &str, text: &str, offset: usize, line_start: usize) -> SyntaxError {
-    let line = text.get(line_start..).and_then(|rest| rest.lines().next()).unwrap_or_default();
-    let mut message = message.trim().replace('\n', ", ");
-    let mut fix = None;
-    let mut kind = match line.trim_start().starts_with('[') {
-        true => SyntaxKind::Header,
-        false => SyntaxKind::Line,
-    };
-    if message == "duplicate key" {
-        let is_key = |c: &char| c.is_alphanumeric() || matches!(c, '_' | '-');
-        let rest = text.get(offset..).unwrap_or_default();
-        let key: String = rest.chars().take_while(is_key).collect();
-        message = format!("duplicate key `{}`", echo(&key));
-        kind = SyntaxKind::Duplicate;
-    } else if let Some((key, value)) = line.split_once('=') {
-        let value = value.split('#').next().unwrap_or_default().trim();
-        let plain = |c: char| c.is_alphanumeric() || matches!(c, '.' | '_' | '-' | ':' | '/');
-        if value.is_empty() {
-            message = format!("`{}` has no value", echo(key.trim()));
-        } else if value.chars().all(plain) && value.chars().any(char::is_alphabetic) {
-            fix = Some(format!("quote the value: \"{}\"", echo(value)));
-        }
-    }
-    SyntaxError { offset, message, fix, kind }
 }
 
 fn convert_table(table: &DeTable<'_>, source: usize) -> Table {
@@ -184,7 +160,9 @@ fn convert_table(table: &DeTable<'_>, source: usize) -> Table {
 
 fn convert(value: &Spanned<DeValue<'_>>, key_at: At) -> Node {
     let source = key_at.source;
-    let at = At { source, offset: value.span().start };
+    // What stands for a value that could not be read has no place.
+    let offset = if value.span() == (0..0) { key_at.offset } else { value.span().start };
+    let at = At { source, offset };
     let value = match value.get_ref() {
         DeValue::String(text) => Value::Text(text.to_string()),
         DeValue::Integer(n) => match i128::from_str_radix(n.as_str(), n.radix()) {

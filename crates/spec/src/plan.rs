@@ -1,24 +1,20 @@
 //! What a spec comes to, worked out without a machine: sizes, work, steps, and the share of each
 //! number of workers.
 
+mod warnings;
+
 use std::fmt;
 
 use lacuna_recipe::order::{OrderMode, default_mode};
 use lacuna_recipe::state::Layout;
 
-use crate::run_spec::{Order, Reduce, ResolveError, Resolved, RunSpec, SLOTS_MAX};
+use crate::run_spec::{Order, ResolveError, Resolved, RunSpec};
 use crate::units::Length;
 
 /// Efficiency below which a number of workers is warned about: one in seven would be idle.
 pub const EFFICIENCY_WARNING: f64 = 0.85;
-/// Slots above which sums of 32 bits are warned about, and the bits that this many leave a slot's
-/// largest elements.
-const EXACT32_SLOTS_MAX: u32 = 1024;
-const EXACT32_BITS: u32 = 15;
 /// Rows of the printed table; beyond, only numbers of workers that shorten a step are of interest.
 const ROWS_MAX: usize = 64;
-/// Most numbers of workers that a warning names.
-const NAMED_MAX: usize = 12;
 /// Optimizer state of a parameter: itself and two moments, in f32.
 const STATE_BYTES: u64 = 12;
 /// Exponent of a tensor's reduction.
@@ -69,6 +65,8 @@ pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
     let workers = spec.elastic.workers;
     let workers: Vec<WorkerRow> = (workers.min..=workers.max).map(|n| row(n_slots, n)).collect();
     let data = n_samples.map(|n_samples| spec.resolve(n_samples));
+    let resolved = data.as_ref().and_then(|data| data.as_ref().ok());
+    let per_epoch = resolved.map(|resolved| resolved.geometry.steps_per_epoch());
     PlanReport {
         n_params,
         n_tensors,
@@ -76,7 +74,7 @@ pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
         peak_lr: spec.peak_lr(),
         n_slots,
         checkpoint_bytes: n_params * STATE_BYTES + n_exponents * EXPONENT_BYTES,
-        warnings: warnings(spec, &workers, n_slots),
+        warnings: warnings::warnings(spec, &workers, n_slots, per_epoch),
         workers,
         data,
         spec: spec.clone(),
@@ -87,50 +85,6 @@ fn row(n_slots: u32, n_workers: u32) -> WorkerRow {
     let rounds = n_slots.div_ceil(n_workers);
     let capacity = f64::from(n_workers) * f64::from(rounds);
     WorkerRow { n_workers, rounds, efficiency: f64::from(n_slots) / capacity }
-}
-
-fn warnings(spec: &RunSpec, workers: &[WorkerRow], n_slots: u32) -> Vec<String> {
-    let mut out: Vec<String> = Vec::new();
-    let max = spec.elastic.workers.max;
-    if max > n_slots {
-        out.push(format!(
-            "a step has {n_slots} slots: of {max} workers, {} are spares that only step in",
-            max - n_slots
-        ));
-    }
-    let is_low = |row: &&WorkerRow| row.efficiency < EFFICIENCY_WARNING && row.n_workers <= n_slots;
-    let low: Vec<String> = workers.iter().filter(is_low).map(|r| r.n_workers.to_string()).collect();
-    if !low.is_empty() {
-        let mut named = low[..low.len().min(NAMED_MAX)].join(", ");
-        if low.len() > NAMED_MAX {
-            named += &format!(" and {} more", low.len() - NAMED_MAX);
-        }
-        let mut text = format!("under {EFFICIENCY_WARNING} efficiency with {named} workers");
-        if let Some(slot_batch) = better_slot_batch(spec) {
-            text += &format!("; `train.slot_batch` = {slot_batch} avoids it, as another run");
-        }
-        out.push(text);
-    }
-    if spec.train.reduce == Reduce::Exact32 && n_slots > EXACT32_SLOTS_MAX {
-        out.push(format!(
-            "sums of 32 bits over {n_slots} slots leave a slot's gradient fewer than \
-             {EXACT32_BITS} bits; `train.reduce` = \"exact\" has no such limit"
-        ));
-    }
-    out
-}
-
-/// Finds the largest slot that serves every allowed number of workers well.
-fn better_slot_batch(spec: &RunSpec) -> Option<u32> {
-    let (batch, workers) = (spec.train.batch, spec.elastic.workers);
-    let serves = |slot_batch: &u32| {
-        let n_slots = batch / slot_batch;
-        let fine = |n| row(n_slots, n).efficiency >= EFFICIENCY_WARNING;
-        batch.is_multiple_of(*slot_batch)
-            && n_slots <= SLOTS_MAX
-            && (workers.min..=workers.max).all(fine)
-    };
-    (1..spec.train.slot_batch).rev().find(serves)
 }
 
 impl fmt::Display for PlanReport {

@@ -1,5 +1,6 @@
 //! What can be wrong with a spec, and where.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -135,8 +136,9 @@ pub enum SpecError {
     Invalid(Problems),
 }
 
-/// Returns a user's text, shortened and without control characters, for a message.
+/// Returns a user's text, shortened, without control characters and passwords, for a message.
 pub(crate) fn echo(text: &str) -> String {
+    let text: &str = &without_user(text);
     let mut out = String::new();
     for (i, c) in text.chars().enumerate() {
         if i == ECHO_CHARS_MAX {
@@ -149,4 +151,14 @@ pub(crate) fn echo(text: &str) -> String {
         }
     }
     out
+}
+
+/// Replaces what stands between `://` and `@`.
+fn without_user(text: &str) -> Cow<'_, str> {
+    let Some((scheme, rest)) = text.split_once("://") else { return text.into() };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    match authority.rsplit_once('@') {
+        Some((user, _)) => format!("{scheme}://...{}", &rest[user.len()..]).into(),
+        None => text.into(),
+    }
 }

@@ -31,6 +31,9 @@ macro_rules! word {
             /// Every value with its word in a spec.
             pub const ALL: &[(&str, $name)] = &[$(($text, $name::$variant)),+];
 
+            /// Every word.
+            pub const WORDS: &[&str] = &[$($text),+];
+
             /// Returns the word that a spec uses.
             pub fn as_str(self) -> &'static str {
                 match self {
@@ -390,6 +393,11 @@ pub enum ResolveError {
     },
 }
 
+/// Returns the peak of a learning rate that is given for a batch of 256.
+pub(crate) fn peak_lr(base_lr: f64, batch: u32) -> f64 {
+    base_lr * f64::from(batch) / 256.0
+}
+
 impl RunSpec {
     /// Returns the run's name as an id.
     pub fn run_id(&self) -> RunId {
@@ -409,7 +417,7 @@ impl RunSpec {
 
     /// Returns the peak of the learning rate, `base_lr · batch / 256`.
     pub fn peak_lr(&self) -> f64 {
-        self.optim.base_lr * f64::from(self.train.batch) / 256.0
+        peak_lr(self.optim.base_lr, self.train.batch)
     }
 
     /// Returns the constants of the optimizer.

@@ -61,13 +61,63 @@ impl UnitError {
             ("MiB", "M m mib Mib"),
             ("GiB", "G g gib Gib"),
             ("KiB", "K k kib Kib"),
+            ("TiB", "T t tib Tib"),
         ];
         let accepted = |name: &str| units.split(", ").any(|known| known == name);
         let known = |(name, names): &&(&'static str, &str)| {
             accepted(name) && names.split(' ').any(|alias| alias == unit)
         };
-        aliases.iter().find(known).map(|(name, _)| *name)
+        let other_case = || units.split(", ").find(|known| known.eq_ignore_ascii_case(unit));
+        aliases.iter().find(known).map(|(name, _)| *name).or_else(other_case)
     }
+}
+
+/// Tells whether a unit, or what people write for one, counts time.
+pub(crate) fn is_time(unit: &str) -> bool {
+    let names =
+        "s sec secs second seconds m min mins minute minutes h hr hrs hour hours d day days";
+    names.split(' ').any(|name| name.eq_ignore_ascii_case(unit))
+}
+
+/// Removes what people put between digits to read them; a comma may also be a point.
+pub(crate) fn without_grouping(text: &str) -> String {
+    let is_group = |part: &str| part.bytes().take_while(u8::is_ascii_digit).count() == 3;
+    let groups = text.split(',').skip(1).all(is_group);
+    { text.chars() }.filter(|c| !matches!(c, ' ' | '_') && (!groups || *c != ',')).collect()
+}
+
+/// Guesses what a quantity that cannot be read means; the answer can be read.
+pub(crate) fn guess<T: FromStr<Err = UnitError>>(text: &str) -> Option<String> {
+    let squeezed = without_grouping(text).replace(',', ".");
+    let end = squeezed.bytes().take_while(|b| b.is_ascii_digit() || *b == b'.').count();
+    let (number, unit) = squeezed.split_at(end);
+    let whole: Option<u64> = number.parse().ok();
+    let guess = match (whole, unit.to_ascii_lowercase().as_str()) {
+        (Some(n), "d" | "day" | "days") => format!("{}h", n.checked_mul(24)?),
+        (None, _) => from_fraction(number.parse().ok()?, unit)?,
+        (Some(_), lower) => {
+            let unit_of = |text: &str| text.parse::<T>().err().and_then(|e| e.suggestion());
+            let unit = unit_of(&squeezed).or_else(|| unit_of(&format!("{number}{lower}")));
+            format!("{number}{}", unit.unwrap_or(&squeezed[end..]))
+        }
+    };
+    let guess = if guess == text { return None } else { guess };
+    guess.parse::<T>().is_ok().then_some(guess)
+}
+
+/// Returns a fraction of a time or a size in a smaller unit, where it is whole there.
+fn from_fraction(x: f64, unit: &str) -> Option<String> {
+    let (factor, smaller) = match unit {
+        "h" => (60.0, "min"),
+        "min" => (60.0, "s"),
+        "TB" => (1000.0, "GB"),
+        "GB" => (1000.0, "MB"),
+        "TiB" => (1024.0, "GiB"),
+        "GiB" => (1024.0, "MiB"),
+        _ => return None,
+    };
+    let n = x * factor;
+    (n.fract() == 0.0 && (1.0..1e12).contains(&n)).then(|| format!("{n:.0}{smaller}"))
 }
 
 /// Splits `"15min"` into 15 and `min`.

@@ -153,3 +153,35 @@ proptest! {
         prop_assert_eq!(again.digest(), spec.digest());
     }
 }
+
+/// The limits of the model's sizes stand in the table and in `recipe`.
+#[test]
+fn the_table_and_the_model_have_the_same_limits() {
+    for field in FIELDS.iter().filter(|field| field.section() == "model") {
+        let max = match field.kind {
+            Kind::Integer { max, .. } | Kind::Sides { max } => max,
+            _ => continue,
+        };
+        let mut json = spec(&[]).to_json()["model"].clone();
+        let value = match field.kind {
+            Kind::Sides { .. } => serde_json::json!([max + 1, max + 1]),
+            _ => (max + 1).into(),
+        };
+        json[field.key()] = value;
+        let model: lacuna_recipe::model::ModelConfig = serde_json::from_value(json).unwrap();
+        let too_large = format!("must be between 1 and {max}, not {}", max + 1);
+        let problems = model.problems();
+        assert!(problems.iter().any(|p| p.to_string().ends_with(&too_large)), "{problems:?}");
+    }
+}
+
+#[test]
+fn intervals_round_as_the_arithmetic_does() {
+    let below_one = Interval::below(0.0, 1.0);
+    assert!(below_one.contains(0.0) && below_one.contains(0.999) && !below_one.contains(1.0));
+    assert!(!below_one.contains(0.999_999_999_99), "it is 1 in f32");
+    let positive = Interval::above(0.0, 1.0);
+    assert!(positive.contains(1.0) && positive.contains(1e-37) && !positive.contains(0.0));
+    assert!(!positive.contains(1e-46), "it is 0 in f32");
+    assert!(!Interval::from(0.0, 1.0).contains(f64::NAN));
+}

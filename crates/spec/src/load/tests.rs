@@ -72,7 +72,10 @@ fn long_chains_are_refused() {
         Ok(format!("base = \"{}\"", n + 1))
     };
     let error = parse_file(Path::new("0"), &[], &read).unwrap_err();
-    assert_eq!(error.to_string(), "15:1:8: `base` is nested more than 16 deep");
+    assert_eq!(
+        error.to_string(),
+        "15:1:8: `base` is nested more than 16 deep, join some of these files"
+    );
 }
 
 #[test]
@@ -101,7 +104,8 @@ fn unreadable_spec() {
 fn too_large_a_file() {
     let text = "#".repeat(SPEC_BYTES_MAX + 1);
     let error = load_files(&[("conf/run.toml", &text)], &[]).unwrap_err().to_string();
-    assert_eq!(error, "conf/run.toml:1:1: the file has 1048577 bytes, more than 1048576");
+    let want = "the file has 1048577 bytes, more than 1048576, name a run spec";
+    assert_eq!(error, format!("conf/run.toml:1:1: {want}"));
 }
 
 #[test]
@@ -217,4 +221,13 @@ fn what_an_older_build_wrote_lacks_newer_keys() {
     table(&mut json, "train", "batch");
     let problems = SpecError::Invalid(from_json(&json).unwrap_err()).to_string();
     assert!(problems.contains("missing key `train.batch`"), "{problems}");
+}
+
+/// A path that a shell would have changed is refused where it is written, not where it was stored.
+#[test]
+fn stored_paths_may_hold_anything() {
+    assert!(load_files(&[("conf/run.toml", DEMO)], &["checkpoint.to=~/runs"]).is_err());
+    let mut spec = load_files(&[("conf/run.toml", DEMO)], &[]).unwrap().spec;
+    spec.resolve_paths(Path::new("/home/$me/~"));
+    spec.check().unwrap();
 }

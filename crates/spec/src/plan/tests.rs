@@ -39,3 +39,31 @@ fn many_workers_are_printed_briefly() {
     let want = expect_file!["../../transcripts/plan_many_workers.txt"];
     check("base", &["elastic.workers=60:300", "train.slot_batch=16"], None, want);
 }
+
+#[test]
+fn what_is_allowed_and_not_wanted() {
+    let want = expect_file!["../../transcripts/plan_warnings.txt"];
+    let cases: &[&[&str]] = &[
+        &[],
+        &["optim.base_lr=1.0", "train.batch=4096", "optim.weight_decay=0.1"],
+        &["optim.betas=[0.95, 0.9]", "data.mean=[5.0]"],
+        &["optim.warmup=700step"],
+        &["checkpoint.every=800step", "track.every=1000step"],
+        &["checkpoint.every=[\"5min\", \"1h\", \"100step\", \"1ep\"]"],
+        &["checkpoint.keep.every=2h"],
+        &["checkpoint.keep.every=600step"],
+        &["checkpoint.keep.every=500step"],
+        &["checkpoint.keep.every=5ep"],
+        &["checkpoint.keep.every=5ep", "checkpoint.every=15min"],
+        &["checkpoint.to=d", "data.cache.dir=d", "data.cache.size=5MB"],
+    ];
+    let mut out = String::new();
+    for overrides in cases {
+        let text = "base = \"preset:demo\"\nschema = 1\nname = \"a\"\ndata.shards = \"d\"";
+        let set: Vec<String> = overrides.iter().map(ToString::to_string).collect();
+        let spec = parse_text("run.toml", text, &set).unwrap().spec;
+        let warnings = plan(&spec, None).warnings;
+        out += &format!("> {}\n{}\n\n", overrides.join(" "), warnings.join("\n"));
+    }
+    want.assert_eq(&out);
+}

@@ -54,3 +54,25 @@ fn sizes_read_as_they_were_written() {
         assert_eq!(bytes.to_string(), text);
     }
 }
+
+#[test]
+fn guesses_can_be_read() {
+    let length = |text| guess::<Length>(text);
+    assert_eq!(length("800 epochs").as_deref(), Some("800ep"));
+    assert_eq!(length("10,000step").as_deref(), Some("10000step"));
+    assert_eq!(length("5EP").as_deref(), Some("5ep"));
+    for text in ["", "5", "-5ep", "1.5ep", "0ep", "5min", "ep", "..", "99999999999999999999 ep"] {
+        assert_eq!(length(text), None, "{text}");
+    }
+    let cadence = |text| guess::<Cadence>(text);
+    assert_eq!(cadence("15 Minutes").as_deref(), Some("15min"));
+    assert_eq!(cadence("1.5h").as_deref(), Some("90min"));
+    assert_eq!(cadence("2days").as_deref(), Some("48h"));
+    assert_eq!(cadence("0.1s"), None);
+    assert_eq!(cadence("1,5h").as_deref(), Some("90min"));
+    assert_eq!(cadence("1,500s").as_deref(), Some("1500s"));
+    let size = |text| guess::<Bytes>(text);
+    assert_eq!(size("1.5 TB").as_deref(), Some("1500GB"));
+    assert_eq!(size("500 gb").as_deref(), Some("500GB"));
+    assert_eq!(size("1.5TB").as_deref(), Some("1500GB"));
+}

@@ -1,54 +1,24 @@
 //! The sections of a spec, and what must hold between keys.
 
-use std::ops::RangeInclusive;
-
 use lacuna_recipe::model::{ModelConfig, ModelError};
-use lacuna_recipe::order::{LANES_MAX, default_lanes};
-use lacuna_types::RunId;
+use lacuna_recipe::order::default_lanes;
+use lacuna_types::{NAME_BYTES_MAX, RunId};
 
 use super::Reader;
+use crate::fields::{CADENCES_MAX, SCHEMA, WORKERS_MAX};
 use crate::node::{Value, find};
 use crate::problem::echo;
 use crate::run_spec::{
-    AutoOr, BAD_SAMPLES_SHARE, BadSamples, CHECKPOINT_SCHEMES, CacheMode, CacheSpec,
-    CheckpointSpec, DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec, OptimSpec,
-    Order, Precision, Reduce, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, WhenBusy, Workers,
+    AutoOr, BAD_SAMPLES_SHARE, BadSamples, CacheMode, CacheSpec, CheckpointSpec, DEADLINE_SECONDS,
+    DataSpec, ElasticSpec, KeepSpec, OptimSpec, Order, Precision, Reduce, Resume, RunSpec,
+    SLOTS_MAX, TrackSpec, TrainSpec, WhenBusy, Workers, peak_lr,
 };
 use crate::units::{Cadence, Length};
 
-/// Version of the layout that this build reads.
-const SCHEMA: u64 = 1;
-/// Largest batch: counts of samples stay exact in f32 up to here.
-const BATCH_MAX: u32 = 1 << 24;
+/// Longest name that a message suggests.
+const NAME_SHOWN_MAX: usize = 40;
 /// Most patches of an image: a sample's random draws are counted in 24 bits.
 const PATCHES_MAX: u64 = 1 << 24;
-/// Most workers of a run: the control plane is built and tested for thousands, not more.
-const WORKERS_MAX: u32 = 4096;
-/// Largest block of the order: more samples than any data set has.
-const BLOCK_MAX: u64 = 1 << 48;
-/// Most threads of a loader: beyond any machine's cores.
-const THREADS_MAX: u32 = 1024;
-/// Highest limit of a rate: a terabyte a second.
-const MBPS_MAX: u32 = 1_000_000;
-/// Most attempts that may fail in a row.
-const FAILURES_MAX: u32 = 1_000_000;
-/// Most checkpoints kept by number.
-const KEEP_LAST_MAX: u32 = 10_000;
-/// Most rules of when to save: one for each unit and some to spare.
-const EVERY_MAX: usize = 8;
-/// Longest gap between digests, and most non-finite steps in a row.
-const INTERVAL_MAX: u32 = 1_000_000;
-/// Largest seed: TOML's integers end here.
-const SEED_MAX: u64 = i64::MAX as u64;
-
-fn positive(x: f64) -> bool {
-    // The optimizer rounds to f32, where smaller numbers would be zero.
-    x >= f64::from(f32::MIN_POSITIVE)
-}
-
-fn share(x: f64) -> bool {
-    (0.0..=1.0).contains(&x)
-}
 
 impl Reader<'_> {
     /// Reads every section; `None` if any problem was reported on the way.
@@ -63,7 +33,8 @@ impl Reader<'_> {
         let elastic = self.elastic();
         let checkpoint = self.checkpoint();
         let track = self.track();
-        let spec = RunSpec {
+        self.across_sections(train.as_ref(), optim.as_ref(), elastic.as_ref());
+        Some(RunSpec {
             schema: schema?,
             name: name?,
             model: model?,
@@ -73,9 +44,7 @@ impl Reader<'_> {
             elastic: elastic?,
             checkpoint: checkpoint?,
             track: track?,
-        };
-        self.across_sections(&spec);
-        Some(spec)
+        })
     }
 
     fn schema(&mut self) -> Option<u32> {
@@ -94,15 +63,20 @@ impl Reader<'_> {
     fn name(&mut self) -> Option<String> {
         let name = self.text("name")?;
         match name.parse::<RunId>() {
+            Ok(_) if name.starts_with('-') && !self.stored => {
+                let message =
+                    format!("`name` = \"{}\" looks like an option of a command", echo(name));
+                self.problem_among(&["name"], message, usable_name(name));
+                None
+            }
             Ok(id) => Some(id.as_str().to_string()),
             Err(_) => {
                 let message = format!(
-                    "`name` = \"{}\" must be 1 to {} of the characters a-z A-Z 0-9 . _ : - \
-                     and not start with a dot",
-                    echo(name),
-                    lacuna_types::NAME_BYTES_MAX
+                    "`name` = \"{}\" must be 1 to {NAME_BYTES_MAX} of the characters \
+                     a-z A-Z 0-9 . _ : - and not start with a dot",
+                    echo(name)
                 );
-                self.problem_among(&["name"], message, None);
+                self.problem_among(&["name"], message, usable_name(name));
                 None
             }
         }
@@ -112,7 +86,7 @@ impl Reader<'_> {
         if self.has_no_model() {
             return None;
         }
-        let mut size = |path: &str| self.count(path, 1..=u32::MAX);
+        let mut size = |path: &str| self.count(path);
         let patch_size = size("model.patch_size");
         let channels = size("model.channels");
         let width = size("model.width");
@@ -122,10 +96,11 @@ impl Reader<'_> {
         let decoder_depth = size("model.decoder_depth");
         let decoder_heads = size("model.decoder_heads");
         let mlp_ratio = size("model.mlp_ratio");
-        let img_size = self.img_size();
-        let between = |x: f64| 0.0 < x && x < 1.0;
-        let mask_ratio = self.float("model.mask_ratio", between, "between 0 and 1, both excluded");
+        let channels = channels.filter(|channels| self.has_pixels(*channels));
+        let img_size = self.sides("model.img_size");
+        let mask_ratio = self.float("model.mask_ratio");
         let norm_pix_loss = self.boolean("model.norm_pix_loss");
+        let is_whole = mlp_ratio.is_some() && mask_ratio.is_some() && norm_pix_loss.is_some();
         let model = ModelConfig {
             img_size: img_size?,
             patch_size: patch_size?,
@@ -136,11 +111,24 @@ impl Reader<'_> {
             decoder_width: decoder_width?,
             decoder_depth: decoder_depth?,
             decoder_heads: decoder_heads?,
-            mlp_ratio: mlp_ratio?,
-            mask_ratio: mask_ratio?,
-            norm_pix_loss: norm_pix_loss?,
+            // The sizes can be compared without these, and any value will do.
+            mlp_ratio: mlp_ratio.unwrap_or(1),
+            mask_ratio: mask_ratio.unwrap_or(f64::NAN),
+            norm_pix_loss: norm_pix_loss.unwrap_or(false),
         };
-        self.model_fits(&model).then_some(model)
+        let fits = self.model_fits(&model);
+        (fits && is_whole).then_some(model)
+    }
+
+    /// Reports channels that no image can be decoded to.
+    fn has_pixels(&mut self, channels: u32) -> bool {
+        let known = matches!(channels, 1 | 3);
+        if !known {
+            let message = format!("`model.channels` = {channels} must be 1 or 3");
+            let fix = "for grey images or for red, green and blue".to_string();
+            self.problem_among(&["model.channels"], message, Some(fix));
+        }
+        known
     }
 
     /// Reports a spec without any size of a model as one problem: most likely it lacks its base.
@@ -157,27 +145,6 @@ impl Reader<'_> {
         none
     }
 
-    fn img_size(&mut self) -> Option<[u32; 2]> {
-        const PATH: &str = "model.img_size";
-        let node = self.required(PATH)?;
-        let max = u64::from(u32::MAX);
-        let mut side = |node: &_| {
-            let side = self.integer_in(node, PATH, 1..=max)?;
-            u32::try_from(side).ok()
-        };
-        match &node.value {
-            Value::Array(list) => match list.as_slice() {
-                [height, width] => {
-                    let (height, width) = (side(height), side(width));
-                    Some([height?, width?])
-                }
-                _ => self.wrong(node, PATH, "one number or [height, width]"),
-            },
-            Value::Integer(_) | Value::Huge(_) => side(node).map(|side| [side, side]),
-            _ => self.wrong(node, PATH, "one number or [height, width]"),
-        }
-    }
-
     /// Reports what the model says about its sizes.
     fn model_fits(&mut self, model: &ModelConfig) -> bool {
         let problems = model.problems();
@@ -186,7 +153,7 @@ impl Reader<'_> {
                 ModelError::Range { field, value, max } => {
                     let path = model_path(field);
                     let message = format!("`{path}` must be from 1 to {max}, not {value}");
-                    self.problem_among(&[&path], message, None);
+                    self.problem_among(&[&path], message, Some(format!("use {max}")));
                 }
                 ModelError::NotDivisible { field, value, divisor, by } => {
                     let path = model_path(field);
@@ -196,18 +163,24 @@ impl Reader<'_> {
                     let below = value - value % step;
                     let above = below.saturating_add(step);
                     let fix = match below {
-                        0 => format!("use {above}"),
-                        _ => format!("use {below} or {above}"),
+                        0 => format!("use `{path}` = {above}"),
+                        _ => format!("use `{path}` = {below} or {above}"),
+                    };
+                    let fix = match *by {
+                        "position table" => fix,
+                        _ => format!("{fix}, or another `model.{by}`"),
                     };
                     self.problem_among(&[&path, &format!("model.{by}")], message, Some(fix));
                 }
-                ModelError::MaskRatio { ratio, kept, patches } if *patches > 0 => {
+                ModelError::MaskRatio { ratio, kept, patches }
+                    if *patches > 0 && model.mask_ratio.is_finite() =>
+                {
                     let message = format!(
                         "`model.mask_ratio` = {ratio} keeps {kept} of {patches} patches: at least \
                          one must be kept and one removed"
                     );
                     let paths = ["model.mask_ratio", "model.patch_size", "model.img_size"];
-                    self.problem_among(&paths, message, None);
+                    self.problem_among(&paths, message, Some(mask_ratio_fix(*patches)));
                 }
                 ModelError::MaskRatio { .. } => {}
             }
@@ -222,7 +195,8 @@ impl Reader<'_> {
                  more than {PATCHES_MAX}",
                 model.patch_size
             );
-            self.problem_among(&["model.patch_size", "model.img_size"], message, None);
+            let fix = "use larger patches or smaller images".to_string();
+            self.problem_among(&["model.patch_size", "model.img_size"], message, Some(fix));
         }
         patches <= PATCHES_MAX
     }
@@ -243,14 +217,14 @@ impl Reader<'_> {
     }
 
     fn train(&mut self) -> Option<TrainSpec> {
-        let batch = self.count("train.batch", 1..=BATCH_MAX);
-        let slot_batch = self.count("train.slot_batch", 1..=BATCH_MAX);
+        let batch = self.count("train.batch");
+        let slot_batch = self.count("train.slot_batch");
         let duration = self.quantity("train.duration");
         let precision = self.word("train.precision", Precision::ALL);
         let reduce = self.word("train.reduce", Reduce::ALL);
-        let seed = self.integer("train.seed", 0..=SEED_MAX);
-        let max_nonfinite_steps = self.count("train.max_nonfinite_steps", 1..=INTERVAL_MAX);
-        let digest_every = self.count("train.digest_every", 1..=INTERVAL_MAX);
+        let seed = self.integer("train.seed");
+        let max_nonfinite_steps = self.count("train.max_nonfinite_steps");
+        let digest_every = self.count("train.digest_every");
         if let (Some(batch), Some(slot_batch)) = (batch, slot_batch) {
             self.slots(batch, slot_batch);
         }
@@ -276,7 +250,7 @@ impl Reader<'_> {
             let above = (slot_batch..=batch).find(divides);
             let near: Vec<String> =
                 [below, above].into_iter().flatten().map(|n| n.to_string()).collect();
-            let fix = format!("use {}", near.join(" or "));
+            let fix = format!("use `train.slot_batch` = {}", near.join(" or "));
             self.problem_among(&paths, message, Some(fix));
         } else if batch / slot_batch > SLOTS_MAX {
             let n_slots = batch / slot_batch;
@@ -284,37 +258,37 @@ impl Reader<'_> {
                 "`train.slot_batch` = {slot_batch} makes {n_slots} slots a step, \
                  more than {SLOTS_MAX}"
             );
-            self.problem_among(&paths, message, None);
+            let least = (1..=batch).find(divides);
+            let fix = least.map(|n| format!("use `train.slot_batch` = {n} or more"));
+            self.problem_among(&paths, message, fix);
         }
     }
 
     fn data(&mut self, channels: Option<u32>, batch: Option<u32>) -> Option<DataSpec> {
-        let shards = self.place("data.shards", &DATA_SCHEMES);
+        let shards = self.place("data.shards");
         let order = self.word("data.order", Order::ALL);
         let lanes = self.lanes(batch);
         let block = match find(self.root, "data.block") {
-            Some(_) => self.auto_or("data.block", 1..=BLOCK_MAX),
+            Some(_) => self.auto_or("data.block"),
             None => Some(AutoOr::Auto),
         };
-        let mean = self.floats("data.mean", |x| x.abs() <= 16.0, "from -16 to 16");
-        let std = self.floats("data.std", |x| (1e-3..=16.0).contains(&x), "from 0.001 to 16");
+        let mean = self.floats("data.mean");
+        let std = self.floats("data.std");
         if let Some(channels) = channels {
             self.per_channel("data.mean", mean.as_deref(), channels);
             self.per_channel("data.std", std.as_deref(), channels);
         }
-        let area = |x: f64| positive(x) && x <= 1.0;
-        let crop_scale = self.range("data.crop_scale", area, "above 0 and up to 1");
-        let ratio = |x: f64| (0.01..=100.0).contains(&x);
-        let crop_ratio = self.range("data.crop_ratio", ratio, "from 0.01 to 100");
-        let flip = self.float("data.flip", share, "from 0 to 1");
+        let crop_scale = self.range("data.crop_scale");
+        let crop_ratio = self.range("data.crop_ratio");
+        let flip = self.float("data.flip");
         let bad_samples = self.word("data.bad_samples", BadSamples::ALL);
         let bad_samples_max = match find(self.root, "data.bad_samples_max") {
-            Some(_) => self.float("data.bad_samples_max", share, "from 0 to 1"),
+            Some(_) => self.float("data.bad_samples_max"),
             None => Some(BAD_SAMPLES_SHARE),
         };
         let threads = self.threads();
         let deadline_seconds = match find(self.root, "data.deadline_seconds") {
-            Some(_) => self.count("data.deadline_seconds", 1..=100),
+            Some(_) => self.count("data.deadline_seconds"),
             None => Some(DEADLINE_SECONDS),
         };
         let cache = self.cache();
@@ -341,7 +315,7 @@ impl Reader<'_> {
         if find(self.root, "data.cache").is_none() {
             return Some(None);
         }
-        let (dir, size) = (self.path("data.cache.dir"), self.quantity("data.cache.size"));
+        let (dir, size) = (self.place("data.cache.dir"), self.quantity("data.cache.size"));
         let mode = match find(self.root, "data.cache.mode") {
             Some(_) => self.word("data.cache.mode", CacheMode::ALL),
             None => Some(CacheMode::Auto),
@@ -354,12 +328,13 @@ impl Reader<'_> {
         if find(self.root, "data.lanes").is_none() {
             return batch.map(default_lanes);
         }
-        let lanes = self.count("data.lanes", 1..=LANES_MAX)?;
+        let lanes = self.count("data.lanes")?;
         if let Some(batch) = batch
             && !batch.is_multiple_of(lanes)
         {
             let message = format!("`data.lanes` = {lanes} must divide `train.batch` = {batch}");
-            self.problem_among(&["data.lanes", "train.batch"], message, None);
+            let fix = format!("use `data.lanes` = {}, or remove it", default_lanes(batch));
+            self.problem_among(&["data.lanes", "train.batch"], message, Some(fix));
         }
         Some(lanes)
     }
@@ -376,17 +351,8 @@ impl Reader<'_> {
         }
     }
 
-    fn auto_or(&mut self, path: &str, range: RangeInclusive<u64>) -> Option<AutoOr<u64>> {
-        let node = self.required(path)?;
-        match &node.value {
-            Value::Text(text) if text == "auto" => Some(AutoOr::Auto),
-            Value::Integer(_) => self.integer_in(node, path, range).map(AutoOr::Is),
-            _ => self.wrong(node, path, "a whole number or \"auto\""),
-        }
-    }
-
     fn threads(&mut self) -> Option<AutoOr<u32>> {
-        let threads = self.auto_or("data.threads", 1..=u64::from(THREADS_MAX))?;
+        let threads = self.auto_or("data.threads")?;
         Some(match threads {
             AutoOr::Auto => AutoOr::Auto,
             AutoOr::Is(n) => AutoOr::Is(u32::try_from(n).expect("the range is one of u32")),
@@ -394,19 +360,15 @@ impl Reader<'_> {
     }
 
     fn optim(&mut self) -> Option<OptimSpec> {
-        let rate = |x: f64| positive(x) && x <= 100.0;
-        let base_lr = self.float("optim.base_lr", rate, "above 0 and up to 100");
-        let floor = |x: f64| (0.0..=100.0).contains(&x);
-        let min_lr = self.float("optim.min_lr", floor, "from 0 to 100");
+        let base_lr = self.float("optim.base_lr");
+        let min_lr = self.float("optim.min_lr");
         let warmup = match find(self.root, "optim.warmup").map(|node| &node.value) {
             Some(Value::Text(text)) if text == "none" => Some(None),
             _ => self.quantity::<Length>("optim.warmup").map(Some),
         };
-        let weight_decay = self.float("optim.weight_decay", floor, "from 0 to 100");
-        let below_one = |x: f64| (0.0..1.0).contains(&(x as f32)) && x >= 0.0;
-        let betas = self.pair("optim.betas", below_one, "from 0 to below 1");
-        let small = |x: f64| positive(x) && x <= 1.0;
-        let eps = self.float("optim.eps", small, "above 0 and up to 1");
+        let weight_decay = self.float("optim.weight_decay");
+        let betas = self.pair("optim.betas");
+        let eps = self.float("optim.eps");
         let decay_tokens = self.boolean("optim.decay_tokens");
         Some(OptimSpec {
             base_lr: base_lr?,
@@ -421,7 +383,7 @@ impl Reader<'_> {
 
     fn elastic(&mut self) -> Option<ElasticSpec> {
         let workers = self.workers();
-        let spares = self.count("elastic.spares", 0..=WORKERS_MAX);
+        let spares = self.count("elastic.spares");
         Some(ElasticSpec { workers: workers?, spares: spares? })
     }
 
@@ -451,7 +413,7 @@ impl Reader<'_> {
             }
             _ => match number(text) {
                 Some(n) => ("must be \"min:max\"", format!("use \"{n}:{n}\"")),
-                None => ("must be \"min:max\"", "such as \"2:8\"".to_string()),
+                None => ("must be \"min:max\"", workers_fix(text)),
             },
         };
         let message = format!("`{PATH}` = \"{}\" {message}", echo(text));
@@ -460,17 +422,17 @@ impl Reader<'_> {
     }
 
     fn checkpoint(&mut self) -> Option<CheckpointSpec> {
-        let to = self.place("checkpoint.to", &CHECKPOINT_SCHEMES);
+        let to = self.place("checkpoint.to");
         let every = self.checkpoint_every();
-        let last = self.count("checkpoint.keep.last", 1..=KEEP_LAST_MAX);
+        let last = self.count("checkpoint.keep.last");
         let keep_every = match find(self.root, "checkpoint.keep.every") {
             Some(node) => self.quantity_in(node, "checkpoint.keep.every").map(Some),
             None => Some(None),
         };
         let resume = self.word("checkpoint.resume", Resume::ALL);
         let when_busy = self.word("checkpoint.when_busy", WhenBusy::ALL);
-        let max_write_mbps = self.count("checkpoint.max_write_mbps", 0..=MBPS_MAX);
-        let max_failures = self.count("checkpoint.max_failures", 0..=FAILURES_MAX);
+        let max_write_mbps = self.count("checkpoint.max_write_mbps");
+        let max_failures = self.count("checkpoint.max_failures");
         let read_back = self.boolean("checkpoint.read_back");
         Some(CheckpointSpec {
             to: to?,
@@ -489,11 +451,12 @@ impl Reader<'_> {
         const PATH: &str = "checkpoint.every";
         let node = self.required(PATH)?;
         let list = match &node.value {
-            Value::Array(list) if (1..=EVERY_MAX).contains(&list.len()) => list.as_slice(),
+            Value::Array(list) if (1..=CADENCES_MAX).contains(&list.len()) => list.as_slice(),
             Value::Array(list) => {
                 let n = list.len();
-                let message = format!("`{PATH}` must list 1 to {EVERY_MAX} cadences, not {n}");
-                self.problem(node.at, PATH, message, None);
+                let message = format!("`{PATH}` must list 1 to {CADENCES_MAX} cadences, not {n}");
+                let fix = "for example [\"15min\", \"1ep\"]".to_string();
+                self.problem(node.at, PATH, message, Some(fix));
                 return None;
             }
             Value::Text(_) => std::slice::from_ref(node),
@@ -505,7 +468,7 @@ impl Reader<'_> {
                 && read[..i].contains(&Some(*cadence))
             {
                 let message = format!("`{PATH}` lists \"{cadence}\" twice");
-                self.problem(list[i].at, PATH, message, None);
+                self.problem(list[i].at, PATH, message, Some("remove one of them".to_string()));
             }
         }
         read.into_iter().collect()
@@ -516,39 +479,103 @@ impl Reader<'_> {
         Some(TrackSpec { every })
     }
 
-    fn across_sections(&mut self, spec: &RunSpec) {
-        let (min_lr, peak) = (spec.optim.min_lr, spec.peak_lr());
+    /// Compares sections with each other, as far as they could be read.
+    fn across_sections(
+        &mut self,
+        train: Option<&TrainSpec>,
+        optim: Option<&OptimSpec>,
+        elastic: Option<&ElasticSpec>,
+    ) {
+        let Some(train) = train else { return };
+        if let Some(optim) = optim {
+            self.rates(train, optim);
+            self.warmup(train.duration, optim.warmup);
+        }
+        // Slots that do not tile the batch were reported.
+        if let Some(elastic) = elastic
+            && train.batch.is_multiple_of(train.slot_batch)
+        {
+            self.workers_for(train.batch / train.slot_batch, elastic.workers);
+        }
+    }
+
+    fn rates(&mut self, train: &TrainSpec, optim: &OptimSpec) {
+        let (min_lr, peak) = (optim.min_lr, peak_lr(optim.base_lr, train.batch));
         if min_lr > peak {
             let message = format!(
                 "`optim.min_lr` = {min_lr:?} is above the peak {peak:?}, which \
                  is base_lr * batch / 256"
             );
             let paths = ["optim.min_lr", "optim.base_lr", "train.batch"];
-            self.problem_among(&paths, message, None);
+            let fix = format!("use at most {peak:?} or raise `optim.base_lr`");
+            self.problem_among(&paths, message, Some(fix));
         }
-        let duration = spec.train.duration;
-        let longer = match (spec.optim.warmup, duration) {
+    }
+
+    fn warmup(&mut self, duration: Length, warmup: Option<Length>) {
+        let longer = match (warmup, duration) {
             (Some(Length::Epochs(warmup)), Length::Epochs(duration)) => warmup > duration,
             (Some(Length::Steps(warmup)), Length::Steps(duration)) => warmup > duration,
             _ => false,
         };
-        if let Some(warmup) = spec.optim.warmup.filter(|_| longer) {
+        if let Some(warmup) = warmup.filter(|_| longer) {
             let message =
                 format!("`optim.warmup` = {warmup} is longer than `train.duration` = {duration}");
-            self.problem_among(&["optim.warmup", "train.duration"], message, None);
+            let fix = format!("use `optim.warmup` = \"{duration}\" or less");
+            self.problem_among(&["optim.warmup", "train.duration"], message, Some(fix));
         }
-        let (min, n_slots) = (spec.elastic.workers.min, spec.train.batch / spec.train.slot_batch);
+    }
+
+    fn workers_for(&mut self, n_slots: u32, workers: Workers) {
+        let min = workers.min;
         if min > n_slots {
             let message = format!(
-                "`elastic.workers` = \"{}\" wants at least {min} workers, and a \
-                 step has {n_slots} slots",
-                spec.elastic.workers
+                "`elastic.workers` = \"{workers}\" wants at least {min} workers, and a \
+                 step has {n_slots} slots"
             );
             let fix = "lower `train.slot_batch` or the workers".to_string();
             let paths = ["elastic.workers", "train.slot_batch", "train.batch"];
             self.problem_among(&paths, message, Some(fix));
         }
     }
+}
+
+/// Returns the nearest ratios that keep one patch and remove one.
+fn mask_ratio_fix(patches: usize) -> String {
+    if patches < 2 {
+        return "use smaller patches: there must be at least 2".to_string();
+    }
+    // Decimals enough that rounding moves neither limit by a patch.
+    let scale = [1e3, 1e6, 1e9].into_iter().find(|scale| *scale > 10.0 * patches as f64);
+    let scale = scale.unwrap_or(1e12);
+    let share = 1.0 / patches as f64;
+    let least = (share * scale).ceil() / scale;
+    let most = ((1.0 - share) * scale).floor() / scale;
+    format!("use a ratio from {least} to {most}")
+}
+
+/// Guesses two numbers of workers with something else between them.
+fn workers_fix(text: &str) -> String {
+    let is_digit = |c: char| c.is_ascii_digit();
+    let parts = text.split(|c| !is_digit(c)).filter(|part| !part.is_empty());
+    match parts.collect::<Vec<&str>>().as_slice() {
+        [min, max] if text.starts_with(is_digit) => format!("did you mean \"{min}:{max}\"?"),
+        _ => "such as \"2:8\"".to_string(),
+    }
+}
+
+/// Returns a name like `name` that can be used, where something is left of it.
+fn usable_name(name: &str) -> Option<String> {
+    let usable = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | ':' | '-');
+    let plain: String = name.chars().map(|c| if usable(c) { c } else { '-' }).collect();
+    let plain = plain.trim_matches(|c| matches!(c, '.' | '-'));
+    let plain = &plain[..plain.len().min(NAME_BYTES_MAX)];
+    let guess = plain.parse::<RunId>().ok();
+    Some(match guess {
+        Some(_) if plain.len() <= NAME_SHOWN_MAX => format!("for example \"{plain}\""),
+        Some(_) => "shorten it".to_string(),
+        None => "for example \"my-run\"".to_string(),
+    })
 }
 
 /// Returns the key of a model's field: `img_size[0]` is part of `model.img_size`.

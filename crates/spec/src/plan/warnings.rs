@@ -1,0 +1,184 @@
+//! What a spec allows and its author most likely did not want.
+
+use super::{EFFICIENCY_WARNING, WorkerRow, row};
+use crate::run_spec::{Reduce, RunSpec, SLOTS_MAX};
+use crate::units::{Cadence, Length};
+
+/// Slots above which sums of 32 bits are warned about, and the bits that this many leave a slot's
+/// largest elements.
+const EXACT32_SLOTS_MAX: u32 = 1024;
+const EXACT32_BITS: u32 = 15;
+/// Least room for chunks of remote shards that is of use: four, of 16 MiB each.
+const CACHE_BYTES_MIN: u64 = 64 << 20;
+/// Most numbers of workers that a warning names.
+const NAMED_MAX: usize = 12;
+/// Highest peak that passes without a word: AdamW's steps have the size of the rate, and weights
+/// are smaller than this.
+const PEAK_MAX: f64 = 0.1;
+
+/// Lists what is probably not wanted; `per_epoch` are the steps of an epoch, where they are known.
+pub(super) fn warnings(
+    spec: &RunSpec,
+    workers: &[WorkerRow],
+    n_slots: u32,
+    per_epoch: Option<u64>,
+) -> Vec<String> {
+    let mut out: Vec<String> = Vec::new();
+    shares(&mut out, spec, workers, n_slots);
+    arithmetic(&mut out, spec, per_epoch);
+    checkpoints(&mut out, spec, per_epoch);
+    folders(&mut out, spec);
+    out
+}
+
+fn shares(out: &mut Vec<String>, spec: &RunSpec, workers: &[WorkerRow], n_slots: u32) {
+    let max = spec.elastic.workers.max;
+    if max > n_slots {
+        out.push(format!(
+            "a step has {n_slots} slots: of {max} workers, {} are spares that only step in",
+            max - n_slots
+        ));
+    }
+    let is_low = |row: &&WorkerRow| row.efficiency < EFFICIENCY_WARNING && row.n_workers <= n_slots;
+    let low: Vec<String> = workers.iter().filter(is_low).map(|r| r.n_workers.to_string()).collect();
+    if !low.is_empty() {
+        let mut named = low[..low.len().min(NAMED_MAX)].join(", ");
+        if low.len() > NAMED_MAX {
+            named += &format!(" and {} more", low.len() - NAMED_MAX);
+        }
+        let mut text = format!("under {EFFICIENCY_WARNING} efficiency with {named} workers");
+        if let Some(slot_batch) = better_slot_batch(spec) {
+            text += &format!("; `train.slot_batch` = {slot_batch} avoids it, as another run");
+        }
+        out.push(text);
+    }
+    if spec.train.reduce == Reduce::Exact32 && n_slots > EXACT32_SLOTS_MAX {
+        out.push(format!(
+            "sums of 32 bits over {n_slots} slots leave a slot's gradient fewer than \
+             {EXACT32_BITS} bits; `train.reduce` = \"exact\" has no such limit"
+        ));
+    }
+}
+
+/// Finds the largest slot that serves every allowed number of workers well.
+fn better_slot_batch(spec: &RunSpec) -> Option<u32> {
+    let (batch, workers) = (spec.train.batch, spec.elastic.workers);
+    let serves = |slot_batch: &u32| {
+        let n_slots = batch / slot_batch;
+        let fine = |n| row(n_slots, n).efficiency >= EFFICIENCY_WARNING;
+        batch.is_multiple_of(*slot_batch)
+            && n_slots <= SLOTS_MAX
+            && (workers.min..=workers.max).all(fine)
+    };
+    (1..spec.train.slot_batch).rev().find(serves)
+}
+
+fn arithmetic(out: &mut Vec<String>, spec: &RunSpec, per_epoch: Option<u64>) {
+    let (peak, decay) = (spec.peak_lr(), spec.optim.weight_decay);
+    if peak > PEAK_MAX {
+        out.push(format!(
+            "the learning rate peaks at {peak:?}: `optim.base_lr` = {:?} counts for a batch of \
+             256 and is raised with the batch",
+            spec.optim.base_lr
+        ));
+    }
+    if peak * decay >= 1.0 {
+        out.push(format!(
+            "`optim.weight_decay` = {decay:?} takes all of a weight in one step at the \
+             peak {peak:?}"
+        ));
+    }
+    let [first, second] = spec.optim.betas;
+    if first > second {
+        out.push(format!(
+            "`optim.betas` = [{first:?}, {second:?}] forgets gradients later than their squares: \
+             is the order right?"
+        ));
+    }
+    let (mean, std) = (&spec.data.mean, &spec.data.std);
+    if mean.iter().any(|x| !(0.0..=1.0).contains(x)) || std.iter().any(|x| *x > 1.0) {
+        out.push("`data.mean` or `data.std` lie outside 0 to 1: full brightness is 1".to_string());
+    }
+    let duration = spec.train.duration;
+    if let Some(warmup) = spec.optim.warmup
+        && compare(warmup, duration, per_epoch).is_some_and(|(warmup, all)| warmup == all)
+    {
+        out.push(format!("`optim.warmup` = {warmup} is the whole run: the rate never falls"));
+    }
+}
+
+fn checkpoints(out: &mut Vec<String>, spec: &RunSpec, per_epoch: Option<u64>) {
+    let (every, duration) = (&spec.checkpoint.every, spec.train.duration);
+    let longer = |cadence: &Cadence| match cadence {
+        Cadence::Length(length) => {
+            compare(*length, duration, per_epoch).is_some_and(|(length, all)| length > all)
+        }
+        Cadence::Seconds(_) => false,
+    };
+    if every.iter().all(longer) {
+        out.push(format!(
+            "`checkpoint.every` is longer than the run of {duration}: nothing is saved on the way"
+        ));
+    }
+    let n_times = every.iter().filter(|c| matches!(c, Cadence::Seconds(_))).count();
+    if n_times > 1 {
+        out.push("of the times in `checkpoint.every` only the shortest counts".to_string());
+    }
+    if every.len() - n_times > 1 {
+        out.push("of the steps and epochs in `checkpoint.every` only the shortest counts".into());
+    }
+    match spec.checkpoint.keep.every {
+        None => {}
+        Some(Cadence::Seconds(_)) => out.push(
+            "`checkpoint.keep.every` is a time, and keeps nothing: give it in step or ep"
+                .to_string(),
+        ),
+        Some(Cadence::Length(keep)) => kept(out, every, keep, per_epoch),
+    }
+    if longer(&spec.track.every) {
+        let every = spec.track.every;
+        out.push(format!("`track.every` = {every} is longer than the run: nothing is recorded"));
+    }
+}
+
+fn folders(out: &mut Vec<String>, spec: &RunSpec) {
+    let (shards, to) = (&spec.data.shards, &spec.checkpoint.to);
+    if shards == to {
+        out.push("`data.shards` and `checkpoint.to` are one folder".to_string());
+    }
+    let Some(cache) = &spec.data.cache else { return };
+    if [shards, to].contains(&&cache.dir) {
+        out.push("`data.cache.dir` is also the folder of the data or of checkpoints".to_string());
+    }
+    if cache.chunk_bytes() < CACHE_BYTES_MIN {
+        let size = cache.size;
+        out.push(format!(
+            "`data.cache.size` = {size} holds next to nothing: shards are read in chunks"
+        ));
+    }
+}
+
+/// Compares what is kept for good with what is saved.
+fn kept(out: &mut Vec<String>, every: &[Cadence], keep: Length, per_epoch: Option<u64>) {
+    let meets = |cadence: &Cadence| match cadence {
+        // An epoch's steps are not known before its data: then it may.
+        Cadence::Length(length) => compare(keep, *length, per_epoch)
+            .is_none_or(|(keep, length)| keep.is_multiple_of(length)),
+        Cadence::Seconds(_) => false,
+    };
+    if !every.iter().any(meets) {
+        out.push(format!(
+            "`checkpoint.keep.every` = {keep} keeps checkpoints of those steps, and \
+             `checkpoint.every` makes none there but by chance: add \"{keep}\" to it"
+        ));
+    }
+}
+
+/// Returns two lengths in one unit, where there is one.
+fn compare(a: Length, b: Length, per_epoch: Option<u64>) -> Option<(u64, u64)> {
+    match (a, b) {
+        (Length::Steps(a), Length::Steps(b)) => Some((a, b)),
+        (Length::Epochs(a), Length::Epochs(b)) => Some((a.into(), b.into())),
+        _ => Some((a.steps(per_epoch?)?, b.steps(per_epoch?)?)),
+    }
+}
