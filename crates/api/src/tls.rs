@@ -1,4 +1,5 @@
-//! TLS files and tokens as they stand on disk: one folder for each party, made by `lacuna tls init`.
+//! TLS files and tokens as they stand on disk: a folder for each party, as `lacuna tls init` makes
+//! them.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -40,7 +41,10 @@ pub enum TlsError {
         dir: PathBuf,
     },
     /// The file of a token holds something else.
-    #[error("`{}` holds no token: one line without spaces, as `lacuna token new` prints it", path.display())]
+    #[error(
+        "`{}` holds no token: one line without spaces, as `lacuna token new` prints it",
+        path.display()
+    )]
     NotAToken {
         /// The file.
         path: PathBuf,

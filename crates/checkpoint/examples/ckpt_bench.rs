@@ -7,10 +7,10 @@
 //! One writer. A save is a part with its digests, its receipt and the commit, all durable (the
 //! digest of the whole state is known by then, since the snapshot was taken); a load reads every
 //! byte into memory that exists, and compares every digest, and the state's. Raw is 16 MiB at a
-//! time with O_DIRECT, and a sync. Each round does all four twice, in the one order and in the other,
-//! on fresh files that are not in the page cache, and waits before each until the device has done
-//! what was asked of it before, such as discarding the blocks of removed files. Prints one JSON
-//! line: GB/s (10^9 bytes) of each round, both times together.
+//! time with O_DIRECT, and a sync. Each round does all four twice, in the one order and in the
+//! other, on fresh files that are not in the page cache, and waits before each until the device has
+//! done what was asked of it before, such as discarding the blocks of removed files. Prints one
+//! JSON line: GB/s (10^9 bytes) of each round, both times together.
 
 use std::error::Error;
 use std::fs::{File, OpenOptions};

@@ -6,6 +6,8 @@ mod import;
 mod keep;
 mod repair;
 
+pub(crate) use repair::try_place;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -35,7 +35,7 @@ pub struct Connect {
 }
 
 impl Connect {
-    async fn client(&self) -> Result<Client, ClientError> {
+    pub async fn client(&self) -> Result<Client, ClientError> {
         let credentials = Credentials::read(self.token_file.as_deref(), self.tls_dir.as_deref())?;
         let timeout = Duration::from_secs(self.timeout);
         Client::connect_as(&self.coordinator, timeout, &credentials).await
@@ -62,6 +62,9 @@ pub struct SubmitArgs {
     /// Follow the run until it ends.
     #[arg(long)]
     watch: bool,
+    /// Print the request as JSON and send nothing: for clients in other languages.
+    #[arg(long, conflicts_with = "watch")]
+    dry_run: bool,
     /// How progress is shown.
     #[arg(long, value_enum, default_value = "auto")]
     progress: ProgressMode,
@@ -147,6 +150,15 @@ pub struct ReleaseArgs {
 pub fn submit(args: SubmitArgs) -> anyhow::Result<u8> {
     let mut spec = spec::read(&args.file, &args.overrides)?;
     let request = spec::request(&mut spec, true)?;
+    if args.dry_run {
+        let v1::CreateRunRequest { resume, n_samples, fingerprint, .. } = request;
+        let request = serde_json::json!({
+            "spec": spec.to_json(), "resume": resume, "n_samples": n_samples,
+            "fingerprint": fingerprint,
+        });
+        println!("{request}");
+        return Ok(exit::OK);
+    }
     runtime()?.block_on(async {
         let mut client = args.connect.client().await?;
         let (run, created) = client.create_run(request).await?;

@@ -7,7 +7,9 @@
 mod ckpt;
 mod client;
 mod data;
+mod doctor;
 mod journal;
+mod look;
 mod plan;
 mod progress;
 mod secrets;
@@ -53,8 +55,15 @@ enum Command {
     Watch(client::RunArgs),
     /// Wait until a run has ended.
     Wait(client::WaitArgs),
-    /// Stop a run at its next boundary, with a checkpoint; submit it again to go on.
+    /// Show what happened to a run.
+    Events(look::EventsArgs),
+    /// Stop a run at its next boundary, with a checkpoint; `lacuna resume` lets it go on.
+    #[command(visible_alias = "pause")]
     Stop(client::RunArgs),
+    /// Let a stopped, paused or failed run go on.
+    Resume(look::ResumeArgs),
+    /// Compare two specifications, of files or of runs.
+    Diff(look::DiffArgs),
     /// Checkpoint a run at its next boundary.
     Checkpoint(client::RunArgs),
     /// List workers: those of runs, and those that wait for one.
@@ -69,10 +78,17 @@ enum Command {
     Journal(journal::JournalArgs),
     /// List, check and export checkpoints.
     Ckpt(ckpt::CkptArgs),
+    /// Look whether this machine can train.
+    Doctor(doctor::DoctorArgs),
     /// Make tokens, which prove who somebody is.
     Token(secrets::TokenArgs),
     /// Make certificates, which encrypt and prove who somebody is.
     Tls(secrets::TlsArgs),
+    /// Print a script that completes the command line.
+    Completions(look::CompletionsArgs),
+    /// Write manual pages.
+    #[command(hide = true)]
+    Man(look::ManArgs),
 }
 
 /// An error that has its own exit code.
@@ -124,6 +140,12 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Status(args) => client::status(args),
         Command::Watch(args) => client::watch(args),
         Command::Wait(args) => client::wait(args),
+        Command::Events(args) => look::events(args),
+        Command::Resume(args) => look::resume(args),
+        Command::Diff(args) => look::diff(args),
+        Command::Doctor(args) => doctor::doctor(args),
+        Command::Completions(args) => look::completions(args),
+        Command::Man(args) => look::man(args),
         Command::Stop(args) => client::stop(args),
         Command::Checkpoint(args) => client::checkpoint(args),
         Command::Workers(args) => client::workers(args),
@@ -166,7 +188,11 @@ fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
             Some(Reason::Storage) => exit::IO,
             Some(Reason::ShuttingDown) => exit::UNREACHABLE,
             // Not the coordinator's words: what is between did not let the call through.
-            None if matches!(status.code(), Code::Unavailable | Code::Unknown) => {
+            None if matches!(
+                status.code(),
+                Code::Unavailable | Code::Unknown | Code::Cancelled
+            ) =>
+            {
                 exit::UNREACHABLE
             }
             _ => exit::FAILED,

@@ -24,8 +24,8 @@ pub struct CoordinatorArgs {
     #[arg(long, default_value_os_t = default_state())]
     state: PathBuf,
 
-    /// File of the tokens that let callers in (`lacuna token new --add-to FILE`); read again when it
-    /// changes.
+    /// File of the tokens that let callers in (`lacuna token new --add-to FILE`); read again when
+    /// it changes.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
 

@@ -57,7 +57,7 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
     let n = choose_workers(&args, &spec)?;
     spec.elastic.workers = Workers { min: spec.elastic.workers.min.min(n), max: n };
     let request = spec::request(&mut spec, true)?;
-    let worker = find_worker()?;
+    let (worker, _) = find_worker()?;
     let place = local_place(&spec);
     let saved = Path::new(&spec.checkpoint.to).join(&spec.name);
     std::fs::create_dir_all(place.join("logs"))
@@ -68,12 +68,19 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
         let options = Options { state, timing, security: Security::default() };
         let service = Service::open(addr, options).await.map_err(coded)?;
         let url = format!("http://{}", service.addr());
-        let mut serving = tokio::spawn(service.serve(std::future::pending()));
+        let (close, closed) = tokio::sync::oneshot::channel::<()>();
+        // It ends as well where nobody is left to close it.
+        let mut serving = tokio::spawn(service.serve(async { drop(closed.await) }));
         let log = place.join("logs/workers.log");
         let log_from = std::fs::metadata(&log).map_or(0, |meta| meta.len());
         let session = Training { args: &args, url, worker, saved, n, log, log_from };
         tokio::select! {
-            ended = session.run(request) => ended,
+            ended = session.run(request) => {
+                drop(close);
+                // What is left to write is written, within a bound of its own.
+                let _ = serving.await;
+                ended
+            }
             served = &mut serving => match served {
                 Ok(Err(err)) => Err(coded(err)),
                 _ => Err(Coded::error(exit::INTERNAL, "the coordinator ended by itself")),
@@ -108,8 +115,8 @@ fn choose_workers(args: &TrainArgs, spec: &RunSpec) -> anyhow::Result<u32> {
     Ok(n)
 }
 
-/// Finds `lacuna-worker` and checks that it runs and is this build.
-fn find_worker() -> anyhow::Result<PathBuf> {
+/// Finds `lacuna-worker` and checks that it runs and is this build; returns what it says it is.
+pub(crate) fn find_worker() -> anyhow::Result<(PathBuf, String)> {
     let unfit = |text: String| Coded::error(exit::UNFIT, text);
     let path = locate_worker().ok_or_else(|| {
         unfit(
@@ -140,7 +147,7 @@ fn find_worker() -> anyhow::Result<PathBuf> {
         );
         return Err(Coded::error(exit::VERSION, text));
     }
-    Ok(path)
+    Ok((path, said.trim().to_string()))
 }
 
 fn locate_worker() -> Option<PathBuf> {

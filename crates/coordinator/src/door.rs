@@ -1,7 +1,7 @@
 //! Who may come in: addresses, tokens, certificates, and what each role may ask for.
 //!
-//! On loopback everybody may do everything. Any other address needs a file of tokens, or a folder of
-//! TLS files with an authority for clients. A caller's role is that of its token, or that in its
+//! On loopback everybody may do everything. Any other address needs a file of tokens, or a folder
+//! of TLS files with an authority for clients. A caller's role is that of its token, or that in its
 //! certificate; [`needed`] says which one a path asks for.
 
 use std::net::SocketAddr;

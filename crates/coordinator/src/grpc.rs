@@ -466,6 +466,9 @@ impl Grpc {
     ) -> Result<(), Status> {
         let view = match self.0.runs().get_mut(id) {
             Some(handle) => {
+                if handle.spec.track.tensorboard != spec.track.tensorboard {
+                    self.0.follow(id, &spec, &handle.ends);
+                }
                 handle.spec = spec.clone();
                 handle.spec_json = spec.to_json().to_string();
                 handle.ends.view.clone()

@@ -28,8 +28,9 @@ mod page;
 const NOTICE_EVERY: Duration = Duration::from_secs(1);
 
 /// What may be loaded and run on a page: what is served here.
-const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; \
-                      connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; \
+                      img-src 'self' data:; connect-src 'self'; base-uri 'none'; \
+                      form-action 'none'; frame-ancestors 'none'";
 
 /// What handlers share.
 #[derive(Clone)]

@@ -17,6 +17,7 @@ mod scribe;
 pub mod service;
 pub mod store;
 mod times;
+mod track;
 
 pub use door::Security;
 pub use service::{Options, Service, StartError};

@@ -1,7 +1,7 @@
 //! What runs and sessions share: the store, the runs, and which run a free worker goes to.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use lacuna_api::v1;
 use lacuna_spec::{Mark, RunSpec};
 use lacuna_types::{CoordEpoch, Incarnation, RunId, Timestamp, WorkerId};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tonic::Status;
 use tracing::warn;
 
@@ -19,6 +20,7 @@ use crate::run::{Input, RunEnds, RunTask, SessionSender};
 use crate::scribe::Scribe;
 use crate::service::Options;
 use crate::store::{Store, StoreError, StoredRun, Update};
+use crate::track::Follower;
 
 /// Name of the state file in its folder.
 pub(crate) const STATE_FILE: &str = "coordinator.sqlite";
@@ -51,6 +53,9 @@ pub(crate) struct Shared {
     sessions: AtomicU64,
     changed: watch::Sender<u64>,
     fatal: mpsc::Sender<StoreError>,
+    /// Those who write files for people's tools.
+    followers: Mutex<JoinSet<()>>,
+    closing: watch::Sender<bool>,
     started: Instant,
 }
 
@@ -91,6 +96,8 @@ impl Shared {
             sessions: AtomicU64::new(0),
             changed: watch::Sender::new(0),
             fatal,
+            followers: Mutex::default(),
+            closing: watch::Sender::new(false),
             started: Instant::now(),
         };
         Ok((Arc::new(shared), failures))
@@ -159,6 +166,7 @@ impl Shared {
         let (task, ends, inputs) = RunTask::create(self, stored, spec.clone(), catalogue)?;
         self.tasks.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(task.run(inputs));
+        self.follow(&id, &spec, &ends);
         let mut runs = self.runs();
         let order = runs.len();
         let handle =
@@ -167,6 +175,30 @@ impl Shared {
         drop(runs);
         self.runs_changed();
         Ok(())
+    }
+
+    /// Begins to write the files that the spec asks for.
+    pub(crate) fn follow(self: &Arc<Self>, id: &RunId, spec: &RunSpec, ends: &RunEnds) {
+        let Some(to) = &spec.track.tensorboard else { return };
+        let follower = Follower {
+            shared: self.clone(),
+            run: id.clone(),
+            folder: Path::new(to).join(id.as_str()),
+            spec: serde_json::to_string_pretty(&spec.to_json()).unwrap_or_default(),
+            remarks: ends.input.clone(),
+        };
+        let work = follower.run(ends.view.clone(), self.closing.subscribe());
+        lock(&self.followers).spawn(work);
+    }
+
+    /// Has every follower write what is left, for at most `patience`.
+    pub(crate) async fn close(&self, patience: Duration) {
+        self.closing.send_replace(true);
+        let mut followers = std::mem::take(&mut *lock(&self.followers));
+        let all = async { while followers.join_next().await.is_some() {} };
+        if tokio::time::timeout(patience, all).await.is_err() {
+            warn!("files of `track.tensorboard` are not complete; the next start completes them");
+        }
     }
 
     /// Gives a free worker to the oldest run that wants one.

@@ -8,23 +8,25 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use lacuna_api::{v1, wire};
 use lacuna_checkpoint::layout::Attempt;
 use lacuna_control::coordinator::{
-    Command, CommitOrder, Coordinator, Ending, Event, Hello, Note, RunConfig, Status, WhenBusy,
+    Command, CommitOrder, Coordinator, Ending, Event, Hello, Note, Status,
 };
 use lacuna_control::journal::Record;
 use lacuna_control::message::{StepMark, ToCoordinator, ToWorker};
 use lacuna_control::plan::CheckpointRef;
-use lacuna_recipe::order::{EpochOrder, OrderMode, OrderSpec};
 use lacuna_spec::RunSpec;
-use lacuna_spec::units::Cadence;
-use lacuna_types::{Generation, Incarnation, RunId, SampleId, Step, Timestamp, WorkerId};
+use lacuna_types::{Generation, Incarnation, RunId, Timestamp, WorkerId};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
 
-use crate::catalogue::{Catalogue, cadence_steps};
+use crate::catalogue::Catalogue;
 use crate::registry::Shared;
 use crate::scribe::Down;
 use crate::store::{Entry, StoredRun, Update};
 use crate::times::Times;
+
+mod derived;
+
+pub(crate) use derived::run_config;
 
 /// Bound of a run's queue: a few hundred workers may beat at once while the task writes to disk.
 pub(crate) const INPUT_QUEUE: usize = 1024;
@@ -124,36 +126,8 @@ pub(crate) struct RunEnds {
     pub updates: broadcast::Sender<(u64, Update)>,
 }
 
-/// Derives what the machine needs from a spec.
-pub(crate) fn run_config(spec: &RunSpec, n_samples: u64) -> Result<RunConfig, String> {
-    let resolved = spec.resolve(n_samples).map_err(|err| err.to_string())?;
-    let per_epoch = resolved.geometry.steps_per_epoch();
-    let every = &spec.checkpoint.every;
-    let epoch_samples = per_epoch * u64::from(spec.train.batch);
-    Ok(RunConfig {
-        n_slots: spec.n_slots(),
-        total_steps: resolved.total_steps,
-        workers_min: spec.elastic.workers.min as usize,
-        workers_max: spec.elastic.workers.max as usize,
-        checkpoint_steps: every.iter().filter_map(|c| cadence_steps(c, per_epoch)).min(),
-        checkpoint_interval: every.iter().filter_map(cadence_time).min(),
-        when_busy: match spec.checkpoint.when_busy {
-            lacuna_spec::WhenBusy::Skip => WhenBusy::Skip,
-            lacuna_spec::WhenBusy::Wait => WhenBusy::Wait,
-            lacuna_spec::WhenBusy::Cancel => WhenBusy::Cancel,
-        },
-        max_failures: spec.checkpoint.max_failures,
-        epoch_steps: per_epoch,
-        epoch_samples,
-        bad_samples_max: spec.bad_samples_max(epoch_samples),
-    })
-}
-
-fn cadence_time(cadence: &Cadence) -> Option<Duration> {
-    match cadence {
-        Cadence::Seconds(seconds) => Some(Duration::from_secs(*seconds)),
-        Cadence::Length(_) => None,
-    }
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
 }
 
 /// The kind of note that tells that an operator's wish changed something, where it may change
@@ -525,9 +499,8 @@ impl RunTask {
         } else {
             info!(run_id = %self.id, kind, "{text}");
         }
-        let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
         let kind = kind.to_string();
-        Entry::Update(Update::Event { kind, warning, text, at_ms: at_ms as u64 })
+        Entry::Update(Update::Event { kind, warning, text, at_ms: now_ms() })
     }
 
     fn mark(&mut self, mark: StepMark) -> Entry {
@@ -547,6 +520,7 @@ impl RunTask {
             digest: mark.digest,
             skipped: mark.skipped,
             redone: mark.redone,
+            at_ms: now_ms(),
         };
         self.figures = Some(figures.clone());
         Entry::Update(figures)
@@ -582,33 +556,6 @@ impl RunTask {
         let timing = self.shared.options.timing.clone();
         self.machine = Coordinator::new(config, timing, saved, self.shared.now());
         self.tell(Note { kind: "resumed", warning: false, text }).await
-    }
-
-    /// Says which samples a step holds, where the order is one permutation of all of them.
-    fn name_samples(&self, step: Step) -> Note {
-        let text = match self.samples_of(step) {
-            Some(samples) => {
-                let samples: Vec<String> = samples.iter().map(ToString::to_string).collect();
-                format!("step {step} holds samples {}", samples.join(" "))
-            }
-            None => format!("`lacuna data show-order` lists the samples of step {step}"),
-        };
-        Note { kind: "samples", warning: true, text }
-    }
-
-    fn samples_of(&self, step: Step) -> Option<Vec<SampleId>> {
-        let spec: RunSpec = serde_json::from_str(&self.stored.spec).ok()?;
-        let n_samples = self.stored.n_samples;
-        let params = spec.order(n_samples, 1);
-        if params.mode == OrderMode::Block {
-            // Needs the chunks of the data, which only workers see.
-            return None;
-        }
-        let (seed, batch) = (spec.train.seed, spec.train.batch);
-        let order = OrderSpec { params, seed, batch, chunk_bounds: [0, n_samples].into() };
-        let (epoch, t) = spec.resolve(n_samples).ok()?.geometry.place(step);
-        let first = t * u64::from(batch);
-        Some(EpochOrder::new(&order, epoch).samples(first..first + u64::from(batch)))
     }
 }
 

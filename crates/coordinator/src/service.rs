@@ -36,6 +36,9 @@ const FIRST_WORDS: Duration = Duration::from_secs(10);
 /// How long TLS may take to begin.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
+/// How long files for people's tools may take to be completed at the end.
+const CLOSING: Duration = Duration::from_secs(5);
+
 /// How a coordinator is set up.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -102,11 +105,11 @@ pub struct Service {
 }
 
 impl Service {
-    /// Listens on `addr` (port 0: any free port), takes the state's lock, counts the start, and puts
-    /// every remembered run to work.
+    /// Listens on `addr` (port 0: any free port), takes the state's lock, counts the start, and
+    /// puts every remembered run to work.
     ///
     /// # Errors
-    /// An address that nothing protects, a port or a state folder in use, files that cannot be read.
+    /// An address that nothing protects, a port or a state folder in use, unreadable files.
     pub async fn open(addr: SocketAddr, options: Options) -> Result<Self, StartError> {
         let door = Door::new(addr, &options.security)?;
         let listener =
@@ -157,16 +160,18 @@ impl Service {
         if let Some(tls) = door.tls_config()? {
             server = server.tls_config(tls.timeout(HANDSHAKE)).map_err(StartError::Serve)?;
         }
-        let routes = routes(shared, Arc::new(door)).await;
+        let routes = routes(shared.clone(), Arc::new(door)).await;
         let server = server.add_routes(routes).serve_with_incoming(incoming);
-        tokio::select! {
+        let end = tokio::select! {
             served = server => served.map_err(StartError::Serve),
             failure = failures.recv() => match failure {
                 Some(error) => Err(StartError::Store(error)),
                 None => Ok(()),
             },
             () = shutdown => Ok(()),
-        }
+        };
+        shared.close(CLOSING).await;
+        end
     }
 }
 

@@ -110,6 +110,9 @@ pub enum Update {
         skipped: u64,
         /// Steps computed again so far.
         redone: u64,
+        /// Milliseconds since the Unix epoch; 0 where an older build wrote it.
+        #[serde(default)]
+        at_ms: u64,
     },
 }
 

@@ -36,7 +36,8 @@ pub struct Loaded {
 
 /// Reads the spec at `path`, and the files that it is based on, through `read`.
 ///
-/// Relative paths in a file (`data.shards`, `data.cache.dir`, `checkpoint.to`, `base`) start from
+/// Relative paths in a file (`data.shards`, `data.cache.dir`, `checkpoint.to`, `track.tensorboard`,
+/// `base`) start from
 /// that file's folder; the result is relative to whatever `path` is.
 /// [`RunSpec::resolve_paths`] deals with the others.
 /// `overrides` are `key=value`, laid over everything; a value that is not TOML is a string.
@@ -224,6 +225,7 @@ impl Loader<'_> {
         if let Some(folder) = folder {
             root_path(&mut table, &["data", "shards"], &folder);
             root_path(&mut table, &["data", "cache", "dir"], &folder);
+            root_path(&mut table, &["track", "tensorboard"], &folder);
             root_path(&mut table, &["checkpoint", "to"], &folder);
         }
         table

@@ -329,6 +329,8 @@ pub struct KeepSpec {
 #[allow(missing_docs, reason = "the table of fields documents each key once")]
 pub struct TrackSpec {
     pub every: Cadence,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensorboard: Option<String>,
 }
 
 fn warmup<S: Serializer>(warmup: &Option<Length>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -508,7 +510,8 @@ impl RunSpec {
     /// defaults do not.
     pub fn resolve_paths(&mut self, base: &Path) {
         let cache = self.data.cache.as_mut().map(|cache| &mut cache.dir);
-        for path in [&mut self.data.shards, &mut self.checkpoint.to].into_iter().chain(cache) {
+        let places = [&mut self.data.shards, &mut self.checkpoint.to].into_iter();
+        for path in places.chain(cache).chain(&mut self.track.tensorboard) {
             *path = load::join(base, path);
         }
     }

@@ -13,7 +13,7 @@ use crate::run_spec::RunSpec;
 pub(crate) use suggest::closest;
 
 /// Keys that are planned: refused until they do something, because ignoring them would mislead.
-const NOT_YET: &[&str] = &["checkpoint.keep.best", "track.reconstructions", "track.tensorboard"];
+const NOT_YET: &[&str] = &["checkpoint.keep.best", "track.reconstructions"];
 
 const UNAVAILABLE: &str = "is not available in this build yet";
 

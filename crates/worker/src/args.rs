@@ -104,7 +104,7 @@ pub struct CredentialArgs {
     #[arg(long, env = "LACUNA_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
-    /// Folder with `ca.pem`, and `cert.pem` with `key.pem` of the role `worker` (`lacuna tls init`).
+    /// Folder with `ca.pem`, and `cert.pem` and `key.pem` of the role `worker` (`lacuna tls init`).
     #[arg(long, env = "LACUNA_TLS_DIR", value_name = "FOLDER")]
     pub tls_dir: Option<PathBuf>,
 }

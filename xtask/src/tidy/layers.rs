@@ -47,7 +47,11 @@ const CRATES: &[Crate] = &[
     },
     row("lacuna-telemetry", 2, &[]),
     row("lacuna-track", 2, &[]),
-    row("lacuna-coordinator", 2, &["lacuna-api", "lacuna-checkpoint", "lacuna-telemetry"]),
+    row(
+        "lacuna-coordinator",
+        2,
+        &["lacuna-api", "lacuna-checkpoint", "lacuna-telemetry", "lacuna-track"],
+    ),
     Crate {
         name: "lacuna-worker",
         layer: 2,

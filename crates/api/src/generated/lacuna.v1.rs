@@ -72,6 +72,12 @@ pub struct Run {
     /// Sequence number of the newest update.
     #[prost(uint64, tag = "15")]
     pub last_seq: u64,
+    /// Samples of the data set, as it was when the run was created.
+    #[prost(uint64, tag = "16")]
+    pub n_samples: u64,
+    /// Fingerprint of the data set, as it was when the run was created.
+    #[prost(string, tag = "17")]
+    pub fingerprint: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RunWorker {

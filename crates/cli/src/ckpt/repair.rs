@@ -67,6 +67,16 @@ pub(super) fn doctor(args: &DoctorArgs) -> anyhow::Result<u8> {
     Err(Coded::error(exit::IO, format!("`{shown}` is not fit for checkpoints as it is")))
 }
 
+/// Tries a place for checkpoints as quickly as a run does before it starts.
+pub(crate) fn try_place(text: &str) -> anyhow::Result<()> {
+    let (dir, _) = place(Path::new(text))?;
+    let examined = doctor::examine(dir.storage(), dir.root(), doctor::BRIEF_BYTES);
+    match examined.problem() {
+        None => Ok(()),
+        Some(problem) => Err(Coded::error(exit::IO, problem)),
+    }
+}
+
 /// Returns where checkpoints go, and the bytes of one if the run is known.
 fn place(path: &Path) -> anyhow::Result<(RunDir, Option<u64>)> {
     if path.is_file() {

@@ -15,7 +15,7 @@ use crate::registry::lock;
 const PREFIX: &str = "lacuna_";
 
 /// How often it is looked whether the file has changed.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+pub(super) const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Tokens that cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -57,6 +57,8 @@ pub(crate) fn run_message(id: &RunId, handle: &RunHandle) -> v1::Run {
         spec: handle.spec_json.clone(),
         exit_code: exit_code.map(u32::from),
         last_seq,
+        n_samples: handle.n_samples,
+        fingerprint: handle.fingerprint.clone(),
     }
 }
 
@@ -72,6 +74,7 @@ fn figures_message(update: Update) -> Option<v1::Figures> {
         digest,
         skipped,
         redone,
+        at_ms: _,
     } = update
     else {
         return None;

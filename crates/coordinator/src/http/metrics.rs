@@ -1,6 +1,7 @@
-//! Metrics in the text format of OpenMetrics, which Prometheus scrapes.
+//! Metrics in Prometheus' text format.
 
 use std::fmt;
+use std::sync::atomic::AtomicU64;
 
 use lacuna_types::BuildId;
 use prometheus_client::encoding::EncodeLabelSet;
@@ -8,19 +9,22 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
-use std::sync::atomic::AtomicU64;
 
 use crate::grpc::messages::{events_of, run_message, times_of};
 use crate::registry::Shared;
 use crate::times::Share;
 
 /// The content type of [`render`].
-pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 type Float = Gauge<f64, AtomicU64>;
 type Seconds = Counter<f64, AtomicU64>;
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct BuildLabel {
+    version: String,
+}
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RunLabel {
@@ -124,8 +128,9 @@ pub(super) fn render(shared: &Shared) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
     let families = Families::default();
     families.register(&mut registry);
-    let build = Info::new(vec![("version", BuildId::this().to_string())]);
-    registry.register("lacuna_build", "What answers", build);
+    let build: Family<BuildLabel, Gauge> = Family::default();
+    build.get_or_create(&BuildLabel { version: BuildId::this().to_string() }).set(1);
+    registry.register("lacuna_build_info", "What answers", build);
     let sessions: Gauge = Gauge::default();
     sessions.set(shared.n_sessions() as i64);
     registry.register("lacuna_sessions", "Workers that are connected", sessions);
@@ -165,9 +170,45 @@ pub(super) fn render(shared: &Shared) -> Result<String, fmt::Error> {
     }
     let mut text = String::new();
     encode(&mut text, &registry)?;
-    Ok(text)
+    Ok(classic(&text))
+}
+
+/// Turns the text of OpenMetrics into the older one, which every version of Prometheus and its
+/// tools reads: there a counter is described by the name that its samples have.
+fn classic(text: &str) -> String {
+    let counters: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
+        .collect();
+    let mut out = String::with_capacity(text.len());
+    for line in text.lines().filter(|line| *line != "# EOF") {
+        let mut words = line.splitn(4, ' ');
+        let [mark, word, name] = [(); 3].map(|()| words.next().unwrap_or_default());
+        if mark == "#" && counters.contains(&name) {
+            let rest = words.next().unwrap_or_default();
+            out.push_str(&format!("# {word} {name}_total {rest}"));
+        } else {
+            out.push_str(line);
+        }
+        out.push('\n');
+    }
+    out
 }
 
 fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_described_by_the_names_of_their_samples() {
+        let text = "# HELP a Of a.\n# TYPE a counter\na_total{x=\"1\"} 2\n# HELP b B.\n\
+                    # TYPE b gauge\nb 1\n# EOF\n";
+        let expected = "# HELP a_total Of a.\n# TYPE a_total counter\na_total{x=\"1\"} 2\n\
+                        # HELP b B.\n# TYPE b gauge\nb 1\n";
+        assert_eq!(classic(text), expected);
+    }
 }

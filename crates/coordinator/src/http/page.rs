@@ -393,6 +393,7 @@ mod tests {
             digest: None,
             skipped: 0,
             redone: 0,
+            at_ms: 0,
         };
         let figures =
             [(1, 3.0), (2, 2.0), (3, 1.5), (2, 2.5), (3, 1.0)].map(|(s, l)| figures(s, l));

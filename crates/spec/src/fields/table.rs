@@ -342,4 +342,10 @@ pub(super) const FIELDS: &[Field] = &[
         "\"20step\"",
         "how often progress is recorded, in step, ep, s, min or h",
     ),
+    display(
+        "track.tensorboard",
+        Kind::Place(&[]),
+        "\"runs/tb\"",
+        "folder for files of TensorBoard, metrics.jsonl and events.jsonl; the coordinator writes",
+    ),
 ];

@@ -475,8 +475,12 @@ impl Reader<'_> {
     }
 
     fn track(&mut self) -> Option<TrackSpec> {
-        let every = self.quantity("track.every")?;
-        Some(TrackSpec { every })
+        let every = self.quantity("track.every");
+        let tensorboard = match find(self.root, "track.tensorboard") {
+            Some(_) => Some(self.place("track.tensorboard")?),
+            None => None,
+        };
+        Some(TrackSpec { every: every?, tensorboard })
     }
 
     /// Compares sections with each other, as far as they could be read.

@@ -1,0 +1,169 @@
+//! Writing what people's tools read of a run: TensorBoard's files, metrics and events.
+//!
+//! A follower reads from the state file what is written down already: it is never in a run's way,
+//! loses nothing when it was away, and writes nothing twice, since the files say how far they go.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use lacuna_track::{Body, Figures, Record, TrackError, Tracker};
+use lacuna_types::RunId;
+use tokio::sync::{mpsc, watch};
+
+use crate::registry::Shared;
+use crate::run::{Input, View};
+use crate::store::{SqliteStore, Store as _, StoreError, Update};
+
+/// Shortest time between two looks.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long to leave files alone that could not be written.
+const TRY_AGAIN: Duration = Duration::from_secs(30);
+/// Updates read at once.
+const PAGE: u64 = 512;
+
+/// Why files are not written.
+#[derive(Debug, thiserror::Error)]
+enum FollowError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Track(#[from] TrackError),
+    #[error(
+        "`{}` has records up to {files}, the state file up to {state}: another run wrote there; \
+         give `track.tensorboard` another folder",
+        folder.display()
+    )]
+    Ahead { folder: PathBuf, files: u64, state: u64 },
+}
+
+/// Follows one run into one folder.
+pub(crate) struct Follower {
+    pub shared: Arc<Shared>,
+    pub run: RunId,
+    pub folder: PathBuf,
+    /// The spec, for people.
+    pub spec: String,
+    /// Where what goes wrong is told.
+    pub remarks: mpsc::Sender<Input>,
+}
+
+impl Follower {
+    /// Writes until the service closes, and then what is left.
+    pub async fn run(self, mut view: watch::Receiver<View>, mut closing: watch::Receiver<bool>) {
+        let follower = Arc::new(self);
+        let mut open: Option<Open> = None;
+        let mut told = false;
+        loop {
+            let last = *closing.borrow_and_update();
+            view.mark_unchanged();
+            let (worker, before) = (follower.clone(), open.take());
+            let done = tokio::task::spawn_blocking(move || worker.follow(before)).await;
+            let pause = match done {
+                Ok(Ok(now)) => {
+                    (open, told) = (Some(now), false);
+                    LOOK_EVERY
+                }
+                Ok(Err(err)) => {
+                    if !told {
+                        follower.tell(&err).await;
+                    }
+                    told = true;
+                    TRY_AGAIN
+                }
+                // A bug, which the panic has told.
+                Err(_) => return,
+            };
+            if last {
+                return;
+            }
+            let rest = async {
+                tokio::time::sleep(pause).await;
+                // The run's task is gone where this fails, and the service closes.
+                let _ = view.changed().await;
+            };
+            tokio::select! {
+                () = rest => {}
+                changed = closing.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    async fn tell(&self, err: &FollowError) {
+        let text = format!("files of `track.tensorboard`: {}", lacuna_checkpoint::chain(err));
+        // Nobody is left to tell where the run's task is gone.
+        let _ = self.remarks.send(Input::Remark { warning: true, text }).await;
+    }
+
+    /// Writes what the files lack.
+    fn follow(&self, open: Option<Open>) -> Result<Open, FollowError> {
+        let mut open = match open {
+            Some(open) => open,
+            None => self.open()?,
+        };
+        loop {
+            let page = open.store.updates(&self.run, open.tracker.last_seq(), PAGE)?;
+            let records: Vec<Record> = page.into_iter().map(|(seq, u)| record(seq, u)).collect();
+            if records.is_empty() {
+                open.tracker.flush()?;
+                return Ok(open);
+            }
+            open.tracker.take(&records)?;
+        }
+    }
+
+    fn open(&self) -> Result<Open, FollowError> {
+        let store = SqliteStore::open_to_read(&self.shared.state_file())?;
+        let tracker = Tracker::open(&self.folder, now_ms())?.with_spec(&self.spec);
+        let (files, state) = (tracker.last_seq(), store.last_seq(&self.run)?);
+        if files > state {
+            return Err(FollowError::Ahead { folder: self.folder.clone(), files, state });
+        }
+        Ok(Open { store, tracker })
+    }
+}
+
+/// What is open while files are written.
+struct Open {
+    store: SqliteStore,
+    tracker: Tracker,
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
+}
+
+fn record(seq: u64, update: Update) -> Record {
+    match update {
+        Update::Event { kind, warning, text, at_ms } => {
+            Record { seq, at_ms, body: Body::Event { kind, warning, text } }
+        }
+        Update::Figures {
+            generation,
+            step,
+            loss,
+            lr,
+            grad_norm,
+            images_per_second,
+            data_wait,
+            digest,
+            skipped,
+            redone,
+            at_ms,
+        } => {
+            let figures = Figures {
+                step,
+                generation,
+                loss,
+                lr,
+                grad_norm,
+                images_per_second,
+                data_wait,
+                skipped,
+                redone,
+                digest,
+            };
+            Record { seq, at_ms, body: Body::Figures(figures) }
+        }
+    }
+}
