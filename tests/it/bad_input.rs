@@ -86,7 +86,7 @@ fn listening_to_the_network_without_protection_is_refused() {
         .unwrap();
     let (code, _, err) = said(&output);
     assert_eq!(code, 2, "{err}");
-    assert!(err.contains("without tokens or TLS"), "{err}");
+    assert!(err.contains("refusing to listen on") && err.contains("--tls-dir"), "{err}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod claim;
 mod damage;
 mod faults;
 mod nccl;
+mod network;
 mod objects;
 mod remote;
 mod syscalls;

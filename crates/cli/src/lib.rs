@@ -175,7 +175,6 @@ fn exit_code(err: &anyhow::Error) -> u8 {
 fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
     use lacuna_api::client::ClientError;
     use lacuna_api::error::{Reason, reason};
-    use tonic::Code;
     match err {
         ClientError::Address { .. } | ClientError::Scheme { .. } | ClientError::Credentials(_) => {
             exit::USAGE
@@ -188,16 +187,16 @@ fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
             Some(Reason::Storage) => exit::IO,
             Some(Reason::ShuttingDown) => exit::UNREACHABLE,
             // Not the coordinator's words: what is between did not let the call through.
-            None if matches!(
-                status.code(),
-                Code::Unavailable | Code::Unknown | Code::Cancelled
-            ) =>
-            {
-                exit::UNREACHABLE
-            }
+            None if is_of_transport(status.code()) => exit::UNREACHABLE,
             _ => exit::FAILED,
         },
     }
+}
+
+/// Tells whether a status without a reason comes from the way, and not from a coordinator.
+fn is_of_transport(code: tonic::Code) -> bool {
+    use tonic::Code;
+    matches!(code, Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal)
 }
 
 /// Starts the runtime of a command.

@@ -13,7 +13,7 @@ pub(crate) enum Share {
     Checkpoint,
     /// Too few workers.
     WaitWorkers,
-    /// Stopped, paused or over.
+    /// Stopped or paused.
     Paused,
 }
 
@@ -48,19 +48,20 @@ impl Share {
             Share::Reform => "forming groups",
             Share::Checkpoint => "held for a checkpoint",
             Share::WaitWorkers => "waiting for workers",
-            Share::Paused => "not to run",
+            Share::Paused => "stopped",
         }
     }
 
-    /// Returns what the time in a run's state is spent on.
-    fn of_state(state: &str) -> Self {
-        match state {
+    /// Returns what the time in a run's state is spent on; nothing where it is over.
+    fn of_state(state: &str) -> Option<Self> {
+        Some(match state {
+            "finished" | "failed" => return None,
             "running" => Share::Productive,
             "recovering" | "forming" | "syncing" | "disputed" => Share::Reform,
             "held" => Share::Checkpoint,
             "waiting" => Share::WaitWorkers,
             _ => Share::Paused,
-        }
+        })
     }
 }
 
@@ -76,7 +77,9 @@ impl Times {
 
     /// Counts time that passed in a state.
     pub fn pass(&mut self, state: &str, seconds: f64) {
-        self.0[Share::of_state(state) as usize] += seconds;
+        if let Some(share) = Share::of_state(state) {
+            self.0[share as usize] += seconds;
+        }
     }
 
     /// Moves the time of steps that were computed before to where it belongs.
@@ -94,9 +97,13 @@ mod tests {
     #[test]
     fn all_time_is_somewhere() {
         let mut times = Times::default();
-        for (state, seconds) in
-            [("running", 10.0), ("forming", 2.0), ("stopped", 4.0), ("new", 1.0)]
-        {
+        for (state, seconds) in [
+            ("running", 10.0),
+            ("forming", 2.0),
+            ("stopped", 4.0),
+            ("paused", 1.0),
+            ("finished", 9.0),
+        ] {
             times.pass(state, seconds);
         }
         times.repeat(3.0);

@@ -84,7 +84,10 @@ impl Field {
             ),
             "data.deadline_seconds" => DefaultValue::Value(DEADLINE_SECONDS.into()),
             "data.cache.mode" => DefaultValue::Value("auto".into()),
-            "data.cache.dir" | "data.cache.size" | "checkpoint.keep.every" => DefaultValue::Unset,
+            "data.cache.dir"
+            | "data.cache.size"
+            | "checkpoint.keep.every"
+            | "track.tensorboard" => DefaultValue::Unset,
             path => {
                 let (defaults, _) = node::parse_toml(presets::DEFAULTS, 0);
                 let value = find(&defaults, path).and_then(|node| node.value.to_json());

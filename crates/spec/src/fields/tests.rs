@@ -24,7 +24,12 @@ fn the_table_and_the_structs_agree() {
         }
     }
     let mut found: Vec<String> = Vec::new();
-    let optional = ["checkpoint.keep.every=5ep", "data.cache.dir=/nvme", "data.cache.size=500GB"];
+    let optional = [
+        "checkpoint.keep.every=5ep",
+        "data.cache.dir=/nvme",
+        "data.cache.size=500GB",
+        "track.tensorboard=tb",
+    ];
     leaves(&mut found, "", &spec(&optional).to_json());
     found.sort();
     let mut table: Vec<&str> = FIELDS.iter().map(|field| field.path).collect();

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use clap::Parser;
 use lacuna_api::client::Client;
+use lacuna_api::v1;
 use lacuna_tests::{Binaries, Fixture, Process, said};
 
 use self::fleet::Fleet;
@@ -64,7 +65,7 @@ impl std::str::FromStr for Shape {
         let parsed = text.split_once('x').and_then(|(runs, workers)| {
             Some(Shape { runs: runs.parse().ok()?, workers: workers.parse().ok()? })
         });
-        parsed.filter(|s| s.runs > 0 && s.workers > 1).ok_or(format!("`{text}` is not like 100x10"))
+        parsed.filter(|s| s.runs > 0 && s.workers > 0).ok_or(format!("`{text}` is not like 100x10"))
     }
 }
 
@@ -125,10 +126,11 @@ async fn measure_once(
     let (coordinator, url) = start(args, &fixture)?;
     let subject = Subject(coordinator.pid());
     let idle_mib = subject.memory("VmRSS")?;
-    for run in 0..shape.runs {
-        submit(&fixture, shape, run, &url)?;
-    }
     let mut client = Client::connect(&url, PATIENCE).await?;
+    let request = request(&fixture, shape)?;
+    let created = submit_all(&mut client, &request, shape).await?;
+    table.add("CreateRun, new: p50, ms", quantile(&created, 0.5));
+    table.add("CreateRun, new: p99, ms", quantile(&created, 0.99));
 
     let started = Instant::now();
     let mut fleet = Fleet::connect(&url, shape.all(), Duration::from_millis(args.step_ms)).await?;
@@ -153,14 +155,24 @@ async fn measure_once(
         (subject.memory("VmRSS")? - idle_mib) * 1024.0 / shape.all() as f64
     });
     let pause = Duration::from_millis(20);
-    for (name, call) in
-        [("GetInfo", Call::Info), ("GetRun", Call::Get("scale-000")), ("ListRuns", Call::List)]
-    {
+    let again = named(&request, 0)?;
+    for (name, call) in [
+        ("GetInfo", Call::Info),
+        ("GetRun", Call::Get("scale-000")),
+        ("ListRuns", Call::List),
+        ("ListWorkers", Call::Workers),
+        ("CreateRun, again", Call::Create(&again)),
+    ] {
         let times = latencies(&mut client, call, CALLS, pause).await?;
         table.add(&format!("{name}: p50, ms"), quantile(&times, 0.5));
         table.add(&format!("{name}: p99, ms"), quantile(&times, 0.99));
     }
 
+    if shape.workers == 1 {
+        // A group of one has nobody to go on.
+        table.add("peak RSS, MiB", subject.memory("VmHWM")?);
+        return Ok(());
+    }
     let hit = shape.some().min(shape.runs);
     for (how, what) in [(End::Die, "killed"), (End::Silence, "silent")] {
         let (stop, lag) = watch_lag(&url).await?;
@@ -213,7 +225,8 @@ fn start(args: &Args, fixture: &Fixture) -> anyhow::Result<(Process, String)> {
     Ok((process, url.to_string()))
 }
 
-fn submit(fixture: &Fixture, shape: Shape, run: usize, url: &str) -> anyhow::Result<()> {
+/// Makes the request that creates a run of this shape.
+fn request(fixture: &Fixture, shape: Shape) -> anyhow::Result<v1::CreateRunRequest> {
     let (min, max) = (shape.min(), shape.workers);
     let workers = if min == max { format!("\"{min}\"") } else { format!("\"{min}:{max}\"") };
     let batch = shape.slots().to_string();
@@ -227,9 +240,40 @@ fn submit(fixture: &Fixture, shape: Shape, run: usize, url: &str) -> anyhow::Res
         ("elastic.workers", workers.as_str()),
         ("checkpoint.every", "[\"1h\"]"),
     ];
-    let spec = fixture.spec(&format!("scale-{run:03}"), 1_000_000, &extra);
+    let spec = fixture.spec("scale", 1_000_000, &extra);
     let path = spec.to_str().context("a path in UTF-8")?;
-    let (code, out, err) = said(&fixture.run(&["submit", path, "--coordinator", url]));
+    let (code, out, err) = said(&fixture.run(&["submit", path, "--dry-run"]));
     ensure!(code == 0, "submit: {out}{err}");
-    Ok(())
+    let request: serde_json::Value = serde_json::from_str(&out)?;
+    Ok(v1::CreateRunRequest {
+        spec: request["spec"].to_string(),
+        resume: true,
+        n_samples: request["n_samples"].as_u64().context("a number of samples")?,
+        fingerprint: request["fingerprint"].as_str().context("a fingerprint")?.to_string(),
+    })
+}
+
+/// The same for the run of another name.
+fn named(request: &v1::CreateRunRequest, run: usize) -> anyhow::Result<v1::CreateRunRequest> {
+    let mut spec: serde_json::Value = serde_json::from_str(&request.spec)?;
+    spec["name"] = format!("scale-{run:03}").into();
+    Ok(v1::CreateRunRequest { spec: spec.to_string(), ..request.clone() })
+}
+
+/// Creates every run; returns how long each took, in milliseconds, ascending.
+async fn submit_all(
+    client: &mut Client,
+    request: &v1::CreateRunRequest,
+    shape: Shape,
+) -> anyhow::Result<Vec<f64>> {
+    let mut times: Vec<f64> = Vec::new();
+    for run in 0..shape.runs {
+        let request = named(request, run)?;
+        let started = Instant::now();
+        let (_, created) = client.create_run(request).await?;
+        times.push(started.elapsed().as_secs_f64() * 1e3);
+        ensure!(created, "run {run} was there");
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times)
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use lacuna_api::client::Client;
+use lacuna_api::v1;
 
 /// Ticks a second of the times in `/proc`; the same on every Linux that Rust runs on.
 const TICKS: f64 = 100.0;
@@ -52,6 +53,10 @@ pub enum Call<'a> {
     Get(&'a str),
     /// All runs.
     List,
+    /// All workers.
+    Workers,
+    /// A run that is there already.
+    Create(&'a v1::CreateRunRequest),
 }
 
 impl Call<'_> {
@@ -60,6 +65,8 @@ impl Call<'_> {
             Call::Info => client.info().await.map(|_| ())?,
             Call::Get(run) => client.get_run(run).await.map(|_| ())?,
             Call::List => client.list_runs().await.map(|_| ())?,
+            Call::Workers => client.list_workers().await.map(|_| ())?,
+            Call::Create(request) => client.create_run(request.clone()).await.map(|_| ())?,
         }
         Ok(())
     }
