@@ -41,6 +41,37 @@ fn one_two_and_three_workers_give_the_same_bits() {
 }
 
 #[test]
+fn an_operator_changes_the_number_of_workers_and_no_bit() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start(&fixture);
+    let run = cluster.submit(&fixture.spec("scaled", STEPS, &[("elastic.workers", "\"2:2\"")]));
+    cluster.add("a", 3);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 15);
+    let scale = |cluster: &Cluster<'_>, workers: &str| {
+        let args = ["scale", "scaled", workers, "--coordinator", &cluster.url];
+        said(&fixture.run(&args))
+    };
+    let (code, _, err) = scale(&cluster, "1:1");
+    assert_eq!(code, 0, "{err}");
+    let ranks = |seen: &lacuna_tests::Seen| {
+        seen.run.workers.iter().filter(|worker| worker.rank.is_some()).count()
+    };
+    cluster.wait(&run, "one worker", |seen| ranks(seen) == 1 && seen.run.state == "running");
+    // It holds after a restart of the coordinator, too.
+    cluster.kill_coordinator();
+    cluster.start_coordinator();
+    let (code, _, err) = scale(&cluster, "1:3");
+    assert_eq!(code, 0, "{err}");
+    cluster.wait(&run, "three workers", |seen| ranks(seen) == 3);
+    let (code, _, err) = scale(&cluster, "3:1");
+    assert_eq!(code, 2, "{err}");
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    assert_eq!(seen.count("resized"), 2, "{}", seen.text());
+    assert_eq!(format!("{:016x}", seen.run.final_digest.unwrap()), "71dfbee5180d1b53");
+}
+
+#[test]
 fn sums_of_32_bits_give_the_same_bits_too() {
     let fixture = fixture();
     let train = |name: &str, n: usize, kills: bool| {

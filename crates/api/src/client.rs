@@ -217,6 +217,18 @@ impl Client {
         Ok(())
     }
 
+    /// Changes how many workers train, from the next boundary on.
+    pub async fn scale_run(
+        &mut self,
+        run_id: &str,
+        workers_min: u32,
+        workers_max: u32,
+    ) -> Result<v1::Run, ClientError> {
+        let message = v1::ScaleRunRequest { run_id: run_id.to_string(), workers_min, workers_max };
+        let request = self.request(message);
+        Ok(self.runs.scale_run(request).await?.into_inner().run.unwrap_or_default())
+    }
+
     /// Returns the coordinator's build and epoch.
     pub async fn info(&mut self) -> Result<v1::GetInfoResponse, ClientError> {
         let request = self.request(v1::GetInfoRequest {});

@@ -62,6 +62,8 @@ enum Command {
     Stop(client::RunArgs),
     /// Let a stopped, paused or failed run go on.
     Resume(look::ResumeArgs),
+    /// Change how many workers train a run, from its next boundary on.
+    Scale(look::ScaleArgs),
     /// Compare two specifications, of files or of runs.
     Diff(look::DiffArgs),
     /// Checkpoint a run at its next boundary.
@@ -142,6 +144,7 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Wait(args) => client::wait(args),
         Command::Events(args) => look::events(args),
         Command::Resume(args) => look::resume(args),
+        Command::Scale(args) => look::scale(args),
         Command::Diff(args) => look::diff(args),
         Command::Doctor(args) => doctor::doctor(args),
         Command::Completions(args) => look::completions(args),

@@ -41,6 +41,17 @@ pub struct ResumeArgs {
     connect: Connect,
 }
 
+/// `lacuna scale`.
+#[derive(Args, Debug)]
+pub struct ScaleArgs {
+    /// Name of the run.
+    run: String,
+    /// Fewest and most workers, `2:8`, or one number for both.
+    workers: String,
+    #[command(flatten)]
+    connect: Connect,
+}
+
 /// `lacuna diff`.
 #[derive(Args, Debug)]
 pub struct DiffArgs {
@@ -147,6 +158,21 @@ pub fn resume(args: ResumeArgs) -> anyhow::Result<u8> {
         let request = v1::CreateRunRequest { spec, resume: true, n_samples, fingerprint };
         let (run, _) = client.create_run(request).await?;
         println!("run {} is {} at step {}", run.run_id, run.state, run.step);
+        Ok(exit::OK)
+    })
+}
+
+/// Changes how many workers train a run.
+pub fn scale(args: ScaleArgs) -> anyhow::Result<u8> {
+    let (min, max) = args.workers.split_once(':').unwrap_or((&args.workers, &args.workers));
+    let (Ok(min), Ok(max)) = (min.parse(), max.parse()) else {
+        let text = format!("`{}` is not MIN:MAX, like 2:8", args.workers);
+        return Err(Coded::error(exit::USAGE, text));
+    };
+    runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        let run = client.scale_run(&args.run, min, max).await?;
+        println!("run {} takes {min} to {max} workers from its next boundary on", run.run_id);
         Ok(exit::OK)
     })
 }

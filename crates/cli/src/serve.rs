@@ -84,7 +84,8 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
     let mut timing = if args.local { Timing::one_machine() } else { Timing::cluster() };
     raise_file_limit();
     set_waits(&mut timing, &args.waits).map_err(|text| Coded::error(exit::USAGE, text))?;
-    runtime()?.block_on(async {
+    let runtime = runtime()?;
+    let ended = runtime.block_on(async {
         let security = Security { tokens: args.token_file, tls: args.tls_dir };
         let options = Options { state: args.state, timing, security };
         let service = Service::open(args.listen, options).await.map_err(coded)?;
@@ -93,7 +94,10 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
         service.serve(async move { signals.next().await }).await.map_err(coded)?;
         info!("stopped; runs and workers go on when a coordinator is back");
         Ok(exit::OK)
-    })
+    });
+    // A thread that waits for a file system which does not answer does not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    ended
 }
 
 /// Gives a start error its exit code.

@@ -290,6 +290,11 @@ impl Training<'_> {
 /// Most bytes of a log's end that are searched for an error.
 const LOG_TAIL_BYTES: u64 = 64 << 10;
 
+/// Takes the name of the trainer off a line that an agent passed on.
+fn unnamed(line: &str) -> &str {
+    line.strip_prefix('[').and_then(|rest| rest.split_once("] ")).map_or(line, |(_, rest)| rest)
+}
+
 /// Returns the last error in a log from byte `from` on, without time and place in the code.
 fn last_error(log: &Path, from: u64) -> Option<String> {
     let mut file = File::open(log).ok()?;
@@ -307,7 +312,7 @@ fn last_error(log: &Path, from: u64) -> Option<String> {
             Some(message.trim().to_string())
         }
     };
-    text.lines().rev().find_map(said)
+    text.lines().rev().map(unnamed).find_map(said)
 }
 
 fn print_end(run: &v1::Run, saved: &Path) {
@@ -342,7 +347,8 @@ mod tests {
         assert_eq!(last_error(&log, from).as_deref(), Some("no driver: libcuda.so.1"));
         assert_eq!(last_error(&log, (old.len() + new.len()) as u64), None);
         assert_eq!(last_error(&folder.path().join("none"), 0), None);
-        std::fs::write(&log, format!("{new}error: no NVIDIA driver: none\n")).unwrap();
+        std::fs::write(&log, format!("{new}[local:cuda0] error: no NVIDIA driver: none\n"))
+            .unwrap();
         assert_eq!(last_error(&log, 0).as_deref(), Some("no NVIDIA driver: none"));
     }
 }

@@ -231,7 +231,9 @@ fn certificates_let_in_whom_they_name() {
         std::fs::copy(other.join(from), tls.join("other").join(name)).unwrap();
     }
     std::fs::copy(tls.join("view/ca.pem"), tls.join("other/ca.pem")).unwrap();
-    for name in ["none", "other", "expired"] {
+    let said = with("none", &["runs"], exit::UNAUTHORISED);
+    assert!(said.contains("no certificate: give one with `--tls-dir`"), "{said}");
+    for name in ["other", "expired"] {
         with(name, &["runs", "--timeout", "5"], exit::UNREACHABLE);
     }
     // A client knows whom it talks to.

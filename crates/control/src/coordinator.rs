@@ -163,6 +163,7 @@ impl Coordinator {
             }
             Event::Examined { checkpoint, found } => self.on_examined(&checkpoint, found),
             Event::Release { worker } => self.on_release(&worker),
+            Event::Resize { min, max } => self.on_resize(min, max),
             // What follows asks something of a run; one that rests has nothing to give.
             _ if self.saved.ending.is_some() => {}
             Event::Drain { worker, why } => self.on_drain(worker, why),

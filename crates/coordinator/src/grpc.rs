@@ -2,6 +2,7 @@
 
 mod admin;
 pub(crate) mod messages;
+mod scale;
 mod watch;
 
 use std::pin::Pin;
@@ -86,8 +87,8 @@ impl WorkerService for Grpc {
         let intro: Hello = wire::hello(&hello).map_err(malformed)?;
         check_build(hello.build.clone(), &format!("worker {}", intro.worker))?;
         let (out, answers) = mpsc::channel(SESSION_QUEUE);
-        self.0.enter(&intro.worker, intro.incarnation, &hello.device, &out)?;
-        let session = Session { shared: self.0.clone(), intro, device: hello.device };
+        self.0.enter(&intro.worker, intro.incarnation, &bounded(hello.device.clone()), &out)?;
+        let session = Session { shared: self.0.clone(), intro, device: bounded(hello.device) };
         tokio::spawn(session.run(hello.run_id, inbound, out));
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
@@ -129,8 +130,12 @@ async fn agent_loop(
             warn!(%node, worker_id = exited.worker_id, "agent names a worker that cannot be");
             continue;
         };
+        if worker.as_str().rsplit_once(':').is_none_or(|(home, _)| home != node) {
+            warn!(%node, %worker, "an agent speaks of another node's worker");
+            continue;
+        }
         debug!(%node, %worker, how = exited.how, stderr = exited.stderr_tail, "trainer ended");
-        let how = with_last_words(&exited.how, &exited.stderr_tail);
+        let how = bounded(with_last_words(&exited.how, &exited.stderr_tail));
         let incarnation = exited.incarnation.map(Incarnation);
         if let Some(incarnation) = incarnation {
             shared.bury(&worker, incarnation);
@@ -146,6 +151,18 @@ async fn agent_loop(
     }
     shared.leave_agent(&node, &out);
     info!(%node, "node left");
+}
+
+/// Longest text of a caller that is kept.
+const TEXT_MAX: usize = 1000;
+
+/// Cuts a text that a caller gave.
+fn bounded(mut text: String) -> String {
+    if text.len() > TEXT_MAX {
+        text.truncate(text.floor_char_boundary(TEXT_MAX));
+        text.push('…');
+    }
+    text
 }
 
 /// Adds the end of what a process wrote to how it ended, where it ended by itself and not well.
@@ -361,7 +378,7 @@ impl RunService for Grpc {
         request: Request<v1::StopRunRequest>,
     ) -> Result<Response<v1::StopRunResponse>, Status> {
         let v1::StopRunRequest { run_id, why } = request.into_inner();
-        self.tell(&parse_run(&run_id)?, Event::Stop { why }).await?;
+        self.tell(&parse_run(&run_id)?, Event::Stop { why: bounded(why) }).await?;
         Ok(Response::new(v1::StopRunResponse {}))
     }
 
@@ -371,6 +388,16 @@ impl RunService for Grpc {
     ) -> Result<Response<v1::RequestCheckpointResponse>, Status> {
         self.tell(&parse_run(&request.into_inner().run_id)?, Event::Checkpoint).await?;
         Ok(Response::new(v1::RequestCheckpointResponse {}))
+    }
+
+    async fn scale_run(
+        &self,
+        request: Request<v1::ScaleRunRequest>,
+    ) -> Result<Response<v1::ScaleRunResponse>, Status> {
+        let v1::ScaleRunRequest { run_id, workers_min, workers_max } = request.into_inner();
+        let id = parse_run(&run_id)?;
+        scale::scale(&self.0, &id, workers_min, workers_max).await?;
+        Ok(Response::new(v1::ScaleRunResponse { run: Some(self.run_message(&id)?) }))
     }
 
     async fn force_run(
@@ -465,6 +492,8 @@ impl Grpc {
         spec: RunSpec,
     ) -> Result<(), Status> {
         let view = match self.0.runs().get_mut(id) {
+            // A run that is on keeps its spec: what may change of it has calls of its own.
+            Some(handle) if handle.ends.view.borrow().ending.is_none() => handle.ends.view.clone(),
             Some(handle) => {
                 if handle.spec.track.tensorboard != spec.track.tensorboard {
                     self.0.follow(id, &spec, &handle.ends);

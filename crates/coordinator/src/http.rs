@@ -15,6 +15,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use lacuna_types::RunId;
+use tokio::sync::Semaphore;
 use tokio_stream::{Stream, StreamExt as _};
 
 use crate::registry::{Shared, lock};
@@ -27,6 +28,9 @@ mod page;
 /// Shortest time between two notices to one page.
 const NOTICE_EVERY: Duration = Duration::from_secs(1);
 
+/// How long a page waits for its turn to read.
+const TURN_DEADLINE: Duration = Duration::from_secs(3);
+
 /// What may be loaded and run on a page: what is served here.
 const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; \
                       img-src 'self' data:; connect-src 'self'; base-uri 'none'; \
@@ -38,11 +42,13 @@ pub(crate) struct Web {
     shared: Arc<Shared>,
     /// A connection of its own, so that a page that reads much keeps no run from writing.
     reader: Arc<Mutex<Option<SqliteStore>>>,
+    /// One page reads at a time: others wait here, and not on threads that commits need.
+    turn: Arc<Semaphore>,
 }
 
 /// Routes of everything that is not gRPC.
 pub(crate) fn router(shared: Arc<Shared>) -> Router {
-    let web = Web { shared, reader: Arc::default() };
+    let web = Web { shared, reader: Arc::default(), turn: Arc::new(Semaphore::new(1)) };
     Router::new()
         .route("/", get(runs))
         .route("/runs/{run}", get(run))
@@ -85,6 +91,7 @@ async fn headers(request: Request, next: Next) -> Response {
 /// Why a page cannot be shown.
 enum Problem {
     NoRun(String),
+    Busy,
     Store(StoreError),
     Bug(String),
 }
@@ -99,6 +106,9 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let (code, text) = match self {
             Problem::NoRun(run) => (StatusCode::NOT_FOUND, format!("there is no run `{run}`")),
+            Problem::Busy => {
+                (StatusCode::SERVICE_UNAVAILABLE, "too many pages at once; try again".to_string())
+            }
             Problem::Store(err) => {
                 (StatusCode::SERVICE_UNAVAILABLE, lacuna_checkpoint::chain(&err))
             }
@@ -114,8 +124,11 @@ impl Web {
         &self,
         read: impl FnOnce(&SqliteStore) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Problem> {
+        let turn = tokio::time::timeout(TURN_DEADLINE, self.turn.clone().acquire_owned()).await;
+        let Ok(Ok(turn)) = turn else { return Err(Problem::Busy) };
         let (reader, path) = (self.reader.clone(), self.shared.state_file());
         let work = move || {
+            let _turn = turn;
             let mut reader = lock(&reader);
             let store = match reader.take() {
                 Some(store) => store,

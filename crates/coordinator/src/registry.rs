@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use lacuna_api::error::{Reason, status};
 use lacuna_api::v1;
-use lacuna_spec::{Mark, RunSpec};
+use lacuna_spec::{Mark, RunSpec, Workers};
 use lacuna_types::{CoordEpoch, Incarnation, RunId, Timestamp, WorkerId};
-use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinHandle;
 use tonic::Status;
 use tracing::warn;
 
@@ -24,6 +24,9 @@ use crate::track::Follower;
 
 /// Name of the state file in its folder.
 pub(crate) const STATE_FILE: &str = "coordinator.sqlite";
+
+/// Folders for people's tools that are written at once.
+const TRACKING_MAX: usize = 8;
 
 /// A run and the ways to reach its task.
 pub(crate) struct RunHandle {
@@ -38,6 +41,9 @@ pub(crate) struct RunHandle {
     /// Sessions that were given to the run and are alive.
     pub attached: usize,
 }
+
+/// Ends a run's follower, and waits for it.
+type Following = (watch::Sender<bool>, JoinHandle<()>);
 
 /// State that every call and session sees. Locks are never held across an await.
 pub(crate) struct Shared {
@@ -54,8 +60,9 @@ pub(crate) struct Shared {
     changed: watch::Sender<u64>,
     fatal: mpsc::Sender<StoreError>,
     /// Those who write files for people's tools.
-    followers: Mutex<JoinSet<()>>,
-    closing: watch::Sender<bool>,
+    followers: Mutex<BTreeMap<RunId, Following>>,
+    /// Threads that they may keep from others: a folder that does not answer holds one each.
+    pub tracking: Arc<Semaphore>,
     started: Instant,
 }
 
@@ -97,7 +104,7 @@ impl Shared {
             changed: watch::Sender::new(0),
             fatal,
             followers: Mutex::default(),
-            closing: watch::Sender::new(false),
+            tracking: Arc::new(Semaphore::new(TRACKING_MAX)),
             started: Instant::now(),
         };
         Ok((Arc::new(shared), failures))
@@ -177,8 +184,22 @@ impl Shared {
         Ok(())
     }
 
-    /// Begins to write the files that the spec asks for.
+    /// Gives a run other numbers of workers; those who wait for a run may be wanted now.
+    pub(crate) fn set_workers(&self, id: &RunId, workers: Workers) {
+        if let Some(handle) = self.runs().get_mut(id) {
+            handle.spec.elastic.workers = workers;
+            handle.spec_json = handle.spec.to_json().to_string();
+        }
+        self.runs_changed();
+    }
+
+    /// Begins to write the files that the spec asks for, and no longer those of the spec before.
     pub(crate) fn follow(self: &Arc<Self>, id: &RunId, spec: &RunSpec, ends: &RunEnds) {
+        let mut followers = lock(&self.followers);
+        if let Some((close, _)) = followers.remove(id) {
+            // It ends by itself with what is left; `close` waits for those that are current.
+            close.send_replace(true);
+        }
         let Some(to) = &spec.track.tensorboard else { return };
         let follower = Follower {
             shared: self.clone(),
@@ -187,15 +208,23 @@ impl Shared {
             spec: serde_json::to_string_pretty(&spec.to_json()).unwrap_or_default(),
             remarks: ends.input.clone(),
         };
-        let work = follower.run(ends.view.clone(), self.closing.subscribe());
-        lock(&self.followers).spawn(work);
+        let close = watch::Sender::new(false);
+        let work = tokio::spawn(follower.run(ends.view.clone(), close.subscribe()));
+        followers.insert(id.clone(), (close, work));
     }
 
     /// Has every follower write what is left, for at most `patience`.
     pub(crate) async fn close(&self, patience: Duration) {
-        self.closing.send_replace(true);
-        let mut followers = std::mem::take(&mut *lock(&self.followers));
-        let all = async { while followers.join_next().await.is_some() {} };
+        let followers = std::mem::take(&mut *lock(&self.followers));
+        let all = async {
+            for (close, _) in followers.values() {
+                close.send_replace(true);
+            }
+            for (_, (_close, work)) in followers {
+                // A panic there was printed.
+                let _ = work.await;
+            }
+        };
         if tokio::time::timeout(patience, all).await.is_err() {
             warn!("files of `track.tensorboard` are not complete; the next start completes them");
         }

@@ -13,7 +13,7 @@ use lacuna_control::coordinator::{
 use lacuna_control::journal::Record;
 use lacuna_control::message::{StepMark, ToCoordinator, ToWorker};
 use lacuna_control::plan::CheckpointRef;
-use lacuna_spec::RunSpec;
+use lacuna_spec::{RunSpec, Workers};
 use lacuna_types::{Generation, Incarnation, RunId, Timestamp, WorkerId};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
@@ -63,6 +63,8 @@ pub(crate) enum Input {
     Ask { event: Event, done: oneshot::Sender<bool> },
     /// Go on after an end or in the midst of a stop, with this spec.
     Resume(Box<RunSpec>),
+    /// Other numbers of workers; told once that is durable.
+    Scale { workers: Workers, done: oneshot::Sender<()> },
     /// A background job has something for the log.
     Remark { warning: bool, text: String },
 }
@@ -260,6 +262,16 @@ impl RunTask {
             Input::Resume(spec) => {
                 self.resume(*spec).await?;
                 Event::Tick
+            }
+            Input::Scale { workers, done } => {
+                if let Ok(mut spec) = serde_json::from_str::<RunSpec>(&self.stored.spec) {
+                    spec.elastic.workers = workers;
+                    self.keep_spec(spec)?;
+                }
+                self.shared.set_workers(&self.id, workers);
+                // Nobody waits any more if it fails.
+                let _ = done.send(());
+                Event::Resize { min: workers.min as usize, max: workers.max as usize }
             }
             Input::Remark { warning, text } => {
                 return self.tell(Note { kind: "remark", warning, text }).await;
@@ -526,6 +538,17 @@ impl RunTask {
         Entry::Update(figures)
     }
 
+    /// Makes a spec the run's, durably.
+    fn keep_spec(&mut self, spec: RunSpec) -> Result<(), Down> {
+        self.stored.spec = spec.to_json().to_string();
+        self.catalogue.set_spec(spec);
+        let put = self.shared.store().put_run(&self.stored);
+        put.map_err(|err| {
+            self.shared.fail(err);
+            Down
+        })
+    }
+
     /// Starts the machine again from what is stored.
     async fn resume(&mut self, spec: RunSpec) -> Result<(), Down> {
         // Nobody is left to carry out a stop that an earlier life was asked for.
@@ -537,13 +560,7 @@ impl RunTask {
             Ok(config) => config,
             Err(text) => return self.tell(Note { kind: "refused", warning: true, text }).await,
         };
-        self.catalogue.set_spec(spec.clone());
-        self.stored.spec = spec.to_json().to_string();
-        let put = self.shared.store().put_run(&self.stored);
-        if let Err(err) = put {
-            self.shared.fail(err);
-            return Err(Down);
-        }
+        self.keep_spec(spec)?;
         let mut saved = self.machine.saved().clone();
         self.write(&mut vec![Entry::Fact(Record::Resumed)]).await?;
         saved.apply(&Record::Resumed);

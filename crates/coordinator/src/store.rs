@@ -213,6 +213,7 @@ const SCHEMA: &str = "
         body TEXT NOT NULL,
         PRIMARY KEY (run_id, seq)
     ) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS updates_events ON updates (run_id, seq) WHERE NOT figures;
 ";
 
 /// SQLite keeps signed numbers; digests and probes use all 64 bits.

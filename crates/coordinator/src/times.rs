@@ -65,28 +65,34 @@ impl Share {
     }
 }
 
-/// Seconds spent on each.
+/// Seconds spent on each; none ever falls.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Times([f64; 6]);
+pub(crate) struct Times {
+    seconds: [f64; 6],
+    /// Time of steps computed again that is not yet taken from the time that passes.
+    owed: f64,
+}
 
 impl Times {
     /// Returns the seconds spent on one.
     pub fn seconds(&self, share: Share) -> f64 {
-        self.0[share as usize]
+        self.seconds[share as usize]
     }
 
     /// Counts time that passed in a state.
     pub fn pass(&mut self, state: &str, seconds: f64) {
-        if let Some(share) = Share::of_state(state) {
-            self.0[share as usize] += seconds;
-        }
+        let Some(share) = Share::of_state(state) else { return };
+        let again = if share == Share::Productive { self.owed.min(seconds) } else { 0.0 };
+        self.owed -= again;
+        self.seconds[Share::Repeat as usize] += again;
+        self.seconds[share as usize] += seconds - again;
     }
 
-    /// Moves the time of steps that were computed before to where it belongs.
+    /// Counts so much of the time of training that comes as spent on steps that were computed before.
     pub fn repeat(&mut self, seconds: f64) {
-        let moved = seconds.clamp(0.0, self.seconds(Share::Productive));
-        self.0[Share::Productive as usize] -= moved;
-        self.0[Share::Repeat as usize] += moved;
+        if seconds.is_finite() && seconds > 0.0 {
+            self.owed += seconds;
+        }
     }
 }
 
@@ -107,10 +113,12 @@ mod tests {
             times.pass(state, seconds);
         }
         times.repeat(3.0);
-        times.repeat(f64::NAN.max(0.0));
-        let all = Share::ALL.map(|share| times.seconds(share));
-        assert_eq!(all, [7.0, 3.0, 2.0, 0.0, 0.0, 5.0]);
-        times.repeat(100.0);
-        assert_eq!(times.seconds(Share::Repeat), 10.0);
+        times.repeat(f64::NAN);
+        times.repeat(-1.0);
+        let all = |times: &Times| Share::ALL.map(|share| times.seconds(share));
+        assert_eq!(all(&times), [10.0, 0.0, 2.0, 0.0, 0.0, 5.0]);
+        times.pass("running", 2.0);
+        times.pass("running", 2.0);
+        assert_eq!(all(&times), [11.0, 3.0, 2.0, 0.0, 0.0, 5.0], "nothing that was counted falls");
     }
 }

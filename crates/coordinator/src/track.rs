@@ -30,8 +30,9 @@ enum FollowError {
     #[error(transparent)]
     Track(#[from] TrackError),
     #[error(
-        "`{}` has records up to {files}, the state file up to {state}: another run wrote there; \
-         give `track.tensorboard` another folder",
+        "`{}` has records up to {files}, the state file up to {state}: another run wrote there, or \
+         the state file lost its newest updates with the machine; give `track.tensorboard` another \
+         folder",
         folder.display()
     )]
     Ahead { folder: PathBuf, files: u64, state: u64 },
@@ -58,7 +59,12 @@ impl Follower {
             let last = *closing.borrow_and_update();
             view.mark_unchanged();
             let (worker, before) = (follower.clone(), open.take());
-            let done = tokio::task::spawn_blocking(move || worker.follow(before)).await;
+            let Ok(turn) = follower.shared.tracking.clone().acquire_owned().await else { return };
+            let work = move || {
+                let _turn = turn;
+                worker.follow(before)
+            };
+            let done = tokio::task::spawn_blocking(work).await;
             let pause = match done {
                 Ok(Ok(now)) => {
                     (open, told) = (Some(now), false);

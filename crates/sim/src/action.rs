@@ -80,6 +80,8 @@ pub enum Action {
     Release(String),
     /// An operator gives silent members up.
     Force,
+    /// An operator wants other numbers of workers: fewest and most.
+    Scale(usize, usize),
     /// All faults end: ways open, processes go on, disks work, enough workers are started.
     Repair,
 }
@@ -105,6 +107,7 @@ impl Action {
                 | A::Checkpoint
                 | A::Release(_)
                 | A::Force
+                | A::Scale(..)
                 | A::Slow(..)
                 | A::Repair
         )
@@ -159,6 +162,7 @@ impl fmt::Display for Action {
             A::Checkpoint => write!(f, "checkpoint"),
             A::Release(w) => write!(f, "release {w}"),
             A::Force => write!(f, "force"),
+            A::Scale(min, max) => write!(f, "scale {min} {max}"),
             A::Repair => write!(f, "repair"),
         }
     }
@@ -229,6 +233,7 @@ impl FromStr for Action {
             ["checkpoint"] => A::Checkpoint,
             ["release", w] => A::Release(one(w)),
             ["force"] => A::Force,
+            ["scale", min, max] => A::Scale(number(min)? as usize, number(max)? as usize),
             ["repair"] => A::Repair,
             _ => return Err(format!("`{text}` is no command")),
         })

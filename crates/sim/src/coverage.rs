@@ -19,7 +19,7 @@ pub const STAGES: [&str; 11] = [
     "paused",
 ];
 /// Events of the coordinator.
-pub const EVENTS: [&str; 26] = [
+pub const EVENTS: [&str; 27] = [
     "Tick",
     "Hello",
     "StreamLost",
@@ -46,6 +46,7 @@ pub const EVENTS: [&str; 26] = [
     "Audited",
     "BadSamples",
     "Examined",
+    "Resize",
 ];
 /// Stages of a worker's session.
 pub const PLACES: [&str; 8] =
@@ -126,6 +127,7 @@ fn event(event: &Event) -> usize {
         Event::Release { .. } => 10,
         Event::Force => 11,
         Event::Examined { .. } => 25,
+        Event::Resize { .. } => 26,
         Event::Message { message, .. } => match message {
             ToCoordinator::Beat(_) => 12,
             ToCoordinator::Warm { .. } => 13,

@@ -111,6 +111,10 @@ impl World {
             A::Checkpoint => self.host_input(Event::Checkpoint),
             A::Release(w) => self.host_input(Event::Release { worker: id(w) }),
             A::Force => self.host_input(Event::Force),
+            A::Scale(min, max) => {
+                (self.setup.min, self.setup.max) = (*min, *max);
+                self.host_input(Event::Resize { min: *min, max: *max });
+            }
             A::Repair => self.repair(),
         }
     }

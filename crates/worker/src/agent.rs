@@ -8,11 +8,11 @@ use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use lacuna_api::client::{ClientError, connect};
-use lacuna_api::tls::Credentials;
 use lacuna_api::v1;
 use lacuna_api::v1::worker_service_client::WorkerServiceClient;
 use lacuna_checkpoint::chain;
@@ -24,7 +24,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{error, info, warn};
 
-use crate::args::{AgentArgs, DevicesError, parse_devices};
+use crate::args::{AgentArgs, CredentialArgs, DevicesError, parse_devices};
 use crate::engine::Backend;
 use crate::entry::CodedError;
 use crate::trainer::session::Signals;
@@ -63,7 +63,7 @@ pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
         .enable_all()
         .build()
         .context("start the agent's thread")?;
-    Ok(runtime.block_on(Agent { args, credentials, node, devices, backend }.run()))
+    Ok(runtime.block_on(Agent { args, node, devices, backend }.run()))
 }
 
 /// Lists the devices that the command line asks for.
@@ -86,7 +86,6 @@ fn host_name() -> String {
 
 struct Agent {
     args: AgentArgs,
-    credentials: Credentials,
     node: String,
     devices: Vec<String>,
     backend: Arc<dyn Backend>,
@@ -106,7 +105,8 @@ impl Agent {
         let uplink = Uplink {
             kills: kills.clone(),
             url: self.args.coordinator.clone(),
-            credentials: self.credentials.clone(),
+            credentials: self.args.credentials.clone(),
+            was_let_in: AtomicBool::new(false),
             node: self.node.clone(),
             devices: self.devices.clone(),
             fatal,
@@ -291,7 +291,7 @@ impl Supervisor {
         let stderr = child.stderr.take().expect("stderr is a pipe");
         // The trainer lives as long as this end is open; waiting for it would close it otherwise.
         let _lifeline = child.stdin.take();
-        let tail = tokio::spawn(forward_stderr(stderr));
+        let tail = tokio::spawn(forward_stderr(self.worker_id.clone(), stderr));
         let status = self.wait(&mut child, incarnation).await;
         let tail = tail.await.unwrap_or_default();
         let how = describe(status);
@@ -426,12 +426,12 @@ fn describe(status: Option<ExitStatus>) -> String {
     }
 }
 
-/// Passes a trainer's stderr on and returns its last lines.
-async fn forward_stderr(stderr: tokio::process::ChildStderr) -> String {
+/// Passes a trainer's stderr on, each line behind its name, and returns its last lines.
+async fn forward_stderr(worker_id: String, stderr: tokio::process::ChildStderr) -> String {
     let mut lines = BufReader::new(stderr).lines();
     let mut tail: VecDeque<String> = VecDeque::with_capacity(TAIL_LINES);
     while let Ok(Some(line)) = lines.next_line().await {
-        eprintln!("{line}");
+        eprintln!("[{worker_id}] {line}");
         if tail.len() == TAIL_LINES {
             tail.pop_front();
         }
@@ -443,7 +443,9 @@ async fn forward_stderr(stderr: tokio::process::ChildStderr) -> String {
 /// The agent's stream to the coordinator.
 struct Uplink {
     url: String,
-    credentials: Credentials,
+    /// Read anew for each connection: files may have been replaced since.
+    credentials: CredentialArgs,
+    was_let_in: AtomicBool,
     node: String,
     devices: Vec<String>,
     fatal: mpsc::Sender<u8>,
@@ -478,7 +480,8 @@ impl Uplink {
         outbox: &mut mpsc::Receiver<v1::TrainerExited>,
         pending: &mut Option<v1::TrainerExited>,
     ) -> Result<(), (String, Option<u8>)> {
-        let opened = connect(&self.url, Duration::from_secs(5), &self.credentials).await;
+        let credentials = self.credentials.read().map_err(|err| (chain(&err), None))?;
+        let opened = connect(&self.url, Duration::from_secs(5), &credentials).await;
         let channel = opened.map_err(|err| {
             let wrong = matches!(err, ClientError::Address { .. } | ClientError::Scheme { .. });
             (chain(&err), wrong.then_some(exit::USAGE))
@@ -490,10 +493,11 @@ impl Uplink {
         let opened = client.agent(ReceiverStream::new(outgoing)).await;
         let mut answers = opened
             .map_err(|status| {
-                let (why, fatal, _) = refused(&status);
+                let (why, fatal, _) = refused(&status, self.was_let_in.load(Ordering::Relaxed));
                 (why, fatal)
             })?
             .into_inner();
+        self.was_let_in.store(true, Ordering::Relaxed);
         loop {
             if let Some(report) = pending.take() {
                 let message = v1::agent_request::Message::TrainerExited(report.clone());
@@ -517,7 +521,7 @@ impl Uplink {
                     }
                     Ok(None) => return Ok(()),
                     Err(status) => {
-                        let (why, fatal, _) = refused(&status);
+                        let (why, fatal, _) = refused(&status, true);
                         return Err((why, fatal));
                     }
                 },

@@ -46,7 +46,7 @@ pub fn run(args: TrainerArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
         .enable_all()
         .build()
         .context("start the control thread")?;
-    let session = session::Driver::new(args, credentials, worker, incarnation, peers, backend);
+    let session = session::Driver::new(args, worker, incarnation, peers, backend);
     Ok(runtime.block_on(session.run()))
 }
 

@@ -203,6 +203,22 @@ pub struct RequestCheckpointRequest {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RequestCheckpointResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScaleRunRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+    /// Fewer than this and the run waits.
+    #[prost(uint32, tag = "2")]
+    pub workers_min: u32,
+    /// More than this stay spares.
+    #[prost(uint32, tag = "3")]
+    pub workers_max: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ScaleRunResponse {
+    #[prost(message, optional, tag = "1")]
+    pub run: ::core::option::Option<Run>,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetInfoRequest {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -508,6 +524,31 @@ pub mod run_service_client {
                 .insert(GrpcMethod::new("lacuna.v1.RunService", "RequestCheckpoint"));
             self.inner.unary(req, path, codec).await
         }
+        /// Changes how many workers train, from the next boundary on.
+        pub async fn scale_run(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ScaleRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ScaleRunResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.RunService/ScaleRun",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.RunService", "ScaleRun"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Gives members up that fell silent and may be training on unseen, so that others can begin.
         pub async fn force_run(
             &mut self,
@@ -589,6 +630,14 @@ pub mod run_service_server {
             request: tonic::Request<super::RequestCheckpointRequest>,
         ) -> std::result::Result<
             tonic::Response<super::RequestCheckpointResponse>,
+            tonic::Status,
+        >;
+        /// Changes how many workers train, from the next boundary on.
+        async fn scale_run(
+            &self,
+            request: tonic::Request<super::ScaleRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ScaleRunResponse>,
             tonic::Status,
         >;
         /// Gives members up that fell silent and may be training on unseen, so that others can begin.
@@ -931,6 +980,51 @@ pub mod run_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = RequestCheckpointSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.RunService/ScaleRun" => {
+                    #[allow(non_camel_case_types)]
+                    struct ScaleRunSvc<T: RunService>(pub Arc<T>);
+                    impl<
+                        T: RunService,
+                    > tonic::server::UnaryService<super::ScaleRunRequest>
+                    for ScaleRunSvc<T> {
+                        type Response = super::ScaleRunResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ScaleRunRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RunService>::scale_run(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ScaleRunSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -232,6 +232,16 @@ impl Coordinator {
         }
     }
 
+    /// Takes other numbers of workers; whoever has to go or may come does so at a boundary.
+    pub(super) fn on_resize(&mut self, min: usize, max: usize) {
+        if (self.config.workers_min, self.config.workers_max) == (min, max) {
+            return;
+        }
+        (self.config.workers_min, self.config.workers_max) = (min, max);
+        self.last_waiting.clear();
+        self.note("resized", false, format!("an operator wants {min} to {max} workers"));
+    }
+
     /// An operator takes a worker out.
     pub(super) fn on_drain(&mut self, worker: WorkerId, why: String) {
         if self.workers.contains_key(&worker) {

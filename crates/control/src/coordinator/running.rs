@@ -53,6 +53,10 @@ impl Coordinator {
                 return because(format!("{} leaves: {why}", member.worker));
             }
         }
+        let (world, most) = (group.plan.world(), self.config.workers_max);
+        if world > most {
+            return because(format!("the run takes at most {most} of its {world} workers now"));
+        }
         if self.join_time().is_some_and(|at| at <= now) {
             return because("more workers are ready".to_string());
         }

@@ -113,6 +113,18 @@ fn a_lease_runs_out_and_the_state_is_gone_with_the_last_worker() {
 }
 
 #[test]
+fn other_numbers_of_workers_count_at_once_and_are_said_once() {
+    let mut c = running();
+    let resize = |max| Event::Resize { min: 1, max };
+    let out = c.handle(Timestamp::from_millis(5), resize(3));
+    assert_eq!(c.config.workers_max, 3);
+    let text = format!("{out:?}");
+    assert!(text.contains("an operator wants 1 to 3 workers"), "{text}");
+    assert!(!text.contains("Hold"), "nobody has to go: {text}");
+    assert_eq!(c.handle(Timestamp::from_millis(6), resize(3)), []);
+}
+
+#[test]
 fn a_run_fault_fails_the_run_with_its_reason() {
     let mut c = running();
     let kind = FaultKind::Run;

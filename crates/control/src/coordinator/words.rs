@@ -8,7 +8,8 @@ use crate::journal::Record;
 use crate::message::{StepMark, ToCoordinator, ToWorker};
 use crate::plan::CheckpointRef;
 
-/// What the machine has to know of a run. Fixed when the run is created.
+/// What the machine has to know of a run. Fixed when the run is created, but for the numbers of
+/// workers ([`Event::Resize`]).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunConfig {
     /// V, the slots of a step.
@@ -124,6 +125,13 @@ pub enum Event {
     },
     /// Checkpoint at the next boundary.
     Checkpoint,
+    /// An operator changes how many workers train, from the next boundary on.
+    Resize {
+        /// Fewest.
+        min: usize,
+        /// Most.
+        max: usize,
+    },
     /// Let a worker back in that was kept out.
     Release {
         /// Who.

@@ -1,10 +1,13 @@
-//! A connection that has to say something soon: who connects and stays silent is cut.
+//! Connections that have to get somewhere: who connects and gets no request through is cut.
 //!
 //! The HTTP library bounds the time for headers once it knows the protocol, and TLS its handshake;
-//! before that a connection costs a file descriptor for as long as its caller likes.
+//! but who says half of what is needed, or nothing, would cost a file descriptor for as long as it
+//! likes. So a connection has a deadline until a request on it was let in.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -13,33 +16,58 @@ use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
+use tracing::warn;
 
-/// Bytes that tell the protocol: the preface of HTTP/2, and any request of HTTP/1.
-const FIRST_BYTES: usize = 18;
+/// Pause after a connection could not be accepted, for want of file descriptors as a rule.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A stream that fails where its first bytes take too long.
+/// A stream that fails where no request on it is let in for too long.
 pub(crate) struct Guarded {
     stream: TcpStream,
-    n_read: usize,
+    admitted: Arc<AtomicBool>,
     deadline: Option<Pin<Box<Sleep>>>,
 }
 
-/// Guards every connection: the first bytes come within `patience`.
+/// What is known of a request's connection.
+#[derive(Clone, Debug)]
+pub(crate) struct GuardInfo {
+    /// Addresses.
+    pub tcp: TcpConnectInfo,
+    admitted: Arc<AtomicBool>,
+}
+
+impl GuardInfo {
+    /// Lifts the deadline: a request was let in.
+    pub fn admit(&self) {
+        self.admitted.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Guards every connection: a request on it is let in within `patience`.
 pub(crate) fn guarded(
     incoming: TcpIncoming,
     patience: Duration,
 ) -> impl Stream<Item = io::Result<Guarded>> {
-    incoming.map(move |stream| {
-        let deadline = Some(Box::pin(sleep(patience)));
-        stream.map(|stream| Guarded { stream, n_read: 0, deadline })
+    incoming.then(move |accepted| async move {
+        match accepted {
+            Ok(stream) => {
+                let deadline = Some(Box::pin(sleep(patience)));
+                Ok(Guarded { stream, admitted: Arc::default(), deadline })
+            }
+            Err(error) => {
+                warn!(%error, "a connection could not be accepted");
+                sleep(ACCEPT_PAUSE).await;
+                Err(error)
+            }
+        }
     })
 }
 
 impl Connected for Guarded {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = GuardInfo;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
+    fn connect_info(&self) -> GuardInfo {
+        GuardInfo { tcp: self.stream.connect_info(), admitted: self.admitted.clone() }
     }
 }
 
@@ -49,20 +77,14 @@ impl AsyncRead for Guarded {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if self.deadline.is_none() {
-            return read;
-        }
-        if read.is_ready() {
-            self.n_read += buf.filled().len() - before;
-            if self.n_read >= FIRST_BYTES {
-                self.deadline = None;
-            }
-            return read;
+        if self.admitted.load(Ordering::Relaxed) {
+            self.deadline = None;
         }
         let late = self.deadline.as_mut().is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready());
-        if late { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
+        if late {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
@@ -112,20 +134,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_stays_silent_is_cut() {
+    async fn who_gets_no_request_through_is_cut() {
         let (mut caller, mut guarded) = pair(Duration::from_millis(50)).await;
-        caller.write_all(b"GET ").await.unwrap();
+        caller.write_all(b"GET / HTTP/1.1 and so on").await.unwrap();
         let mut buffer = Vec::new();
         let error = guarded.read_to_end(&mut buffer).await.unwrap_err();
-        assert_eq!((error.kind(), &buffer[..]), (io::ErrorKind::TimedOut, &b"GET "[..]));
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     #[tokio::test]
-    async fn who_has_spoken_may_think() {
+    async fn who_was_let_in_may_think() {
         let (mut caller, mut guarded) = pair(Duration::from_millis(50)).await;
-        caller.write_all(&[7; FIRST_BYTES]).await.unwrap();
-        let mut buffer = [0; FIRST_BYTES];
-        guarded.read_exact(&mut buffer).await.unwrap();
+        caller.write_all(&[7]).await.unwrap();
+        assert_eq!(guarded.read_u8().await.unwrap(), 7);
+        guarded.connect_info().admit();
         sleep(Duration::from_millis(100)).await;
         caller.write_all(&[8]).await.unwrap();
         assert_eq!(guarded.read_u8().await.unwrap(), 8);

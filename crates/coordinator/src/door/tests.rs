@@ -37,6 +37,7 @@ RunService.ListRuns view
 RunService.WatchRun view
 RunService.StopRun submit
 RunService.RequestCheckpoint submit
+RunService.ScaleRun submit
 RunService.ForceRun admin
 AdminService.GetInfo view
 AdminService.ListWorkers view
@@ -58,9 +59,10 @@ fn files_of_tokens() {
     let line = TokenLine::of(&token, Role::Submit, "ci of team a");
     let text = format!("# who may come in\n\n{line}\n");
     let tokens = Tokens::parse(&text).unwrap();
-    assert_eq!(tokens.role_of(&token), Some(Role::Submit));
-    assert_eq!(tokens.role_of(&token[1..]), None);
-    assert_eq!(tokens.role_of(""), None);
+    let whose = Bearer { role: Role::Submit, name: "ci of team a".to_string() };
+    assert_eq!(tokens.bearer_of(&token), Some(&whose));
+    assert_eq!(tokens.bearer_of(&token[1..]), None);
+    assert_eq!(tokens.bearer_of(""), None);
     assert!(!text.contains(&token));
     for (bad, message) in [
         ("", "has no token"),
@@ -84,29 +86,35 @@ fn a_file_of_tokens_that_changes_is_read_again() {
     };
     write(&old, Role::View);
     let file = TokenFile::open(&path).unwrap();
-    assert_eq!(file.role_of(&old), Some(Role::View));
+    let roles = || [&old, &new].map(|token| file.bearer_of(token).map(|bearer| bearer.role));
+    assert_eq!(roles(), [Some(Role::View), None]);
     let until = |wanted: [Option<Role>; 2]| {
         let start = std::time::Instant::now();
-        while [file.role_of(&old), file.role_of(&new)] != wanted {
+        while roles() != wanted {
             assert!(start.elapsed().as_secs() < 20, "it is not read again");
             std::thread::yield_now();
         }
     };
     write(&new, Role::Admin);
     until([None, Some(Role::Admin)]);
-    // What is broken changes nothing.
-    std::fs::write(&path, "nonsense").unwrap();
-    let start = std::time::Instant::now();
-    while start.elapsed() < 2 * tokens::LOOK_EVERY {
-        assert_eq!([file.role_of(&old), file.role_of(&new)], [None, Some(Role::Admin)]);
-    }
+    // A broken line lets nobody in and keeps nobody in; the others count.
+    let line = TokenLine::of(&old, Role::Submit, "");
+    std::fs::write(&path, format!("nonsense\n{line}\n")).unwrap();
+    until([Some(Role::Submit), None]);
+    // The last token can be taken back.
+    std::fs::write(&path, "").unwrap();
+    until([None, None]);
+    write(&new, Role::Admin);
+    until([None, Some(Role::Admin)]);
+    std::fs::remove_file(&path).unwrap();
+    until([None, None]);
 }
 
 #[test]
 fn tokens_come_as_bearer_or_as_password() {
     let of = |value: &str| {
         let request = HttpRequest::builder().header("authorization", value).body(Body::empty());
-        bearer(request.unwrap().headers())
+        token_of(request.unwrap().headers(), false)
     };
     assert_eq!(of("Bearer lacuna_1").as_deref(), Some("lacuna_1"));
     // `any:lacuna_1`
@@ -114,4 +122,48 @@ fn tokens_come_as_bearer_or_as_password() {
     for bad in ["lacuna_1", "Digest x", "Basic !", "Basic YW55"] {
         assert_eq!(of(bad), None, "{bad}");
     }
+    // A browser sends its password by itself, also for a page of another site.
+    let request = HttpRequest::builder().header("authorization", "Basic YW55OmxhY3VuYV8x");
+    assert_eq!(token_of(request.body(Body::empty()).unwrap().headers(), true), None);
+}
+
+#[test]
+fn requests_keep_their_id_or_get_one() {
+    let of = |value: &str| {
+        let request = HttpRequest::builder().header("x-request-id", value).body(Body::empty());
+        request_id(request.unwrap().headers())
+    };
+    assert_eq!(of("ci-17"), "ci-17");
+    for bad in ["", "two words", &"x".repeat(REQUEST_ID_MAX + 1)] {
+        let id = of(bad);
+        assert_eq!(id.len(), 16, "{bad:?}: {id:?}");
+        assert_ne!(id, of(bad));
+    }
+}
+
+/// Without a lock, only this machine's own pages and programs come in.
+#[test]
+fn pages_of_other_sites_do_not_come_in() {
+    let door = Door { tokens: None, tls: None, certificates: false };
+    let ask = |path: &str, headers: &[(&str, &str)]| {
+        let request = HttpRequest::builder().uri(path);
+        let request = headers.iter().fold(request, |r, (name, value)| r.header(*name, *value));
+        door.admit(&request.body(Body::empty()).unwrap()).err()
+    };
+    for host in ["localhost:7070", "127.0.0.1:7070", "[::1]:7070", "127.0.0.1"] {
+        assert_eq!(ask("/", &[("host", host)]), None, "{host}");
+    }
+    let elsewhere = Some(Refusal::Elsewhere);
+    assert_eq!(ask("/", &[("host", "evil.example:7070")]), elsewhere);
+    let host = ("host", "localhost");
+    assert_eq!(ask("/", &[host, ("sec-fetch-site", "cross-site")]), elsewhere);
+    let link = [host, ("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate")];
+    assert_eq!(ask("/", &link), None);
+    assert_eq!(ask("/", &[host, ("sec-fetch-site", "same-origin")]), None);
+    let path = "/lacuna.v1.RunService/CreateRun";
+    assert_eq!(ask(path, &[host]), Some(Refusal::NotGrpc));
+    assert_eq!(ask(path, &[host, ("content-type", "application/grpc")]), Some(Refusal::NotGrpc));
+    let request = HttpRequest::builder().uri(format!("http://localhost{path}")).method("POST");
+    let request = request.version(Version::HTTP_2).header("content-type", "application/grpc");
+    assert_eq!(door.admit(&request.body(Body::empty()).unwrap()).err(), None);
 }

@@ -2,14 +2,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::time::{Duration, Instant, SystemTime};
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::time::{Duration, SystemTime};
 
 use sha2::{Digest as _, Sha256};
 
 use super::role::{NotARole, Role};
-use crate::registry::lock;
 
 /// What every token begins with, so that scanners for secrets find one that got out.
 const PREFIX: &str = "lacuna_";
@@ -108,76 +107,126 @@ pub fn new_token() -> String {
     out
 }
 
+/// Whose a token is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bearer {
+    /// What it lets its bearer do.
+    pub role: Role,
+    /// The name beside it, for the log.
+    pub name: String,
+}
+
 /// What a file of tokens says.
 #[derive(Clone, Debug, Default)]
 pub struct Tokens {
-    roles: HashMap<[u8; 32], Role>,
+    bearers: HashMap<[u8; 32], Bearer>,
 }
 
 impl Tokens {
     /// Parses the lines of a file; those that are empty or begin with `#` say nothing.
+    ///
+    /// # Errors
+    /// The first line that means nothing, or a file without any token.
     pub fn parse(text: &str) -> Result<Self, TokensError> {
-        let mut roles = HashMap::new();
+        let (tokens, wrong) = Tokens::read_lines(text);
+        match wrong.into_iter().next() {
+            Some(error) => Err(error),
+            None if tokens.bearers.is_empty() => Err(TokensError::Empty),
+            None => Ok(tokens),
+        }
+    }
+
+    /// Takes the lines that mean something, and says what is wrong with the others.
+    fn read_lines(text: &str) -> (Self, Vec<TokensError>) {
+        let (mut bearers, mut wrong) = (HashMap::new(), Vec::new());
         for (i, line) in text.lines().enumerate() {
             let line = line.trim();
-            if !line.is_empty() && !line.starts_with('#') {
-                let TokenLine { role, digest, .. } = TokenLine::parse(line, i + 1)?;
-                roles.insert(digest, role);
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            match TokenLine::parse(line, i + 1) {
+                Ok(TokenLine { role, digest, name }) => {
+                    bearers.insert(digest, Bearer { role, name });
+                }
+                Err(error) => wrong.push(error),
             }
         }
-        if roles.is_empty() { Err(TokensError::Empty) } else { Ok(Tokens { roles }) }
+        (Tokens { bearers }, wrong)
     }
 
-    /// Returns the role of a token's bearer.
-    pub fn role_of(&self, token: &str) -> Option<Role> {
+    /// Returns whose a token is.
+    pub fn bearer_of(&self, token: &str) -> Option<&Bearer> {
         // Found by digest: how long that takes says nothing of a token.
-        self.roles.get(&digest(token)).copied()
+        self.bearers.get(&digest(token))
     }
 }
 
-/// A file of tokens that is read again when it changes.
+/// A file of tokens that is read again when it changes, by a thread of its own: a file system that
+/// does not answer holds no request up.
 pub(super) struct TokenFile {
-    path: PathBuf,
-    state: Mutex<State>,
+    now: Arc<RwLock<Tokens>>,
 }
 
-struct State {
-    tokens: Tokens,
-    modified: Option<SystemTime>,
-    looked: Instant,
-}
+/// What tells one content of a file from another without reading it.
+type Look = (SystemTime, u64, u64);
 
 impl TokenFile {
     pub fn open(path: &Path) -> Result<Self, TokensError> {
-        let (tokens, modified) = read(path)?;
-        let state = Mutex::new(State { tokens, modified, looked: Instant::now() });
-        Ok(TokenFile { path: path.to_path_buf(), state })
+        let look = look(path);
+        let text = std::fs::read_to_string(path).map_err(TokensError::Read)?;
+        let now = Arc::new(RwLock::new(Tokens::parse(&text)?));
+        let (weak, path) = (Arc::downgrade(&now), path.to_path_buf());
+        let work = move || follow(&path, look, &weak);
+        let thread = std::thread::Builder::new().name("tokens".to_string()).spawn(work);
+        thread.map_err(TokensError::Read)?;
+        Ok(TokenFile { now })
     }
 
-    /// Returns the role of a token's bearer, by the file as it is now.
-    pub fn role_of(&self, token: &str) -> Option<Role> {
-        let mut state = lock(&self.state);
-        if state.looked.elapsed() > LOOK_EVERY {
-            state.looked = Instant::now();
-            let modified = std::fs::metadata(&self.path).and_then(|found| found.modified()).ok();
-            if modified != state.modified {
-                match read(&self.path) {
-                    Ok((tokens, modified)) => (state.tokens, state.modified) = (tokens, modified),
-                    // Half-written or gone: what was good stays.
-                    Err(err) => tracing::warn!(
-                        path = %self.path.display(),
-                        error = lacuna_checkpoint::chain(&err),
-                        "the file of tokens cannot be used; the one read before holds"
-                    ),
-                }
-            }
-        }
-        state.tokens.role_of(token)
+    /// Returns whose a token is, by the file as it was a moment ago.
+    pub fn bearer_of(&self, token: &str) -> Option<Bearer> {
+        let tokens = self.now.read().unwrap_or_else(PoisonError::into_inner);
+        tokens.bearer_of(token).cloned()
     }
 }
 
-fn read(path: &Path) -> Result<(Tokens, Option<SystemTime>), TokensError> {
-    let modified = std::fs::metadata(path).and_then(|found| found.modified()).ok();
-    let text = std::fs::read_to_string(path).map_err(TokensError::Read)?;
-    Ok((Tokens::parse(&text)?, modified))
+/// Reads the file whenever it changes, until nobody wants to know.
+fn follow(path: &Path, mut seen: Option<Look>, tokens: &Weak<RwLock<Tokens>>) {
+    loop {
+        std::thread::sleep(LOOK_EVERY);
+        let Some(tokens) = tokens.upgrade() else { return };
+        let now = look(path);
+        if now == seen {
+            continue;
+        }
+        seen = now;
+        let fresh = match std::fs::read_to_string(path) {
+            Ok(text) => {
+                // Lines that mean nothing let nobody in; the others count, and what was removed
+                // is gone, were it the last.
+                let (fresh, wrong) = Tokens::read_lines(&text);
+                for error in wrong {
+                    let error = lacuna_checkpoint::chain(&error);
+                    tracing::warn!(path = %path.display(), error, "a line of tokens is passed over");
+                }
+                tracing::info!(path = %path.display(), n = fresh.bearers.len(), "tokens read again");
+                fresh
+            }
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), "the file of tokens is gone: none is valid");
+                Tokens::default()
+            }
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "tokens cannot be read again");
+                seen = None;
+                continue;
+            }
+        };
+        *tokens.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+    }
+}
+
+fn look(path: &Path) -> Option<Look> {
+    use std::os::unix::fs::MetadataExt as _;
+    let found = std::fs::metadata(path).ok()?;
+    Some((found.modified().ok()?, found.len(), found.ino()))
 }

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 use super::messages::run_message;
-use super::{Grpc, ask, page};
+use super::{Grpc, ask, bounded, page};
 use crate::registry::RunHandle;
 use crate::run::Input;
 
@@ -68,7 +68,8 @@ impl AdminService for Grpc {
             |h: &&RunHandle| h.ends.view.borrow().status.workers.iter().any(|w| w.worker == worker);
         let input = self.0.runs().values().find(holds).map(|h| h.ends.input.clone());
         let none = || status(Reason::WorkerNotFound, format!("no run has a worker {worker}"));
-        ask(input.ok_or_else(none)?, Event::Drain { worker: worker.clone(), why }).await?;
+        ask(input.ok_or_else(none)?, Event::Drain { worker: worker.clone(), why: bounded(why) })
+            .await?;
         Ok(Response::new(v1::DrainWorkerResponse {}))
     }
 

@@ -57,7 +57,7 @@ struct Families {
     checkpoint_step: Family<RunLabel, Gauge>,
     skipped: Family<RunLabel, Counter>,
     redone: Family<RunLabel, Counter>,
-    images: Family<RunLabel, Counter>,
+    images: Family<RunLabel, Gauge>,
     state: Family<StateLabel, Gauge>,
     workers: Family<StateLabel, Gauge>,
     time: Family<StateLabel, Seconds>,
@@ -71,6 +71,7 @@ impl Families {
         };
         gauge("lacuna_run_step", "Steps behind the run's state", &self.step);
         gauge("lacuna_run_steps", "Steps that the run is to have", &self.steps);
+        gauge("lacuna_run_images", "Images behind the run's state", &self.images);
         gauge("lacuna_run_generation", "Number of the run's newest group", &self.generation);
         gauge(
             "lacuna_run_checkpoint_step",
@@ -99,7 +100,6 @@ impl Families {
             self.skipped.clone(),
         );
         registry.register("lacuna_run_redone_steps", "Steps computed again", self.redone.clone());
-        registry.register("lacuna_run_images", "Images that count", self.images.clone());
         registry.register(
             "lacuna_run_state",
             "1 for the state that the run is in",
@@ -141,7 +141,7 @@ pub(super) fn render(shared: &Shared) -> Result<String, fmt::Error> {
         families.steps.get_or_create(&label).set(signed(run.total_steps));
         families.generation.get_or_create(&label).set(signed(run.generation));
         let images = run.step.saturating_mul(u64::from(handle.spec.train.batch));
-        families.images.get_or_create(&label).inc_by(images);
+        families.images.get_or_create(&label).set(signed(images));
         if let Some(step) = run.checkpoint_step {
             families.checkpoint_step.get_or_create(&label).set(signed(step));
         }

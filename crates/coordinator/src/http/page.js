@@ -3,13 +3,13 @@
 "use strict";
 const main = document.querySelector("main[data-notices]");
 if (main) {
+  let source = null;
   let busy = false;
-  const source = new EventSource(main.dataset.notices);
+  let again = false;
   const say = (text) => { document.getElementById("live").textContent = text; };
-  source.onopen = () => say("live");
-  source.onerror = () => say("connection lost; trying again");
-  source.addEventListener("changed", async () => {
-    if (busy) return;
+
+  const refresh = async () => {
+    if (busy) { again = true; return; }
     busy = true;
     try {
       const answer = await fetch(location.pathname, { cache: "no-store" });
@@ -19,8 +19,28 @@ if (main) {
         const next = fresh.querySelector(`[data-part="${part.dataset.part}"]`);
         if (next) part.replaceChildren(...next.childNodes);
       }
+    } catch {
+      say("connection lost; trying again");
     } finally {
       busy = false;
+      if (again) { again = false; refresh(); }
     }
-  });
+  };
+
+  // A hidden page listens to nothing: browsers keep few connections to one server.
+  const listen = () => {
+    if (document.hidden) {
+      if (source) source.close();
+      source = null;
+      return;
+    }
+    if (source) return;
+    source = new EventSource(main.dataset.notices);
+    source.onopen = () => say("live");
+    source.onerror = () => say("connection lost; trying again");
+    source.addEventListener("changed", refresh);
+    refresh();
+  };
+  document.addEventListener("visibilitychange", listen);
+  listen();
 }

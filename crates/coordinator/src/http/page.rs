@@ -15,6 +15,8 @@ use lacuna_api::v1;
 
 /// Points of a curve at most.
 const POINTS_MAX: u64 = 600;
+/// Longest time that a run may have to go for it to be shown, seconds.
+const ETA_MAX: u64 = 1_000_000_000;
 /// Events that a page shows.
 const EVENTS_MAX: u64 = 200;
 /// Kinds of events that tell of groups.
@@ -80,7 +82,8 @@ fn eta(run: &v1::Run) -> Option<String> {
     let spec: serde_json::Value = serde_json::from_str(&run.spec).ok()?;
     let batch = spec.get("train")?.get("batch")?.as_f64()?;
     let seconds = run.total_steps.checked_sub(run.step)? as f64 * batch / figures.images_per_second;
-    (seconds.is_finite() && seconds < 1e9).then(|| span(Duration::from_secs_f64(seconds)))
+    // What workers say of their rate may be anything.
+    Duration::try_from_secs_f64(seconds).ok().filter(|left| left.as_secs() < ETA_MAX).map(span)
 }
 
 /// Writes a span of time in its two largest units.
@@ -378,6 +381,24 @@ mod tests {
         assert_eq!(span(Duration::from_secs(90_061)), "1 d 01 h");
         assert_eq!(grouped(1_234_567), "1,234,567");
         assert_eq!(grouped(12), "12");
+    }
+
+    #[test]
+    fn a_rate_that_is_none_gives_no_time_to_go() {
+        let left = |images_per_second: f64| {
+            eta(&v1::Run {
+                state: "running".to_string(),
+                total_steps: 100,
+                spec: "{\"train\":{\"batch\":10}}".to_string(),
+                figures: Some(v1::Figures { images_per_second, ..Default::default() }),
+                ..Default::default()
+            })
+        };
+        assert_eq!(left(10.0).as_deref(), Some("1 min 40 s"));
+        for rate in [-1.0, 0.0, f64::NAN, 1e-300] {
+            assert_eq!(left(rate), None, "{rate}");
+        }
+        assert_eq!(left(f64::INFINITY).as_deref(), Some("0 s"));
     }
 
     #[test]

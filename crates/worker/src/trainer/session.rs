@@ -2,10 +2,10 @@
 
 use std::io::Read as _;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use lacuna_api::tls::Credentials;
 use lacuna_api::{v1, wire};
 use lacuna_checkpoint::chain;
 use lacuna_collective::AbortHandle;
@@ -36,7 +36,6 @@ const SIGNAL_BURST: Duration = Duration::from_secs(1);
 /// Runs the session of one trainer.
 pub struct Driver {
     args: TrainerArgs,
-    credentials: Credentials,
     worker: WorkerId,
     incarnation: Incarnation,
     endpoint: String,
@@ -62,7 +61,6 @@ impl Driver {
     /// Prepares the session.
     pub fn new(
         args: TrainerArgs,
-        credentials: Credentials,
         worker: WorkerId,
         incarnation: Incarnation,
         peers: Peers,
@@ -92,7 +90,6 @@ impl Driver {
             beat: Duration::from_millis(500),
             exit: None,
             working_for: None,
-            credentials,
             args,
         }
     }
@@ -106,7 +103,8 @@ impl Driver {
         let (events, mut net) = mpsc::channel(QUEUE);
         let uplink = Uplink {
             url: self.args.coordinator.clone(),
-            credentials: self.credentials.clone(),
+            credentials: self.args.credentials.clone(),
+            was_let_in: AtomicBool::new(false),
             worker: self.worker.clone(),
             incarnation: self.incarnation,
             endpoint: self.endpoint.clone(),

@@ -1,10 +1,10 @@
 //! A trainer's stream to the coordinator: opened, introduced, and opened again.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lacuna_api::client::{ClientError, connect};
 use lacuna_api::error::{Reason, reason};
-use lacuna_api::tls::Credentials;
 use lacuna_api::v1::worker_service_client::WorkerServiceClient;
 use lacuna_api::{MESSAGE_BYTES_MAX, v1, wire};
 use lacuna_checkpoint::chain;
@@ -12,6 +12,8 @@ use lacuna_control::message::ToWorker;
 use lacuna_types::{BuildId, Generation, Incarnation, RunId, Step, WorkerId, exit};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+
+use crate::args::CredentialArgs;
 
 /// Bound of every queue of a session: a few messages a second pass.
 pub const QUEUE: usize = 64;
@@ -57,8 +59,10 @@ pub struct HelloFacts {
 pub struct Uplink {
     /// Address of the coordinator.
     pub url: String,
-    /// How to prove who this is.
-    pub credentials: Credentials,
+    /// How to prove who this is; read anew for each connection, since files may be replaced.
+    pub credentials: CredentialArgs,
+    /// Whether a connection was let in before: then a refusal may be of a file being replaced.
+    pub was_let_in: AtomicBool,
     /// Who.
     pub worker: WorkerId,
     /// Which life of it.
@@ -89,7 +93,12 @@ impl Uplink {
 
     /// One connection, from opening to its end: why it ended, whether for good, whether it was up.
     async fn once(&self) -> (String, Option<u8>, bool) {
-        let channel = match connect(&self.url, CONNECT_DEADLINE, &self.credentials).await {
+        let credentials = match self.credentials.read() {
+            Ok(credentials) => credentials,
+            Err(err) => return (chain(&err), None, false),
+        };
+        let before = self.was_let_in.load(Ordering::Relaxed);
+        let channel = match connect(&self.url, CONNECT_DEADLINE, &credentials).await {
             Ok(channel) => channel,
             Err(err @ (ClientError::Address { .. } | ClientError::Scheme { .. })) => {
                 return (chain(&err), Some(exit::USAGE), false);
@@ -103,8 +112,9 @@ impl Uplink {
         let _ = requests.try_send(self.hello());
         let mut answers = match client.session(ReceiverStream::new(outgoing)).await {
             Ok(response) => response.into_inner(),
-            Err(status) => return refused(&status),
+            Err(status) => return refused(&status, before),
         };
+        self.was_let_in.store(true, Ordering::Relaxed);
         if self.events.send(Net::Open { requests }).await.is_err() {
             return ("the session is gone".into(), None, false);
         }
@@ -114,7 +124,7 @@ impl Uplink {
                 Ok(Some(response)) => response,
                 Ok(None) => return ("the coordinator closed the stream".into(), None, was_up),
                 Err(status) if was_up => return (status.to_string(), None, was_up),
-                Err(status) => return refused(&status),
+                Err(status) => return refused(&status, before),
             };
             let event = match response.message {
                 Some(v1::session_response::Message::Welcome(welcome)) => {
@@ -149,13 +159,13 @@ impl Uplink {
     }
 }
 
-/// Decides whether a refusal is final.
-pub(crate) fn refused(status: &tonic::Status) -> (String, Option<u8>, bool) {
+/// Decides whether a refusal is final; one for want of a right is, but for those that had it.
+pub(crate) fn refused(status: &tonic::Status, was_let_in: bool) -> (String, Option<u8>, bool) {
     let text = format!("refused by the coordinator: {}", status.message());
     match reason(status) {
         Some(Reason::VersionSkew) => (text, Some(exit::VERSION), false),
         Some(Reason::Malformed) => (text, Some(exit::USAGE), false),
-        Some(Reason::Unauthenticated | Reason::RoleMissing) => {
+        Some(Reason::Unauthenticated | Reason::RoleMissing) if !was_let_in => {
             (text, Some(exit::UNAUTHORISED), false)
         }
         _ => (text, None, false),

@@ -107,6 +107,7 @@ impl Stub {
         let uplink = Uplink {
             url: shared.url.clone(),
             credentials: Default::default(),
+            was_let_in: Default::default(),
             worker,
             incarnation,
             endpoint: "10.128.128.128:40000".to_string(),
