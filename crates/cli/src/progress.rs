@@ -108,10 +108,9 @@ pub fn figures_line(run: &v1::Run, figures: &v1::Figures) -> String {
     let mut text = format!("step {}/{}", grouped(step), grouped(run.total_steps));
     if run.steps_per_epoch > 0 {
         let epochs = |steps: u64| steps as f64 / run.steps_per_epoch as f64;
-        write_all(
-            &mut text,
-            format_args!(" ep {:.2}/{:.0}", epochs(step), epochs(run.total_steps)),
-        );
+        let total = epochs(run.total_steps);
+        let digits = if total < 10.0 { 2 } else { 0 };
+        write_all(&mut text, format_args!(" ep {:.2}/{total:.digits$}", epochs(step)));
     }
     write_all(
         &mut text,

@@ -275,7 +275,8 @@ pub(crate) async fn check(State(door): State<Arc<Door>>, request: Request, next:
                 guard.admit();
             }
             if let Some(Bearer { role, name }) = who.filter(|who| acts(&path, who.role)) {
-                tracing::info!(path, request_id = ?id, %role, name, peer = ?peer_of(guard), "asked");
+                let peer = peer_of(guard);
+                tracing::info!(path, request_id = ?id, %role, name, ?peer, "asked");
             }
             next.run(request).await
         }

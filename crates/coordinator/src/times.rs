@@ -88,7 +88,7 @@ impl Times {
         self.seconds[share as usize] += seconds - again;
     }
 
-    /// Counts so much of the time of training that comes as spent on steps that were computed before.
+    /// Counts so much of the time of training to come as spent on steps that were computed before.
     pub fn repeat(&mut self, seconds: f64) {
         if seconds.is_finite() && seconds > 0.0 {
             self.owed += seconds;

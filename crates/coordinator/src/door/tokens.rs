@@ -191,6 +191,7 @@ impl TokenFile {
 
 /// Reads the file whenever it changes, until nobody wants to know.
 fn follow(path: &Path, mut seen: Option<Look>, tokens: &Weak<RwLock<Tokens>>) {
+    let shown = path.display();
     loop {
         std::thread::sleep(LOOK_EVERY);
         let Some(tokens) = tokens.upgrade() else { return };
@@ -206,17 +207,17 @@ fn follow(path: &Path, mut seen: Option<Look>, tokens: &Weak<RwLock<Tokens>>) {
                 let (fresh, wrong) = Tokens::read_lines(&text);
                 for error in wrong {
                     let error = lacuna_checkpoint::chain(&error);
-                    tracing::warn!(path = %path.display(), error, "a line of tokens is passed over");
+                    tracing::warn!(path = %shown, error, "a line of tokens is passed over");
                 }
-                tracing::info!(path = %path.display(), n = fresh.bearers.len(), "tokens read again");
+                tracing::info!(path = %shown, n = fresh.bearers.len(), "tokens read again");
                 fresh
             }
             Err(err) if err.kind() == std::io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), "the file of tokens is gone: none is valid");
+                tracing::warn!(path = %shown, "the file of tokens is gone: none is valid");
                 Tokens::default()
             }
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "tokens cannot be read again");
+                tracing::warn!(path = %shown, %error, "tokens cannot be read again");
                 seen = None;
                 continue;
             }

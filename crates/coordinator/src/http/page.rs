@@ -240,7 +240,9 @@ fn facts(run: &v1::Run) -> Vec<Fact> {
     ];
     if run.steps_per_epoch > 0 {
         let epochs = |steps: u64| steps as f64 / run.steps_per_epoch as f64;
-        let text = format!("{:.2} of {:.0}", epochs(run.step), epochs(run.total_steps));
+        let total = epochs(run.total_steps);
+        let digits = if total < 10.0 { 2 } else { 0 };
+        let text = format!("{:.2} of {total:.digits$}", epochs(run.step));
         out.insert(1, fact("epoch", text));
     }
     if let Some(figures) = &run.figures {

@@ -228,7 +228,7 @@ fn start(args: &Args, fixture: &Fixture) -> anyhow::Result<(Process, String)> {
 /// Makes the request that creates a run of this shape.
 fn request(fixture: &Fixture, shape: Shape) -> anyhow::Result<v1::CreateRunRequest> {
     let (min, max) = (shape.min(), shape.workers);
-    let workers = if min == max { format!("\"{min}\"") } else { format!("\"{min}:{max}\"") };
+    let workers = format!("\"{min}:{max}\"");
     let batch = shape.slots().to_string();
     let every = MARK_EVERY.to_string();
     let track = format!("\"{MARK_EVERY}step\"");
