@@ -243,6 +243,28 @@ class Face(unittest.TestCase):
         for place in places:
             self.assertTrue(place.startswith("/") or place == "data:,", place)
 
+    def test_commands_look_at_the_run(self):
+        lacuna = [LACUNA]
+        there = ["-c", self.url]
+        events = run(*lacuna, "events", "face", *there).splitlines()
+        self.assertTrue(any(" lost " in line for line in events), events)
+        loud = run(*lacuna, "events", "face", "--warnings", "-o", "json", *there).splitlines()
+        self.assertTrue(all(json.loads(line)["warning"] for line in loud))
+        workers = json.loads(run(*lacuna, "workers", "-o", "json", *there))
+        self.assertEqual({worker["run_id"] for worker in workers} - {""}, {"face"})
+        self.assertEqual(run(*lacuna, "diff", "face", self.spec, *there), "")
+        other = self.folder / "other.toml"
+        other.write_text(self.spec.read_text().replace("400step", "500step"))
+        self.assertIn("[maths]", run(*lacuna, "diff", "face", other, *there))
+        self.assertIn("finished", run(*lacuna, "resume", "face", *there))
+        self.assertIn("takes 1 to 1 workers", run(*lacuna, "scale", "face", "1:1", *there))
+        run(*lacuna, "scale", "face", "2:1", *there, code=2)
+        findings = json.loads(run(*lacuna, "doctor", "-o", "json", *there))
+        self.assertEqual({f["what"]: f["verdict"] for f in findings}["coordinator"], "ok")
+        self.assertIn("complete -F", run(*lacuna, "completions", "bash"))
+        run(*lacuna, "man", self.folder / "man")
+        self.assertTrue((self.folder / "man" / "lacuna-submit.1").is_file())
+
     def test_tensorboard_reads_the_run(self):
         code = ("import sys, json\n"
                 "from tensorboard.backend.event_processing import event_accumulator as e\n"

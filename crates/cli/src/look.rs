@@ -77,6 +77,9 @@ pub struct ManArgs {
     folder: std::path::PathBuf,
 }
 
+/// How a file leaves a value open.
+const OPEN: &str = "\"auto\"";
+
 /// Prints what happened to a run, the oldest first.
 pub fn events(args: EventsArgs) -> anyhow::Result<u8> {
     runtime()?.block_on(async {
@@ -183,7 +186,15 @@ pub fn diff(args: DiffArgs) -> anyhow::Result<u8> {
         let old = spec_of(&args.old, &args.connect).await?;
         anyhow::Ok((old, spec_of(&args.new, &args.connect).await?))
     })?;
-    let differences = lacuna_spec::diff(&old, &new);
+    let mut differences = lacuna_spec::diff(&old, &new);
+    // What a file leaves open is settled when it is submitted: it is no other value.
+    let is_file = |name: &str| Path::new(name).is_file();
+    if is_file(&args.old) != is_file(&args.new) {
+        differences.retain(|d| {
+            let of_file = if is_file(&args.old) { &d.old } else { &d.new };
+            of_file != OPEN
+        });
+    }
     if differences.is_empty() {
         eprintln!("no difference");
     }
