@@ -114,10 +114,18 @@ def compare(a: str, b: str, name: str) -> dict[str, object]:
     return {"loaded": loaded, "n": len(weights), "differ": differ, "tables": tables}
 
 
+def read_parts(*files: str) -> dict[str, int]:
+    """Reads parts of checkpoints; returns how many parameters each holds."""
+    from safetensors.torch import load_file
+    read = {file: load_file(file) for file in files}
+    return {file: sum(tensor.numel() for name, tensor in tensors.items()
+                      if name.startswith("param/")) for file, tensors in read.items()}
+
+
 def main() -> int:
     """Runs the program and returns its exit code."""
     commands = {"load-hf": load_hf, "load-timm": load_timm, "write-hf": write_hf,
-                "save-again": save_again, "compare": compare}
+                "save-again": save_again, "compare": compare, "read-parts": read_parts}
     command, *args = sys.argv[1:]
     if command not in commands:
         raise SystemExit(f"weights_peer: no command {command!r}")

@@ -108,6 +108,13 @@ class Weights(unittest.TestCase):
         self.lacuna("ckpt", "import", source, "--run", f"{name}.toml", *more)
         return f"{name}.toml"
 
+    def test_parts_are_read_by_the_package(self):
+        self.imported("golden", GOLDEN / "mid.weights.f32.safetensors")
+        parts = sorted(self.root.rglob("part-*.safetensors"))
+        self.assertTrue(parts)
+        found = peer("read-parts", *parts)
+        self.assertTrue(all(n > 0 for n in found.values()), found)
+
     def exported(self, spec, to, layout, *more):
         """Exports the newest checkpoint of a run; returns the folder."""
         self.lacuna("ckpt", "export", spec, "--layout", layout, "--to", to, *more)
