@@ -10,6 +10,7 @@ use lacuna_recipe::state::Layout;
 
 use crate::run_spec::{Order, ResolveError, Resolved, RunSpec};
 use crate::units::Length;
+use crate::units::grouped;
 
 /// Efficiency below which a number of workers is warned about: one in seven would be idle.
 pub const EFFICIENCY_WARNING: f64 = 0.85;
@@ -111,10 +112,10 @@ impl PlanReport {
             "images       {height}x{width}x{} in patches of {}: {} patches, the encoder sees {}",
             model.channels,
             model.patch_size,
-            thousands(model.n_patches() as u64),
-            thousands(model.len_keep() as u64),
+            grouped(model.n_patches() as u64),
+            grouped(model.len_keep() as u64),
         )?;
-        writeln!(f, "parameters   {} in {} tensors", thousands(self.n_params), self.n_tensors)?;
+        writeln!(f, "parameters   {} in {} tensors", grouped(self.n_params), self.n_tensors)?;
         let per_step = self.flops_per_image * f64::from(spec.train.batch);
         writeln!(
             f,
@@ -143,7 +144,7 @@ impl PlanReport {
             (Some(Ok(resolved)), _) => resolved,
             (Some(Err(error)), _) => return writeln!(f, "steps        impossible: {error}"),
             (None, Length::Steps(n)) => {
-                return writeln!(f, "steps        {}", thousands(n));
+                return writeln!(f, "steps        {}", grouped(n));
             }
             (None, Length::Epochs(_)) => {
                 return writeln!(f, "steps        {duration}: known with the data");
@@ -160,15 +161,15 @@ impl PlanReport {
         writeln!(
             f,
             "data         {} samples in {} order, {} steps an epoch, {} samples left over",
-            thousands(geometry.n_samples),
+            grouped(geometry.n_samples),
             order,
-            thousands(per_epoch),
-            thousands(dropped),
+            grouped(per_epoch),
+            grouped(dropped),
         )?;
         writeln!(
             f,
             "steps        {} = {:.2} epochs",
-            thousands(resolved.total_steps),
+            grouped(resolved.total_steps),
             resolved.total_steps as f64 / per_epoch as f64
         )?;
         let total =
@@ -199,19 +200,6 @@ impl PlanReport {
             n => writeln!(f, "and {n} numbers of workers that do not shorten a step"),
         }
     }
-}
-
-/// Prints 1234567 as `1,234,567`.
-fn thousands(n: u64) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }
 
 /// Prints a quantity with three digits after the point and a decimal prefix, `58.463 G`.

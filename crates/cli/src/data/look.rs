@@ -15,7 +15,7 @@ use serde_json::json;
 use super::talk::{Meter, count, io, put, put_json, rows, size, usage};
 use super::{open, parse_size, shape};
 use crate::client::Output;
-use crate::progress::grouped;
+use lacuna_spec::units::grouped;
 
 /// Images, evenly spaced, that are looked at to tell grey from colour: so many grey ones in a row
 /// do not happen by chance in a set in colour.

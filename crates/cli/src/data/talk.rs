@@ -9,7 +9,7 @@ use lacuna_data::Progress;
 use lacuna_types::exit;
 
 use crate::Coded;
-use crate::progress::grouped;
+use lacuna_spec::units::grouped;
 
 /// Time between two lines of progress where there is no terminal: a log stays readable.
 const LINE_EVERY: Duration = Duration::from_secs(10);

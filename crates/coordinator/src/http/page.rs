@@ -1,12 +1,14 @@
 //! What the pages say: runs, and one run with its past.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use askama::Template;
+use lacuna_spec::units::grouped;
 use lacuna_types::{BuildId, RunId};
 
 use super::chart::{self, Curve};
+use crate::catalogue::rfc3339;
 use crate::grpc::messages::{run_message, times_of};
 use crate::registry::Shared;
 use crate::store::{SqliteStore, StoreError, Update};
@@ -61,19 +63,6 @@ fn tone_of(state: &str) -> &'static str {
         "failed" => "bad",
         _ => "idle",
     }
-}
-
-/// Writes a number with a comma between thousands.
-fn grouped(n: u64) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }
 
 /// Tells how long a run that trains has to go at its newest rate.
@@ -347,26 +336,9 @@ fn event_rows(events: &[Update]) -> (Vec<EventRow>, Vec<EventRow>) {
     (groups, others)
 }
 
-/// Writes a time of day and its date, UTC.
+/// Writes a date and its time of day, UTC.
 fn clock(at_ms: u64) -> String {
-    let seconds = at_ms / 1000;
-    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = date(days);
-    let (hour, minute, second) = (of_day / 3600, of_day % 3600 / 60, of_day % 60);
-    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
-}
-
-/// Returns the date that is so many days after 1970-01-01, by the Gregorian calendar.
-fn date(days: u64) -> (u64, u64, u64) {
-    // Years begin in March here, so that a leap day is a year's last.
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let of_era_year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * of_era_year + of_era_year / 4 - of_era_year / 100);
-    let from_march = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * from_march + 2) / 5 + 1;
-    let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
-    (era * 400 + of_era_year + u64::from(month <= 2), month, day)
+    rfc3339(UNIX_EPOCH + Duration::from_millis(at_ms)).replace('T', " ").replace('Z', " UTC")
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::progress::grouped;
+use lacuna_spec::units::grouped;
 
 /// A loader that gives less than this share of what its threads could is held back by itself: noise
 /// between two short measurements on a quiet machine is a few per cent.

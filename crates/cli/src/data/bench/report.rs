@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::bottleneck::{Bottleneck, Figures};
 use super::{BenchArgs, LoaderRun};
-use crate::progress::grouped;
+use lacuna_spec::units::grouped;
 
 /// Bytes of a megabyte.
 const MEGA: f64 = 1e6;
