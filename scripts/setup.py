@@ -42,6 +42,8 @@ GB = 10**9
 WHEEL_BYTES = {"cpu": GB * 7 // 10, "cuda": GB * 26 // 10}
 UNPACKED_BYTES = {"cpu": GB * 8 // 10, "cuda": GB * 46 // 10}
 BUILD_BYTES = 2 * GB
+# What `make ci` compiles: every test, example and benchmark, without the incremental cache.
+TESTS_BYTES = 7 * GB
 
 DOWNLOAD_TRIES = 3
 # Tags of the wheels that run on glibc 2.28 and later; named so that the fetch does not depend on
@@ -373,6 +375,14 @@ def prepare_jpeg() -> str:
     return tools.prepare(ROOT / "third_party", cache_dir() / "apt", cmake_wheel)
 
 
+def check_target_space(n_bytes: int) -> None:
+    """Checks the space that a target folder still has to grow: a linker whose disk fills up dies
+    of a bus error that does not name the disk."""
+    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+    there = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    check_space([(target, max(n_bytes - there, 0))])
+
+
 def build() -> int:
     """Builds both binaries and returns make's exit code."""
     say("setup", "make build")
@@ -383,13 +393,15 @@ def build() -> int:
 def main() -> int:
     """Runs the program and returns its exit code."""
     parser = argparse.ArgumentParser(description="Prepares a checkout of Lacuna.")
-    parser.add_argument("--no-build", action="store_true", help="do not build the binaries")
+    parser.add_argument("--no-build", action="store_true",
+                        help="do not build the binaries (what follows builds the tests)")
     args = parser.parse_args()
     started = time.monotonic()
     try:
         check_tools()
         line = prepare("cuda" if os.environ.get("CUDA") == "1" else "cpu")
         line = f"{line}; {prepare_jpeg()}"
+        check_target_space(TESTS_BYTES if args.no_build else BUILD_BYTES)
         if not args.no_build and build() != 0:
             say("setup", "the build failed: see cargo's message above")
             return 1

@@ -160,6 +160,21 @@ class Requirements(unittest.TestCase):
             setup.check_space([(pathlib.Path("/nowhere/at/all"), 10**18)])
 
 
+class Space(WithFolder):
+    """What a build still needs."""
+
+    def test_what_a_target_folder_holds_need_not_be_free_again(self):
+        (self.root / "deps").mkdir()
+        (self.root / "deps" / "big").write_bytes(bytes(1000))
+        with unittest.mock.patch.dict(os.environ, {"CARGO_TARGET_DIR": str(self.root)}):
+            with unittest.mock.patch.object(setup, "check_space") as check:
+                setup.check_target_space(1500)
+                check.assert_called_once_with([(self.root, 500)])
+                setup.check_target_space(900)
+                check.assert_called_with([(self.root, 0)])
+            self.assertRaisesRegex(Unfit, "disk space", setup.check_target_space, 10**18)
+
+
 class Data(WithFolder):
     """DATA_DIR and the pinned files."""
 
