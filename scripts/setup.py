@@ -41,7 +41,7 @@ STAMP = "stamp.json"
 GB = 10**9
 WHEEL_BYTES = {"cpu": GB * 7 // 10, "cuda": GB * 26 // 10}
 UNPACKED_BYTES = {"cpu": GB * 8 // 10, "cuda": GB * 46 // 10}
-BUILD_BYTES = 2 * GB
+BUILD_BYTES = 3 * GB
 # What `make ci` compiles: every test, example and benchmark, without the incremental cache.
 TESTS_BYTES = 7 * GB
 

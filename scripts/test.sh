@@ -40,8 +40,9 @@ rust_lane() {
     OMP_NUM_THREADS=1 cargo test "${crates[@]}" "${features[@]}" --no-fail-fast
 }
 
-lane scripts python3 -m unittest discover --start-directory scripts --pattern '*_test.py'
 lane rust rust_lane
+# After the other: some of them run the programs that it built.
+lane scripts python3 -m unittest discover --start-directory scripts --pattern '*_test.py'
 if [ ${#crates[@]} -eq 1 ]; then
     : # libtorch is there, and its crate among the others
 elif [ -n "${CI:-}" ]; then

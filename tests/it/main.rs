@@ -7,6 +7,7 @@ mod cache;
 mod chaos;
 mod claim;
 mod damage;
+mod face;
 mod faults;
 mod nccl;
 mod network;

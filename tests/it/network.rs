@@ -1,10 +1,10 @@
 //! Workers that reach each other over a network's address, behind certificates and tokens.
 
-use std::io::{BufRead as _, BufReader};
-use std::net::{IpAddr, UdpSocket};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{IpAddr, TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
 
-use lacuna_tests::{Fixture, Process, said};
+use lacuna_tests::{DEADLINE, Fixture, Process, said};
 use lacuna_types::exit;
 
 use crate::fixture;
@@ -21,7 +21,8 @@ fn own_address() -> Option<IpAddr> {
 fn coordinator(fixture: &Fixture, address: IpAddr, args: &[&str]) -> (Process, String) {
     let listen = format!("{address}:0");
     let mut command = fixture.lacuna(&["coordinator", "--local", "--listen", &listen]);
-    command.args(["--state", "state"]).args(args).stdout(Stdio::piped()).stderr(Stdio::null());
+    let state: &[&str] = if args.contains(&"--state") { &[] } else { &["--state", "state"] };
+    command.args(state).args(args).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut process = Process::start(&mut command);
     let mut line = String::new();
     let stdout = process.take_stdout().expect("stdout is a pipe");
@@ -108,4 +109,44 @@ fn tokens_between_machines_change_no_bit() {
     let (code, _, err) = said(&refused);
     assert_eq!(code, i32::from(exit::USAGE), "{err}");
     assert!(err.contains("refusing to listen on") && err.contains("--token-file"), "{err}");
+}
+
+/// Opens callers that never finish what they say; some say nothing, some a little at a time.
+fn slow_callers(addr: &str, n: usize) -> Vec<TcpStream> {
+    let beginnings: [&[u8]; 3] = [b"", b"GET /runs", b"PRI * HTTP/2.0\r\n"];
+    (0..n)
+        .map(|i| {
+            let mut stream = TcpStream::connect(addr).expect("a connection");
+            stream.write_all(beginnings[i % beginnings.len()]).expect("it is taken");
+            stream.set_read_timeout(Some(DEADLINE)).expect("a socket");
+            stream
+        })
+        .collect()
+}
+
+#[test]
+fn callers_that_take_their_time_are_hung_up_on_and_keep_nobody_waiting() {
+    let fixture = fixture();
+    let loopback = IpAddr::from([127, 0, 0, 1]);
+    let (code, _, err) = said(&fixture.run(&["tls", "init", "tls", "--host", "127.0.0.1"]));
+    assert_eq!(code, 0, "{err}");
+    let plain = coordinator(&fixture, loopback, &[]);
+    let locked_state = ["--tls-dir", "tls/server", "--state", "other"];
+    let locked = coordinator(&fixture, loopback, &locked_state);
+    let callers: Vec<Vec<TcpStream>> = [&plain.1, &locked.1]
+        .map(|url| slow_callers(url.split_once("//").expect("a URL").1, 60))
+        .into();
+    // Others are answered meanwhile.
+    for (url, args) in [(&plain.1, &[][..]), (&locked.1, &["--tls-dir", "tls/view"])] {
+        let runs = ["runs", "-c", url, "--timeout", "5"];
+        let (code, out, err) = said(&fixture.run(&[&runs[..], args].concat()));
+        assert_eq!(code, 0, "{url}: {out}{err}");
+    }
+    for mut caller in callers.into_iter().flatten() {
+        let mut rest: Vec<u8> = Vec::new();
+        // An end or a reset, within the deadline of the socket.
+        let ended = caller.read_to_end(&mut rest);
+        let timed_out = ended.is_err_and(|err| err.kind() == std::io::ErrorKind::WouldBlock);
+        assert!(!timed_out, "a caller that says nothing is still there");
+    }
 }

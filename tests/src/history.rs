@@ -101,7 +101,7 @@ impl Heard {
                 }
                 self.told.push(Told { at, event });
             }
-            None => {}
+            Some(Update::Picture(_)) | None => {}
         }
         if self.applied.len() + self.told.len() > ENTRIES_MAX {
             bail!("more than {ENTRIES_MAX} updates");

@@ -17,7 +17,7 @@ pub mod saves;
 pub mod strace;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -398,6 +398,28 @@ impl<'a> Cluster<'a> {
         })
     }
 
+    /// Asks the coordinator something.
+    pub fn ask<T>(&self, ask: impl AsyncFnOnce(Client) -> T) -> T {
+        self.runtime.block_on(async {
+            ask(Client::connect(&self.url, DEADLINE).await.expect("a coordinator")).await
+        })
+    }
+
+    /// Gets what a browser would: the status and the body.
+    pub fn get(&self, path: &str) -> (u16, Vec<u8>) {
+        let addr = self.url.trim_start_matches("http://");
+        let mut stream = std::net::TcpStream::connect(addr).expect("a coordinator");
+        stream.set_read_timeout(Some(DEADLINE)).expect("a socket");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).expect("the request is sent");
+        let mut answer: Vec<u8> = Vec::new();
+        stream.read_to_end(&mut answer).expect("an answer");
+        let end = answer.windows(4).position(|w| w == b"\r\n\r\n").expect("a head");
+        let head = String::from_utf8_lossy(&answer[..end]).into_owned();
+        let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+        (code, answer.split_off(end + 4))
+    }
+
     /// Follows a run until `done` says so of what was seen so far.
     pub fn wait(&self, run: &str, what: &str, done: impl Fn(&Seen) -> bool) -> Seen {
         self.wait_unless(run, what, done, || false)
@@ -469,6 +491,8 @@ pub struct Seen {
     pub steps: Vec<u64>,
     /// Events in order.
     pub events: Vec<v1::RunEvent>,
+    /// Pictures in order.
+    pub pictures: Vec<v1::RunPicture>,
     seq: u64,
 }
 
@@ -482,6 +506,7 @@ impl Seen {
                 self.figures.insert(figures.step, figures);
             }
             Some(Update::Event(event)) => self.events.push(event),
+            Some(Update::Picture(picture)) => self.pictures.push(picture),
             None => {}
         }
     }

@@ -51,7 +51,7 @@ async fn follow(client: &mut Client, run: &str) -> Result<(), Box<dyn Error>> {
                     break;
                 }
             }
-            None => {}
+            Some(Update::Picture(_)) | None => {}
         }
     }
     Ok(())

@@ -12,6 +12,7 @@ use crate::MESSAGE_BYTES_MAX;
 use crate::tls::{Credentials, TlsError};
 use crate::v1;
 use crate::v1::admin_service_client::AdminServiceClient;
+use crate::v1::checkpoint_service_client::CheckpointServiceClient;
 use crate::v1::run_service_client::RunServiceClient;
 
 /// A call that did not succeed.
@@ -41,6 +42,14 @@ pub enum ClientError {
     /// A file to prove who one is cannot be used.
     #[error(transparent)]
     Credentials(#[from] TlsError),
+    /// The user's settings cannot be used.
+    #[error("`{path}`: {why}")]
+    Settings {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// Nobody answers there.
     #[error("no coordinator answers at {url}")]
     Unreachable {
@@ -133,6 +142,7 @@ pub async fn connect(
 pub struct Client {
     runs: RunServiceClient<Connection>,
     admin: AdminServiceClient<Connection>,
+    checkpoints: CheckpointServiceClient<Connection>,
     timeout: Duration,
 }
 
@@ -151,8 +161,9 @@ impl Client {
         let channel = connect(url, timeout, credentials).await?;
         let runs =
             RunServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let admin = AdminServiceClient::new(channel);
-        Ok(Client { runs, admin, timeout })
+        let admin = AdminServiceClient::new(channel.clone());
+        let checkpoints = CheckpointServiceClient::new(channel);
+        Ok(Client { runs, admin, checkpoints, timeout })
     }
 
     fn request<T>(&self, message: T) -> tonic::Request<T> {
@@ -208,6 +219,138 @@ impl Client {
         let request = self.request(message);
         self.runs.stop_run(request).await?;
         Ok(())
+    }
+
+    /// Ends a run now, without a checkpoint.
+    pub async fn cancel_run(&mut self, run_id: &str, why: &str) -> Result<v1::Run, ClientError> {
+        let message = v1::CancelRunRequest { run_id: run_id.to_string(), why: why.to_string() };
+        let request = self.request(message);
+        Ok(self.runs.cancel_run(request).await?.into_inner().run.unwrap_or_default())
+    }
+
+    /// Reads a specification in TOML as `lacuna plan` does: what it comes to, or what is wrong.
+    pub async fn validate_run(
+        &mut self,
+        spec: &str,
+        overrides: &[String],
+    ) -> Result<v1::ValidateRunResponse, ClientError> {
+        let message =
+            v1::ValidateRunRequest { spec: spec.to_string(), overrides: overrides.to_vec() };
+        let request = self.request(message);
+        Ok(self.runs.validate_run(request).await?.into_inner())
+    }
+
+    /// Changes those fields of a run that is on that `paths` names, `elastic.workers`; a run whose
+    /// etag is not `etag`, where that is not empty, is left alone.
+    pub async fn update_run(
+        &mut self,
+        run_id: &str,
+        paths: &[&str],
+        spec: &str,
+        etag: &str,
+    ) -> Result<v1::Run, ClientError> {
+        let paths = paths.iter().map(ToString::to_string).collect();
+        let request = self.request(v1::UpdateRunRequest {
+            run_id: run_id.to_string(),
+            update_mask: Some(prost_types::FieldMask { paths }),
+            spec: spec.to_string(),
+            etag: etag.to_string(),
+        });
+        Ok(self.runs.update_run(request).await?.into_inner().run.unwrap_or_default())
+    }
+
+    /// Compares the specifications of two runs.
+    pub async fn diff_runs(
+        &mut self,
+        old: &str,
+        new: &str,
+    ) -> Result<Vec<v1::SpecDifference>, ClientError> {
+        let (old_run_id, new_run_id) = (old.to_string(), new.to_string());
+        let request = self.request(v1::DiffRunsRequest { old_run_id, new_run_id });
+        Ok(self.runs.diff_runs(request).await?.into_inner().differences)
+    }
+
+    /// Returns figures of a run's steps, at most `points_max`, 0 for the service's own number.
+    pub async fn get_metrics(
+        &mut self,
+        run_id: &str,
+        points_max: u32,
+    ) -> Result<Vec<v1::Figures>, ClientError> {
+        let request =
+            self.request(v1::GetMetricsRequest { run_id: run_id.to_string(), points_max });
+        Ok(self.runs.get_metrics(request).await?.into_inner().figures)
+    }
+
+    /// Returns what a run's workers log.
+    pub async fn stream_logs(
+        &mut self,
+        request: v1::StreamLogsRequest,
+    ) -> Result<Streaming<v1::StreamLogsResponse>, ClientError> {
+        Ok(self.runs.stream_logs(request).await?.into_inner())
+    }
+
+    /// Returns the checkpoints of a run, the newest last.
+    pub async fn list_checkpoints(
+        &mut self,
+        run_id: &str,
+    ) -> Result<Vec<v1::Checkpoint>, ClientError> {
+        let request = self.request(v1::ListCheckpointsRequest { run_id: run_id.to_string() });
+        Ok(self.checkpoints.list_checkpoints(request).await?.into_inner().checkpoints)
+    }
+
+    /// Returns the manifest of a checkpoint, a JSON file.
+    pub async fn get_manifest(&mut self, run_id: &str, step: u64) -> Result<Vec<u8>, ClientError> {
+        let request = v1::GetManifestRequest { run_id: run_id.to_string(), step };
+        let mut pieces = self.checkpoints.get_manifest(request).await?.into_inner();
+        let mut text: Vec<u8> = Vec::new();
+        while let Some(v1::GetManifestResponse { piece }) = pieces.message().await? {
+            text.extend(piece);
+        }
+        Ok(text)
+    }
+
+    /// Keeps a checkpoint from being deleted, or lets it go.
+    pub async fn pin_checkpoint(
+        &mut self,
+        run_id: &str,
+        step: u64,
+        pinned: bool,
+        why: &str,
+    ) -> Result<(), ClientError> {
+        let (run_id, why) = (run_id.to_string(), why.to_string());
+        let request = self.request(v1::PinCheckpointRequest { run_id, step, pinned, why });
+        self.checkpoints.pin_checkpoint(request).await?;
+        Ok(())
+    }
+
+    /// Reads a checkpoint whole, however long that takes; returns what is wrong with it.
+    pub async fn verify_checkpoint(
+        &mut self,
+        run_id: &str,
+        step: u64,
+    ) -> Result<Vec<String>, ClientError> {
+        let request = v1::VerifyCheckpointRequest { run_id: run_id.to_string(), step };
+        let mut answers = self.checkpoints.verify_checkpoint(request).await?.into_inner();
+        loop {
+            match answers.message().await? {
+                Some(answer) if answer.done => return Ok(answer.problems),
+                Some(_) => {}
+                None => return Err(tonic::Status::unavailable("the answer was cut off").into()),
+            }
+        }
+    }
+
+    /// Keeps a machine out of every run for `seconds`, 0 to let it back in; returns its workers
+    /// that leave.
+    pub async fn ban_node(
+        &mut self,
+        node: &str,
+        seconds: u64,
+        why: &str,
+    ) -> Result<Vec<String>, ClientError> {
+        let (node, why) = (node.to_string(), why.to_string());
+        let request = self.request(v1::BanNodeRequest { node, seconds, why });
+        Ok(self.admin.ban_node(request).await?.into_inner().worker_ids)
     }
 
     /// Asks for a checkpoint at the next boundary.

@@ -32,6 +32,16 @@ pub enum Reason {
     Unauthenticated,
     /// The caller may not do this.
     RoleMissing,
+    /// What the caller wants to change was changed by somebody else.
+    Conflict,
+    /// There is no such checkpoint.
+    CheckpointNotFound,
+    /// The checkpoint cannot be used.
+    CheckpointCorrupt,
+    /// The machine is kept out.
+    NodeBanned,
+    /// The service does too much of it already.
+    RateLimited,
     /// Data or checkpoints cannot be read or written here.
     Storage,
     /// The service is going down.
@@ -41,7 +51,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Reason; 12] = [
+    const ALL: [Reason; 17] = [
         Reason::InvalidSpec,
         Reason::RunNotFound,
         Reason::RunExists,
@@ -51,6 +61,11 @@ impl Reason {
         Reason::Malformed,
         Reason::Unauthenticated,
         Reason::RoleMissing,
+        Reason::Conflict,
+        Reason::CheckpointNotFound,
+        Reason::CheckpointCorrupt,
+        Reason::NodeBanned,
+        Reason::RateLimited,
         Reason::Storage,
         Reason::ShuttingDown,
         Reason::Internal,
@@ -68,6 +83,11 @@ impl Reason {
             Reason::Malformed => "MALFORMED",
             Reason::Unauthenticated => "UNAUTHENTICATED",
             Reason::RoleMissing => "ROLE_MISSING",
+            Reason::Conflict => "CONFLICT",
+            Reason::CheckpointNotFound => "CHECKPOINT_NOT_FOUND",
+            Reason::CheckpointCorrupt => "CHECKPOINT_CORRUPT",
+            Reason::NodeBanned => "NODE_BANNED",
+            Reason::RateLimited => "RATE_LIMITED",
             Reason::Storage => "STORAGE",
             Reason::ShuttingDown => "SHUTTING_DOWN",
             Reason::Internal => "INTERNAL",
@@ -77,9 +97,14 @@ impl Reason {
     fn code(self) -> Code {
         match self {
             Reason::InvalidSpec | Reason::Malformed => Code::InvalidArgument,
-            Reason::RunNotFound | Reason::WorkerNotFound => Code::NotFound,
+            Reason::RunNotFound | Reason::WorkerNotFound | Reason::CheckpointNotFound => {
+                Code::NotFound
+            }
+            Reason::Conflict => Code::Aborted,
+            Reason::CheckpointCorrupt => Code::DataLoss,
+            Reason::RateLimited => Code::ResourceExhausted,
             Reason::RunExists | Reason::WorkerExists => Code::AlreadyExists,
-            Reason::VersionSkew | Reason::Storage => Code::FailedPrecondition,
+            Reason::VersionSkew | Reason::Storage | Reason::NodeBanned => Code::FailedPrecondition,
             Reason::Unauthenticated => Code::Unauthenticated,
             Reason::RoleMissing => Code::PermissionDenied,
             Reason::ShuttingDown => Code::Unavailable,
@@ -89,7 +114,8 @@ impl Reason {
 
     /// Tells whether the same call may succeed later.
     pub fn retry_helps(self) -> bool {
-        matches!(self, Reason::ShuttingDown | Reason::WorkerExists)
+        use Reason::{NodeBanned, RateLimited, ShuttingDown, WorkerExists};
+        matches!(self, ShuttingDown | WorkerExists | NodeBanned | RateLimited)
     }
 }
 
@@ -99,6 +125,17 @@ pub fn status(reason: Reason, message: impl Into<String>) -> Status {
     let mut details = ErrorDetails::with_error_info(reason.word(), DOMAIN, no_metadata);
     if reason.retry_helps() {
         details.set_retry_info(Some(RETRY_AFTER));
+    }
+    Status::with_error_details(reason.code(), message, details)
+}
+
+/// Makes the refusal of a specification: `violations` are keys and what is wrong with each.
+pub fn invalid_spec(message: String, violations: Vec<(String, String)>) -> Status {
+    let no_metadata: [(String, String); 0] = [];
+    let reason = Reason::InvalidSpec;
+    let mut details = ErrorDetails::with_error_info(reason.word(), DOMAIN, no_metadata);
+    for (key, description) in violations {
+        details.add_bad_request_violation(key, description);
     }
     Status::with_error_details(reason.code(), message, details)
 }

@@ -230,6 +230,8 @@ pub fn from_worker(request: v1::SessionRequest) -> Result<ToCoordinator, WireErr
     use v1::session_request::Message as M;
     Ok(match need(request.message, "message")? {
         M::Hello(_) => return Err(WireError::Order("a second hello on one stream")),
+        // Pictures are for people and not for a run's machine; a session keeps them.
+        M::Picture(_) => return Err(WireError::Order("a picture before a run was given")),
         M::Beat(beat) => ToCoordinator::Beat(Beat {
             generation: Generation(beat.generation),
             step: Step(beat.step),

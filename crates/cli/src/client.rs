@@ -5,42 +5,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use lacuna_api::client::{Client, ClientError};
-use lacuna_api::tls::Credentials;
+use lacuna_api::client::ClientError;
 use lacuna_api::v1;
 use lacuna_types::exit;
+use tokio::signal::unix::{SignalKind, signal};
 
-use crate::progress::{Progress, ProgressMode, run_json};
+use crate::connect::Connect;
+use crate::progress::{Progress, ProgressMode, run_json, short_duration};
 use crate::{Coded, runtime, spec};
-
-/// How to reach the coordinator.
-#[derive(Args, Clone, Debug)]
-pub struct Connect {
-    /// Address of the coordinator.
-    #[arg(long, short, env = "LACUNA_COORDINATOR", default_value = "http://127.0.0.1:7070")]
-    pub coordinator: String,
-
-    /// Seconds that a call may take.
-    #[arg(long, default_value_t = 10)]
-    pub timeout: u64,
-
-    /// File with a token (`lacuna token new`).
-    #[arg(long, env = "LACUNA_TOKEN_FILE", value_name = "FILE")]
-    pub token_file: Option<PathBuf>,
-
-    /// Folder with `ca.pem`, and `cert.pem` with `key.pem` where the coordinator wants certificates
-    /// (`lacuna tls init`).
-    #[arg(long, env = "LACUNA_TLS_DIR", value_name = "FOLDER")]
-    pub tls_dir: Option<PathBuf>,
-}
-
-impl Connect {
-    pub async fn client(&self) -> Result<Client, ClientError> {
-        let credentials = Credentials::read(self.token_file.as_deref(), self.tls_dir.as_deref())?;
-        let timeout = Duration::from_secs(self.timeout);
-        Client::connect_as(&self.coordinator, timeout, &credentials).await
-    }
-}
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -128,6 +100,36 @@ pub struct WaitArgs {
     connect: Connect,
 }
 
+/// `lacuna cancel`.
+#[derive(Args, Debug)]
+pub struct CancelArgs {
+    /// Name of the run.
+    run: String,
+    /// Why, for those who look at it later.
+    #[arg(long, default_value = "cancelled by `lacuna cancel`")]
+    why: String,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// `lacuna ban`.
+#[derive(Args, Debug)]
+pub struct BanArgs {
+    /// Name of the machine, as `lacuna workers` shows it before the colon.
+    node: String,
+    /// How long: 90s, 15min, 24h or 7d.
+    #[arg(long = "for", value_name = "TIME", default_value = "24h", value_parser = parse_time)]
+    time: Duration,
+    /// Why, for those who look at it later.
+    #[arg(long, default_value = "")]
+    why: String,
+    /// Let the machine back in now.
+    #[arg(long, conflicts_with = "time")]
+    lift: bool,
+    #[command(flatten)]
+    connect: Connect,
+}
+
 /// `lacuna drain`.
 #[derive(Args, Debug)]
 pub struct DrainArgs {
@@ -165,7 +167,7 @@ pub fn submit(args: SubmitArgs) -> anyhow::Result<u8> {
         let what = if created { "created" } else { "is there already" };
         println!("run {} {what}: {} at step {}", run.run_id, run.state, run.step);
         if args.watch {
-            let run = follow(&args.connect, &run.run_id, args.progress).await?;
+            let run = follow(&args.connect, &run.run_id, Progress::new(args.progress)).await?;
             return Ok(run.map_or(exit::OK, |run| ending_code(&run)));
         }
         println!("follow it with: lacuna watch {}", run.run_id);
@@ -275,7 +277,7 @@ fn print_run(run: &v1::Run) {
 /// Follows a run until it ends or the user quits.
 pub fn watch(args: RunArgs) -> anyhow::Result<u8> {
     runtime()?.block_on(async {
-        match follow(&args.connect, &args.run, args.progress).await? {
+        match follow(&args.connect, &args.run, Progress::to_watch(args.progress)).await? {
             Some(run) => {
                 print_run(&run);
                 Ok(exit::OK)
@@ -292,40 +294,46 @@ pub fn watch(args: RunArgs) -> anyhow::Result<u8> {
 async fn follow(
     connect: &Connect,
     run: &str,
-    mode: ProgressMode,
+    mut progress: Progress,
 ) -> anyhow::Result<Option<v1::Run>> {
-    let mut progress = Progress::new(mode);
+    let mut terminated = signal(SignalKind::terminate())?;
+    let left = progress.left();
+    let leave = async {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminated.recv() => {}
+            () = left => {}
+        }
+    };
+    tokio::pin!(leave);
     let mut seen = 0;
     let mut alone: Option<Instant> = None;
-    loop {
+    let end = loop {
         let once = follow_once(connect, run, &mut progress, &mut seen);
         let result = tokio::select! {
             result = once => result,
-            _ = tokio::signal::ctrl_c() => {
-                progress.finish();
-                return Ok(None);
-            }
+            () = &mut leave => break Ok(None),
         };
         match result {
-            Ok(Some(run)) => {
-                progress.finish();
-                return Ok(Some(run));
-            }
+            Ok(Some(run)) => break Ok(Some(run)),
             Ok(None) => alone = None,
             Err(ClientError::Refused(status)) if lacuna_api::error::reason(&status).is_some() => {
-                progress.finish();
-                return Err(ClientError::Refused(status).into());
+                break Err(ClientError::Refused(status).into());
             }
             Err(err) => {
                 let since = *alone.get_or_insert_with(Instant::now);
                 if since.elapsed() > Duration::from_secs(connect.timeout) {
-                    progress.finish();
-                    return Err(err.into());
+                    break Err(err.into());
                 }
             }
         }
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+            () = &mut leave => break Ok(None),
+        }
+    };
+    progress.finish();
+    end
 }
 
 async fn follow_once(
@@ -365,10 +373,14 @@ fn ending_code(run: &v1::Run) -> u8 {
 pub fn wait(args: WaitArgs) -> anyhow::Result<u8> {
     runtime()?.block_on(async {
         let limit = args.limit.map_or(Duration::MAX, Duration::from_secs);
-        let waited = follow(&args.connect, &args.run, ProgressMode::Off);
+        let waited = follow(&args.connect, &args.run, Progress::new(ProgressMode::Off));
         match tokio::time::timeout(limit, waited).await {
             Err(_) => Ok(exit::WAIT_TIMED_OUT),
             Ok(run) => match run?.map(|run| (run.state.clone(), run)) {
+                Some((state, run)) if state == "cancelled" => {
+                    print_run(&run);
+                    Ok(exit::WAIT_CANCELLED)
+                }
                 Some((state, run)) if state == "finished" => {
                     print_run(&run);
                     Ok(exit::OK)
@@ -388,7 +400,7 @@ pub fn stop(args: RunArgs) -> anyhow::Result<u8> {
     runtime()?.block_on(async {
         let mut client = args.connect.client().await?;
         client.stop_run(&args.run, "stopped by `lacuna stop`").await?;
-        let run = follow(&args.connect, &args.run, args.progress).await?;
+        let run = follow(&args.connect, &args.run, Progress::new(args.progress)).await?;
         let run = run.context("quit before the run had stopped")?;
         print_run(&run);
         match run.state.as_str() {
@@ -396,6 +408,64 @@ pub fn stop(args: RunArgs) -> anyhow::Result<u8> {
             _ => Err(Coded::error(exit::FAILED, format!("the run is {}: {}", run.state, run.why))),
         }
     })
+}
+
+/// Ends a run now.
+pub fn cancel(args: CancelArgs) -> anyhow::Result<u8> {
+    runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        let before = client.get_run(&args.run).await?;
+        if before.exit_code.is_some() {
+            println!("run {} is {} already", before.run_id, before.state);
+            return Ok(exit::OK);
+        }
+        let run = client.cancel_run(&args.run, &args.why).await?;
+        let from = match run.checkpoint_step {
+            Some(step) => format!("its checkpoint of step {step}"),
+            None => "the beginning: it has no checkpoint".to_string(),
+        };
+        println!(
+            "run {} was cancelled at step {}; `lacuna resume {}` lets it go on from {from}",
+            run.run_id, before.step, run.run_id
+        );
+        Ok(exit::OK)
+    })
+}
+
+/// Keeps a machine out, or lets it back in.
+pub fn ban(args: BanArgs) -> anyhow::Result<u8> {
+    let time = if args.lift { Duration::ZERO } else { args.time };
+    runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        let leaving = client.ban_node(&args.node, time.as_secs(), &args.why).await?;
+        if args.lift {
+            println!("node {} may join again", args.node);
+            return Ok(exit::OK);
+        }
+        println!("node {} is kept out for {}", args.node, short_duration(time));
+        for worker in leaving {
+            println!("worker {worker} leaves at the next boundary");
+        }
+        Ok(exit::OK)
+    })
+}
+
+/// Reads a span of time, `90s`, `15min`, `24h` or `7d`.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let factor = match unit {
+        "s" => Some(1),
+        "min" | "m" => Some(60),
+        "h" => Some(3600),
+        "d" => Some(86_400),
+        _ => None,
+    };
+    let seconds = number.parse::<u64>().ok().zip(factor).and_then(|(n, f)| n.checked_mul(f));
+    match seconds {
+        Some(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
+        _ => Err(format!("`{text}` is no time such as 90s, 15min, 24h or 7d")),
+    }
 }
 
 /// Asks for a checkpoint.

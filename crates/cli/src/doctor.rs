@@ -5,7 +5,8 @@ use std::fmt;
 use clap::Args;
 use lacuna_types::exit;
 
-use crate::client::{Connect, Output};
+use crate::client::Output;
+use crate::connect::Connect;
 use crate::runtime;
 use crate::train::find_worker;
 
@@ -146,6 +147,7 @@ fn checkpoints(place: &str) -> Finding {
 }
 
 async fn coordinator(connect: &Connect) -> Finding {
+    let url = connect.target().map(|target| target.url().to_string()).unwrap_or_default();
     let asked = async {
         let mut client = connect.client().await?;
         client.info().await
@@ -153,7 +155,7 @@ async fn coordinator(connect: &Connect) -> Finding {
     match asked.await {
         Ok(info) => {
             let theirs: lacuna_types::BuildId = info.build.unwrap_or_default().into();
-            let (ours, url) = (lacuna_types::BuildId::this(), &connect.coordinator);
+            let ours = lacuna_types::BuildId::this();
             if theirs == ours {
                 return finding("coordinator", Verdict::Fine, format!("{url}: {theirs}"));
             }

@@ -6,12 +6,15 @@
 
 mod ckpt;
 mod client;
+mod connect;
 mod data;
 mod doctor;
 mod journal;
+mod logs;
 mod look;
 mod plan;
 mod progress;
+mod screen;
 mod secrets;
 mod serve;
 mod spec;
@@ -57,10 +60,14 @@ enum Command {
     Wait(client::WaitArgs),
     /// Show what happened to a run.
     Events(look::EventsArgs),
+    /// Show what a run's workers log.
+    Logs(logs::LogsArgs),
     /// Stop a run at its next boundary, with a checkpoint; `lacuna resume` lets it go on.
     #[command(visible_alias = "pause")]
     Stop(client::RunArgs),
-    /// Let a stopped, paused or failed run go on.
+    /// End a run now, without a checkpoint; `lacuna resume` lets it go on from its newest one.
+    Cancel(client::CancelArgs),
+    /// Let a stopped, cancelled, paused or failed run go on.
     Resume(look::ResumeArgs),
     /// Change how many workers train a run, from its next boundary on.
     Scale(look::ScaleArgs),
@@ -74,6 +81,8 @@ enum Command {
     Drain(client::DrainArgs),
     /// Let a worker back in that was kept out because it did harm.
     Release(client::ReleaseArgs),
+    /// Keep a machine out of every run for some time.
+    Ban(client::BanArgs),
     /// Give silent members of a run up, so that others begin without them.
     Force(client::RunArgs),
     /// Show what a coordinator has written down of its runs, also while it runs.
@@ -143,6 +152,9 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Watch(args) => client::watch(args),
         Command::Wait(args) => client::wait(args),
         Command::Events(args) => look::events(args),
+        Command::Cancel(args) => client::cancel(args),
+        Command::Logs(args) => logs::logs(args),
+        Command::Ban(args) => client::ban(args),
         Command::Resume(args) => look::resume(args),
         Command::Scale(args) => look::scale(args),
         Command::Diff(args) => look::diff(args),
@@ -179,15 +191,16 @@ fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
     use lacuna_api::client::ClientError;
     use lacuna_api::error::{Reason, reason};
     match err {
-        ClientError::Address { .. } | ClientError::Scheme { .. } | ClientError::Credentials(_) => {
-            exit::USAGE
-        }
+        ClientError::Address { .. }
+        | ClientError::Scheme { .. }
+        | ClientError::Settings { .. }
+        | ClientError::Credentials(_) => exit::USAGE,
         ClientError::Unreachable { .. } => exit::UNREACHABLE,
         ClientError::Refused(status) => match reason(status) {
             Some(Reason::InvalidSpec | Reason::RunExists | Reason::Malformed) => exit::USAGE,
             Some(Reason::VersionSkew) => exit::VERSION,
             Some(Reason::Unauthenticated | Reason::RoleMissing) => exit::UNAUTHORISED,
-            Some(Reason::Storage) => exit::IO,
+            Some(Reason::Storage | Reason::CheckpointCorrupt) => exit::IO,
             Some(Reason::ShuttingDown) => exit::UNREACHABLE,
             // Not the coordinator's words: what is between did not let the call through.
             None if is_of_transport(status.code()) => exit::UNREACHABLE,

@@ -11,7 +11,8 @@ use lacuna_api::v1::watch_run_response::Update;
 use lacuna_spec::RunSpec;
 use lacuna_types::exit;
 
-use crate::client::{Connect, Output};
+use crate::client::Output;
+use crate::connect::Connect;
 use crate::{Coded, runtime, spec};
 
 /// `lacuna events`.

@@ -9,11 +9,15 @@ use lacuna_api::v1;
 use lacuna_api::v1::watch_run_response::Update;
 use lacuna_spec::units::grouped;
 
+use crate::screen::Screen;
+
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ProgressMode {
-    /// A bar on a terminal, lines elsewhere.
+    /// A bar on a terminal (`lacuna watch`: a screen), lines elsewhere.
     Auto,
+    /// A screen with curve, workers and events; `q` leaves it.
+    Screen,
     /// A bar.
     Bar,
     /// A line per report.
@@ -28,24 +32,44 @@ pub enum ProgressMode {
 pub struct Progress {
     mode: ProgressMode,
     bar: Option<ProgressBar>,
+    screen: Option<Screen>,
     run: v1::Run,
 }
 
 impl Progress {
+    /// Prepares to show a run that somebody wants to look at, and nothing else.
+    pub fn to_watch(mode: ProgressMode) -> Self {
+        let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
+        Progress::new(match mode {
+            ProgressMode::Auto if terminal => ProgressMode::Screen,
+            other => other,
+        })
+    }
+
     /// Prepares to show a run.
     pub fn new(mode: ProgressMode) -> Self {
-        let mode = match mode {
+        let mut mode = match mode {
             ProgressMode::Auto if std::io::stderr().is_terminal() => ProgressMode::Bar,
             ProgressMode::Auto => ProgressMode::Line,
             other => other,
         };
+        let mut screen = None;
+        if mode == ProgressMode::Screen {
+            match Screen::open() {
+                Ok(opened) => screen = Some(opened),
+                Err(err) => {
+                    eprintln!("no screen here ({err}); lines instead");
+                    mode = ProgressMode::Line;
+                }
+            }
+        }
         let bar = (mode == ProgressMode::Bar).then(|| {
             let style = ProgressStyle::with_template("{bar:24} {msg}");
             let bar = ProgressBar::new(1);
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar
         });
-        Progress { mode, bar, run: v1::Run::default() }
+        Progress { mode, bar, screen, run: v1::Run::default() }
     }
 
     /// Returns the newest snapshot.
@@ -61,11 +85,14 @@ impl Progress {
             // A reader that went away must not end the run.
             let _ = writeln!(std::io::stdout(), "{line}");
         }
+        if let Some(screen) = &self.screen {
+            screen.show(response.clone());
+        }
         match response.update {
             Some(Update::Snapshot(run)) => self.run = run,
             Some(Update::Figures(figures)) => self.figures(&figures),
             Some(Update::Event(event)) => self.line(&event_line(&event)),
-            None => {}
+            Some(Update::Picture(_)) | None => {}
         }
     }
 
@@ -90,11 +117,24 @@ impl Progress {
         }
     }
 
-    /// Takes the bar away.
-    pub fn finish(&self) {
+    /// Returns what completes when somebody leaves the screen; without one, never.
+    pub fn left(&self) -> impl Future<Output = ()> + use<> {
+        let quit = self.screen.as_ref().map(Screen::quit);
+        async {
+            match quit {
+                // Fails when the screen is gone, which is the same.
+                Some(mut quit) => drop(quit.wait_for(|quit| *quit).await),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Takes bar or screen away.
+    pub fn finish(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+        self.screen = None;
     }
 }
 
@@ -137,7 +177,8 @@ fn write_all(text: &mut String, args: std::fmt::Arguments<'_>) {
     std::fmt::Write::write_fmt(text, args).expect("a string takes everything");
 }
 
-fn eta(run: &v1::Run, figures: &v1::Figures) -> Option<String> {
+/// Tells how long a run has to go at its newest rate.
+pub(crate) fn eta(run: &v1::Run, figures: &v1::Figures) -> Option<String> {
     let spec: serde_json::Value = serde_json::from_str(&run.spec).ok()?;
     let batch = spec["train"]["batch"].as_f64()?;
     let left = run.total_steps.saturating_sub(figures.step) as f64 * batch;
@@ -145,7 +186,8 @@ fn eta(run: &v1::Run, figures: &v1::Figures) -> Option<String> {
     seconds.is_finite().then(|| short_duration(Duration::from_secs_f64(seconds.min(1e9))))
 }
 
-fn short_duration(duration: Duration) -> String {
+/// Writes a span of time in two units at most.
+pub(crate) fn short_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
         (0, 0, s) => format!("{s}s"),
@@ -166,6 +208,10 @@ fn json_line(response: &v1::WatchRunResponse) -> Option<String> {
         Update::Event(e) => serde_json::json!({
             "seq": response.seq, "event": e.kind, "warning": e.warning, "text": e.text,
             "at_ms": e.at_ms,
+        }),
+        Update::Picture(p) => serde_json::json!({
+            "seq": response.seq, "picture": p.index, "step": p.step, "sample": p.sample,
+            "at_ms": p.at_ms,
         }),
     };
     Some(value.to_string())

@@ -168,6 +168,7 @@ impl Coordinator {
             _ if self.saved.ending.is_some() => {}
             Event::Drain { worker, why } => self.on_drain(worker, why),
             Event::Stop { why } => self.record(Record::Stopping { why }),
+            Event::Cancel { why } => self.end(Ending::Cancelled { why }),
             Event::Checkpoint => self.record(Record::CheckpointAsked),
             Event::Force => self.on_force(),
         }
@@ -383,7 +384,7 @@ impl Coordinator {
             Ending::Finished { step, .. } => (exit::OK, format!("finished at step {step}")),
             Ending::Failed { why, code } => (*code, why.clone()),
             // The workers did nothing wrong and may serve another run.
-            Ending::Stopped { why, .. } => (exit::OK, why.clone()),
+            Ending::Stopped { why, .. } | Ending::Cancelled { why } => (exit::OK, why.clone()),
             // What is in memory may be what differs: the next group starts from a checkpoint.
             Ending::Paused { why } => (exit::OK, why.clone()),
         };
@@ -391,6 +392,7 @@ impl Coordinator {
             Ending::Finished { .. } => ("finished", false),
             Ending::Failed { .. } => ("failed", true),
             Ending::Stopped { .. } => ("stopped", false),
+            Ending::Cancelled { .. } => ("cancelled", false),
             Ending::Paused { .. } => ("paused", true),
         };
         self.tell_unlisted(true);

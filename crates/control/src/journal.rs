@@ -277,6 +277,7 @@ impl fmt::Display for Record {
             Record::Ended(Ending::Stopped { step, why }) => {
                 write!(f, "stopped at step {step}: {why}")
             }
+            Record::Ended(Ending::Cancelled { why }) => write!(f, "cancelled: {why}"),
             Record::Ended(Ending::Paused { why }) => write!(f, "paused: {why}"),
             Record::Resumed => write!(f, "goes on"),
         }

@@ -250,10 +250,20 @@ pub(crate) fn needed(path: &str) -> Option<Role> {
         "/lacuna.v1.RunService/GetRun"
         | "/lacuna.v1.RunService/ListRuns"
         | "/lacuna.v1.RunService/WatchRun"
+        | "/lacuna.v1.RunService/ValidateRun"
+        | "/lacuna.v1.RunService/DiffRuns"
+        | "/lacuna.v1.RunService/GetMetrics"
+        | "/lacuna.v1.RunService/StreamLogs"
+        | "/lacuna.v1.CheckpointService/ListCheckpoints"
+        | "/lacuna.v1.CheckpointService/GetManifest"
         | "/lacuna.v1.AdminService/GetInfo"
         | "/lacuna.v1.AdminService/ListWorkers" => Some(Role::View),
         "/lacuna.v1.RunService/CreateRun"
         | "/lacuna.v1.RunService/StopRun"
+        | "/lacuna.v1.RunService/CancelRun"
+        | "/lacuna.v1.RunService/UpdateRun"
+        | "/lacuna.v1.CheckpointService/PinCheckpoint"
+        | "/lacuna.v1.CheckpointService/VerifyCheckpoint"
         | "/lacuna.v1.RunService/ScaleRun"
         | "/lacuna.v1.RunService/RequestCheckpoint" => Some(Role::Submit),
         "/lacuna.v1.WorkerService/Session" | "/lacuna.v1.WorkerService/Agent" => Some(Role::Worker),

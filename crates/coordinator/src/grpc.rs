@@ -1,8 +1,13 @@
 //! The gRPC services: thin translations to the registry and the runs' tasks.
 
 mod admin;
+mod checkpoints;
+pub(crate) mod logs;
 pub(crate) mod messages;
+pub(crate) mod pictures;
 mod scale;
+mod session;
+pub(crate) mod specs;
 mod watch;
 
 use std::pin::Pin;
@@ -16,7 +21,7 @@ use lacuna_api::{v1, wire};
 use lacuna_control::coordinator::{Ending, Event, Hello};
 use lacuna_control::journal::{Record, Saved};
 use lacuna_spec::RunSpec;
-use lacuna_types::{BuildId, Incarnation, RunId, WorkerId, exit};
+use lacuna_types::{BuildId, Incarnation, RunId, WorkerId};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -24,11 +29,12 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use self::messages::run_message;
+use self::session::Session;
 use self::watch::watch_loop;
 use crate::catalogue::Catalogue;
 use crate::registry::Shared;
-use crate::run::{Gone, Input, SESSION_QUEUE, SessionSender, WATCH_QUEUE};
-use crate::store::{StoreError, StoredRun};
+use crate::run::{Input, SESSION_QUEUE, WATCH_QUEUE};
+use crate::store::{SqliteStore, StoreError, StoredRun};
 
 /// Longest piece of a process's last line that goes into an event.
 const LAST_WORDS_MAX: usize = 200;
@@ -38,6 +44,10 @@ const ASK_DEADLINE: Duration = Duration::from_secs(10);
 const AGENT_QUEUE: usize = 128;
 /// How long a new stream may take to introduce itself.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// Points of a curve where a caller does not say how many.
+const POINTS: u32 = 1000;
+/// Most points of a curve in one answer.
+const POINTS_MAX: u32 = 10_000;
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// All services over one shared state.
@@ -123,17 +133,18 @@ async fn agent_loop(
     out: mpsc::Sender<Result<v1::AgentResponse, Status>>,
 ) {
     while let Ok(Some(request)) = inbound.message().await {
-        let Some(v1::agent_request::Message::TrainerExited(exited)) = request.message else {
-            continue;
+        use v1::agent_request::Message as M;
+        let exited = match request.message {
+            Some(M::TrainerExited(exited)) => exited,
+            Some(M::TrainerLog(v1::TrainerLog { worker_id, text, missed })) => {
+                if let Some(worker) = worker_of(&node, &worker_id) {
+                    shared.logs.push(&worker, text, missed);
+                }
+                continue;
+            }
+            _ => continue,
         };
-        let Ok(worker) = exited.worker_id.parse::<WorkerId>() else {
-            warn!(%node, worker_id = exited.worker_id, "agent names a worker that cannot be");
-            continue;
-        };
-        if worker.as_str().rsplit_once(':').is_none_or(|(home, _)| home != node) {
-            warn!(%node, %worker, "an agent speaks of another node's worker");
-            continue;
-        }
+        let Some(worker) = worker_of(&node, &exited.worker_id) else { continue };
         debug!(%node, %worker, how = exited.how, stderr = exited.stderr_tail, "trainer ended");
         let how = bounded(with_last_words(&exited.how, &exited.stderr_tail));
         let incarnation = exited.incarnation.map(Incarnation);
@@ -151,6 +162,24 @@ async fn agent_loop(
     }
     shared.leave_agent(&node, &out);
     info!(%node, "node left");
+}
+
+/// Returns the worker that an agent speaks of, if it is one of its own.
+fn worker_of(node: &str, worker_id: &str) -> Option<WorkerId> {
+    let Ok(worker) = worker_id.parse::<WorkerId>() else {
+        warn!(%node, worker_id, "agent names a worker that cannot be");
+        return None;
+    };
+    if node_of(&worker) != node {
+        warn!(%node, %worker, "an agent speaks of another node's worker");
+        return None;
+    }
+    Some(worker)
+}
+
+/// Returns the machine of a worker.
+pub(crate) fn node_of(worker: &WorkerId) -> &str {
+    worker.as_str().rsplit_once(':').map_or(worker.as_str(), |(node, _)| node)
 }
 
 /// Longest text of a caller that is kept.
@@ -177,139 +206,10 @@ fn with_last_words(how: &str, stderr: &str) -> String {
     }
 }
 
-/// One trainer's stream, from its hello to its end.
-struct Session {
-    shared: Arc<Shared>,
-    intro: Hello,
-    device: String,
-}
-
-impl Session {
-    async fn run(
-        self,
-        run: String,
-        mut inbound: Streaming<v1::SessionRequest>,
-        out: SessionSender,
-    ) {
-        let worker = self.intro.worker.clone();
-        let (shared, stream) = (self.shared.clone(), out.clone());
-        let known = run.parse::<RunId>().ok().filter(|run| shared.reattach(run));
-        let run = match known {
-            Some(run) => Some(run),
-            None => self.wait_for_run(&mut inbound, &out).await,
-        };
-        if let Some(run) = run {
-            self.serve(&run, inbound, out).await;
-            shared.release(&run);
-        }
-        shared.leave(&worker, &stream);
-    }
-
-    /// Waits until a run wants this worker; `None` if the worker goes first.
-    async fn wait_for_run(
-        &self,
-        inbound: &mut Streaming<v1::SessionRequest>,
-        out: &SessionSender,
-    ) -> Option<RunId> {
-        let mut changes = self.shared.changes();
-        loop {
-            changes.mark_unchanged();
-            if let Some(run) = self.shared.assign() {
-                return Some(run);
-            }
-            tokio::select! {
-                changed = changes.changed() => changed.ok()?,
-                message = inbound.message() => {
-                    let message = wire::from_worker(message.ok()??).ok()?;
-                    if let lacuna_control::message::ToCoordinator::Leaving { why } = message {
-                        let code = exit::DRAINED;
-                        let answer = lacuna_control::message::ToWorker::Exit { code, why };
-                        // The worker goes either way.
-                        let _ = out.try_send(Ok(wire::to_worker(answer)));
-                        return None;
-                    }
-                }
-            }
-        }
-    }
-
-    async fn serve(
-        self,
-        run: &RunId,
-        mut inbound: Streaming<v1::SessionRequest>,
-        out: SessionSender,
-    ) {
-        let Some(input) = self.shared.input_of(run) else { return };
-        let Some(welcome) = self.welcome(run) else { return };
-        if out.send(Ok(welcome)).await.is_err() {
-            return;
-        }
-        let session = self.shared.next_session();
-        let (worker, incarnation) = (self.intro.worker.clone(), self.intro.incarnation);
-        let gone = Gone::default();
-        let attach = Input::Attach {
-            session,
-            hello: self.intro,
-            device: self.device,
-            out,
-            gone: gone.clone(),
-        };
-        if input.send(attach).await.is_err() {
-            return;
-        }
-        loop {
-            let message = tokio::select! {
-                message = inbound.message() => message,
-                () = gone.notified() => return,
-            };
-            let request = match message {
-                Ok(Some(request)) => request,
-                Ok(None) => break,
-                Err(err) => {
-                    debug!(%worker, error = %err, "session stream broke");
-                    break;
-                }
-            };
-            let message = match wire::from_worker(request) {
-                Ok(message) => message,
-                Err(err) => {
-                    warn!(%worker, error = %err, "malformed message; closing the session");
-                    break;
-                }
-            };
-            let message = Input::Message { worker: worker.clone(), incarnation, message };
-            if input.send(message).await.is_err() {
-                return;
-            }
-        }
-        // Fails only when the task is gone.
-        let _ = input.send(Input::Detach { session, worker, incarnation }).await;
-    }
-
-    fn welcome(&self, run: &RunId) -> Option<v1::SessionResponse> {
-        let runs = self.shared.runs();
-        let handle = runs.get(run)?;
-        let (beat, lease) = self.shared.beat_and_lease();
-        let orphan = self.shared.options.timing.orphan;
-        let welcome = v1::Welcome {
-            coord_epoch: self.shared.epoch.0,
-            beat_ms: beat.as_millis() as u64,
-            lease_ms: lease.as_millis() as u64,
-            run_id: run.to_string(),
-            spec: handle.spec_json.clone(),
-            n_samples: handle.n_samples,
-            fingerprint: handle.fingerprint.clone(),
-            spec_digest: handle.spec.maths_digest().to_hex().to_string(),
-            orphan_ms: orphan.as_millis() as u64,
-        };
-        let message = Some(v1::session_response::Message::Welcome(welcome));
-        Some(v1::SessionResponse { message })
-    }
-}
-
 #[tonic::async_trait]
 impl RunService for Grpc {
     type WatchRunStream = BoxStream<v1::WatchRunResponse>;
+    type StreamLogsStream = BoxStream<v1::StreamLogsResponse>;
 
     async fn create_run(
         &self,
@@ -317,7 +217,7 @@ impl RunService for Grpc {
     ) -> Result<Response<v1::CreateRunResponse>, Status> {
         let v1::CreateRunRequest { spec, resume, n_samples, fingerprint } = request.into_inner();
         let invalid = |text: String| status(Reason::InvalidSpec, text);
-        let spec: RunSpec = serde_json::from_str(&spec).map_err(|err| invalid(err.to_string()))?;
+        let spec = specs::read(&spec)?;
         if spec.data.order == lacuna_spec::Order::Auto {
             return Err(invalid(
                 "`data.order` must be pinned by the client that knows the data".to_string(),
@@ -380,6 +280,74 @@ impl RunService for Grpc {
         let v1::StopRunRequest { run_id, why } = request.into_inner();
         self.tell(&parse_run(&run_id)?, Event::Stop { why: bounded(why) }).await?;
         Ok(Response::new(v1::StopRunResponse {}))
+    }
+
+    async fn cancel_run(
+        &self,
+        request: Request<v1::CancelRunRequest>,
+    ) -> Result<Response<v1::CancelRunResponse>, Status> {
+        let v1::CancelRunRequest { run_id, why } = request.into_inner();
+        let id = parse_run(&run_id)?;
+        self.tell(&id, Event::Cancel { why: bounded(why) }).await?;
+        Ok(Response::new(v1::CancelRunResponse { run: Some(self.run_message(&id)?) }))
+    }
+
+    async fn update_run(
+        &self,
+        request: Request<v1::UpdateRunRequest>,
+    ) -> Result<Response<v1::UpdateRunResponse>, Status> {
+        let id = self.update(request.into_inner()).await?;
+        Ok(Response::new(v1::UpdateRunResponse { run: Some(self.run_message(&id)?) }))
+    }
+
+    async fn validate_run(
+        &self,
+        request: Request<v1::ValidateRunRequest>,
+    ) -> Result<Response<v1::ValidateRunResponse>, Status> {
+        Ok(Response::new(specs::validate(request.get_ref())?))
+    }
+
+    async fn diff_runs(
+        &self,
+        request: Request<v1::DiffRunsRequest>,
+    ) -> Result<Response<v1::DiffRunsResponse>, Status> {
+        Ok(Response::new(self.compare(request.get_ref())?))
+    }
+
+    async fn get_metrics(
+        &self,
+        request: Request<v1::GetMetricsRequest>,
+    ) -> Result<Response<v1::GetMetricsResponse>, Status> {
+        let v1::GetMetricsRequest { run_id, points_max } = request.into_inner();
+        let id = parse_run(&run_id)?;
+        self.run_message(&id)?;
+        let n = if points_max == 0 { POINTS } else { points_max.min(POINTS_MAX) };
+        let path = self.0.state_file();
+        let read = move || SqliteStore::open_to_read(&path)?.some_figures(&id, n.into());
+        let found = tokio::task::spawn_blocking(read)
+            .await
+            .map_err(|err| status(Reason::Internal, err.to_string()))?
+            .map_err(|err| status(Reason::Internal, lacuna_checkpoint::chain(&err)))?;
+        Ok(Response::new(v1::GetMetricsResponse { figures: messages::by_step(found) }))
+    }
+
+    async fn stream_logs(
+        &self,
+        request: Request<v1::StreamLogsRequest>,
+    ) -> Result<Response<Self::StreamLogsStream>, Status> {
+        let request = request.into_inner();
+        let id = parse_run(&request.run_id)?;
+        let view = self.0.runs().get(&id).map(|handle| handle.ends.view.clone());
+        let view = view.ok_or_else(|| not_found(&id))?;
+        let (shared, only) = (self.0.clone(), request.worker_id.clone());
+        // Those that come while somebody reads belong to it, too.
+        let wanted = move |worker: &str| {
+            let is_of_run = || view.borrow().has_worker(worker);
+            if only.is_empty() { is_of_run() } else { only == worker }
+        };
+        let (out, answers) = mpsc::channel(WATCH_QUEUE);
+        tokio::spawn(async move { shared.logs.feed(request, wanted, out).await });
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 
     async fn request_checkpoint(

@@ -53,6 +53,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .route("/", get(runs))
         .route("/runs/{run}", get(run))
         .route("/runs/{run}/notices", get(notices))
+        .route("/runs/{run}/pictures/{step}/{index}", get(picture))
         .route("/page.css", get(|| async { asset("text/css", include_str!("http/page.css")) }))
         .route("/page.js", get(|| async { asset("text/javascript", include_str!("http/page.js")) }))
         .route("/metrics", get(metrics))
@@ -91,6 +92,7 @@ async fn headers(request: Request, next: Next) -> Response {
 /// Why a page cannot be shown.
 enum Problem {
     NoRun(String),
+    NoPicture { run: String, step: u64, index: u32 },
     Busy,
     Store(StoreError),
     Bug(String),
@@ -106,6 +108,10 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let (code, text) = match self {
             Problem::NoRun(run) => (StatusCode::NOT_FOUND, format!("there is no run `{run}`")),
+            Problem::NoPicture { run, step, index } => {
+                let text = format!("there is no picture {index} of step {step} of run `{run}`");
+                (StatusCode::NOT_FOUND, text)
+            }
             Problem::Busy => {
                 (StatusCode::SERVICE_UNAVAILABLE, "too many pages at once; try again".to_string())
             }
@@ -159,6 +165,21 @@ async fn run(State(web): State<Web>, Path(run): Path<String>) -> Result<Html<Str
     let read = move |store: &SqliteStore| page::Past::read(store, &id);
     let past = web.read(read).await?;
     page::run(&seen, &past).map(Html).map_err(|err| Problem::Bug(err.to_string()))
+}
+
+/// Sends a picture, which never changes: the state after a step is what it is.
+async fn picture(
+    State(web): State<Web>,
+    Path((run, step, index)): Path<(String, u64, u32)>,
+) -> Result<Response, Problem> {
+    let id: RunId = run.parse().map_err(|_| Problem::NoRun(run.clone()))?;
+    let found = web.read(move |store| store.picture(&id, step, index)).await?;
+    let png = found.ok_or(Problem::NoPicture { run, step, index })?;
+    let headers = [
+        (header::CONTENT_TYPE, "image/png"),
+        (header::CACHE_CONTROL, "private, max-age=31536000, immutable"),
+    ];
+    Ok((headers, png).into_response())
 }
 
 /// Tells a page, at most once a second, that something happened to its run.

@@ -15,7 +15,10 @@ use tokio::task::JoinHandle;
 use tonic::Status;
 use tracing::warn;
 
+use crate::bans::Bans;
 use crate::catalogue::Catalogue;
+use crate::grpc::logs::Logs;
+use crate::grpc::node_of;
 use crate::run::{Input, RunEnds, RunTask, SessionSender};
 use crate::scribe::Scribe;
 use crate::service::Options;
@@ -27,6 +30,10 @@ pub(crate) const STATE_FILE: &str = "coordinator.sqlite";
 
 /// Folders for people's tools that are written at once.
 const TRACKING_MAX: usize = 8;
+/// Checkpoints that are read at once for callers.
+const VERIFYING_MAX: usize = 2;
+/// Pictures that are written at once.
+const DRAWING_MAX: usize = 64;
 
 /// A run and the ways to reach its task.
 pub(crate) struct RunHandle {
@@ -63,6 +70,14 @@ pub(crate) struct Shared {
     followers: Mutex<BTreeMap<RunId, Following>>,
     /// Threads that they may keep from others: a folder that does not answer holds one each.
     pub tracking: Arc<Semaphore>,
+    /// Pictures that may be on their way to the store.
+    pub drawing: Arc<Semaphore>,
+    /// Checkpoints that callers may have read at a time.
+    pub verifying: Arc<Semaphore>,
+    /// What trainers log.
+    pub logs: Logs,
+    /// Machines that are kept out.
+    pub bans: Bans,
     started: Instant,
 }
 
@@ -89,6 +104,7 @@ impl Shared {
         epoch: CoordEpoch,
     ) -> std::io::Result<(Arc<Self>, mpsc::Receiver<StoreError>)> {
         let (fatal, failures) = mpsc::channel(1);
+        let bans = Bans::of(store.bans().map_err(std::io::Error::other)?);
         let store = Arc::new(Mutex::new(store));
         let scribe = Scribe::start(store.clone(), fatal.clone())?;
         let shared = Shared {
@@ -105,6 +121,10 @@ impl Shared {
             fatal,
             followers: Mutex::default(),
             tracking: Arc::new(Semaphore::new(TRACKING_MAX)),
+            drawing: Arc::new(Semaphore::new(DRAWING_MAX)),
+            verifying: Arc::new(Semaphore::new(VERIFYING_MAX)),
+            logs: Logs::default(),
+            bans,
             started: Instant::now(),
         };
         Ok((Arc::new(shared), failures))
@@ -264,6 +284,9 @@ impl Shared {
         device: &str,
         out: &SessionSender,
     ) -> Result<(), Status> {
+        if let Some(why) = self.bans.of_node(node_of(worker)) {
+            return Err(status(Reason::NodeBanned, why));
+        }
         let mut live = lock(&self.live);
         let other = |known: &&Live| known.incarnation != incarnation && !known.out.is_closed();
         let namesake = live.get(worker).filter(other);
@@ -313,7 +336,7 @@ impl Shared {
 
     /// Has one life of a worker killed by its agent, if that can be reached.
     pub(crate) fn kill(&self, worker: &WorkerId, incarnation: Incarnation, why: &str) {
-        let node = worker.as_str().rsplit_once(':').map_or(worker.as_str(), |(node, _)| node);
+        let node = node_of(worker);
         let kill = v1::NodeKill {
             worker_id: worker.to_string(),
             incarnation: incarnation.0,

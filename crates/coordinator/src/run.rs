@@ -83,6 +83,14 @@ pub(crate) struct View {
     pub events: BTreeMap<String, u64>,
 }
 
+impl View {
+    /// Tells whether a worker is with the run, or was when it came to rest.
+    pub fn has_worker(&self, worker: &str) -> bool {
+        self.devices.keys().any(|id| id.as_str() == worker)
+            || self.status.workers.iter().any(|known| known.worker.as_str() == worker)
+    }
+}
+
 struct Attached {
     session: u64,
     incarnation: Incarnation,
@@ -327,6 +335,7 @@ impl RunTask {
         }
         let update = |entry: &Entry| match entry {
             Entry::Update(update) => Some(update.clone()),
+            Entry::Picture(update, _) => Some(update.clone()),
             Entry::Fact(_) => None,
         };
         let updates: Vec<Update> = entries.iter().filter_map(update).collect();

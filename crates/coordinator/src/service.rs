@@ -11,6 +11,7 @@ use std::time::Duration;
 use axum::middleware::from_fn_with_state;
 use lacuna_api::MESSAGE_BYTES_MAX;
 use lacuna_api::v1::admin_service_server::AdminServiceServer;
+use lacuna_api::v1::checkpoint_service_server::CheckpointServiceServer;
 use lacuna_api::v1::run_service_server::RunServiceServer;
 use lacuna_api::v1::worker_service_server::WorkerServiceServer;
 use lacuna_control::timing::Timing;
@@ -185,9 +186,11 @@ async fn routes(shared: Arc<Shared>, door: Arc<Door>) -> Routes {
     health.set_serving::<WorkerServiceServer<Grpc>>().await;
     health.set_serving::<RunServiceServer<Grpc>>().await;
     health.set_serving::<AdminServiceServer<Grpc>>().await;
+    health.set_serving::<CheckpointServiceServer<Grpc>>().await;
     let routes = Routes::new(workers)
         .add_service(runs)
-        .add_service(AdminServiceServer::new(grpc))
+        .add_service(AdminServiceServer::new(grpc.clone()))
+        .add_service(CheckpointServiceServer::new(grpc))
         .add_service(health_service)
         .add_service(reflection().build_v1().expect("the descriptors are ours"))
         .add_service(reflection().build_v1alpha().expect("the descriptors are ours"));

@@ -4,10 +4,13 @@
 //! its truth: what its machine needs after a restart is what the journal's records add up to.
 //! Figures of steps and events are kept too, so that a watcher that reconnects misses nothing.
 
+mod pictures;
 mod text;
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+pub use pictures::PicturePlace;
 
 use lacuna_control::journal::{Record, Saved};
 use lacuna_types::{CoordEpoch, RunId};
@@ -114,6 +117,25 @@ pub enum Update {
         #[serde(default)]
         at_ms: u64,
     },
+    /// A picture is there.
+    Picture {
+        /// Which one.
+        #[serde(flatten)]
+        place: PicturePlace,
+        /// Milliseconds since the Unix epoch.
+        at_ms: u64,
+    },
+}
+
+/// A machine that is kept out of every run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ban {
+    /// The machine.
+    pub node: String,
+    /// Until when, milliseconds since the Unix epoch.
+    pub until_ms: u64,
+    /// Why, for people.
+    pub why: String,
 }
 
 /// Something to write of a run.
@@ -123,6 +145,8 @@ pub enum Entry {
     Fact(Record),
     /// Something for people.
     Update(Update),
+    /// A picture for people, and its [`Update::Picture`].
+    Picture(Update, Vec<u8>),
 }
 
 /// Entries of one run, in order.
@@ -172,6 +196,15 @@ pub trait Store: Send {
 
     /// Returns the newest figures of a run.
     fn newest_figures(&self, run: &RunId) -> Result<Option<Update>, StoreError>;
+
+    /// Keeps a machine out, in the place of what was said of it before.
+    fn put_ban(&mut self, ban: &Ban) -> Result<(), StoreError>;
+
+    /// Returns the machines that were kept out, also those whose time is over.
+    fn bans(&self) -> Result<Vec<Ban>, StoreError>;
+
+    /// Tells whether a picture is there.
+    fn has_picture(&self, run: &RunId, place: PicturePlace) -> Result<bool, StoreError>;
 }
 
 /// The store in one SQLite file.
@@ -184,7 +217,9 @@ pub struct SqliteStore {
 }
 
 /// Layout of the file; a file of another one is refused.
-const LAYOUT: i64 = 2;
+const LAYOUT: i64 = 3;
+/// The layout before, which lacks pictures: opening the file adds their table.
+const LAYOUT_BEFORE: i64 = 2;
 
 const SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS coordinator (
@@ -214,6 +249,19 @@ const SCHEMA: &str = "
         PRIMARY KEY (run_id, seq)
     ) WITHOUT ROWID;
     CREATE INDEX IF NOT EXISTS updates_events ON updates (run_id, seq) WHERE NOT figures;
+    CREATE TABLE IF NOT EXISTS bans (
+        node TEXT PRIMARY KEY,
+        until_ms INTEGER NOT NULL,
+        why TEXT NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS pictures (
+        run_id TEXT NOT NULL,
+        step INTEGER NOT NULL,
+        place INTEGER NOT NULL,
+        sample INTEGER NOT NULL,
+        png BLOB NOT NULL,
+        PRIMARY KEY (run_id, step, place)
+    );
 ";
 
 /// SQLite keeps signed numbers; digests and probes use all 64 bits.
@@ -266,7 +314,7 @@ impl SqliteStore {
     pub fn some_figures(&self, run: &RunId, n: u64) -> Result<Vec<Update>, StoreError> {
         let last = self.last_seq(run)?;
         let stride = signed(last.div_ceil(n.max(1)).max(1));
-        let sql = "SELECT body FROM updates WHERE run_id = ?1 AND figures AND seq % ?2 = 0
+        let sql = "SELECT body FROM updates WHERE run_id = ?1 AND figures = 1 AND seq % ?2 = 0
                    ORDER BY seq";
         let mut found = self.bodies(sql, params![run.as_str(), stride])?;
         found.extend(self.newest_figures(run)?);
@@ -322,7 +370,11 @@ fn insert_update(db: &Connection, run: &RunId, update: &Update) -> rusqlite::Res
     let sql = "INSERT INTO updates (run_id, seq, figures, body) VALUES (?1,
                (SELECT coalesce(max(seq), 0) + 1 FROM updates WHERE run_id = ?1), ?2, ?3)
                RETURNING seq";
-    let figures = matches!(update, Update::Figures { .. });
+    let figures = match update {
+        Update::Event { .. } => 0,
+        Update::Figures { .. } => 1,
+        Update::Picture { .. } => 2,
+    };
     let body = serde_json::to_string(update).expect("plain structs are JSON");
     let values = params![run.as_str(), figures, body];
     db.prepare_cached(sql)?.query_row(values, |row| row.get(0)).map(unsigned)
@@ -335,7 +387,7 @@ fn check_layout(db: &Connection, path: &Path) -> Result<(), StoreError> {
         db.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed)?;
     let runs = "SELECT count(*) FROM sqlite_master WHERE name = 'runs'";
     let in_use = db.query_row(runs, [], |row| row.get::<_, i64>(0)).map_err(failed)? > 0;
-    if layout == LAYOUT || (layout == 0 && !in_use) {
+    if [LAYOUT, LAYOUT_BEFORE].contains(&layout) || (layout == 0 && !in_use) {
         return Ok(());
     }
     Err(StoreError::Content {
@@ -410,6 +462,12 @@ impl Store for SqliteStore {
                     Entry::Update(update) => {
                         numbers.push(insert_update(&all, run, update).map_err(&failed)?);
                     }
+                    Entry::Picture(update, png) => {
+                        if let Update::Picture { place, .. } = update {
+                            pictures::insert(&all, run, *place, png).map_err(&failed)?;
+                        }
+                        numbers.push(insert_update(&all, run, update).map_err(&failed)?);
+                    }
                 }
             }
             written.push(numbers);
@@ -474,13 +532,37 @@ impl Store for SqliteStore {
 
     fn newest_figures(&self, run: &RunId) -> Result<Option<Update>, StoreError> {
         let sql =
-            "SELECT body FROM updates WHERE run_id = ?1 AND figures ORDER BY seq DESC LIMIT 1";
+            "SELECT body FROM updates WHERE run_id = ?1 AND figures = 1 ORDER BY seq DESC LIMIT 1";
         let body: Option<String> = self
             .db
             .query_row(sql, [run.as_str()], |row| row.get(0))
             .optional()
             .map_err(query("read figures"))?;
         body.as_deref().map(parse_update).transpose()
+    }
+
+    fn put_ban(&mut self, ban: &Ban) -> Result<(), StoreError> {
+        self.sync_commits(true)?;
+        let sql = "INSERT INTO bans (node, until_ms, why) VALUES (?1, ?2, ?3)
+                   ON CONFLICT (node) DO UPDATE SET until_ms = ?2, why = ?3";
+        let values = params![ban.node, signed(ban.until_ms), ban.why];
+        self.db.execute(sql, values).map_err(query("keep a machine out"))?;
+        Ok(())
+    }
+
+    fn bans(&self) -> Result<Vec<Ban>, StoreError> {
+        let failed = query("list machines that are kept out");
+        let sql = "SELECT node, until_ms, why FROM bans ORDER BY node";
+        let mut statement = self.db.prepare(sql).map_err(&failed)?;
+        let read = |row: &rusqlite::Row<'_>| {
+            Ok(Ban { node: row.get(0)?, until_ms: unsigned(row.get(1)?), why: row.get(2)? })
+        };
+        let rows = statement.query_map([], read).map_err(&failed)?;
+        rows.map(|row| row.map_err(&failed)).collect()
+    }
+
+    fn has_picture(&self, run: &RunId, place: PicturePlace) -> Result<bool, StoreError> {
+        Ok(self.picture(run, place.step, place.index)?.is_some())
     }
 }
 

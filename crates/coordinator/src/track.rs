@@ -11,9 +11,10 @@ use lacuna_track::{Body, Figures, Record, TrackError, Tracker};
 use lacuna_types::RunId;
 use tokio::sync::{mpsc, watch};
 
+use crate::grpc::pictures::size_of;
 use crate::registry::Shared;
 use crate::run::{Input, View};
-use crate::store::{SqliteStore, Store as _, StoreError, Update};
+use crate::store::{PicturePlace, SqliteStore, Store as _, StoreError, Update};
 
 /// Shortest time between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -109,13 +110,40 @@ impl Follower {
         };
         loop {
             let page = open.store.updates(&self.run, open.tracker.last_seq(), PAGE)?;
-            let records: Vec<Record> = page.into_iter().map(|(seq, u)| record(seq, u)).collect();
-            if records.is_empty() {
+            if page.is_empty() {
                 open.tracker.flush()?;
                 return Ok(open);
             }
-            open.tracker.take(&records)?;
+            for (seq, update) in page {
+                let record = self.record(&open.store, seq, update)?;
+                open.tracker.take(&[record])?;
+            }
         }
+    }
+
+    fn record(&self, store: &SqliteStore, seq: u64, update: Update) -> Result<Record, StoreError> {
+        let (place, at_ms) = match update {
+            Update::Picture { place, at_ms } => (place, at_ms),
+            Update::Event { kind, warning, text, at_ms } => {
+                return Ok(Record { seq, at_ms, body: Body::Event { kind, warning, text } });
+            }
+            figures => return Ok(record_of_figures(seq, figures)),
+        };
+        let PicturePlace { step, index, sample } = place;
+        let png = store.picture(&self.run, step, index)?;
+        let body = match png.and_then(|png| Some((size_of(&png)?, png))) {
+            Some(((width, height), png)) => {
+                let tag = format!("reconstruction/{index:02}_sample_{sample}");
+                Body::Image { tag, step, png, width, height, channels: 3 }
+            }
+            // These files were away for so long that newer pictures took its place.
+            None => Body::Event {
+                kind: "picture".to_string(),
+                warning: false,
+                text: format!("picture {index} of step {step} is no longer kept"),
+            },
+        };
+        Ok(Record { seq, at_ms, body })
     }
 
     fn open(&self) -> Result<Open, FollowError> {
@@ -139,37 +167,34 @@ fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
 }
 
-fn record(seq: u64, update: Update) -> Record {
-    match update {
-        Update::Event { kind, warning, text, at_ms } => {
-            Record { seq, at_ms, body: Body::Event { kind, warning, text } }
-        }
-        Update::Figures {
-            generation,
-            step,
-            loss,
-            lr,
-            grad_norm,
-            images_per_second,
-            data_wait,
-            digest,
-            skipped,
-            redone,
-            at_ms,
-        } => {
-            let figures = Figures {
-                step,
-                generation,
-                loss,
-                lr,
-                grad_norm,
-                images_per_second,
-                data_wait,
-                skipped,
-                redone,
-                digest,
-            };
-            Record { seq, at_ms, body: Body::Figures(figures) }
-        }
-    }
+fn record_of_figures(seq: u64, update: Update) -> Record {
+    let Update::Figures {
+        generation,
+        step,
+        loss,
+        lr,
+        grad_norm,
+        images_per_second,
+        data_wait,
+        digest,
+        skipped,
+        redone,
+        at_ms,
+    } = update
+    else {
+        unreachable!("the other kinds have records of their own")
+    };
+    let figures = Figures {
+        step,
+        generation,
+        loss,
+        lr,
+        grad_norm,
+        images_per_second,
+        data_wait,
+        skipped,
+        redone,
+        digest,
+    };
+    Record { seq, at_ms, body: Body::Figures(figures) }
 }

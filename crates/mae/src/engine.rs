@@ -2,6 +2,7 @@
 //! device.
 
 mod device;
+mod picture;
 mod slot;
 
 use std::ops::Range;
@@ -14,7 +15,7 @@ use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::{Normalize, SlotBatch};
 use lacuna_spec::Precision;
 use lacuna_worker::cpu_state::CpuState;
-use lacuna_worker::engine::{Engine, EngineError, UpdateScalars};
+use lacuna_worker::engine::{Engine, EngineError, Picture, UpdateScalars};
 use tch::Device;
 
 pub use device::{DevicePlace, DeviceTorchEngine};
@@ -195,6 +196,20 @@ impl Engine for TorchEngine {
         let digest = guarded("compute the probe", || self.slot.probe())?;
         self.probe = Some(digest.value);
         Ok(digest.value)
+    }
+
+    fn draw(
+        &mut self,
+        pixels: &[u8],
+        ids_shuffle: &[u32],
+    ) -> Result<Option<Vec<Picture>>, EngineError> {
+        let param = self.state.section(Section::Param);
+        guarded("draw pictures", || {
+            // SAFETY: the state is borrowed until this closure returns, and nothing of the
+            // prediction is left by then.
+            let weights = unsafe { Weights::view_of(&self.slot.layout, param) };
+            picture::draw(&self.slot, &self.setup, &weights, pixels, ids_shuffle)
+        })
     }
 
     fn describe(&self) -> String {

@@ -41,6 +41,13 @@ pub trait SlotLoss: fmt::Debug + Send {
     /// **Weights and images are views of memory that changes after the call**: no tensor that
     /// shares it may be kept (keep a copy), and none may be written to in place.
     fn loss(&self, weights: &Weights, slot: &Slot<'_>) -> Tensor;
+
+    /// Predicts every patch of the images from those that `slot.ids_shuffle` keeps, for pictures:
+    /// `[b, n_patches, patch values]` in raster order and in the units of the loss. The images are
+    /// not as many as a slot's. Nothing where the objective predicts no pixels.
+    fn predict(&self, _weights: &Weights, _slot: &Slot<'_>) -> Option<Tensor> {
+        None
+    }
 }
 
 /// The samples of a slot; tensors are on the device of the weights.
@@ -99,6 +106,11 @@ impl SlotLoss for MaeLoss {
     fn loss(&self, weights: &Weights, slot: &Slot<'_>) -> Tensor {
         let mae = Mae::new(&self.model, &self.tables, weights);
         mae.loss(&slot.images_bchw, &slot.masks(&self.model), &slot.weights_b)
+    }
+
+    fn predict(&self, weights: &Weights, slot: &Slot<'_>) -> Option<Tensor> {
+        let mae = Mae::new(&self.model, &self.tables, weights);
+        Some(mae.predict(&slot.images_bchw, &slot.masks(&self.model)).pred_blp)
     }
 }
 

@@ -9,7 +9,7 @@
 use std::path::Path;
 
 use image::{Rgb, RgbImage};
-use lacuna_recipe::model::NORM_PIX_EPS;
+use lacuna_recipe::model::{ModelConfig, NORM_PIX_EPS};
 
 use crate::frozen::FrozenMae;
 use crate::mae::mask_sizes;
@@ -52,19 +52,18 @@ pub fn draw_rows(
     let n_images = pixels.len() / model.image_bytes();
     assert_eq!(ids_shuffle.len(), n_images * n_patches, "one permutation per image");
     let preds = [model.predict(pixels, ids_shuffle), random.predict(pixels, ids_shuffle)];
-    let geometry = Geometry::of(model);
+    let (mean, std) = model.normalization();
+    let scale = Scale { model: model.model(), mean, std };
+    let geometry = Geometry::of(scale.model);
     let mut sheet = Sheet::new(&geometry, 4, n_images as u32);
     for i in 0..n_images {
         let image = &pixels[i * model.image_bytes()..][..model.image_bytes()];
         let patches = geometry.patches(image);
         let (kept, removed) = ids_shuffle[i * n_patches..][..n_patches].split_at(len_keep);
-        let mut masked = patches.clone();
-        for &id in removed {
-            masked[id as usize].fill(REMOVED_GRAY);
-        }
+        let masked = without(&patches, removed);
         let filled = preds.each_ref().map(|pred| {
             let pred = &pred[i * n_patches * geometry.patch_values..];
-            fill_in(model, &geometry, &patches, pred, kept, removed)
+            fill_in(scale, &geometry, &patches, pred, kept, removed)
         });
         let [by_model, by_random] = filled;
         for (column, patches) in [patches, masked, by_model, by_random].iter().enumerate() {
@@ -84,23 +83,75 @@ pub fn write_png(picture: &RgbImage, path: &Path) -> Result<(), WritePictureErro
 /// Values of one patch in units of full brightness, in row, column, channel order.
 type Patch = Vec<f64>;
 
+/// Draws one picture per image, `original | masked | filled in`, from predictions `pred_blp`
+/// `[b, l, p]` in raster order and in the units of the loss.
+///
+/// # Panics
+/// If the slices do not hold whole images, permutations and predictions of as many images.
+pub fn draw_each(
+    scale: Scale<'_>,
+    pixels: &[u8],
+    ids_shuffle: &[u32],
+    pred_blp: &[f32],
+) -> Vec<RgbImage> {
+    let (len_keep, n_patches) = mask_sizes(scale.model);
+    let geometry = Geometry::of(scale.model);
+    let image_bytes = geometry.height * geometry.width * geometry.channels;
+    let n_images = pixels.len() / image_bytes;
+    assert_eq!(ids_shuffle.len(), n_images * n_patches, "one permutation per image");
+    assert_eq!(pred_blp.len(), n_images * n_patches * geometry.patch_values, "whole predictions");
+    let draw = |i: usize| {
+        let patches = geometry.patches(&pixels[i * image_bytes..][..image_bytes]);
+        let (kept, removed) = ids_shuffle[i * n_patches..][..n_patches].split_at(len_keep);
+        let pred = &pred_blp[i * n_patches * geometry.patch_values..];
+        let filled = fill_in(scale, &geometry, &patches, pred, kept, removed);
+        let masked = without(&patches, removed);
+        let mut sheet = Sheet::new(&geometry, 3, 1);
+        for (column, patches) in [patches, masked, filled].iter().enumerate() {
+            sheet.paste(&geometry, patches, column as u32, 0);
+        }
+        sheet.canvas
+    };
+    (0..n_images).map(draw).collect()
+}
+
+/// Returns an image without its removed patches.
+fn without(patches: &[Patch], removed: &[u32]) -> Vec<Patch> {
+    let mut masked = patches.to_vec();
+    for &id in removed {
+        masked[id as usize].fill(REMOVED_GRAY);
+    }
+    masked
+}
+
+/// What predictions mean.
+#[derive(Clone, Copy, Debug)]
+pub struct Scale<'a> {
+    /// Sizes of the model, and whether it predicts normalised patches.
+    pub model: &'a ModelConfig,
+    /// Mean of each channel, in units of full brightness.
+    pub mean: &'a [f64],
+    /// Deviation of each channel, in units of full brightness.
+    pub std: &'a [f64],
+}
+
 /// Replaces the removed patches by the predicted ones.
 fn fill_in(
-    model: &FrozenMae,
+    scale: Scale<'_>,
     geometry: &Geometry,
     patches: &[Patch],
     pred: &[f32],
     kept: &[u32],
     removed: &[u32],
 ) -> Vec<Patch> {
-    let (mean, std) = model.normalization();
+    let Scale { model, mean, std } = scale;
     let visible: Vec<(usize, Stats)> =
         kept.iter().map(|&id| (id as usize, Stats::of(&patches[id as usize], mean, std))).collect();
     let mut out: Vec<Patch> = patches.to_vec();
     for &id in removed {
         let id = id as usize;
         let pred = &pred[id * geometry.patch_values..][..geometry.patch_values];
-        let Stats { mean: level, deviation } = match model.model().norm_pix_loss {
+        let Stats { mean: level, deviation } = match model.norm_pix_loss {
             true => interpolate(geometry, &visible, id),
             false => Stats { mean: 0.0, deviation: 1.0 },
         };
@@ -159,8 +210,7 @@ struct Geometry {
 }
 
 impl Geometry {
-    fn of(model: &FrozenMae) -> Self {
-        let config = model.model();
+    fn of(config: &ModelConfig) -> Self {
         let [height, width] = config.img_size.map(|side| side as usize);
         Geometry {
             height,

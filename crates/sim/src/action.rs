@@ -72,6 +72,8 @@ pub enum Action {
     Stall(u64),
     /// The run stops at the next boundary.
     Rest,
+    /// The run ends at once, without a checkpoint.
+    Cancel,
     /// A run that rests goes on.
     Resume,
     /// Checkpoint at the next boundary.
@@ -158,6 +160,7 @@ impl fmt::Display for Action {
             A::Restart => write!(f, "restart coordinator"),
             A::Stall(ms) => write!(f, "stall coordinator {ms}ms"),
             A::Rest => write!(f, "rest"),
+            A::Cancel => write!(f, "cancel"),
             A::Resume => write!(f, "resume"),
             A::Checkpoint => write!(f, "checkpoint"),
             A::Release(w) => write!(f, "release {w}"),
@@ -229,6 +232,7 @@ impl FromStr for Action {
             ["restart", "coordinator"] => A::Restart,
             ["stall", "coordinator", ms] => A::Stall(millis(ms)?),
             ["rest"] => A::Rest,
+            ["cancel"] => A::Cancel,
             ["resume"] => A::Resume,
             ["checkpoint"] => A::Checkpoint,
             ["release", w] => A::Release(one(w)),

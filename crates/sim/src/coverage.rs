@@ -5,7 +5,7 @@ use lacuna_control::message::{ToCoordinator, ToWorker};
 use lacuna_control::worker::{self, Report, Session};
 
 /// Stages of the coordinator.
-pub const STAGES: [&str; 11] = [
+pub const STAGES: [&str; 12] = [
     "waiting",
     "recovering",
     "disputed",
@@ -16,10 +16,11 @@ pub const STAGES: [&str; 11] = [
     "finished",
     "failed",
     "stopped",
+    "cancelled",
     "paused",
 ];
 /// Events of the coordinator.
-pub const EVENTS: [&str; 27] = [
+pub const EVENTS: [&str; 28] = [
     "Tick",
     "Hello",
     "StreamLost",
@@ -47,6 +48,7 @@ pub const EVENTS: [&str; 27] = [
     "BadSamples",
     "Examined",
     "Resize",
+    "Cancel",
 ];
 /// Stages of a worker's session.
 pub const PLACES: [&str; 8] =
@@ -128,6 +130,7 @@ fn event(event: &Event) -> usize {
         Event::Force => 11,
         Event::Examined { .. } => 25,
         Event::Resize { .. } => 26,
+        Event::Cancel { .. } => 27,
         Event::Message { message, .. } => match message {
             ToCoordinator::Beat(_) => 12,
             ToCoordinator::Warm { .. } => 13,

@@ -32,7 +32,7 @@ impl World {
         // With slow messages a stream may take longer to come back than its grace is.
         let slow = self.setup.latency_ms > 20 && !action.is_harmless();
         // Nor an operator nor a clock that jumps waits for silent members with the newest state.
-        let hurries = matches!(action, A::Rest | A::Force | A::Jump(..));
+        let hurries = matches!(action, A::Rest | A::Cancel | A::Force | A::Jump(..));
         let impatient = self.harmed && hurries && self.is_waiting();
         self.rough |= !action.is_gentle() || slow || self.setup.poison > 0 || impatient;
         match action {
@@ -107,6 +107,7 @@ impl World {
             A::Restart => self.start_host(),
             A::Stall(ms) => self.stall_host(*ms),
             A::Rest => self.host_input(Event::Stop { why: "asked to rest".to_string() }),
+            A::Cancel => self.host_input(Event::Cancel { why: "not wanted any more".to_string() }),
             A::Resume => self.resume(),
             A::Checkpoint => self.host_input(Event::Checkpoint),
             A::Release(w) => self.host_input(Event::Release { worker: id(w) }),

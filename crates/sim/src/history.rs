@@ -217,7 +217,7 @@ fn draw_fault(rng: &mut Rng, n_nodes: usize, at: u64, out: &mut Vec<(u64, Action
         26 => out.push((at, A::Stall(rng.range(200, 6_000)))),
         27 => draw_disk(rng, (at, until), worker, out),
         28 => {
-            out.push((at, A::Rest));
+            out.push((at, if rng.one_in(3) { A::Cancel } else { A::Rest }));
             out.push((until, A::Resume));
         }
         29 => out.push((at, A::Checkpoint)),

@@ -514,7 +514,7 @@ impl World {
                     self.breach(Invariant::OneDigest, &text);
                 }
             }
-            Ending::Stopped { .. } => {}
+            Ending::Stopped { .. } | Ending::Cancelled { .. } => {}
             Ending::Paused { why } if why.contains("differ") && !self.tainted => {
                 self.breach(Invariant::OneDigest, &format!("paused: {why}"));
             }

@@ -328,6 +328,7 @@ pub fn ending_word(ending: &Ending) -> &'static str {
         Ending::Finished { .. } => "finished",
         Ending::Failed { .. } => "failed",
         Ending::Stopped { .. } => "stopped",
+        Ending::Cancelled { .. } => "cancelled",
         Ending::Paused { .. } => "paused",
     }
 }

@@ -54,7 +54,7 @@ fn a_skipped_write_is_found() {
     check(Bug::SkipPersist, 10, &[I::OnePlan]);
     check(Bug::SayBeforeDurable, 10, &[I::OnePlan]);
     check(Bug::SkipEnding, 10, &[I::Liveness, I::Replay]);
-    check(Bug::SkipStarted, 200, &[I::Replay]);
+    check(Bug::SkipStarted, 200, &[I::Liveness, I::Replay]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::node::{self, find};
 use crate::presets;
-use crate::run_spec::{DEADLINE_SECONDS, RunSpec};
+use crate::run_spec::{DEADLINE_SECONDS, RECONSTRUCTIONS, RunSpec};
 
 pub use kind::{CADENCES_MAX, Interval, Kind};
 use table::FIELDS;
@@ -87,7 +87,9 @@ impl Field {
             "data.cache.dir"
             | "data.cache.size"
             | "checkpoint.keep.every"
-            | "track.tensorboard" => DefaultValue::Unset,
+            | "track.tensorboard"
+            | "track.reconstructions.every" => DefaultValue::Unset,
+            "track.reconstructions.images" => DefaultValue::Value(RECONSTRUCTIONS.into()),
             path => {
                 let (defaults, _) = node::parse_toml(presets::DEFAULTS, 0);
                 let value = find(&defaults, path).and_then(|node| node.value.to_json());

@@ -28,14 +28,15 @@ mod validate;
 
 pub use fields::{DefaultValue, Field, FieldDiff, Interval, Kind, Mark, diff, fields};
 pub use load::{
-    INHERITANCE_DEPTH_MAX, Loaded, OVERRIDES_MAX, ReadText, SPEC_BYTES_MAX, parse_file, parse_text,
+    INHERITANCE_DEPTH_MAX, Loaded, OVERRIDES_MAX, ReadText, SPEC_BYTES_MAX, from_json, parse_file,
+    parse_text,
 };
 pub use plan::{PlanReport, WorkerRow, plan};
 pub use problem::{PROBLEMS_MAX, Place, Problem, Problems, SpecError};
 pub use run_spec::{
     AutoOr, BAD_SAMPLES_FREE, BAD_SAMPLES_SHARE, BadSamples, CHECKPOINT_SCHEMES, CacheMode,
     CacheSpec, CheckpointSpec, DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec,
-    OptimSpec, Order, Precision, Reduce, ResolveError, Resolved, Resume, RunSpec, SLOTS_MAX,
-    TrackSpec, TrainSpec, WhenBusy, Workers,
+    OptimSpec, Order, Precision, RECONSTRUCTIONS, RECONSTRUCTIONS_MAX, ReconstructionsSpec, Reduce,
+    ResolveError, Resolved, Resume, RunSpec, SLOTS_MAX, TrackSpec, TrainSpec, WhenBusy, Workers,
 };
 pub use units::{Cadence, Length};

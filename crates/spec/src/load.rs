@@ -66,7 +66,7 @@ pub fn parse_text(name: &str, text: &str, overrides: &[String]) -> Result<Loaded
 
 /// Validates a spec in the layout of [`RunSpec::to_json`]. It is whole, but for keys that are newer
 /// than the build that wrote it: those that change no bit are filled in from the defaults.
-pub(crate) fn from_json(value: &serde_json::Value) -> Result<RunSpec, Problems> {
+pub fn from_json(value: &serde_json::Value) -> Result<RunSpec, Problems> {
     let mut sources = Sources::default();
     let source = sources.add(Source {
         name: "spec".to_string(),

@@ -92,6 +92,11 @@ word! {
 /// that a step waits for its data.
 pub const DEADLINE_SECONDS: u32 = 50;
 
+/// Images of `track.reconstructions` where the spec does not say how many.
+pub const RECONSTRUCTIONS: u32 = 8;
+/// Most images of `track.reconstructions`.
+pub const RECONSTRUCTIONS_MAX: u32 = 32;
+
 /// Schemes of the URLs that data may lie behind.
 pub const DATA_SCHEMES: [&str; 6] = ["s3", "gs", "az", "abfs", "http", "https"];
 
@@ -331,6 +336,16 @@ pub struct TrackSpec {
     pub every: Cadence,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensorboard: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reconstructions: Option<ReconstructionsSpec>,
+}
+
+/// Key `track.reconstructions`: pictures of what the model fills in, of the same images each time.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "the table of fields documents each key once")]
+pub struct ReconstructionsSpec {
+    pub every: Length,
+    pub images: u32,
 }
 
 fn warmup<S: Serializer>(warmup: &Option<Length>, serializer: S) -> Result<S::Ok, S::Error> {

@@ -4,6 +4,7 @@ mod build;
 mod locations;
 mod read;
 mod suggest;
+mod track;
 
 use crate::fields::{Field, fields};
 use crate::node::{At, Node, Sources, Table, Value, find};
@@ -13,7 +14,7 @@ use crate::run_spec::RunSpec;
 pub(crate) use suggest::closest;
 
 /// Keys that are planned: refused until they do something, because ignoring them would mislead.
-const NOT_YET: &[&str] = &["checkpoint.keep.best", "track.reconstructions"];
+const NOT_YET: &[&str] = &["checkpoint.keep.best"];
 
 const UNAVAILABLE: &str = "is not available in this build yet";
 

@@ -199,6 +199,8 @@ pub mod exit {
     pub const USAGE: u8 = 2;
     /// `wait`: the run failed.
     pub const WAIT_FAILED: u8 = 20;
+    /// The run was cancelled.
+    pub const WAIT_CANCELLED: u8 = 21;
     /// `wait`: the time was over first.
     pub const WAIT_TIMED_OUT: u8 = 124;
     /// The coordinator could not be reached.

@@ -23,6 +23,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{error, info, warn};
+use v1::agent_request::Message;
 
 use crate::args::{AgentArgs, CredentialArgs, DevicesError, parse_devices};
 use crate::engine::Backend;
@@ -38,8 +39,10 @@ const HEALTHY: Duration = Duration::from_secs(30);
 const TAIL_LINES: usize = 20;
 /// How long trainers get to leave their run before they are killed.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(120);
-/// Bound of the report queue: a report per trainer's end.
-const QUEUE: usize = 256;
+/// Bound of the report queue: lines of trainers, and a report of each one's end.
+const QUEUE: usize = 1024;
+/// Longest line of a trainer that the coordinator gets.
+const LINE_CHARS_MAX: usize = 1000;
 
 /// Runs an agent until its trainers have nothing more to do; returns the exit code.
 pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
@@ -176,7 +179,7 @@ impl Agent {
     fn supervisor(
         &self,
         device: &str,
-        reports: mpsc::Sender<v1::TrainerExited>,
+        reports: mpsc::Sender<Message>,
         stopping: tokio::sync::watch::Receiver<Stop>,
         kills: tokio::sync::broadcast::Receiver<v1::NodeKill>,
     ) -> Supervisor {
@@ -237,7 +240,7 @@ struct Supervisor {
     device: String,
     local_world: usize,
     env: Vec<(String, String)>,
-    reports: mpsc::Sender<v1::TrainerExited>,
+    reports: mpsc::Sender<Message>,
     stopping: tokio::sync::watch::Receiver<Stop>,
     kills: tokio::sync::broadcast::Receiver<v1::NodeKill>,
 }
@@ -291,7 +294,8 @@ impl Supervisor {
         let stderr = child.stderr.take().expect("stderr is a pipe");
         // The trainer lives as long as this end is open; waiting for it would close it otherwise.
         let _lifeline = child.stdin.take();
-        let tail = tokio::spawn(forward_stderr(self.worker_id.clone(), stderr));
+        let forward = Forward { worker_id: self.worker_id.clone(), reports: self.reports.clone() };
+        let tail = tokio::spawn(forward.run(stderr));
         let status = self.wait(&mut child, incarnation).await;
         let tail = tail.await.unwrap_or_default();
         let how = describe(status);
@@ -302,7 +306,7 @@ impl Supervisor {
             how,
             stderr_tail: tail,
         };
-        if self.reports.try_send(report).is_err() {
+        if self.reports.try_send(Message::TrainerExited(report)).is_err() {
             warn!("the report queue is full; the coordinator will notice by itself");
         }
         status.and_then(|status| status.code()).and_then(|code| u8::try_from(code).ok())
@@ -426,18 +430,39 @@ fn describe(status: Option<ExitStatus>) -> String {
     }
 }
 
-/// Passes a trainer's stderr on, each line behind its name, and returns its last lines.
-async fn forward_stderr(worker_id: String, stderr: tokio::process::ChildStderr) -> String {
-    let mut lines = BufReader::new(stderr).lines();
-    let mut tail: VecDeque<String> = VecDeque::with_capacity(TAIL_LINES);
-    while let Ok(Some(line)) = lines.next_line().await {
-        eprintln!("[{worker_id}] {line}");
-        if tail.len() == TAIL_LINES {
-            tail.pop_front();
+/// Passes a trainer's stderr on: to this process's, each line behind its name, and to the
+/// coordinator.
+struct Forward {
+    worker_id: String,
+    reports: mpsc::Sender<Message>,
+}
+
+impl Forward {
+    /// Runs to the end of the stream; returns its last lines.
+    async fn run(self, stderr: tokio::process::ChildStderr) -> String {
+        let mut lines = BufReader::new(stderr).lines();
+        let mut tail: VecDeque<String> = VecDeque::with_capacity(TAIL_LINES);
+        let mut missed = 0;
+        while let Ok(Some(line)) = lines.next_line().await {
+            eprintln!("[{}] {line}", self.worker_id);
+            self.report(&line, &mut missed);
+            if tail.len() == TAIL_LINES {
+                tail.pop_front();
+            }
+            tail.push_back(line);
         }
-        tail.push_back(line);
+        Vec::from(tail).join("\n")
     }
-    Vec::from(tail).join("\n")
+
+    /// Queues a line for the coordinator while there is room: half of the queue is for what it
+    /// must hear. What does not fit is counted.
+    fn report(&self, line: &str, missed: &mut u64) {
+        let text: String = line.chars().take(LINE_CHARS_MAX).collect();
+        let log = v1::TrainerLog { worker_id: self.worker_id.clone(), text, missed: *missed };
+        let has_room = self.reports.capacity() > QUEUE / 2;
+        let queued = has_room && self.reports.try_send(Message::TrainerLog(log)).is_ok();
+        *missed = if queued { 0 } else { *missed + 1 };
+    }
 }
 
 /// The agent's stream to the coordinator.
@@ -453,10 +478,10 @@ struct Uplink {
 }
 
 impl Uplink {
-    async fn run(self, mut outbox: mpsc::Receiver<v1::TrainerExited>) {
+    async fn run(self, mut outbox: mpsc::Receiver<Message>) {
         let mut pause = BACK_OFF.0;
         // A report that could not be sent goes first on the next stream.
-        let mut pending: Option<v1::TrainerExited> = None;
+        let mut pending: Option<Message> = None;
         loop {
             match self.once(&mut outbox, &mut pending).await {
                 Ok(()) => pause = BACK_OFF.0,
@@ -477,8 +502,8 @@ impl Uplink {
 
     async fn once(
         &self,
-        outbox: &mut mpsc::Receiver<v1::TrainerExited>,
-        pending: &mut Option<v1::TrainerExited>,
+        outbox: &mut mpsc::Receiver<Message>,
+        pending: &mut Option<Message>,
     ) -> Result<(), (String, Option<u8>)> {
         let credentials = self.credentials.read().map_err(|err| (chain(&err), None))?;
         let opened = connect(&self.url, Duration::from_secs(5), &credentials).await;
@@ -500,8 +525,7 @@ impl Uplink {
         self.was_let_in.store(true, Ordering::Relaxed);
         loop {
             if let Some(report) = pending.take() {
-                let message = v1::agent_request::Message::TrainerExited(report.clone());
-                let request = v1::AgentRequest { message: Some(message) };
+                let request = v1::AgentRequest { message: Some(report.clone()) };
                 if requests.send(request).await.is_err() {
                     *pending = Some(report);
                     return Ok(());
@@ -535,6 +559,6 @@ impl Uplink {
             build: Some(BuildId::this().into()),
             devices: self.devices.clone(),
         };
-        v1::AgentRequest { message: Some(v1::agent_request::Message::Hello(hello)) }
+        v1::AgentRequest { message: Some(Message::Hello(hello)) }
     }
 }

@@ -28,6 +28,7 @@ pub fn run(spec: &EngineSpec, backend: &dyn Backend) {
     updates_are_those_of_the_recipe(spec, backend);
     probes_agree(spec, backend);
     wrong_batches_are_refused(spec, backend);
+    drawing_changes_nothing(spec, backend);
 }
 
 fn engine(spec: &EngineSpec, backend: &dyn Backend) -> Box<dyn Engine> {
@@ -169,4 +170,23 @@ fn wrong_batches_are_refused(spec: &EngineSpec, backend: &dyn Backend) {
     batch.pixels.pop();
     let err = engine.slot(&batch, &mut |_| {}).unwrap_err().to_string();
     assert!(err.contains("slot 1 of step 3"), "{err}");
+}
+
+fn drawing_changes_nothing(spec: &EngineSpec, backend: &dyn Backend) {
+    let batch = other_batch(spec, 7);
+    let mut engine = engine(spec, backend);
+    let before = (digest(engine.as_ref()), slot_digest(engine.as_mut(), &batch));
+    let draw = |engine: &mut dyn Engine| {
+        let n = 1.max(batch.samples.len() / 2);
+        let pixels = &batch.pixels[..batch.pixels.len() / batch.samples.len() * n];
+        engine.draw(pixels, &batch.ids_shuffle[..spec.model.n_patches() * n]).expect("it draws")
+    };
+    let pictures = draw(engine.as_mut());
+    assert_eq!(pictures, draw(engine.as_mut()), "one state, one picture");
+    for picture in pictures.iter().flatten() {
+        let bytes = picture.width as usize * picture.height as usize * 3;
+        assert_eq!(picture.rgb.len(), bytes, "three bytes for each pixel");
+    }
+    let after = (digest(engine.as_ref()), slot_digest(engine.as_mut(), &batch));
+    assert_eq!(before, after, "a drawing changes no state");
 }

@@ -100,6 +100,19 @@ pub trait Engine: Send {
     /// gradients of fixed slots, of a small model and of the run's own shapes.
     fn probe(&mut self) -> Result<u64, EngineError>;
 
+    /// Draws images as people see how far a model is: one picture per image,
+    /// `original | masked | filled in`. Nothing where the engine learns no pixels.
+    ///
+    /// `pixels` is `[b, h, w, c]` and `ids_shuffle` `[b, n_patches]`, in which the first patches
+    /// are those that stay. Changes no state.
+    fn draw(
+        &mut self,
+        _pixels: &[u8],
+        _ids_shuffle: &[u32],
+    ) -> Result<Option<Vec<Picture>>, EngineError> {
+        Ok(None)
+    }
+
     /// Returns the engine's half on a device, where sums, updates and state live there.
     ///
     /// Where there is one, a step uses it and not [`slot`](Engine::slot) and
@@ -110,6 +123,17 @@ pub trait Engine: Send {
 
     /// Describes device and library for people: `cpu (libtorch 2.11.0, avx2, 1 thread)`.
     fn describe(&self) -> String;
+}
+
+/// A picture for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    /// Pixels.
+    pub width: u32,
+    /// Pixels.
+    pub height: u32,
+    /// Red, green and blue of each pixel, row by row.
+    pub rgb: Vec<u8>,
 }
 
 /// Computes a worker's probe: what pixels this machine makes of a picture, and what its engine

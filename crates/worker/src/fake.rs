@@ -4,6 +4,7 @@
 //! processes, faults and checkpoints exercise everything but the tensor library.
 
 mod device;
+mod draw;
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use lacuna_recipe::step::{Normalize, SlotBatch};
 use lacuna_types::{SampleId, Slot, Step};
 
 use crate::cpu_state::CpuState;
-use crate::engine::{Backend, Engine, EngineError, EngineSpec, UpdateScalars};
+use crate::engine::{Backend, Engine, EngineError, EngineSpec, Picture, UpdateScalars};
 
 /// Faults of a device, each at the first slot of a step that this process computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -204,6 +205,14 @@ impl Engine for FakeEngine {
 
     fn tensor_digests(&self) -> Result<Vec<TensorDigests>, EngineError> {
         Ok(self.state.tensor_digests())
+    }
+
+    fn draw(
+        &mut self,
+        pixels: &[u8],
+        ids_shuffle: &[u32],
+    ) -> Result<Option<Vec<Picture>>, EngineError> {
+        Ok(Some(draw::draw(&self.spec.model, pixels, ids_shuffle)))
     }
 
     fn probe(&mut self) -> Result<u64, EngineError> {

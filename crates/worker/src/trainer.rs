@@ -1,6 +1,7 @@
 //! A trainer process: one device, one run at a time.
 
 pub mod bad_samples;
+pub mod gallery;
 pub mod job;
 pub mod metrics;
 pub mod save_meter;

@@ -78,6 +78,9 @@ pub struct Run {
     /// Fingerprint of the data set, as it was when the run was created.
     #[prost(string, tag = "17")]
     pub fingerprint: ::prost::alloc::string::String,
+    /// Changes when the specification does.
+    #[prost(string, tag = "18")]
+    pub etag: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RunWorker {
@@ -159,7 +162,7 @@ pub struct WatchRunRequest {
 pub struct WatchRunResponse {
     #[prost(uint64, tag = "4")]
     pub seq: u64,
-    #[prost(oneof = "watch_run_response::Update", tags = "1, 2, 3")]
+    #[prost(oneof = "watch_run_response::Update", tags = "1, 2, 3, 5")]
     pub update: ::core::option::Option<watch_run_response::Update>,
 }
 /// Nested message and enum types in `WatchRunResponse`.
@@ -172,6 +175,8 @@ pub mod watch_run_response {
         Figures(super::Figures),
         #[prost(message, tag = "3")]
         Event(super::RunEvent),
+        #[prost(message, tag = "5")]
+        Picture(super::RunPicture),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -183,6 +188,22 @@ pub struct RunEvent {
     pub warning: bool,
     #[prost(string, tag = "3")]
     pub text: ::prost::alloc::string::String,
+    /// Milliseconds since the Unix epoch, by the coordinator's clock.
+    #[prost(uint64, tag = "4")]
+    pub at_ms: u64,
+}
+/// A picture of what the model fills in is there, at /runs/RUN/pictures/STEP/INDEX of the same port.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RunPicture {
+    /// Steps behind the state that drew it.
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    /// Place in the gallery.
+    #[prost(uint32, tag = "2")]
+    pub index: u32,
+    /// The image's place in the data set.
+    #[prost(uint64, tag = "3")]
+    pub sample: u64,
     /// Milliseconds since the Unix epoch, by the coordinator's clock.
     #[prost(uint64, tag = "4")]
     pub at_ms: u64,
@@ -287,6 +308,239 @@ pub struct ReleaseWorkerRequest {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReleaseWorkerResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CancelRunRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CancelRunResponse {
+    #[prost(message, optional, tag = "1")]
+    pub run: ::core::option::Option<Run>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateRunRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+    /// Fields of the specification to change, `elastic.workers`.
+    #[prost(message, optional, tag = "2")]
+    pub update_mask: ::core::option::Option<::prost_types::FieldMask>,
+    /// A specification in JSON; what the mask does not name is not looked at.
+    #[prost(string, tag = "3")]
+    pub spec: ::prost::alloc::string::String,
+    /// The run's `etag` as the caller last saw it; a run that has another is left alone. Empty: any.
+    #[prost(string, tag = "4")]
+    pub etag: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct UpdateRunResponse {
+    #[prost(message, optional, tag = "1")]
+    pub run: ::core::option::Option<Run>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ValidateRunRequest {
+    /// A specification in TOML. It may start from a preset, not from a file.
+    #[prost(string, tag = "1")]
+    pub spec: ::prost::alloc::string::String,
+    /// Settings over it, `train.batch=512`.
+    #[prost(string, repeated, tag = "2")]
+    pub overrides: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ValidateRunResponse {
+    /// The whole specification in JSON, where nothing is wrong: what CreateRun takes.
+    #[prost(string, tag = "1")]
+    pub effective: ::prost::alloc::string::String,
+    /// What is wrong, by place.
+    #[prost(message, repeated, tag = "2")]
+    pub problems: ::prost::alloc::vec::Vec<SpecProblem>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SpecProblem {
+    /// Key, `train.batch`; empty for an error of syntax.
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// Where it stands, `run.toml` or the override.
+    #[prost(string, tag = "2")]
+    pub file: ::prost::alloc::string::String,
+    /// From 1; 0 where there is no line.
+    #[prost(uint32, tag = "3")]
+    pub line: u32,
+    #[prost(uint32, tag = "4")]
+    pub column: u32,
+    #[prost(string, tag = "5")]
+    pub message: ::prost::alloc::string::String,
+    /// What to write instead, where that is known.
+    #[prost(string, tag = "6")]
+    pub fix: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DiffRunsRequest {
+    #[prost(string, tag = "1")]
+    pub old_run_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub new_run_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DiffRunsResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub differences: ::prost::alloc::vec::Vec<SpecDifference>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SpecDifference {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub old_value: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub new_value: ::prost::alloc::string::String,
+    /// What a change of it does: `maths`, `placement` or `display`.
+    #[prost(string, tag = "4")]
+    pub mark: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetMetricsRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+    /// Points at most; 0 for 1,000.
+    #[prost(uint32, tag = "2")]
+    pub points_max: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetMetricsResponse {
+    /// By step; where a run went back, what it computed again.
+    #[prost(message, repeated, tag = "1")]
+    pub figures: ::prost::alloc::vec::Vec<Figures>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StreamLogsRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+    /// One worker; empty for all of the run's.
+    #[prost(string, tag = "2")]
+    pub worker_id: ::prost::alloc::string::String,
+    /// Lines of before at most; 0 for all that are kept.
+    #[prost(uint32, tag = "3")]
+    pub tail: u32,
+    /// Whether to go on with lines to come.
+    #[prost(bool, tag = "4")]
+    pub follow: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StreamLogsResponse {
+    #[prost(string, tag = "1")]
+    pub worker_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub text: ::prost::alloc::string::String,
+    /// Milliseconds since the Unix epoch, by the coordinator's clock.
+    #[prost(uint64, tag = "3")]
+    pub at_ms: u64,
+    /// Lines before this one that were lost on the way.
+    #[prost(uint64, tag = "4")]
+    pub missed: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListCheckpointsRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListCheckpointsResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub checkpoints: ::prost::alloc::vec::Vec<Checkpoint>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Checkpoint {
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    /// Why it cannot be used; empty where it can.
+    #[prost(string, tag = "2")]
+    pub damage: ::prost::alloc::string::String,
+    /// RFC 3339.
+    #[prost(string, tag = "3")]
+    pub created: ::prost::alloc::string::String,
+    /// Workers that wrote it.
+    #[prost(uint32, tag = "4")]
+    pub parts: u32,
+    #[prost(uint64, tag = "5")]
+    pub bytes: u64,
+    #[prost(double, optional, tag = "6")]
+    pub loss: ::core::option::Option<f64>,
+    #[prost(fixed64, tag = "7")]
+    pub digest: u64,
+    /// Whether it was read whole and found sound.
+    #[prost(bool, tag = "8")]
+    pub verified: bool,
+    /// Whether something keeps it from being deleted.
+    #[prost(bool, tag = "9")]
+    pub pinned: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetManifestRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub step: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetManifestResponse {
+    /// The next bytes of the JSON file.
+    #[prost(bytes = "vec", tag = "1")]
+    pub piece: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PinCheckpointRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub step: u64,
+    /// Whether it is to stay.
+    #[prost(bool, tag = "3")]
+    pub pinned: bool,
+    /// Why, for people.
+    #[prost(string, tag = "4")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PinCheckpointResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VerifyCheckpointRequest {
+    #[prost(string, tag = "1")]
+    pub run_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub step: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VerifyCheckpointResponse {
+    /// Whether this is the result; before it, only signs of life come.
+    #[prost(bool, tag = "1")]
+    pub done: bool,
+    /// Bytes that were read.
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+    /// What is wrong with it.
+    #[prost(string, repeated, tag = "3")]
+    pub problems: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BanNodeRequest {
+    #[prost(string, tag = "1")]
+    pub node: ::prost::alloc::string::String,
+    /// How long, in seconds; 0 lets it back in.
+    #[prost(uint64, tag = "2")]
+    pub seconds: u64,
+    /// Why, for people.
+    #[prost(string, tag = "3")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BanNodeResponse {
+    /// Its workers that leave a run now.
+    #[prost(string, repeated, tag = "1")]
+    pub worker_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 /// Generated client implementations.
 pub mod run_service_client {
     #![allow(
@@ -574,6 +828,156 @@ pub mod run_service_client {
                 .insert(GrpcMethod::new("lacuna.v1.RunService", "ForceRun"));
             self.inner.unary(req, path, codec).await
         }
+        /// Ends a run now, without a checkpoint; it can go on from its newest one.
+        pub async fn cancel_run(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CancelRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CancelRunResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.RunService/CancelRun",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.RunService", "CancelRun"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Changes fields of a run that is on: those that are named by the mask.
+        pub async fn update_run(
+            &mut self,
+            request: impl tonic::IntoRequest<super::UpdateRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UpdateRunResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.RunService/UpdateRun",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.RunService", "UpdateRun"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reads a specification as `lacuna plan` does, and creates nothing.
+        pub async fn validate_run(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ValidateRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ValidateRunResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.RunService/ValidateRun",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.RunService", "ValidateRun"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Compares the specifications of two runs.
+        pub async fn diff_runs(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DiffRunsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DiffRunsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.RunService/DiffRuns",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.RunService", "DiffRuns"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Figures of a run's steps, evenly over those that were reported.
+        pub async fn get_metrics(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetMetricsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMetricsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.RunService/GetMetrics",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.RunService", "GetMetrics"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// What a run's workers log: the newest lines, and those to come.
+        pub async fn stream_logs(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StreamLogsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::StreamLogsResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.RunService/StreamLogs",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.RunService", "StreamLogs"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -648,6 +1052,57 @@ pub mod run_service_server {
             tonic::Response<super::ForceRunResponse>,
             tonic::Status,
         >;
+        /// Ends a run now, without a checkpoint; it can go on from its newest one.
+        async fn cancel_run(
+            &self,
+            request: tonic::Request<super::CancelRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CancelRunResponse>,
+            tonic::Status,
+        >;
+        /// Changes fields of a run that is on: those that are named by the mask.
+        async fn update_run(
+            &self,
+            request: tonic::Request<super::UpdateRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UpdateRunResponse>,
+            tonic::Status,
+        >;
+        /// Reads a specification as `lacuna plan` does, and creates nothing.
+        async fn validate_run(
+            &self,
+            request: tonic::Request<super::ValidateRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ValidateRunResponse>,
+            tonic::Status,
+        >;
+        /// Compares the specifications of two runs.
+        async fn diff_runs(
+            &self,
+            request: tonic::Request<super::DiffRunsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DiffRunsResponse>,
+            tonic::Status,
+        >;
+        /// Figures of a run's steps, evenly over those that were reported.
+        async fn get_metrics(
+            &self,
+            request: tonic::Request<super::GetMetricsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetMetricsResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the StreamLogs method.
+        type StreamLogsStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::StreamLogsResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// What a run's workers log: the newest lines, and those to come.
+        async fn stream_logs(
+            &self,
+            request: tonic::Request<super::StreamLogsRequest>,
+        ) -> std::result::Result<tonic::Response<Self::StreamLogsStream>, tonic::Status>;
     }
     /// Runs: submit, look, stop.
     #[derive(Debug)]
@@ -1085,6 +1540,277 @@ pub mod run_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/lacuna.v1.RunService/CancelRun" => {
+                    #[allow(non_camel_case_types)]
+                    struct CancelRunSvc<T: RunService>(pub Arc<T>);
+                    impl<
+                        T: RunService,
+                    > tonic::server::UnaryService<super::CancelRunRequest>
+                    for CancelRunSvc<T> {
+                        type Response = super::CancelRunResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CancelRunRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RunService>::cancel_run(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CancelRunSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.RunService/UpdateRun" => {
+                    #[allow(non_camel_case_types)]
+                    struct UpdateRunSvc<T: RunService>(pub Arc<T>);
+                    impl<
+                        T: RunService,
+                    > tonic::server::UnaryService<super::UpdateRunRequest>
+                    for UpdateRunSvc<T> {
+                        type Response = super::UpdateRunResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::UpdateRunRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RunService>::update_run(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = UpdateRunSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.RunService/ValidateRun" => {
+                    #[allow(non_camel_case_types)]
+                    struct ValidateRunSvc<T: RunService>(pub Arc<T>);
+                    impl<
+                        T: RunService,
+                    > tonic::server::UnaryService<super::ValidateRunRequest>
+                    for ValidateRunSvc<T> {
+                        type Response = super::ValidateRunResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ValidateRunRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RunService>::validate_run(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ValidateRunSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.RunService/DiffRuns" => {
+                    #[allow(non_camel_case_types)]
+                    struct DiffRunsSvc<T: RunService>(pub Arc<T>);
+                    impl<
+                        T: RunService,
+                    > tonic::server::UnaryService<super::DiffRunsRequest>
+                    for DiffRunsSvc<T> {
+                        type Response = super::DiffRunsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DiffRunsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RunService>::diff_runs(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DiffRunsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.RunService/GetMetrics" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetMetricsSvc<T: RunService>(pub Arc<T>);
+                    impl<
+                        T: RunService,
+                    > tonic::server::UnaryService<super::GetMetricsRequest>
+                    for GetMetricsSvc<T> {
+                        type Response = super::GetMetricsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetMetricsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RunService>::get_metrics(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetMetricsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.RunService/StreamLogs" => {
+                    #[allow(non_camel_case_types)]
+                    struct StreamLogsSvc<T: RunService>(pub Arc<T>);
+                    impl<
+                        T: RunService,
+                    > tonic::server::ServerStreamingService<super::StreamLogsRequest>
+                    for StreamLogsSvc<T> {
+                        type Response = super::StreamLogsResponse;
+                        type ResponseStream = T::StreamLogsStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StreamLogsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RunService>::stream_logs(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StreamLogsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -1122,6 +1848,569 @@ pub mod run_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "lacuna.v1.RunService";
     impl<T> tonic::server::NamedService for RunServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// Generated client implementations.
+pub mod checkpoint_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// Checkpoints of runs that this coordinator has.
+    #[derive(Debug, Clone)]
+    pub struct CheckpointServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl CheckpointServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> CheckpointServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> CheckpointServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            CheckpointServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// The newest last.
+        pub async fn list_checkpoints(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListCheckpointsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListCheckpointsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.CheckpointService/ListCheckpoints",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("lacuna.v1.CheckpointService", "ListCheckpoints"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// A manifest as it stands beside the parts, in pieces.
+        pub async fn get_manifest(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetManifestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::GetManifestResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.CheckpointService/GetManifest",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.CheckpointService", "GetManifest"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Keeps a checkpoint from being deleted, or lets it go.
+        pub async fn pin_checkpoint(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PinCheckpointRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PinCheckpointResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.CheckpointService/PinCheckpoint",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.CheckpointService", "PinCheckpoint"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reads a checkpoint whole, and tells how far that is.
+        pub async fn verify_checkpoint(
+            &mut self,
+            request: impl tonic::IntoRequest<super::VerifyCheckpointRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::VerifyCheckpointResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.CheckpointService/VerifyCheckpoint",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("lacuna.v1.CheckpointService", "VerifyCheckpoint"),
+                );
+            self.inner.server_streaming(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod checkpoint_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with CheckpointServiceServer.
+    #[async_trait]
+    pub trait CheckpointService: std::marker::Send + std::marker::Sync + 'static {
+        /// The newest last.
+        async fn list_checkpoints(
+            &self,
+            request: tonic::Request<super::ListCheckpointsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListCheckpointsResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the GetManifest method.
+        type GetManifestStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::GetManifestResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// A manifest as it stands beside the parts, in pieces.
+        async fn get_manifest(
+            &self,
+            request: tonic::Request<super::GetManifestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::GetManifestStream>,
+            tonic::Status,
+        >;
+        /// Keeps a checkpoint from being deleted, or lets it go.
+        async fn pin_checkpoint(
+            &self,
+            request: tonic::Request<super::PinCheckpointRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PinCheckpointResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the VerifyCheckpoint method.
+        type VerifyCheckpointStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<
+                    super::VerifyCheckpointResponse,
+                    tonic::Status,
+                >,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Reads a checkpoint whole, and tells how far that is.
+        async fn verify_checkpoint(
+            &self,
+            request: tonic::Request<super::VerifyCheckpointRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::VerifyCheckpointStream>,
+            tonic::Status,
+        >;
+    }
+    /// Checkpoints of runs that this coordinator has.
+    #[derive(Debug)]
+    pub struct CheckpointServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> CheckpointServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for CheckpointServiceServer<T>
+    where
+        T: CheckpointService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/lacuna.v1.CheckpointService/ListCheckpoints" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListCheckpointsSvc<T: CheckpointService>(pub Arc<T>);
+                    impl<
+                        T: CheckpointService,
+                    > tonic::server::UnaryService<super::ListCheckpointsRequest>
+                    for ListCheckpointsSvc<T> {
+                        type Response = super::ListCheckpointsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListCheckpointsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CheckpointService>::list_checkpoints(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListCheckpointsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.CheckpointService/GetManifest" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetManifestSvc<T: CheckpointService>(pub Arc<T>);
+                    impl<
+                        T: CheckpointService,
+                    > tonic::server::ServerStreamingService<super::GetManifestRequest>
+                    for GetManifestSvc<T> {
+                        type Response = super::GetManifestResponse;
+                        type ResponseStream = T::GetManifestStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetManifestRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CheckpointService>::get_manifest(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetManifestSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.CheckpointService/PinCheckpoint" => {
+                    #[allow(non_camel_case_types)]
+                    struct PinCheckpointSvc<T: CheckpointService>(pub Arc<T>);
+                    impl<
+                        T: CheckpointService,
+                    > tonic::server::UnaryService<super::PinCheckpointRequest>
+                    for PinCheckpointSvc<T> {
+                        type Response = super::PinCheckpointResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PinCheckpointRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CheckpointService>::pin_checkpoint(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PinCheckpointSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.CheckpointService/VerifyCheckpoint" => {
+                    #[allow(non_camel_case_types)]
+                    struct VerifyCheckpointSvc<T: CheckpointService>(pub Arc<T>);
+                    impl<
+                        T: CheckpointService,
+                    > tonic::server::ServerStreamingService<
+                        super::VerifyCheckpointRequest,
+                    > for VerifyCheckpointSvc<T> {
+                        type Response = super::VerifyCheckpointResponse;
+                        type ResponseStream = T::VerifyCheckpointStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::VerifyCheckpointRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CheckpointService>::verify_checkpoint(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = VerifyCheckpointSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for CheckpointServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "lacuna.v1.CheckpointService";
+    impl<T> tonic::server::NamedService for CheckpointServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
@@ -1316,6 +2605,31 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("lacuna.v1.AdminService", "ReleaseWorker"));
             self.inner.unary(req, path, codec).await
         }
+        /// Keeps a machine out of every run for some time: its workers leave at the next boundary.
+        pub async fn ban_node(
+            &mut self,
+            request: impl tonic::IntoRequest<super::BanNodeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BanNodeResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.AdminService/BanNode",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.AdminService", "BanNode"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1359,6 +2673,11 @@ pub mod admin_service_server {
             tonic::Response<super::ReleaseWorkerResponse>,
             tonic::Status,
         >;
+        /// Keeps a machine out of every run for some time: its workers leave at the next boundary.
+        async fn ban_node(
+            &self,
+            request: tonic::Request<super::BanNodeRequest>,
+        ) -> std::result::Result<tonic::Response<super::BanNodeResponse>, tonic::Status>;
     }
     /// The service itself and its workers.
     #[derive(Debug)]
@@ -1617,6 +2936,51 @@ pub mod admin_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/lacuna.v1.AdminService/BanNode" => {
+                    #[allow(non_camel_case_types)]
+                    struct BanNodeSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::BanNodeRequest>
+                    for BanNodeSvc<T> {
+                        type Response = super::BanNodeResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::BanNodeRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::ban_node(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = BanNodeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -1661,7 +3025,7 @@ pub mod admin_service_server {
 pub struct SessionRequest {
     #[prost(
         oneof = "session_request::Message",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
     )]
     pub message: ::core::option::Option<session_request::Message>,
 }
@@ -1697,6 +3061,8 @@ pub mod session_request {
         Audited(super::Audited),
         #[prost(message, tag = "14")]
         BadSamples(super::BadSamples),
+        #[prost(message, tag = "15")]
+        Picture(super::Picture),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1933,6 +3299,22 @@ pub struct BadSample {
     #[prost(uint64, tag = "7")]
     pub stand_in: u64,
 }
+/// What the model fills in of one image.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Picture {
+    /// Steps behind the state that drew it.
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    /// Place in the gallery.
+    #[prost(uint32, tag = "2")]
+    pub index: u32,
+    /// The image's place in the data set.
+    #[prost(uint64, tag = "3")]
+    pub sample: u64,
+    /// A PNG: original, masked, filled in, side by side.
+    #[prost(bytes = "vec", tag = "4")]
+    pub png: ::prost::alloc::vec::Vec<u8>,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Welcome {
     #[prost(uint64, tag = "1")]
@@ -2097,7 +3479,7 @@ pub struct Audit {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AgentRequest {
-    #[prost(oneof = "agent_request::Message", tags = "1, 2, 3")]
+    #[prost(oneof = "agent_request::Message", tags = "1, 2, 3, 4")]
     pub message: ::core::option::Option<agent_request::Message>,
 }
 /// Nested message and enum types in `AgentRequest`.
@@ -2110,6 +3492,8 @@ pub mod agent_request {
         TrainerExited(super::TrainerExited),
         #[prost(message, tag = "3")]
         Beat(super::NodeBeat),
+        #[prost(message, tag = "4")]
+        TrainerLog(super::TrainerLog),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2123,6 +3507,17 @@ pub struct NodeHello {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct NodeBeat {}
+/// A line that a trainer logged.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TrainerLog {
+    #[prost(string, tag = "1")]
+    pub worker_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub text: ::prost::alloc::string::String,
+    /// Lines before this one that did not fit the queue.
+    #[prost(uint64, tag = "3")]
+    pub missed: u64,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TrainerExited {
     #[prost(string, tag = "1")]

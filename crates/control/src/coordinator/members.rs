@@ -65,7 +65,7 @@ impl Coordinator {
             let (code, why) = match ending {
                 Ending::Finished { .. } => (exit::OK, "the run is finished".to_string()),
                 Ending::Failed { why, code } => (*code, why.clone()),
-                Ending::Stopped { why, .. } => (exit::OK, why.clone()),
+                Ending::Stopped { why, .. } | Ending::Cancelled { why } => (exit::OK, why.clone()),
                 Ending::Paused { why } => (exit::OK, format!("the run is paused: {why}")),
             };
             self.send_to(&worker, incarnation, ToWorker::Exit { code, why });

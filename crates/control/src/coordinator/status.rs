@@ -24,6 +24,7 @@ impl Coordinator {
             (Some(Ending::Finished { .. }), _) => "finished",
             (Some(Ending::Failed { .. }), _) => "failed",
             (Some(Ending::Stopped { .. }), _) => "stopped",
+            (Some(Ending::Cancelled { .. }), _) => "cancelled",
             (Some(Ending::Paused { .. }), _) => "paused",
             (None, None) if self.dispute.is_some() => "disputed",
             (None, None) => "waiting",

@@ -123,6 +123,11 @@ pub enum Event {
         /// Why, for people.
         why: String,
     },
+    /// End the run now, without a checkpoint: what was computed since the newest one is given up.
+    Cancel {
+        /// Why, for people.
+        why: String,
+    },
     /// Checkpoint at the next boundary.
     Checkpoint,
     /// An operator changes how many workers train, from the next boundary on.
@@ -249,6 +254,11 @@ pub enum Ending {
     Stopped {
         /// Steps done.
         step: Step,
+        /// Why, for people.
+        why: String,
+    },
+    /// Ended on request at once; can go on from its newest checkpoint.
+    Cancelled {
         /// Why, for people.
         why: String,
     },

@@ -39,10 +39,21 @@ RunService.StopRun submit
 RunService.RequestCheckpoint submit
 RunService.ScaleRun submit
 RunService.ForceRun admin
+RunService.CancelRun submit
+RunService.UpdateRun submit
+RunService.ValidateRun view
+RunService.DiffRuns view
+RunService.GetMetrics view
+RunService.StreamLogs view
+CheckpointService.ListCheckpoints view
+CheckpointService.GetManifest view
+CheckpointService.PinCheckpoint submit
+CheckpointService.VerifyCheckpoint submit
 AdminService.GetInfo view
 AdminService.ListWorkers view
 AdminService.DrainWorker admin
 AdminService.ReleaseWorker admin
+AdminService.BanNode admin
 WorkerService.Session worker
 WorkerService.Agent worker
 ";

@@ -1,6 +1,7 @@
 //! The service itself and its workers.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use lacuna_api::error::{Reason, status};
 use lacuna_api::v1;
@@ -11,9 +12,13 @@ use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 use super::messages::run_message;
-use super::{Grpc, ask, bounded, page};
+use super::{Grpc, ask, bounded, node_of, page};
+use crate::bans::Bans;
 use crate::registry::RunHandle;
 use crate::run::Input;
+
+/// Longest ban: who wants more takes the machine away.
+const BAN_SECONDS_MAX: u64 = 10 * 365 * 86_400;
 
 /// Describes a worker that waits for a run.
 fn free(id: WorkerId, device: String) -> (String, v1::Worker) {
@@ -90,5 +95,45 @@ impl AdminService for Grpc {
             return Err(status(Reason::WorkerNotFound, text));
         }
         Ok(Response::new(v1::ReleaseWorkerResponse {}))
+    }
+
+    async fn ban_node(
+        &self,
+        request: Request<v1::BanNodeRequest>,
+    ) -> Result<Response<v1::BanNodeResponse>, Status> {
+        let v1::BanNodeRequest { node, seconds, why } = request.into_inner();
+        let malformed = |err: lacuna_types::NameError| status(Reason::Malformed, err.to_string());
+        format!("{node}:cpu0").parse::<WorkerId>().map_err(malformed)?;
+        if seconds > BAN_SECONDS_MAX {
+            let text = format!("a ban lasts {BAN_SECONDS_MAX} seconds at most, ten years");
+            return Err(status(Reason::Malformed, text));
+        }
+        let why = bounded(why);
+        let ban = Bans::ban(&node, Duration::from_secs(seconds), why.clone());
+        let written = self.0.store().put_ban(&ban);
+        written.map_err(|err| status(Reason::Internal, lacuna_checkpoint::chain(&err)))?;
+        self.0.bans.set(ban);
+        let worker_ids = if seconds > 0 { self.drain_node(&node, &why).await? } else { Vec::new() };
+        Ok(Response::new(v1::BanNodeResponse { worker_ids }))
+    }
+}
+
+impl Grpc {
+    /// Takes the workers of a machine out at the next boundary.
+    async fn drain_node(&self, node: &str, why: &str) -> Result<Vec<String>, Status> {
+        let mut leaving: Vec<(WorkerId, mpsc::Sender<Input>)> = Vec::new();
+        for handle in self.0.runs().values() {
+            let view = handle.ends.view.borrow();
+            if view.ending.is_some() {
+                continue;
+            }
+            let of_node = view.status.workers.iter().filter(|w| node_of(&w.worker) == node);
+            leaving.extend(of_node.map(|w| (w.worker.clone(), handle.ends.input.clone())));
+        }
+        for (worker, input) in &leaving {
+            let why = format!("its node is kept out: {why}");
+            ask(input.clone(), Event::Drain { worker: worker.clone(), why }).await?;
+        }
+        Ok(leaving.into_iter().map(|(worker, _)| worker.to_string()).collect())
     }
 }

@@ -6,9 +6,10 @@ use lacuna_api::v1;
 use lacuna_control::coordinator::Ending;
 use lacuna_types::{RunId, exit};
 
+use crate::grpc::specs::etag_of;
 use crate::registry::RunHandle;
 use crate::run::View;
-use crate::store::Update;
+use crate::store::{PicturePlace, Update};
 use crate::times::Times;
 
 /// Returns where a run's time went.
@@ -30,6 +31,7 @@ pub(crate) fn run_message(id: &RunId, handle: &RunHandle) -> v1::Run {
         Some(Ending::Finished { digest, .. }) => (String::new(), Some(exit::OK), Some(*digest)),
         Some(Ending::Failed { why, code }) => (why.clone(), Some(*code), None),
         Some(Ending::Stopped { why, .. }) => (why.clone(), Some(exit::DRAINED), None),
+        Some(Ending::Cancelled { why }) => (why.clone(), Some(exit::WAIT_CANCELLED), None),
         Some(Ending::Paused { why }) => (why.clone(), Some(exit::FAILED), None),
     };
     let worker = |w: lacuna_control::coordinator::WorkerStatus| v1::RunWorker {
@@ -59,7 +61,18 @@ pub(crate) fn run_message(id: &RunId, handle: &RunHandle) -> v1::Run {
         last_seq,
         n_samples: handle.n_samples,
         fingerprint: handle.fingerprint.clone(),
+        etag: etag_of(&handle.spec),
     }
+}
+
+/// Lists figures by step: where a run went back, what it computed again.
+pub(super) fn by_step(updates: Vec<Update>) -> Vec<v1::Figures> {
+    let mut out: BTreeMap<u64, v1::Figures> = BTreeMap::new();
+    for figures in updates.into_iter().filter_map(figures_message) {
+        drop(out.split_off(&figures.step));
+        out.insert(figures.step, figures);
+    }
+    out.into_values().collect()
 }
 
 fn figures_message(update: Update) -> Option<v1::Figures> {
@@ -99,6 +112,9 @@ pub(super) fn update_message(seq: u64, update: Update) -> v1::WatchRunResponse {
     let update = match update {
         Update::Event { kind, warning, text, at_ms } => {
             Some(U::Event(v1::RunEvent { kind, warning, text, at_ms }))
+        }
+        Update::Picture { place: PicturePlace { step, index, sample }, at_ms } => {
+            Some(U::Picture(v1::RunPicture { step, index, sample, at_ms }))
         }
         figures => figures_message(figures).map(U::Figures),
     };

@@ -8,6 +8,15 @@ if (main) {
   let again = false;
   const say = (text) => { document.getElementById("live").textContent = text; };
 
+  // What did not change stays: pictures do not flicker, and what a reader opened stays open.
+  const exchange = (part, next) => {
+    const opened = part.querySelectorAll("details");
+    next.querySelectorAll("details").forEach((details, i) => {
+      if (opened[i]) details.open = opened[i].open;
+    });
+    if (part.innerHTML !== next.innerHTML) part.replaceChildren(...next.childNodes);
+  };
+
   const refresh = async () => {
     if (busy) { again = true; return; }
     busy = true;
@@ -17,7 +26,7 @@ if (main) {
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
       for (const part of document.querySelectorAll("[data-part]")) {
         const next = fresh.querySelector(`[data-part="${part.dataset.part}"]`);
-        if (next) part.replaceChildren(...next.childNodes);
+        if (next) exchange(part, next);
       }
     } catch {
       say("connection lost; trying again");

@@ -11,7 +11,7 @@ use super::chart::{self, Curve};
 use crate::catalogue::rfc3339;
 use crate::grpc::messages::{run_message, times_of};
 use crate::registry::Shared;
-use crate::store::{SqliteStore, StoreError, Update};
+use crate::store::{PicturePlace, SqliteStore, StoreError, Update};
 use crate::times::{Share, Times};
 use lacuna_api::v1;
 
@@ -121,6 +121,7 @@ pub(super) fn look(shared: &Shared, id: &RunId) -> Option<Now> {
 pub(super) struct Past {
     figures: Vec<Update>,
     events: Vec<Update>,
+    pictures: Vec<PicturePlace>,
 }
 
 impl Past {
@@ -129,6 +130,7 @@ impl Past {
         Ok(Past {
             figures: store.some_figures(id, POINTS_MAX)?,
             events: store.last_events(id, EVENTS_MAX)?,
+            pictures: store.pictures(id)?,
         })
     }
 
@@ -171,6 +173,13 @@ struct EventRow {
     text: String,
 }
 
+/// Pictures of one step.
+struct PictureRow {
+    step: u64,
+    shown: String,
+    images: Vec<PicturePlace>,
+}
+
 struct TimeRow {
     word: &'static str,
     name: &'static str,
@@ -192,6 +201,9 @@ struct RunPage {
     workers: Vec<WorkerRow>,
     groups: Vec<EventRow>,
     events: Vec<EventRow>,
+    pictures: Vec<PictureRow>,
+    /// Whether removed patches are shown with what their neighbours look like.
+    norm_pix: bool,
     spec: String,
     build: String,
 }
@@ -215,6 +227,8 @@ pub(super) fn run(now: &Now, past: &Past) -> Result<String, askama::Error> {
         workers: run.workers.iter().map(worker_row).collect(),
         groups,
         events,
+        pictures: picture_rows(&past.pictures),
+        norm_pix: spec["model"]["norm_pix_loss"].as_bool().unwrap_or(false),
         spec: serde_json::to_string_pretty(&spec).unwrap_or_default(),
         build: BuildId::this().to_string(),
     }
@@ -257,7 +271,7 @@ fn charts(past: &Past) -> Vec<Chart> {
             |v| format!("{v:.4}"),
             |u| match u {
                 Update::Figures { step, loss, .. } => Some((*step, *loss)),
-                Update::Event { .. } => None,
+                _ => None,
             },
         ),
         (
@@ -265,7 +279,7 @@ fn charts(past: &Past) -> Vec<Chart> {
             |v| format!("{v:.2e}"),
             |u| match u {
                 Update::Figures { step, lr, .. } => Some((*step, *lr)),
-                Update::Event { .. } => None,
+                _ => None,
             },
         ),
         (
@@ -273,7 +287,7 @@ fn charts(past: &Past) -> Vec<Chart> {
             |v| format!("{v:.3}"),
             |u| match u {
                 Update::Figures { step, grad_norm, .. } => Some((*step, *grad_norm)),
-                Update::Event { .. } => None,
+                _ => None,
             },
         ),
         (
@@ -283,7 +297,7 @@ fn charts(past: &Past) -> Vec<Chart> {
                 Update::Figures { step, images_per_second, .. } => {
                     Some((*step, *images_per_second))
                 }
-                Update::Event { .. } => None,
+                _ => None,
             },
         ),
     ];
@@ -308,6 +322,16 @@ fn time_rows(times: &Times) -> Vec<TimeRow> {
         })
     };
     Share::ALL.iter().filter_map(row).collect()
+}
+
+/// Gathers pictures by step, the newest first.
+fn picture_rows(pictures: &[PicturePlace]) -> Vec<PictureRow> {
+    let row = |images: &[PicturePlace]| PictureRow {
+        step: images[0].step,
+        shown: grouped(images[0].step),
+        images: images.to_vec(),
+    };
+    pictures.chunk_by(|a, b| a.step == b.step).rev().map(row).collect()
 }
 
 fn worker_row(worker: &v1::RunWorker) -> WorkerRow {
@@ -392,10 +416,10 @@ mod tests {
         };
         let figures =
             [(1, 3.0), (2, 2.0), (3, 1.5), (2, 2.5), (3, 1.0)].map(|(s, l)| figures(s, l));
-        let past = Past { figures: figures.to_vec(), events: Vec::new() };
+        let past = Past { figures: figures.to_vec(), events: Vec::new(), pictures: Vec::new() };
         let loss = past.curve(|u| match u {
             Update::Figures { step, loss, .. } => Some((*step, *loss)),
-            Update::Event { .. } => None,
+            _ => None,
         });
         assert_eq!(loss, [(1.0, 3.0), (2.0, 2.5), (3.0, 1.0)]);
     }

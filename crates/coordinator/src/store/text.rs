@@ -34,6 +34,7 @@ enum Text {
     Finished { step: u64, digest: String },
     Failed { why: String, code: u8 },
     Stopped { step: u64, why: String },
+    Cancelled { why: String },
     Paused { why: String },
     Resumed,
 }
@@ -115,6 +116,7 @@ pub(super) fn render(record: &Record) -> String {
         }
         Record::Ended(Ending::Failed { why, code }) => Text::Failed { why, code },
         Record::Ended(Ending::Stopped { step, why }) => Text::Stopped { step: step.0, why },
+        Record::Ended(Ending::Cancelled { why }) => Text::Cancelled { why },
         Record::Ended(Ending::Paused { why }) => Text::Paused { why },
         Record::Resumed => Text::Resumed,
     };
@@ -162,6 +164,7 @@ pub(super) fn parse(text: &str) -> Result<Record, String> {
         }
         Text::Failed { why, code } => Record::Ended(Ending::Failed { why, code }),
         Text::Stopped { step, why } => Record::Ended(Ending::Stopped { step: Step(step), why }),
+        Text::Cancelled { why } => Record::Ended(Ending::Cancelled { why }),
         Text::Paused { why } => Record::Ended(Ending::Paused { why }),
         Text::Resumed => Record::Resumed,
     })

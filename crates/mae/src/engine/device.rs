@@ -16,11 +16,11 @@ use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::{Normalize, SlotBatch};
 use lacuna_spec::Precision;
-use lacuna_worker::engine::{DeviceEngine, Engine, EngineError, UpdateScalars};
+use lacuna_worker::engine::{DeviceEngine, Engine, EngineError, Picture, UpdateScalars};
 use tch::{Device, Tensor};
 
 use super::slot::{SlotInput, SlotProgram, draws_of};
-use super::{BuildEngineError, EngineSetup, check_setup, guarded};
+use super::{BuildEngineError, EngineSetup, check_setup, guarded, picture};
 use crate::objective::{MaeObjective, Objective};
 use crate::runtime;
 use crate::weights::{Weights, values, view_at};
@@ -200,6 +200,16 @@ impl Engine for DeviceTorchEngine {
         let digest = guarded("compute the probe", || self.slot.probe())?;
         self.probe = Some(digest.value);
         Ok(digest.value)
+    }
+
+    fn draw(
+        &mut self,
+        pixels: &[u8],
+        ids_shuffle: &[u32],
+    ) -> Result<Option<Vec<Picture>>, EngineError> {
+        guarded("draw pictures", || {
+            picture::draw(&self.slot, &self.setup, &self.views, pixels, ids_shuffle)
+        })
     }
 
     fn on_device(&mut self) -> Option<&mut dyn DeviceEngine> {

@@ -171,12 +171,32 @@ impl SlotProgram {
         loss.detach()
     }
 
+    /// Predicts the patches of any number of images, on the host; nothing where the objective
+    /// predicts no pixels.
+    pub fn predict(&self, weights: &Weights, input: &SlotInput<'_>) -> Option<Vec<f32>> {
+        runtime::pin_threads();
+        let slot = Slot {
+            images_bchw: input.images_bchw.shallow_clone(),
+            weights_b: Tensor::from_slice(input.weights).to_device(self.device),
+            ids_shuffle: input.ids_shuffle,
+            draws: &input.draws,
+        };
+        let pred_blp = tch::no_grad(|| self.loss.predict(weights, &slot))?;
+        let pred_blp = pred_blp.to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
+        Some(values::<f32>(&pred_blp).to_vec())
+    }
+
     /// Makes leaves of f32 weights: what gradients are taken of, in the slot's precision.
     pub fn leaves(&self, weights: Weights) -> Weights {
         match self.precision {
             Precision::F32 | Precision::Tf32 => weights.trainable(),
             Precision::Bf16 => weights.half_products().trainable(),
         }
+    }
+
+    /// Returns the device that slots are computed on.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// Returns the shape of a slot's images, `[b, c, h, w]`.

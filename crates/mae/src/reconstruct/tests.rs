@@ -53,7 +53,9 @@ fn removed_patches_do_not_leak() {
     let model = frozen(1);
     let ids = MaskOrder::draw(9, 0, 0, 16).ids_shuffle;
     let pixels = images(1);
-    let geometry = Geometry::of(&model);
+    let (mean, std) = model.normalization();
+    let scale = Scale { model: model.model(), mean, std };
+    let geometry = Geometry::of(scale.model);
     let mut other = pixels.clone();
     for pixel in 0..64 {
         let (patch, _) = geometry.place(pixel / 8, pixel % 8);
@@ -64,14 +66,14 @@ fn removed_patches_do_not_leak() {
     let filled = |pixels: &[u8]| {
         let pred = model.predict(pixels, &ids);
         let (kept, removed) = ids.split_at(4);
-        fill_in(&model, &geometry, &geometry.patches(pixels), &pred, kept, removed)
+        fill_in(scale, &geometry, &geometry.patches(pixels), &pred, kept, removed)
     };
     assert_eq!(filled(&pixels), filled(&other));
 }
 
 #[test]
 fn statistics_come_from_near_visible_patches() {
-    let geometry = Geometry::of(&frozen(1));
+    let geometry = Geometry::of(frozen(1).model());
     let stats = |mean: f64| Stats { mean, deviation: 2.0 * mean };
     // Patch 5 lies at row 1, column 1: distances² to 4, 1, 7, 13 and 15 are 1, 1, 4, 4 and 8.
     let visible =
@@ -90,4 +92,22 @@ fn pictures_are_written_as_png() {
     assert_eq!(image::open(&path).unwrap().to_rgb8(), picture);
     let error = write_png(&picture, &folder.path().join("missing/rows.png")).unwrap_err();
     assert!(error.to_string().contains("missing/rows.png"), "{error}");
+}
+
+#[test]
+fn single_rows_are_those_of_the_sheet() {
+    let (model, random) = (frozen(1), frozen(2));
+    let (pixels, n) = (images(2), 2);
+    let ids: Vec<u32> = (0..n).flat_map(|i| MaskOrder::draw(9, 0, i, 16).ids_shuffle).collect();
+    let sheet = draw_rows(&model, &random, &pixels, &ids);
+    let (mean, std) = model.normalization();
+    let scale = Scale { model: model.model(), mean, std };
+    let rows = draw_each(scale, &pixels, &ids, &model.predict(&pixels, &ids));
+    assert_eq!(rows.len(), 2);
+    for (i, row) in rows.iter().enumerate() {
+        let step = row.height() - GAP;
+        for (x, y, pixel) in row.enumerate_pixels() {
+            assert_eq!(pixel, sheet.get_pixel(x, i as u32 * step + y), "row {i} at {x}, {y}");
+        }
+    }
 }

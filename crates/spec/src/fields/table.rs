@@ -4,8 +4,8 @@ use lacuna_recipe::order::LANES_MAX;
 
 use super::{Field, Interval, Kind, Mark};
 use crate::run_spec::{
-    BadSamples, CHECKPOINT_SCHEMES, CacheMode, DATA_SCHEMES, Order, Precision, Reduce, Resume,
-    WhenBusy,
+    BadSamples, CHECKPOINT_SCHEMES, CacheMode, DATA_SCHEMES, Order, Precision, RECONSTRUCTIONS_MAX,
+    Reduce, Resume, WhenBusy,
 };
 
 /// Version of the layout that this build reads.
@@ -347,5 +347,17 @@ pub(super) const FIELDS: &[Field] = &[
         Kind::Place(&[]),
         "\"runs/tb\"",
         "folder for files of TensorBoard, metrics.jsonl and events.jsonl; the coordinator writes",
+    ),
+    display(
+        "track.reconstructions.every",
+        Kind::Length,
+        "\"1ep\"",
+        "how often a worker draws what the model fills in, for the page and TensorBoard",
+    ),
+    display(
+        "track.reconstructions.images",
+        whole(1, RECONSTRUCTIONS_MAX),
+        "8",
+        "images that are drawn, the same each time, spread evenly over the data",
     ),
 ];

@@ -29,6 +29,7 @@ fn the_table_and_the_structs_agree() {
         "data.cache.dir=/nvme",
         "data.cache.size=500GB",
         "track.tensorboard=tb",
+        "track.reconstructions.every=1ep",
     ];
     leaves(&mut found, "", &spec(&optional).to_json());
     found.sort();
@@ -60,7 +61,8 @@ fn examples_are_accepted() {
         // Some keys bind others: the example must at least have the right type.
         let set = format!("{}={}", field.path, field.example);
         let text = "base = \"preset:base\"\nschema = 1\nname = \"a\"\ndata.shards = \"d\"\n\
-                    data.cache = { dir = \"c\", size = \"1GB\" }";
+                    data.cache = { dir = \"c\", size = \"1GB\" }\n\
+                    track.reconstructions = { every = \"1ep\" }";
         parse_text("run.toml", text, &[set]).unwrap();
     }
 }

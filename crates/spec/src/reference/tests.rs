@@ -30,7 +30,8 @@ fn required_keys_are_missed() {
 #[test]
 fn defaults_hold() {
     let text = "schema = 1\nname = \"a\"\ndata.shards = \"d\"\nbase = \"preset:base\"\n\
-                data.cache = { dir = \"c\", size = \"1GB\" }";
+                data.cache = { dir = \"c\", size = \"1GB\" }\n\
+                    track.reconstructions = { every = \"1ep\" }";
     let spec = parse_text("run.toml", text, &[]).unwrap().spec.to_json();
     for field in fields() {
         if let DefaultValue::Value(value) = field.default() {

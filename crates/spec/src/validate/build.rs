@@ -11,7 +11,7 @@ use crate::problem::echo;
 use crate::run_spec::{
     AutoOr, BAD_SAMPLES_SHARE, BadSamples, CacheMode, CacheSpec, CheckpointSpec, DEADLINE_SECONDS,
     DataSpec, ElasticSpec, KeepSpec, OptimSpec, Order, Precision, Reduce, Resume, RunSpec,
-    SLOTS_MAX, TrackSpec, TrainSpec, WhenBusy, Workers, peak_lr,
+    SLOTS_MAX, TrainSpec, WhenBusy, Workers, peak_lr,
 };
 use crate::units::{Cadence, Length};
 
@@ -472,15 +472,6 @@ impl Reader<'_> {
             }
         }
         read.into_iter().collect()
-    }
-
-    fn track(&mut self) -> Option<TrackSpec> {
-        let every = self.quantity("track.every");
-        let tensorboard = match find(self.root, "track.tensorboard") {
-            Some(_) => Some(self.place("track.tensorboard")?),
-            None => None,
-        };
-        Some(TrackSpec { every: every?, tensorboard })
     }
 
     /// Compares sections with each other, as far as they could be read.

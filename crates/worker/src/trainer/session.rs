@@ -15,6 +15,7 @@ use lacuna_types::{Generation, Incarnation, Timestamp, WorkerId, exit};
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
+use super::gallery::Gallery;
 use super::job::Job;
 use super::metrics::MetricsFile;
 use super::save_meter::SaveMeter;
@@ -28,6 +29,11 @@ use crate::transport::Peers;
 
 /// Longest time for the last message to arrive before the process ends.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_millis(500);
+
+/// Bytes of pictures after which no other is sent before the next beat.
+const PICTURE_BYTES_A_BEAT: usize = 128 << 10;
+/// Longest time for the last pictures to go out.
+const PICTURES_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Signals within this time of the first one are one wish: whoever ends a whole job signals all of
 /// its processes at once, and the agent asks its trainers too.
@@ -51,6 +57,8 @@ pub struct Driver {
     inbox: mpsc::Receiver<Report>,
     facts: watch::Sender<HelloFacts>,
     beat: Duration,
+    /// When as many pictures went out as may at a time.
+    pictures_sent: Instant,
     /// Exit code of an end that no command asked for.
     exit: Option<u8>,
     /// Run, maths and data of the first welcome.
@@ -88,6 +96,7 @@ impl Driver {
             inbox,
             facts: watch::Sender::new(HelloFacts::default()),
             beat: Duration::from_millis(500),
+            pictures_sent: started - Duration::from_secs(60),
             exit: None,
             working_for: None,
             args,
@@ -130,11 +139,13 @@ impl Driver {
                     let report = report.expect("the session holds a sender itself");
                     // Before what ends an epoch or the run.
                     self.send_bad_samples();
+                    self.send_pictures();
                     Some(Event::Report(report))
                 }
                 _ = beat.tick() => {
                     self.send_beat();
                     self.send_bad_samples();
+                    self.send_pictures();
                     Some(Event::Tick)
                 }
                 name = signals.next() => {
@@ -164,9 +175,15 @@ impl Driver {
 
     /// Closes the stream behind what was said last, so that it arrives before the process ends.
     async fn say_last_words(&mut self, net: &mut mpsc::Receiver<Net>) {
-        if self.requests.take().is_none() {
-            return;
-        }
+        let Some(requests) = self.requests.take() else { return };
+        let pictures = async {
+            while let Some(picture) = self.shared.pictures.take()
+                && requests.send(picture_message(picture)).await.is_ok()
+            {}
+        };
+        // They are for people; a coordinator that is slow gets no more of them.
+        let _ = tokio::time::timeout(PICTURES_DEADLINE, pictures).await;
+        drop(requests);
         let closed = async {
             while let Some(event) = net.recv().await {
                 if matches!(event, Net::Down { .. }) {
@@ -188,6 +205,7 @@ impl Driver {
             Net::Welcome(welcome) => match self.on_welcome(&welcome) {
                 Ok(()) => {
                     self.shared.bad_samples.say_again();
+                    self.shared.pictures.say_again();
                     Some(Event::Welcomed)
                 }
                 Err((code, why)) => {
@@ -368,9 +386,34 @@ impl Driver {
         }
     }
 
+    /// Sends some pictures where nothing else waits: signs of life must not queue behind them.
+    fn send_pictures(&mut self) {
+        let idle = |requests: &&mpsc::Sender<_>| requests.capacity() == QUEUE;
+        let Some(requests) = self.requests.as_ref().filter(idle) else { return };
+        if self.pictures_sent.elapsed() < self.beat {
+            return;
+        }
+        let mut n_bytes = 0;
+        while n_bytes < PICTURE_BYTES_A_BEAT
+            && requests.capacity() > QUEUE / 2
+            && let Some(picture) = self.shared.pictures.take()
+        {
+            n_bytes += picture.png.len();
+            // There is room; a stream that broke is noticed by what must arrive.
+            let _ = requests.try_send(picture_message(picture));
+        }
+        if n_bytes >= PICTURE_BYTES_A_BEAT {
+            self.pictures_sent = Instant::now();
+        }
+    }
+
     fn fatal(&self) -> u8 {
         self.exit.unwrap_or(exit::INTERNAL)
     }
+}
+
+fn picture_message(picture: v1::Picture) -> v1::SessionRequest {
+    v1::SessionRequest { message: Some(v1::session_request::Message::Picture(picture)) }
 }
 
 /// What the step loop's thread needs to begin.
@@ -390,6 +433,7 @@ impl Start {
         let storage = |err: &dyn std::error::Error| (FaultKind::Storage, chain_of(err));
         let local = |err: &dyn std::error::Error| (FaultKind::Local, chain_of(err));
         let dataset = self.job.open_data(self.args.local_world).map_err(|err| storage(&err))?;
+        let gallery = Gallery::open(&self.job, &dataset);
         let loader = self
             .job
             .loader(dataset, self.args.local_world, self.shared.clone())
@@ -421,6 +465,7 @@ impl Start {
             counters: None,
             raised_save: 0,
             metrics,
+            gallery,
         })
     }
 }

@@ -10,6 +10,7 @@ use lacuna_control::plan::{Plan, Sync};
 use lacuna_types::{AttemptSeq, Generation, Step};
 
 use super::bad_samples::BadSampleQueue;
+use super::gallery::PictureQueue;
 
 /// What the session orders the step loop to do.
 #[derive(Debug)]
@@ -60,6 +61,8 @@ pub struct Shared {
     pub save: AtomicU64,
     /// Bad samples that the coordinator has not heard of.
     pub bad_samples: BadSampleQueue,
+    /// Pictures that the coordinator has not got.
+    pub pictures: PictureQueue,
     /// Newest attempt of the generation that was given up, and what gives up the part that is being
     /// written.
     saving: Mutex<(AttemptSeq, Arc<AtomicBool>)>,
@@ -91,6 +94,7 @@ impl Default for Shared {
             stop: AtomicU64::new(0),
             save: AtomicU64::new(0),
             bad_samples: BadSampleQueue::default(),
+            pictures: PictureQueue::default(),
             saving: Mutex::default(),
             progress: Mutex::new(progress),
         }

@@ -18,6 +18,7 @@ use lacuna_types::{AttemptSeq, Generation, Incarnation, Slot, Step, WorkerId};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use super::gallery::Gallery;
 use super::job::Job;
 use super::metrics::MetricsFile;
 use super::saver::Saver;
@@ -60,6 +61,8 @@ pub struct StepLoop {
     pub raised_save: u64,
     /// Written until the loop ends.
     pub metrics: Option<MetricsFile>,
+    /// What is drawn now and then.
+    pub gallery: Option<Gallery>,
 }
 
 /// A generation this worker is in.
@@ -331,6 +334,7 @@ impl StepLoop {
         let mut math =
             StepMath::new(self.engine.as_mut(), self.job.reduction(), self.job.spec.n_slots());
         let mut meter = Meter::new(0);
+        self.draw(group.rank, false);
         while self.step() < total {
             let started = Instant::now();
             let step = self.step();
@@ -493,6 +497,7 @@ impl StepLoop {
                 self.save(group, AttemptSeq(raised), false);
             }
         }
+        self.draw(group.rank, step == self.job.resolved.total_steps);
         let spec = &self.job.spec;
         let due = step.is_multiple_of(spec.train.digest_every);
         let digest = if due { Some(self.digest()?) } else { None };
@@ -521,6 +526,17 @@ impl StepLoop {
         (meter.since, meter.steps, meter.data_wait) = (Instant::now(), 0, Duration::ZERO);
         self.report(Report::Mark(mark));
         Ok(())
+    }
+
+    /// Draws what the model fills in, where that is due and this rank's.
+    fn draw(&mut self, rank: usize, last: bool) {
+        let step = self.step();
+        let due = |gallery: &&mut Gallery| rank == 0 && gallery.is_due(step, last);
+        let Some(gallery) = self.gallery.as_mut().filter(due) else { return };
+        match gallery.draw(self.engine.as_mut(), step) {
+            Ok(pictures) => self.shared.pictures.put(pictures),
+            Err(err) => warn!(step, error = lacuna_checkpoint::chain(&err), "no pictures drawn"),
+        }
     }
 
     /// Copies this rank's part aside and hands it to the saver.

@@ -1,0 +1,201 @@
+//! How a command finds its coordinator: by its flags, by the environment, or by a context in the
+//! user's settings.
+//!
+//! ```toml
+//! # ~/.config/lacuna/config.toml
+//! context = "lab"
+//!
+//! [contexts.lab]
+//! coordinator = "https://gpu-01:7070"
+//! token_file = "~/.config/lacuna/lab.token"
+//! tls_dir = "~/.config/lacuna/lab-tls"
+//! ```
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use lacuna_api::client::{Client, ClientError};
+use lacuna_api::tls::Credentials;
+use serde::Deserialize;
+
+/// Where a coordinator is looked for that nothing names.
+const LOCAL: &str = "http://127.0.0.1:7070";
+/// Longest file of settings that is read.
+const SETTINGS_BYTES_MAX: u64 = 1 << 20;
+
+/// How to reach the coordinator.
+#[derive(Args, Clone, Debug)]
+pub struct Connect {
+    /// Address of the coordinator [default: that of the context, or http://127.0.0.1:7070].
+    #[arg(long, short, env = "LACUNA_COORDINATOR", value_name = "URL")]
+    coordinator: Option<String>,
+
+    /// A context of ~/.config/lacuna/config.toml.
+    #[arg(long, env = "LACUNA_CONTEXT", value_name = "NAME")]
+    context: Option<String>,
+
+    /// Seconds that a call may take.
+    #[arg(long, default_value_t = 10)]
+    pub timeout: u64,
+
+    /// File with a token (`lacuna token new`).
+    #[arg(long, env = "LACUNA_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+
+    /// Folder with `ca.pem`, and `cert.pem` with `key.pem` where the coordinator wants certificates
+    /// (`lacuna tls init`).
+    #[arg(long, env = "LACUNA_TLS_DIR", value_name = "FOLDER")]
+    tls_dir: Option<PathBuf>,
+}
+
+/// A coordinator, and how to prove who one is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    /// Its address.
+    #[serde(default)]
+    pub coordinator: Option<String>,
+    /// File with a token.
+    #[serde(default)]
+    pub token_file: Option<PathBuf>,
+    /// Folder with certificates.
+    #[serde(default)]
+    pub tls_dir: Option<PathBuf>,
+}
+
+impl Target {
+    /// Returns its address.
+    pub fn url(&self) -> &str {
+        self.coordinator.as_deref().unwrap_or(LOCAL)
+    }
+}
+
+/// The user's settings.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    #[serde(default)]
+    context: Option<String>,
+    #[serde(default)]
+    contexts: BTreeMap<String, Target>,
+}
+
+impl Connect {
+    /// Connects.
+    pub async fn client(&self) -> Result<Client, ClientError> {
+        let target = self.target()?;
+        let credentials =
+            Credentials::read(target.token_file.as_deref(), target.tls_dir.as_deref())?;
+        Client::connect_as(target.url(), Duration::from_secs(self.timeout), &credentials).await
+    }
+
+    /// Finds out who is meant: what a flag or the environment says goes before the context. A
+    /// context's token goes to its own coordinator only.
+    pub fn target(&self) -> Result<Target, ClientError> {
+        let given = Target {
+            coordinator: self.coordinator.clone(),
+            token_file: self.token_file.clone(),
+            tls_dir: self.tls_dir.clone(),
+        };
+        if given.coordinator.is_some() && self.context.is_none() {
+            return Ok(given);
+        }
+        let Some(path) = settings_file() else { return Ok(given) };
+        let home = std::env::home_dir();
+        let of_context = context(&path, self.context.as_deref(), home.as_deref())?;
+        Ok(Target {
+            coordinator: given.coordinator.or(of_context.coordinator),
+            token_file: given.token_file.or(of_context.token_file),
+            tls_dir: given.tls_dir.or(of_context.tls_dir),
+        })
+    }
+}
+
+/// Returns where the user's settings are.
+fn settings_file() -> Option<PathBuf> {
+    let config = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
+    let config = config.filter(|path| path.is_absolute());
+    let config = config.or_else(|| Some(std::env::home_dir()?.join(".config")))?;
+    Some(config.join("lacuna").join("config.toml"))
+}
+
+/// Reads a context; without a name the one that the settings name, if they do.
+fn context(path: &Path, name: Option<&str>, home: Option<&Path>) -> Result<Target, ClientError> {
+    let wrong = |why: String| ClientError::Settings { path: path.display().to_string(), why };
+    let text = match std::fs::metadata(path) {
+        Ok(found) if found.len() > SETTINGS_BYTES_MAX => {
+            return Err(wrong("it is larger than settings can be".to_string()));
+        }
+        Ok(_) => std::fs::read_to_string(path).map_err(|err| wrong(err.to_string()))?,
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => match name {
+            None => return Ok(Target::default()),
+            Some(name) => return Err(wrong(format!("there is none, and no context `{name}`"))),
+        },
+        Err(err) => return Err(wrong(err.to_string())),
+    };
+    let mut settings: Settings =
+        toml::from_str(&text).map_err(|err| wrong(err.to_string().trim().to_string()))?;
+    let Some(name) = name.map(str::to_string).or(settings.context.take()) else {
+        return Ok(Target::default());
+    };
+    let target = settings.contexts.remove(&name).ok_or_else(|| {
+        let known: Vec<&str> = settings.contexts.keys().map(String::as_str).collect();
+        let known = if known.is_empty() { "none".to_string() } else { known.join(", ") };
+        wrong(format!("there is no context `{name}`; it has {known}"))
+    })?;
+    // Relative paths start from the folder of the settings.
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let whole = |path: PathBuf| match (path.strip_prefix("~"), home) {
+        (Ok(rest), Some(home)) => home.join(rest),
+        _ => folder.join(path),
+    };
+    Ok(Target {
+        token_file: target.token_file.map(whole),
+        tls_dir: target.tls_dir.map(whole),
+        ..target
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(text: &str) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, text).unwrap();
+        (dir, path)
+    }
+
+    const TWO: &str = "context = \"lab\"\n[contexts.lab]\ncoordinator = \"https://gpu-01:7070\"\n\
+                       token_file = \"lab.token\"\ntls_dir = \"~/tls\"\n[contexts.home]\n";
+
+    #[test]
+    fn contexts() {
+        let (dir, path) = settings(TWO);
+        let home = Some(Path::new("/home/me"));
+        let lab = context(&path, None, home).unwrap();
+        assert_eq!(lab.url(), "https://gpu-01:7070");
+        assert_eq!(lab.token_file, Some(dir.path().join("lab.token")));
+        assert_eq!(lab.tls_dir, Some("/home/me/tls".into()));
+        assert_eq!(context(&path, Some("home"), home).unwrap().url(), LOCAL);
+        let other = context(&path, Some("labb"), home).unwrap_err().to_string();
+        assert!(other.contains("no context `labb`; it has home, lab"), "{other}");
+    }
+
+    #[test]
+    fn settings_that_are_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let none = dir.path().join("config.toml");
+        assert_eq!(context(&none, None, None).unwrap(), Target::default());
+        let err = context(&none, Some("lab"), None).unwrap_err().to_string();
+        assert!(err.contains("config.toml") && err.contains("no context `lab`"), "{err}");
+        for text in ["contexts = 3", "[contexts.lab]\ncoordinatr = \"x\"", "context = \"no"] {
+            let (_dir, path) = settings(text);
+            let err = context(&path, None, None).unwrap_err().to_string();
+            assert!(err.contains("config.toml") && err.contains("line"), "{text}: {err}");
+        }
+    }
+}
