@@ -81,6 +81,7 @@ pub fn conformance() -> u8 {
             n_slots: 4,
             precision: lacuna_spec::Precision::F32,
             device: "cpu0".to_string(),
+            task: None,
         };
         lacuna_worker::conformance::run(&spec, &TorchBackend::default());
         println!("engine conformance: {name} with slots of {slot_batch}");

@@ -3,6 +3,7 @@
 
 mod device;
 mod slot;
+mod task;
 
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
@@ -18,6 +19,7 @@ use lacuna_worker::engine::{Engine, EngineError, UpdateScalars};
 use tch::Device;
 
 pub use device::{DevicePlace, DeviceTorchEngine};
+pub use task::TaskEngine;
 use slot::{SlotInput, SlotProgram, draws_of};
 
 use crate::objective::{MaeObjective, Objective};
@@ -156,7 +158,8 @@ impl Engine for TorchEngine {
             };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
             let draws = draws_of(self.setup.seed, batch);
-            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws };
+            let labels = &batch.labels[..];
+            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws, labels };
             let loss = self.slot.differentiate(&weights, &input, &mut |block, grad| {
                 sink(SlotGrad { block, values: values(&grad) });
             });

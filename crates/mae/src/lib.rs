@@ -12,6 +12,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod autograd;
+pub mod classify;
 pub mod context;
 pub mod cuda;
 pub mod engine;

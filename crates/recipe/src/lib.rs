@@ -11,9 +11,11 @@
 
 pub mod adamw;
 pub mod augment;
+pub mod classify;
 pub mod digest;
 pub mod init;
 pub mod keymap;
+pub mod lars;
 pub mod mask;
 pub mod model;
 pub mod order;

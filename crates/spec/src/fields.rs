@@ -87,7 +87,11 @@ impl Field {
             "data.cache.dir"
             | "data.cache.size"
             | "checkpoint.keep.every"
-            | "track.tensorboard" => DefaultValue::Unset,
+            | "track.tensorboard"
+            | "task.kind"
+            | "task.encoder"
+            | "task.classes" => DefaultValue::Unset,
+            path if path.starts_with("task.") => DefaultValue::Follows("`task.kind`"),
             path => {
                 let (defaults, _) = node::parse_toml(presets::DEFAULTS, 0);
                 let value = find(&defaults, path).and_then(|node| node.value.to_json());

@@ -79,6 +79,40 @@ pub const BAD_SAMPLES_SHARE: f64 = 0.001;
 pub const BAD_SAMPLES_FREE: u64 = 9;
 
 word! {
+    /// What a run learns beside filling in patches.
+    TaskKind {
+        /// Classes, with every parameter of the encoder.
+        Finetune = "finetune",
+        /// Classes, with a linear map of what the encoder says, which stays as it is.
+        Linear = "linear",
+    }
+}
+
+word! {
+    /// What of an encoder's tokens a head reads.
+    Pool {
+        /// The mean of the patches' tokens, normalised by a norm of its own (`fc_norm`).
+        Avg = "avg",
+        /// The class token after the last norm.
+        Cls = "cls",
+        /// No token: the pixels themselves, as a baseline of linear probes.
+        Pixels = "pixels",
+    }
+}
+
+word! {
+    /// How parameters follow gradients in a task.
+    Optimizer {
+        /// AdamW with the constants of `[optim]`.
+        AdamW = "adamw",
+        /// Momentum 0.9, with the decay of `[optim]` in the gradient.
+        Sgd = "sgd",
+        /// The same with a rate by layer: for large batches of probes.
+        Lars = "lars",
+    }
+}
+
+word! {
     /// What happens to a sample that cannot be decoded.
     BadSamples {
         /// The run fails and names the sample.
@@ -225,6 +259,27 @@ pub struct RunSpec {
     pub elastic: ElasticSpec,
     pub checkpoint: CheckpointSpec,
     pub track: TrackSpec,
+    /// What the run learns; absent, it fills in masked patches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskSpec>,
+}
+
+/// Section `[task]`: learning to name the class of an image, from an encoder that was trained before.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "the table of fields documents each key once")]
+pub struct TaskSpec {
+    pub kind: TaskKind,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoder: Option<String>,
+    pub classes: u32,
+    pub pool: Pool,
+    pub optimizer: Optimizer,
+    pub layer_decay: f64,
+    pub drop_path: f64,
+    pub mixup: f64,
+    pub cutmix: f64,
+    pub label_smoothing: f64,
+    pub random_erasing: f64,
 }
 
 /// Section `[data]`.
@@ -510,8 +565,9 @@ impl RunSpec {
     /// defaults do not.
     pub fn resolve_paths(&mut self, base: &Path) {
         let cache = self.data.cache.as_mut().map(|cache| &mut cache.dir);
+        let encoder = self.task.as_mut().and_then(|task| task.encoder.as_mut());
         let places = [&mut self.data.shards, &mut self.checkpoint.to].into_iter();
-        for path in places.chain(cache).chain(&mut self.track.tensorboard) {
+        for path in places.chain(cache).chain(&mut self.track.tensorboard).chain(encoder) {
             *path = load::join(base, path);
         }
     }

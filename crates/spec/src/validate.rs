@@ -4,6 +4,7 @@ mod build;
 mod locations;
 mod read;
 mod suggest;
+mod task;
 
 use crate::fields::{Field, fields};
 use crate::node::{At, Node, Sources, Table, Value, find};

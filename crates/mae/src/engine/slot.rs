@@ -47,6 +47,7 @@ pub(super) struct SlotInput<'a> {
     pub ids_shuffle: &'a [u32],
     pub weights: &'a [f32],
     pub draws: Vec<Draws>,
+    pub labels: &'a [Option<u32>],
 }
 
 /// Returns the random numbers of a slot's samples.
@@ -111,6 +112,7 @@ impl SlotProgram {
         let lengths = [
             ("samples", batch.samples.len(), self.batch),
             ("weights", batch.weights.len(), self.batch),
+            ("labels", batch.labels.len(), self.batch),
             ("pixel values", batch.pixels.len(), self.n_pixels()),
             ("patch ids", batch.ids_shuffle.len(), self.batch * n_patches),
         ];
@@ -149,8 +151,10 @@ impl SlotProgram {
         let slot = Slot {
             images_bchw: input.images_bchw.shallow_clone(),
             weights_b: Tensor::from_slice(input.weights).to_device(self.device),
+            weights: input.weights,
             ids_shuffle: input.ids_shuffle,
             draws: &input.draws,
+            labels: input.labels,
         };
         let leaves: Vec<&Tensor> =
             self.completion.iter().map(|&block| &weights.tensors()[block]).collect();
@@ -215,7 +219,14 @@ impl SlotProgram {
         let images_bchw = unsafe { view(&images, &self.image_shape()) }.to_device(self.device);
         let draws = (0..self.batch as u64).map(|i| Draws::new(PROBE_SEED, Tag::User, 0, i));
         let draws: Vec<Draws> = draws.collect();
-        let input = SlotInput { images_bchw, ids_shuffle: &ids_shuffle, weights: &weights, draws };
+        let labels: Vec<Option<u32>> = (0..self.batch as u32).map(|i| Some(i % 2)).collect();
+        let input = SlotInput {
+            images_bchw,
+            ids_shuffle: &ids_shuffle,
+            weights: &weights,
+            draws,
+            labels: &labels,
+        };
         let copy = self.leaves(Weights::copy_of(&self.layout, &param).to_device(self.device));
         let mut digests: Vec<Crc64> = vec![Crc64::default(); self.layout.n_blocks()];
         let loss = self.differentiate(&copy, &input, &mut |block, grad| {

@@ -29,6 +29,9 @@ fn the_table_and_the_structs_agree() {
         "data.cache.dir=/nvme",
         "data.cache.size=500GB",
         "track.tensorboard=tb",
+        "task.kind=finetune",
+        "task.encoder=runs/mine",
+        "task.classes=10",
     ];
     leaves(&mut found, "", &spec(&optional).to_json());
     found.sort();
