@@ -20,6 +20,7 @@ pub mod frozen;
 pub mod mae;
 pub mod objective;
 pub mod patches;
+pub mod pos_resize;
 pub mod reconstruct;
 pub mod runtime;
 pub mod vit;

@@ -1,0 +1,19 @@
+//! `lacuna-worker eval`: how good features are.
+
+use clap::Subcommand;
+
+use super::knn::{self, KnnArgs};
+
+/// Protocols of evaluation.
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// Classify images by votes of the nearest training images; nothing is trained.
+    Knn(KnnArgs),
+}
+
+/// Runs an evaluation.
+pub fn eval(command: &EvalCommand) -> anyhow::Result<u8> {
+    match command {
+        EvalCommand::Knn(args) => knn::knn(args),
+    }
+}
