@@ -115,6 +115,8 @@ impl Objective for Classification {
 /// An encoder that sees whole images.
 #[derive(Debug)]
 struct Encoder {
+    model: ModelConfig,
+    weights: Weights,
     patch_size: i64,
     patch_embed: Linear,
     cls_token_11d: Tensor,
@@ -125,10 +127,17 @@ struct Encoder {
 }
 
 impl Encoder {
+    /// Returns the same again for another thread; the parameters are shared.
+    fn share(&self) -> Self {
+        Encoder::new(&self.model, &self.weights, self.pos_embed_1nd.shallow_clone())
+    }
+
     fn new(model: &ModelConfig, weights: &Weights, pos_embed_1nd: Tensor) -> Self {
         let block = |i| Block::new(weights, &format!("blocks.{i}"), i64::from(model.heads));
         let has_norm = weights.layout().find("norm.weight").is_some();
         Encoder {
+            model: model.clone(),
+            weights: weights.share(),
             patch_size: i64::from(model.patch_size),
             patch_embed: Linear::new(weights, "patch_embed.proj"),
             cls_token_11d: weights.get("cls_token"),

@@ -1,6 +1,7 @@
 //! Commands of `lacuna-worker` that use a trained model.
 
 pub mod batches;
+pub mod classify;
 pub mod eval;
 pub mod feature_file;
 pub mod features;

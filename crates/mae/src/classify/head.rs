@@ -17,7 +17,7 @@ use lacuna_recipe::step::Normalize;
 use lacuna_spec::{Pool, TaskKind, TaskSpec, parse_text};
 use tch::Tensor;
 
-use super::{Encoder, batch_normed, classifier_params, finetuned_logits, own_name};
+use super::{Encoder, batch_normed, classifier_params, feature_width, finetuned_logits, own_name};
 use crate::runtime;
 use crate::weights::{Weights, values};
 
@@ -62,6 +62,14 @@ impl EncoderWeights {
         };
         check_sizes(&source, model).map_err(failed)?;
         Ok(EncoderWeights::of(&source, &params, table))
+    }
+
+    /// Reads or draws the encoder that a task starts from.
+    pub fn of_task(task: &TaskSpec, model: &ModelConfig, seed: u64) -> Result<Self, EncoderError> {
+        match &task.encoder {
+            Some(place) => EncoderWeights::read(place, model),
+            None => Ok(EncoderWeights::fresh(model, seed)),
+        }
     }
 
     /// Draws an encoder that has learned nothing.
@@ -198,6 +206,29 @@ impl Head {
             normalize: Normalize::new(mean, std),
             statistics: None,
         }
+    }
+
+    /// Returns the same again for another thread; the parameters are shared.
+    pub fn share(&self) -> Self {
+        let share = |[mean_d, var_d]: &[Tensor; 2]| [mean_d.shallow_clone(), var_d.shallow_clone()];
+        Head {
+            task: self.task.clone(),
+            model: self.model.clone(),
+            weights: self.weights.share(),
+            frozen: self.frozen.as_ref().map(Encoder::share),
+            normalize: self.normalize.clone(),
+            statistics: self.statistics.as_ref().map(share),
+        }
+    }
+
+    /// Returns the number of classes.
+    pub fn n_classes(&self) -> usize {
+        self.task.classes as usize
+    }
+
+    /// Returns the number of values that the head reads.
+    pub fn feature_width(&self) -> usize {
+        feature_width(&self.task, &self.model)
     }
 
     /// Returns whether it needs statistics of its training set's features first.

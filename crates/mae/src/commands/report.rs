@@ -155,6 +155,13 @@ impl KnnReport<'_> {
 }
 
 fn result(k: u32, tally: &Tally, n_classes: u32) -> Value {
+    let mut out = result_json(tally, n_classes);
+    out["k"] = json!(k);
+    out
+}
+
+/// Describes right and wrong predictions, by class and as a confusion matrix.
+pub fn result_json(tally: &Tally, n_classes: u32) -> Value {
     let class = |of: &ClassTally| {
         json!({
             "class": of.class,
@@ -163,7 +170,6 @@ fn result(k: u32, tally: &Tally, n_classes: u32) -> Value {
         })
     };
     let mut out = json!({
-        "k": k,
         "top1": tally.top1(),
         "top5": tally.top5(),
         "mean_per_class": tally.mean_per_class(),

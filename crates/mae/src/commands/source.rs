@@ -258,7 +258,7 @@ impl SourceArgs {
 }
 
 /// Returns the run whose folder or URL `path` is; nothing if it is something else.
-fn run_dir(path: &Path) -> anyhow::Result<Option<RunDir>> {
+pub fn run_dir(path: &Path) -> anyhow::Result<Option<RunDir>> {
     if let Some(dir) = path.to_str().and_then(RunDir::open_url) {
         return dir.map(Some).map_err(|e| io(chain(&e)));
     }
