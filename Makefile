@@ -1,6 +1,6 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help proto setup build demo test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-parity bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check clean clean-all
+.PHONY: help proto setup build demo downstream test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-parity bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check clean clean-all
 # Histories that `make sim` plays.
 SEEDS ?= 100000
 
@@ -19,6 +19,8 @@ build: ## build `lacuna` and `lacuna-worker` into target/release
 	@cargo build --release --package lacuna-cli --package lacuna-mae $(FEATURES)
 demo: build ## pack images, train with two workers, kill one, look at the result (DATA_DIR=folder)
 	@python3 scripts/demo.py
+downstream: build ## does pre-training help? k-NN, probes, fine-tuning (BENCH="--seeds 3", half an hour)
+	@python3 scripts/downstream.py $(BENCH)
 test: ## run every test that needs no GPU
 	@scripts/test.sh
 sim: ## play SEEDS histories of faults (100000), with every invariant checked after every event

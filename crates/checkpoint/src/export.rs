@@ -19,6 +19,7 @@ use lacuna_recipe::state::{Layout, Section};
 use self::swap::Staged;
 use self::weights::Writer;
 use crate::disk::{self, FsError};
+use crate::import::About;
 use crate::layout::RunDir;
 use crate::load::{Expected, difference, differences};
 use crate::manifest::Manifest;
@@ -184,7 +185,12 @@ pub fn export(
         return Err(ExportError::Mismatch { step: manifest.step, differences });
     }
     let n_tensors = items.len();
-    let mut writer = Writer::new(dir, manifest, options.dtype);
+    let about = About {
+        model: config.clone(),
+        mean: options.image_mean.clone(),
+        std: options.image_std.clone(),
+    };
+    let mut writer = Writer::new(dir, manifest, options.dtype, &about);
     if !options.layout.is_hf() {
         let parent = out.parent().unwrap_or(Path::new(""));
         if !parent.as_os_str().is_empty() {

@@ -4,6 +4,7 @@
 //! goes where is decided by [`lacuna_recipe::keymap::import`]. The result is a checkpoint at step 0
 //! like any other, and training starts from it.
 
+mod model;
 mod source;
 mod start;
 mod tensor_file;
@@ -20,6 +21,8 @@ use serde_json::Value;
 
 use crate::disk::FsError;
 
+pub(crate) use model::{ABOUT_KEY, About};
+pub use model::{DescribeError, Described, Given, ModelWeights, describe, read_model};
 pub use source::Weights;
 pub use start::{Start, StartError, check_fresh, commit_start};
 
@@ -143,6 +146,16 @@ pub fn import(
 ) -> Result<Imported, ImportError> {
     let plan = fit(weights, config, wanted)?;
     let layout = Layout::new(config.params());
+    let mut params = take(weights, &plan, &layout)?;
+    for &block in &plan.seeded {
+        init::fill(&layout.params()[block], seed, &mut params[layout.range(block)]);
+    }
+    let notices = notices(weights, config, seed, &plan)?;
+    Ok(Imported { params, form: plan.form, n_taken: plan.takes.len(), notices })
+}
+
+/// Reads what the plan takes; parameters that it does not take are zero.
+fn take(weights: &Weights, plan: &Plan, layout: &Layout) -> Result<Vec<f32>, ImportError> {
     let mut params: Vec<f32> = vec![0.0; layout.numel()];
     let mut odd: Vec<String> = Vec::new();
     for take in &plan.takes {
@@ -156,11 +169,7 @@ pub fn import(
     if !odd.is_empty() {
         return Err(ImportError::NotFinite { tensors: odd });
     }
-    for &block in &plan.seeded {
-        init::fill(&layout.params()[block], seed, &mut params[layout.range(block)]);
-    }
-    let notices = notices(weights, config, seed, &plan)?;
-    Ok(Imported { params, form: plan.form, n_taken: plan.takes.len(), notices })
+    Ok(params)
 }
 
 /// Finds every tensor's place, and compares what `config.json` says that tensors do not show.
@@ -270,6 +279,22 @@ fn table_notice(
              computed for them and not imported"
         )));
     }
+    let (_, most, tolerance) = table_values(weights, config, table)?;
+    Ok((most > tolerance).then(|| {
+        format!(
+            "`{key}` differs by up to {most:.3} from the sine-cosine table for {rows} x {columns} \
+             patches: `{ours}` is computed and not imported, so the model gives other features"
+        )
+    }))
+}
+
+/// Reads a position table that fits; says how far an entry is from the sine-cosine table at most,
+/// and how far it may be.
+fn table_values(
+    weights: &Weights,
+    config: &ModelConfig,
+    table: &Table,
+) -> Result<(Vec<f32>, f32, f32), ImportError> {
     let want = sincos_2d(table.width, config.grid());
     let mut found: Vec<f32> = vec![0.0; want.len()];
     read(weights, &table.source, &mut found)?;
@@ -278,12 +303,7 @@ fn table_notice(
     let most = found.iter().zip(&want).map(far).fold(0.0, f32::max);
     let is_whole = weights.place(&table.source).1.dtype == "F32";
     let tolerance = if is_whole { TABLE_TOLERANCE } else { HALF_TABLE_TOLERANCE };
-    Ok((most > tolerance).then(|| {
-        format!(
-            "`{key}` differs by up to {most:.3} from the sine-cosine table for {rows} x {columns} \
-             patches: `{ours}` is computed and not imported, so the model gives other features"
-        )
-    }))
+    Ok((found, most, tolerance))
 }
 
 fn config_notices(theirs: &Value, ours: &ModelConfig) -> Vec<String> {

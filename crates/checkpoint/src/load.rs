@@ -187,12 +187,8 @@ pub fn load_into(
     if !differences.is_empty() {
         return Err(LoadError::Mismatch { step, differences });
     }
-    read_state(dir, manifest, expected.layout, put).map_err(|reason| {
-        // Best effort: the damage matters more than a store that cannot be listed.
-        let entries = catalog::list(dir).unwrap_or_default();
-        let next_good = catalog::next_good(&entries, manifest).map(Manifest::step);
-        LoadError::Damaged { step, reason, next_good }
-    })
+    let read = read_state(dir, manifest, expected.layout, put);
+    read.map_err(|reason| damaged(dir, manifest, reason))
 }
 
 /// Reads the three sections; returns what is damaged.
@@ -233,6 +229,58 @@ fn read_state(
         ));
     }
     Ok(counters)
+}
+
+/// Loads the parameters `wanted` of a checkpoint and nothing else, comparing every block that is
+/// read; the elements of others are zero. Laid out as `layout` is.
+///
+/// The checkpoint may have tensors that `layout` does not know: an objective of somebody else's has
+/// its own behind the same encoder.
+pub fn load_params(
+    dir: &RunDir,
+    manifest: &Manifest,
+    layout: &Layout,
+    wanted: impl Fn(&ParamSpec) -> bool,
+) -> Result<Vec<f32>, LoadError> {
+    let step = manifest.step();
+    let blocks: Vec<usize> =
+        (0..layout.n_blocks()).filter(|&block| wanted(&layout.params()[block])).collect();
+    let of_block = |&block: &usize| difference(manifest, Section::Param, &layout.params()[block]);
+    let differences: Vec<String> = blocks.iter().filter_map(of_block).collect();
+    if !differences.is_empty() {
+        return Err(LoadError::Mismatch { step, differences });
+    }
+    read_params(dir, manifest, layout, &blocks).map_err(|reason| damaged(dir, manifest, reason))
+}
+
+/// Reads parameters by their places in `layout`; returns what is damaged.
+fn read_params(
+    dir: &RunDir,
+    manifest: &Manifest,
+    layout: &Layout,
+    blocks: &[usize],
+) -> Result<Vec<f32>, String> {
+    let want = |&block: &usize| Wanted {
+        tensor: format!("{}/{}", Section::Param.prefix(), layout.params()[block].name),
+        range: 0..layout.range(block).len() as u64,
+    };
+    let wanted: Vec<Wanted> = blocks.iter().map(want).collect();
+    let ops = read::plan(manifest, &wanted).map_err(|e| chain(&e))?;
+    let mut params: Vec<f32> = vec![0.0; layout.numel()];
+    let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut params);
+    let read = read::read_all(dir, manifest, &ops, wanted.len(), |wanted, dst, piece| {
+        let at = layout.range(blocks[wanted]).start * size_of::<f32>() + dst;
+        bytes[at..at + piece.len()].copy_from_slice(piece);
+    });
+    read.map(|_| params).map_err(|e| chain(&e))
+}
+
+/// Makes the error of damage, with the next good checkpoint.
+fn damaged(dir: &RunDir, manifest: &Manifest, reason: String) -> LoadError {
+    // Best effort: the damage matters more than a store that cannot be listed.
+    let entries = catalog::list(dir).unwrap_or_default();
+    let next_good = catalog::next_good(&entries, manifest).map(Manifest::step);
+    LoadError::Damaged { step: manifest.step(), reason, next_good }
 }
 
 /// Finds the checkpoint of one step, or fails: an explicit choice is not replaced by another.

@@ -4,6 +4,7 @@ mod bench;
 mod index;
 mod look;
 mod simulate;
+mod subset;
 pub(crate) mod talk;
 mod verify;
 
@@ -27,6 +28,7 @@ use self::bench::BenchArgs;
 use self::index::IndexArgs;
 use self::look::{OrderArgs, StatsArgs};
 use self::simulate::SimulateArgs;
+use self::subset::SubsetArgs;
 use self::talk::{Meter, count, io, put, put_json, rows, size, usage};
 use self::verify::VerifyArgs;
 use crate::client::Output;
@@ -45,6 +47,8 @@ pub enum DataCommand {
     Pack(PackArgs),
     /// Generate images and pack them: data for machines without any.
     Synthetic(SyntheticArgs),
+    /// Pack a labelled part of a data set that has every class.
+    Subset(SubsetArgs),
     /// Write the index of a folder of shards, or of shards behind a URL.
     Index(IndexArgs),
     /// Show what the machines of a run will download, and the room that this needs.
@@ -152,6 +156,7 @@ pub fn data(args: DataArgs) -> anyhow::Result<u8> {
             run_pack(&source, &args.out, &args.shards)
         }
         DataCommand::Synthetic(args) => run_synthetic(&args),
+        DataCommand::Subset(args) => subset::subset(&args),
         DataCommand::Index(args) => index::run(&args),
         DataCommand::Simulate(args) => simulate::run(&args),
         DataCommand::Verify(args) => verify::run(&args),

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use lacuna_api::v1;
 use lacuna_data::Dataset;
-use lacuna_spec::{RunSpec, SpecError, parse_file};
+use lacuna_spec::{RunSpec, SpecError, TaskSpec, parse_file};
 use lacuna_types::exit;
 
 use crate::Coded;
@@ -31,6 +31,27 @@ pub fn read(path: &Path, overrides: &[String]) -> anyhow::Result<RunSpec> {
     Ok(spec)
 }
 
+/// Refuses a task that its data or its encoder cannot serve: every worker would find that out.
+fn check_task(task: &TaskSpec, dataset: &Dataset) -> anyhow::Result<()> {
+    let n_classes = dataset.index().n_classes();
+    let usage = |text: String| Err(Coded::error(exit::USAGE, text));
+    if n_classes == 0 {
+        return usage("`task.kind` needs labels, and the data has none".to_string());
+    }
+    if n_classes > task.classes {
+        let classes = task.classes;
+        return usage(format!(
+            "`task.classes` = {classes}, and the data has labels of {n_classes}"
+        ));
+    }
+    match &task.encoder {
+        Some(place) if !place.contains("://") && !Path::new(place).exists() => {
+            Err(Coded::error(exit::IO, format!("`task.encoder` = `{place}` does not exist")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Opens the spec's data, pins what depends on it, and makes the request that creates the run.
 pub fn request(spec: &mut RunSpec, resume: bool) -> anyhow::Result<v1::CreateRunRequest> {
     let path = Path::new(&spec.data.shards);
@@ -38,6 +59,9 @@ pub fn request(spec: &mut RunSpec, resume: bool) -> anyhow::Result<v1::CreateRun
         let why = lacuna_checkpoint::chain(&err);
         Coded::error(exit::IO, format!("failed to open data set `{}`: {why}", path.display()))
     })?;
+    if let Some(task) = &spec.task {
+        check_task(task, &dataset)?;
+    }
     let n_samples = dataset.n_samples();
     spec.pin(n_samples, dataset.index().n_chunks());
     spec.resolve(n_samples).map_err(|err| Coded::error(exit::USAGE, err.to_string()))?;

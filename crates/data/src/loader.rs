@@ -389,21 +389,24 @@ impl Inner {
         // A rendered sample fills its part, and a slot with one that is not is not delivered.
         let mut pixels = self.pixels(samples.len() * shape.bytes());
         let mut ids_shuffle: Vec<u32> = Vec::with_capacity(samples.len() * n_patches);
+        let mut labels: Vec<Option<u32>> = Vec::with_capacity(samples.len());
         let mut bad_in_row: u32 = 0;
         for (&id, out) in samples.iter().zip(pixels.chunks_exact_mut(shape.bytes())) {
             if stop.is_raised() {
                 return Err(LoadError::Stopped);
             }
             let began = Instant::now();
-            self.fill(slot, epoch, id, reader, &mut bad_in_row, out)?;
+            let shown = self.fill(slot, epoch, id, reader, &mut bad_in_row, out)?;
+            labels.push(dataset.index().record(shown).label);
             self.meters.sample(began.elapsed());
             let mask = MaskOrder::draw(order.seed, epoch, id.0, *n_patches);
             ids_shuffle.extend(mask.ids_shuffle);
         }
-        Ok(SlotBatch { slot, weights: vec![1.0; samples.len()], samples, pixels, ids_shuffle })
+        let weights = vec![1.0; samples.len()];
+        Ok(SlotBatch { slot, samples, labels, weights, pixels, ids_shuffle })
     }
 
-    /// Renders the sample that the order put at a place, or a stand-in.
+    /// Renders the sample that the order put at a place, or a stand-in, and returns which one.
     ///
     /// A stand-in is cropped and mirrored with the draws of the sample it stands for, so it differs
     /// from its own use elsewhere in the epoch.
@@ -415,7 +418,7 @@ impl Inner {
         reader: &mut SampleReader,
         bad_in_row: &mut u32,
         out: &mut [u8],
-    ) -> Result<(), LoadError> {
+    ) -> Result<SampleId, LoadError> {
         let LoaderConfig { dataset, order, augment, shape, planes, .. } = &self.config;
         let mut candidate = ordered;
         for attempt in 0.. {
@@ -427,7 +430,7 @@ impl Inner {
             let error = match rendered {
                 Ok(()) => {
                     *bad_in_row = 0;
-                    return Ok(());
+                    return Ok(candidate);
                 }
                 Err(error) => error,
             };

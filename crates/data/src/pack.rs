@@ -135,6 +135,15 @@ pub enum PackError {
     /// Parquet files are unusable.
     #[error(transparent)]
     Parquet(#[from] ReadParquetError),
+    /// The data set that a part is taken of is unusable.
+    #[error("failed to read data set `{}`", path.display())]
+    Dataset {
+        /// Its folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Images and labels do not belong together.
     #[error("`{}` has {n_labels} labels for {n_images} images", labels.display())]
     LabelCount {

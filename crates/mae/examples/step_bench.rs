@@ -251,6 +251,7 @@ fn synthetic(model: &ModelConfig, slot_batch: u32, index: u32) -> SlotBatch {
     SlotBatch {
         slot: Slot { step: Step(0), index },
         samples: samples.clone().map(SampleId).collect(),
+        labels: vec![None; slot_batch as usize],
         weights: vec![1.0; slot_batch as usize],
         pixels: samples.clone().flat_map(|s| image(s).take(n_bytes as usize)).collect(),
         ids_shuffle: samples.flat_map(ids).collect(),

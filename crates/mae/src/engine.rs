@@ -4,6 +4,7 @@
 mod device;
 mod picture;
 mod slot;
+mod task;
 
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
@@ -20,6 +21,7 @@ use tch::Device;
 
 pub use device::{DevicePlace, DeviceTorchEngine};
 use slot::{SlotInput, SlotProgram, draws_of};
+pub use task::TaskEngine;
 
 use crate::objective::{MaeObjective, Objective};
 use crate::runtime;
@@ -157,7 +159,8 @@ impl Engine for TorchEngine {
             };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
             let draws = draws_of(self.setup.seed, batch);
-            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws };
+            let labels = &batch.labels[..];
+            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws, labels };
             let loss = self.slot.differentiate(&weights, &input, &mut |block, grad| {
                 sink(SlotGrad { block, values: values(&grad) });
             });

@@ -1,5 +1,7 @@
 //! A model that is only read: features of whole images and predictions of masked ones.
 
+use std::borrow::Cow;
+
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::state::Layout;
 use lacuna_recipe::step::Normalize;
@@ -13,10 +15,32 @@ use crate::weights::{Weights, values};
 #[derive(Debug)]
 pub struct FrozenMae {
     model: ModelConfig,
+    weights: Weights,
+    tables: PosTables,
     mae: Mae,
     normalize: Normalize,
     mean: Vec<f64>,
     std: Vec<f64>,
+}
+
+/// Position tables other than the sine-cosine ones, for the grid of the model.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OwnTables {
+    /// The encoder's, `[1 + l, d]`, row-major; the first row is added to the class token.
+    pub encoder: Option<Vec<f32>>,
+    /// The decoder's, `[1 + l, e]`, row-major.
+    pub decoder: Option<Vec<f32>>,
+}
+
+/// What of an encoded image is its feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pool {
+    /// The class token, `[d]`: what timm returns and a linear probe reads.
+    Cls,
+    /// The mean over the patch tokens, `[d]`.
+    Mean,
+    /// All tokens, `[1 + l, d]`.
+    Tokens,
 }
 
 /// What the encoder says about images it sees whole, after its final norm. Row-major.
@@ -38,16 +62,58 @@ impl FrozenMae {
     /// # Panics
     /// If the model has problems or a length does not fit it.
     pub fn new(model: &ModelConfig, mean: &[f64], std: &[f64], params: &[f32]) -> Self {
+        FrozenMae::with_tables(model, mean, std, params, &OwnTables::default())
+    }
+
+    /// Copies parameters and position tables.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new) does, and if a table is not for the model's grid.
+    pub fn with_tables(
+        model: &ModelConfig,
+        mean: &[f64],
+        std: &[f64],
+        params: &[f32],
+        own: &OwnTables,
+    ) -> Self {
         let problems = model.problems();
         assert!(problems.is_empty(), "the model cannot be built: {problems:?}");
         assert_eq!(mean.len(), model.channels as usize, "one mean per channel");
-        let weights = Weights::copy_of(&Layout::new(model.params()), params);
+        let layout = Layout::new(model.params());
+        let mut tables = PosTables::new(model, Kind::Float);
+        let mut params = Cow::Borrowed(params);
+        if let Some(table) = &own.encoder {
+            // The model adds no position to its class token; the sum is the same.
+            let cls = layout.range(layout.find("cls_token").expect("every model has one"));
+            params.to_mut()[cls].iter_mut().zip(table).for_each(|(x, position)| *x += position);
+            tables = tables.with_encoder(table);
+        }
+        if let Some(table) = &own.decoder {
+            tables = tables.with_decoder(table);
+        }
+        let weights = Weights::copy_of(&layout, &params);
         FrozenMae {
-            mae: Mae::new(model, &PosTables::new(model, Kind::Float), &weights),
+            mae: Mae::new(model, &tables, &weights),
+            weights,
+            tables,
             model: model.clone(),
             normalize: Normalize::new(mean, std),
             mean: mean.to_vec(),
             std: std.to_vec(),
+        }
+    }
+
+    /// Returns the same model again for another thread; the parameters are shared.
+    pub fn share(&self) -> Self {
+        let (weights, tables) = (self.weights.share(), self.tables.share());
+        FrozenMae {
+            mae: Mae::new(&self.model, &tables, &weights),
+            weights,
+            tables,
+            model: self.model.clone(),
+            normalize: self.normalize.clone(),
+            mean: self.mean.clone(),
+            std: self.std.clone(),
         }
     }
 
@@ -75,14 +141,43 @@ impl FrozenMae {
         runtime::pin_threads();
         tch::no_grad(|| {
             let tokens_bnd = self.mae.encode(&self.images(pixels));
-            let n_patches = self.model.n_patches() as i64;
-            let patches_bld = tokens_bnd.narrow(1, 1, n_patches);
             Features {
                 cls: copy(&tokens_bnd.select(1, 0)),
-                mean_patch: copy(&patches_bld.mean_dim(1, false, None::<Kind>)),
+                mean_patch: copy(&self.mean_patch(&tokens_bnd)),
                 tokens: copy(&tokens_bnd),
             }
         })
+    }
+
+    /// Returns the shape of one image's feature.
+    pub fn feature_shape(&self, pool: Pool) -> Vec<usize> {
+        let width = self.model.width as usize;
+        match pool {
+            Pool::Cls | Pool::Mean => vec![width],
+            Pool::Tokens => vec![1 + self.model.n_patches(), width],
+        }
+    }
+
+    /// Computes one feature of each of the images `pixels` `[b, h, w, c]`, after the final norm;
+    /// nothing is masked.
+    ///
+    /// # Panics
+    /// If `pixels` does not hold whole images.
+    pub fn pooled(&self, pixels: &[u8], pool: Pool) -> Vec<f32> {
+        runtime::pin_threads();
+        tch::no_grad(|| {
+            let tokens_bnd = self.mae.encode(&self.images(pixels));
+            match pool {
+                Pool::Cls => copy(&tokens_bnd.select(1, 0)),
+                Pool::Mean => copy(&self.mean_patch(&tokens_bnd)),
+                Pool::Tokens => copy(&tokens_bnd),
+            }
+        })
+    }
+
+    fn mean_patch(&self, tokens_bnd: &Tensor) -> Tensor {
+        let n_patches = self.model.n_patches() as i64;
+        tokens_bnd.narrow(1, 1, n_patches).mean_dim(1, false, None::<Kind>)
     }
 
     /// Predicts all patches of images `pixels` `[b, h, w, c]` from the kept ones.

@@ -12,6 +12,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod autograd;
+pub mod classify;
 pub mod context;
 pub mod cuda;
 pub mod engine;
@@ -19,6 +20,7 @@ pub mod frozen;
 pub mod mae;
 pub mod objective;
 pub mod patches;
+pub mod pos_resize;
 pub mod reconstruct;
 pub mod runtime;
 pub mod vit;

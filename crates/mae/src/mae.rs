@@ -205,6 +205,27 @@ impl PosTables {
         PosTables { encoder_1nd: table(config.width), decoder_1ne: table(config.decoder_width) }
     }
 
+    /// Takes other patch rows for the encoder: `table` is `[1 + l, d]`, row-major. Its first row is
+    /// not used: the class token's is zero.
+    pub fn with_encoder(self, table: &[f32]) -> Self {
+        let encoder_1nd = Tensor::from_slice(table).view_as(&self.encoder_1nd);
+        PosTables { encoder_1nd, ..self }
+    }
+
+    /// Takes another table for the decoder: `table` is `[1 + l, e]`, row-major.
+    pub fn with_decoder(self, table: &[f32]) -> Self {
+        let decoder_1ne = Tensor::from_slice(table).view_as(&self.decoder_1ne);
+        PosTables { decoder_1ne, ..self }
+    }
+
+    /// Returns the same tables again, without copying them.
+    pub fn share(&self) -> Self {
+        PosTables {
+            encoder_1nd: self.encoder_1nd.shallow_clone(),
+            decoder_1ne: self.decoder_1ne.shallow_clone(),
+        }
+    }
+
     /// Returns the encoder's table, `[1, 1 + l, d]`; the class token's row is zero.
     pub fn encoder_1nd(&self) -> &Tensor {
         &self.encoder_1nd

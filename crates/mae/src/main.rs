@@ -30,8 +30,13 @@ enum Command {
     Worker(WorkerCommand),
     /// Check that the engine keeps the contract that exactness needs, on this machine.
     Conformance,
-    /// Draw what the model of a checkpoint makes of masked images.
-    Reconstruct(commands::ReconstructArgs),
+    /// Draw what a model makes of masked images.
+    Reconstruct(commands::reconstruct::ReconstructArgs),
+    /// Write what a model's encoder says about every image of a data set.
+    Features(commands::features::FeaturesArgs),
+    /// Tell how good a model's features are.
+    #[command(subcommand)]
+    Eval(commands::eval::EvalCommand),
     /// Check a device: golden values, equal bits, first numbers.
     #[command(hide = true)]
     GpuCheck(gpu_check::GpuCheckArgs),
@@ -45,7 +50,15 @@ fn main() -> ExitCode {
     match command {
         Some(Command::Reconstruct(args)) => {
             init_logs();
-            finish(commands::reconstruct(&args))
+            finish(commands::reconstruct::reconstruct(&args))
+        }
+        Some(Command::Features(args)) => {
+            init_logs();
+            finish(commands::features::features(&args))
+        }
+        Some(Command::Eval(command)) => {
+            init_logs();
+            finish(commands::eval::eval(&command))
         }
         Some(Command::GpuCheck(args)) => {
             init_logs();

@@ -57,10 +57,14 @@ pub struct Slot<'a> {
     pub images_bchw: Tensor,
     /// 1, or 0 for a bad sample, `[b]`.
     pub weights_b: Tensor,
+    /// The same weights on the host.
+    pub weights: &'a [f32],
     /// Patches of each sample in shuffled order, `[b, n_patches]`; MAE keeps the first ones.
     pub ids_shuffle: &'a [u32],
     /// Random numbers of each sample, `[b]`: a function of (seed, step, sample).
     pub draws: &'a [Draws],
+    /// Class of each image, `[b]`, where the data has one.
+    pub labels: &'a [Option<u32>],
 }
 
 impl Slot<'_> {

@@ -1,11 +1,13 @@
 //! Pictures of what a model fills in.
 //!
 //! A model trained on per-patch normalised pixels predicts a patch's texture without its
-//! brightness and contrast. Showing it with the mean and deviation of the patch itself would leak
-//! the answer, so here both come from **visible patches only**: each statistic of a removed patch
-//! is the mean of those of the [`NEIGHBORS`] nearest visible patches, weighted by the inverse
-//! square of the distance between patch centres. Visible patches are pasted as they are.
+//! brightness and contrast. Showing it with the mean and deviation of the patch itself leaks the
+//! answer, so that both come from **visible patches only** unless asked otherwise: each statistic
+//! of a removed patch is the mean of those of the [`NEIGHBORS`] nearest visible patches, weighted
+//! by the inverse square of the distance between patch centres. Visible patches are pasted as they
+//! are.
 
+use std::io::Cursor;
 use std::path::Path;
 
 use image::{Rgb, RgbImage};
@@ -24,6 +26,15 @@ const ENLARGE: u32 = 4;
 const GAP: u32 = 2;
 /// Brightness of a removed patch in the masked picture.
 const REMOVED_GRAY: f64 = 0.5;
+
+/// Whose mean and deviation removed patches are shown with, if the model predicts normalised ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Statistics {
+    /// Those of visible patches near by.
+    Visible,
+    /// The removed patch's own, which the model does not know.
+    Truth,
+}
 
 /// A picture that could not be stored.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +57,7 @@ pub fn draw_rows(
     random: &FrozenMae,
     pixels: &[u8],
     ids_shuffle: &[u32],
+    statistics: Statistics,
 ) -> RgbImage {
     assert_eq!(model.model(), random.model(), "models of one size");
     let (len_keep, n_patches) = mask_sizes(model.model());
@@ -63,7 +75,7 @@ pub fn draw_rows(
         let masked = without(&patches, removed);
         let filled = preds.each_ref().map(|pred| {
             let pred = &pred[i * n_patches * geometry.patch_values..];
-            fill_in(scale, &geometry, &patches, pred, kept, removed)
+            fill_in(scale, &geometry, &patches, pred, (kept, removed), statistics)
         });
         let [by_model, by_random] = filled;
         for (column, patches) in [patches, masked, by_model, by_random].iter().enumerate() {
@@ -73,11 +85,36 @@ pub fn draw_rows(
     sheet.canvas
 }
 
-/// Writes a picture as PNG.
-pub fn write_png(picture: &RgbImage, path: &Path) -> Result<(), WritePictureError> {
-    picture
-        .save_with_format(path, image::ImageFormat::Png)
-        .map_err(|source| WritePictureError { path: path.display().to_string(), source })
+/// Writes a picture as PNG; `text` becomes its description.
+pub fn write_png(picture: &RgbImage, text: &str, path: &Path) -> Result<(), WritePictureError> {
+    let failed = |source| WritePictureError { path: path.display().to_string(), source };
+    let mut png: Vec<u8> = Vec::new();
+    let written = picture.write_to(&mut Cursor::new(&mut png), image::ImageFormat::Png);
+    written.map_err(failed)?;
+    // Text may follow the signature and the header, whose sizes are fixed.
+    let chunk = text_chunk("Description", text);
+    png.splice(PNG_HEAD_BYTES..PNG_HEAD_BYTES, chunk);
+    std::fs::write(path, png).map_err(|error| failed(error.into()))
+}
+
+/// Signature and header of a PNG.
+const PNG_HEAD_BYTES: usize = 8 + 25;
+
+/// Renders a chunk of international text, which is UTF-8: length, type, keyword and empty fields,
+/// text, CRC.
+fn text_chunk(keyword: &str, text: &str) -> Vec<u8> {
+    // Not compressed, no language, no translated keyword.
+    let body = [b"iTXt", keyword.as_bytes(), &[0; 5], text.as_bytes()].concat();
+    let mut out = (body.len() as u32 - 4).to_be_bytes().to_vec();
+    out.extend(&body);
+    out.extend(crc32(&body).to_be_bytes());
+    out
+}
+
+/// Computes the CRC of a PNG's chunk, bit by bit: texts are short.
+fn crc32(bytes: &[u8]) -> u32 {
+    let shift = |crc: u32, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
+    !bytes.iter().fold(!0, |crc: u32, &byte| (0..8).fold(crc ^ u32::from(byte), shift))
 }
 
 /// Values of one patch in units of full brightness, in row, column, channel order.
@@ -104,7 +141,8 @@ pub fn draw_each(
         let patches = geometry.patches(&pixels[i * image_bytes..][..image_bytes]);
         let (kept, removed) = ids_shuffle[i * n_patches..][..n_patches].split_at(len_keep);
         let pred = &pred_blp[i * n_patches * geometry.patch_values..];
-        let filled = fill_in(scale, &geometry, &patches, pred, kept, removed);
+        let seen = (kept, removed);
+        let filled = fill_in(scale, &geometry, &patches, pred, seen, Statistics::Visible);
         let masked = without(&patches, removed);
         let mut sheet = Sheet::new(&geometry, 3, 1);
         for (column, patches) in [patches, masked, filled].iter().enumerate() {
@@ -141,8 +179,8 @@ fn fill_in(
     geometry: &Geometry,
     patches: &[Patch],
     pred: &[f32],
-    kept: &[u32],
-    removed: &[u32],
+    (kept, removed): (&[u32], &[u32]),
+    statistics: Statistics,
 ) -> Vec<Patch> {
     let Scale { model, mean, std } = scale;
     let visible: Vec<(usize, Stats)> =
@@ -151,10 +189,12 @@ fn fill_in(
     for &id in removed {
         let id = id as usize;
         let pred = &pred[id * geometry.patch_values..][..geometry.patch_values];
-        let Stats { mean: level, deviation } = match model.norm_pix_loss {
-            true => interpolate(geometry, &visible, id),
-            false => Stats { mean: 0.0, deviation: 1.0 },
+        let stats = match (model.norm_pix_loss, statistics) {
+            (true, Statistics::Visible) => interpolate(geometry, &visible, id),
+            (true, Statistics::Truth) => Stats::of(&patches[id], mean, std),
+            (false, _) => Stats { mean: 0.0, deviation: 1.0 },
         };
+        let Stats { mean: level, deviation } = stats;
         for (i, (to, &x)) in out[id].iter_mut().zip(pred).enumerate() {
             let channel = i % mean.len();
             *to = (f64::from(x) * deviation + level) * std[channel] + mean[channel];

@@ -14,6 +14,16 @@ pub fn run(blocks: &[Block], x_bnd: Tensor) -> Tensor {
     blocks.iter().fold(x_bnd, |x_bnd, block| block.forward(&border(x_bnd)))
 }
 
+/// Runs a stack of blocks whose branches are scaled by `drops`, two `[b, 1, 1]` for each block:
+/// stochastic depth.
+pub fn run_dropped(blocks: &[Block], x_bnd: Tensor, drops: &[[Tensor; 2]]) -> Tensor {
+    assert_eq!(blocks.len(), drops.len(), "two scales for each block");
+    let step = |x_bnd: Tensor, (block, drops): (&Block, &[Tensor; 2])| {
+        block.forward_dropped(&border(x_bnd), drops)
+    };
+    blocks.iter().zip(drops).fold(x_bnd, step)
+}
+
 /// Runs a stack of blocks and returns the tokens `ids_bi` of what comes out, `[b, i, d]`. The last
 /// block computes no others: they would only have been seen by blocks after it.
 pub fn run_to(blocks: &[Block], x_bnd: Tensor, ids_bi: &Tensor) -> Tensor {
@@ -63,6 +73,14 @@ impl Block {
         self.mlp(x_bnd + self.attention(&qkv[0], &qkv[1], &qkv[2]))
     }
 
+    /// Computes `[b, n, d]` to `[b, n, d]` with scaled branches.
+    fn forward_dropped(&self, x_bnd: &Tensor, [attention_b11, mlp_b11]: &[Tensor; 2]) -> Tensor {
+        let qkv = self.qkv.forward(&self.norm1.forward(x_bnd)).chunk(3, -1);
+        let x_bnd = x_bnd + self.attention(&qkv[0], &qkv[1], &qkv[2]) * attention_b11;
+        let branch_bnd = self.mlp_branch(&x_bnd) * mlp_b11;
+        x_bnd + branch_bnd
+    }
+
     /// Computes the tokens `ids_bi` only, `[b, i, d]`. They look at all others.
     fn forward_at(&self, x_bnd: &Tensor, ids_bi: &Tensor) -> Tensor {
         let normal_bnd = self.norm1.forward(x_bnd);
@@ -73,8 +91,12 @@ impl Block {
     }
 
     fn mlp(&self, x_bnd: Tensor) -> Tensor {
-        let hidden_bnm = self.fc1.forward(&self.norm2.forward(&x_bnd)).gelu("none");
-        x_bnd + self.fc2.forward(&hidden_bnm)
+        let branch_bnd = self.mlp_branch(&x_bnd);
+        x_bnd + branch_bnd
+    }
+
+    fn mlp_branch(&self, x_bnd: &Tensor) -> Tensor {
+        self.fc2.forward(&self.fc1.forward(&self.norm2.forward(x_bnd)).gelu("none"))
     }
 
     /// Lets each token of `q_bid` look at those of `k_bnd` and `v_bnd`.

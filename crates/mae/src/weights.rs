@@ -68,7 +68,8 @@ impl Weights {
     /// Half the memory is moved by products, and parameters stay exact where they are updated.
     pub fn half_products(&self) -> Self {
         let convert = |(tensor, spec): (&Tensor, &ParamSpec)| {
-            let is_product = !spec.name.contains("norm") && !spec.name.ends_with("_token");
+            let is_table = spec.name.ends_with("_token") || spec.name == "pos_embed";
+            let is_product = !spec.name.contains("norm") && !is_table;
             if is_product { tensor.to_kind(Kind::BFloat16) } else { tensor.shallow_clone() }
         };
         let tensors = self.tensors.iter().zip(self.layout.params()).map(convert).collect();

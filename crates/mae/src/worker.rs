@@ -4,15 +4,16 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser as _;
-use lacuna_spec::Precision;
+use lacuna_spec::{Precision, TaskSpec};
 use lacuna_worker::args::WorkerArgs;
 use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec};
 use lacuna_worker::entry::dispatch;
 use tch::Device;
 
+use crate::classify::EncoderWeights;
 use crate::context::{self, EXACT, Kernels};
 use crate::cuda;
-use crate::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, TorchEngine};
+use crate::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, TaskEngine, TorchEngine};
 use crate::objective::{MaeObjective, Objective};
 use crate::runtime::{CPU_ENV, CUDA_ENV, library_version};
 
@@ -95,6 +96,9 @@ impl Backend for TorchBackend {
             context: format!("failed to build the engine on {}", spec.device),
             source: Box::new(source),
         };
+        if let Some(task) = &spec.task {
+            return task_engine(setup, task, &spec.device);
+        }
         if cuda_number(&spec.device).is_none() {
             return Ok(Box::new(
                 TorchEngine::with_objective(setup, &self.objective).map_err(failed)?,
@@ -115,6 +119,25 @@ impl Backend for TorchBackend {
         };
         Ok(Box::new(DeviceTorchEngine::with_objective(setup, place, &self.objective)?))
     }
+}
+
+/// Builds the engine of a task, which computes on CPUs so far.
+fn task_engine(
+    setup: EngineSetup,
+    task: &TaskSpec,
+    device: &str,
+) -> Result<Box<dyn Engine>, EngineError> {
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| EngineError::Device {
+        context: format!("failed to build the engine of `task.kind` = \"{}\"", task.kind),
+        source,
+    };
+    if cuda_number(device).is_some() {
+        return Err(failed("tasks train on CPUs only so far: `--devices cpu:N`".into()));
+    }
+    let encoder = EncoderWeights::of_task(task, &setup.model, setup.seed);
+    let encoder = Arc::new(encoder.map_err(|err| failed(err.into()))?);
+    let engine = TaskEngine::new(setup, task, encoder).map_err(|err| failed(err.into()))?;
+    Ok(Box::new(engine))
 }
 
 /// Returns the number of a CUDA device, 3 of `cuda3`; nothing for other devices.

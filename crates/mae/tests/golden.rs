@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use lacuna_mae::mae::{Mae, Masks, PosTables, unshuffle};
 use lacuna_mae::patches::{normalize_patches, patchify, unpatchify};
+use lacuna_mae::pos_resize::{Resample, resize_table};
 use lacuna_mae::weights::Weights;
 use lacuna_recipe::adamw::{self, AdamW};
 use lacuna_recipe::model::ModelConfig;
@@ -374,6 +375,35 @@ fn features_of_whole_images() {
             assert!(off < tolerance, "{kind:?} {name}: {off}");
         }
     }
+}
+
+/// T17: tables for other grids, as the reference and transformers resample them and as timm does.
+#[test]
+fn position_tables_are_resampled() {
+    let golden = tensors("pos_resize.safetensors");
+    let flat =
+        |name: &str| Vec::<f32>::try_from(find(&golden, name).contiguous().view(-1)).unwrap();
+    let source = flat("src");
+    let (mut rows, mut furthest_apart) = (0, 0.0f32);
+    for (size, to) in [("6x6", [6, 6]), ("3x3", [3, 3]), ("4x6", [4, 6])] {
+        let both =
+            [("fb", Resample::Plain), ("timm", Resample::Antialias)].map(|(by, resample)| {
+                let got = resize_table(&source, 16, [4, 4], to, resample);
+                let want = flat(&format!("{by}_{size}"));
+                assert_eq!(got.len(), want.len());
+                assert_eq!(got[..16], source[..16], "the class token's row");
+                let off = got.iter().zip(&want).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+                assert!(off < 1e-6, "{by} {size}: {off}");
+                rows += 1;
+                got
+            });
+        let apart = both[0].iter().zip(&both[1]).map(|(a, b)| (a - b).abs());
+        furthest_apart = apart.fold(furthest_apart, f32::max);
+    }
+    assert_eq!(rows, 6);
+    let known = json("extra.json")["pos_resize_max_fb_vs_timm"]["3x3"].as_f64().unwrap();
+    assert!((f64::from(furthest_apart) - known).abs() < 1e-5, "{furthest_apart}");
+    assert_eq!(resize_table(&source, 16, [4, 4], [4, 4], Resample::Plain), source);
 }
 
 /// Half precision in products, as automatic mixed precision has it: T18.

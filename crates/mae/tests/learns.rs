@@ -187,6 +187,7 @@ fn batch(step: u64) -> SlotBatch {
     let ids = |&s: &u64| MaskOrder::draw(1, epoch, s, (SIDE / 4) * (SIDE / 4)).ids_shuffle;
     SlotBatch {
         slot: Slot { step: Step(step), index: 0 },
+        labels: vec![None; samples.len()],
         weights: vec![1.0; samples.len()],
         pixels: samples.iter().flat_map(|&s| image(s)).collect(),
         ids_shuffle: samples.iter().flat_map(ids).collect(),

@@ -21,6 +21,9 @@ pub fn fill(param: &ParamSpec, seed: u64, out: &mut [f32]) {
         Init::Zeros => out.fill(0.0),
         Init::Ones => out.fill(1.0),
         Init::Normal02 => each_unit_pair(&param.name, seed, out, |a, b| 0.02 * normal(a, b)),
+        Init::Normal { deviation } => {
+            each_unit_pair(&param.name, seed, out, |a, b| deviation * normal(a, b));
+        }
         Init::XavierUniform { fan_in, fan_out } => {
             let bound = (6.0 / (f64::from(fan_in) + f64::from(fan_out))).sqrt();
             each_unit_pair(&param.name, seed, out, |a, _| (2.0 * a - 1.0) * bound);
@@ -45,6 +48,14 @@ fn each_unit_pair(name: &str, seed: u64, out: &mut [f32], f: impl Fn(f64, f64) -
             *value = f(unit53(w[0], w[1]), unit53(w[2], w[3])) as f32;
         }
     }
+}
+
+/// Makes two standard normal numbers of a block of draws.
+pub fn normal_pair(words: [u32; 4]) -> [f64; 2] {
+    let (a, b) = (unit53(words[0], words[1]), unit53(words[2], words[3]));
+    let radius = (-2.0 * libm::log(1.0 - a)).sqrt();
+    let angle = 2.0 * std::f64::consts::PI * b;
+    [radius * libm::cos(angle), radius * libm::sin(angle)]
 }
 
 /// Box-Muller: a standard normal number from two uniform ones.

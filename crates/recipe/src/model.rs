@@ -97,6 +97,11 @@ pub enum Init {
     },
     /// Normal with mean 0 and deviation 0.02.
     Normal02,
+    /// Normal with mean 0.
+    Normal {
+        /// Its deviation.
+        deviation: f64,
+    },
     /// All zeros.
     Zeros,
     /// All ones.
@@ -125,6 +130,9 @@ impl ParamSpec {
     /// `decay_tokens` false leaves `cls_token` and `mask_token` undecayed, as some later code bases
     /// do.
     pub fn decays(&self, decay_tokens: bool) -> bool {
+        if self.name == "pos_embed" {
+            return false;
+        }
         let token = matches!(self.name.as_str(), "cls_token" | "mask_token");
         self.shape.len() > 1 && !self.name.ends_with(".bias") && (decay_tokens || !token)
     }

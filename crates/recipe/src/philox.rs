@@ -26,6 +26,10 @@ pub enum Tag {
     Init = 6,
     /// Free for extensions.
     User = 7,
+    /// Boxes of images that are filled with noise.
+    Erase = 8,
+    /// The noise that fills them.
+    Noise = 9,
 }
 
 /// Computes the ten-round Philox4x32 bijection.
@@ -67,6 +71,11 @@ impl Draws {
         assert!(sample < 1 << 48, "sample id {sample} does not fit the counter's 48 bits");
         let key = [seed as u32, (seed >> 32) as u32];
         Draws { key, words: [sample as u32, ((sample >> 32) as u32) << 16, epoch], tag }
+    }
+
+    /// Returns the same address for another purpose.
+    pub fn tagged(self, tag: Tag) -> Self {
+        Draws { tag, ..self }
     }
 
     /// Returns the same address for the sample's `occurrence`-th use in the epoch.

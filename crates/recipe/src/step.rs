@@ -80,6 +80,8 @@ pub struct SlotBatch {
     pub slot: Slot,
     /// Samples in slot order, `[b]`.
     pub samples: Vec<SampleId>,
+    /// Class of each image, `[b]`, where the data has one; that of a stand-in where one is shown.
+    pub labels: Vec<Option<u32>>,
     /// 1, or 0 for a bad sample that counts in the mean and adds nothing, `[b]`.
     pub weights: Vec<f32>,
     /// Pixels after crop, resize and flip, `[b, height, width, channel]`.

@@ -88,8 +88,12 @@ impl Field {
             | "data.cache.size"
             | "checkpoint.keep.every"
             | "track.tensorboard"
-            | "track.reconstructions.every" => DefaultValue::Unset,
+            | "track.reconstructions.every"
+            | "task.kind"
+            | "task.encoder"
+            | "task.classes" => DefaultValue::Unset,
             "track.reconstructions.images" => DefaultValue::Value(RECONSTRUCTIONS.into()),
+            path if path.starts_with("task.") => DefaultValue::Follows("`task.kind`"),
             path => {
                 let (defaults, _) = node::parse_toml(presets::DEFAULTS, 0);
                 let value = find(&defaults, path).and_then(|node| node.value.to_json());

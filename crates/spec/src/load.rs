@@ -226,6 +226,7 @@ impl Loader<'_> {
             root_path(&mut table, &["data", "shards"], &folder);
             root_path(&mut table, &["data", "cache", "dir"], &folder);
             root_path(&mut table, &["track", "tensorboard"], &folder);
+            root_path(&mut table, &["task", "encoder"], &folder);
             root_path(&mut table, &["checkpoint", "to"], &folder);
         }
         table

@@ -1,6 +1,6 @@
 //! The effective spec as text: every key with its value, mark, origin and meaning.
 
-use crate::fields::{fields, lookup, to_toml};
+use crate::fields::{Field, fields, lookup, to_toml};
 use crate::load::Loaded;
 use crate::run_spec::RunSpec;
 
@@ -28,7 +28,11 @@ fn render(spec: &RunSpec, origin: &dyn Fn(&str) -> Option<String>) -> String {
     for field in fields() {
         if field.section() != section {
             section = field.section();
-            out += &format!("\n[{section}]\n");
+            // A header of a section that nothing is set in would be the section.
+            let in_section = |f: &&Field| f.section() == section;
+            let is_set = |f: &Field| lookup(&json, f.path).is_some();
+            let mark = if fields().iter().filter(in_section).any(is_set) { "" } else { "# " };
+            out += &format!("\n{mark}[{section}]\n");
         }
         let key = field.path.strip_prefix(section).unwrap_or(field.path);
         let key = key.trim_start_matches('.');

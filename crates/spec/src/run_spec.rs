@@ -56,6 +56,10 @@ macro_rules! word {
     };
 }
 
+mod task;
+
+pub use task::{Optimizer, Pool, TaskKind, TaskSpec};
+
 word! {
     /// How an epoch orders its samples.
     Order {
@@ -230,6 +234,9 @@ pub struct RunSpec {
     pub elastic: ElasticSpec,
     pub checkpoint: CheckpointSpec,
     pub track: TrackSpec,
+    /// What the run learns; absent, it fills in masked patches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskSpec>,
 }
 
 /// Section `[data]`.
@@ -525,8 +532,9 @@ impl RunSpec {
     /// defaults do not.
     pub fn resolve_paths(&mut self, base: &Path) {
         let cache = self.data.cache.as_mut().map(|cache| &mut cache.dir);
+        let encoder = self.task.as_mut().and_then(|task| task.encoder.as_mut());
         let places = [&mut self.data.shards, &mut self.checkpoint.to].into_iter();
-        for path in places.chain(cache).chain(&mut self.track.tensorboard) {
+        for path in places.chain(cache).chain(&mut self.track.tensorboard).chain(encoder) {
             *path = load::join(base, path);
         }
     }

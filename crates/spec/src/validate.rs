@@ -4,6 +4,7 @@ mod build;
 mod locations;
 mod read;
 mod suggest;
+mod task;
 mod track;
 
 use crate::fields::{Field, fields};

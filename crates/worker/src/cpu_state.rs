@@ -46,11 +46,28 @@ impl CpuState {
 
     /// Applies one AdamW update with the mean gradient `mean`, flat.
     pub fn apply(&mut self, mean: &[f32], update: &UpdateScalars) {
+        self.apply_with(mean, update, |_| 1.0);
+    }
+
+    /// The same with a learning rate by tensor: `scales` has a factor for each.
+    pub fn apply_scaled(&mut self, mean: &[f32], update: &UpdateScalars, scales: &[f64]) {
+        assert_eq!(scales.len(), self.layout.n_blocks(), "one factor per tensor");
+        self.apply_with(mean, update, |block| scales[block]);
+    }
+
+    /// Returns the parameters and first moments of a range, for optimizers with one moment.
+    pub fn param_and_momentum(&mut self, range: Range<usize>) -> (&mut [f32], &mut [f32]) {
+        let [param, momentum, _] = &mut self.sections;
+        (&mut param[range.clone()], &mut momentum[range])
+    }
+
+    fn apply_with(&mut self, mean: &[f32], update: &UpdateScalars, scale: impl Fn(usize) -> f64) {
         assert_eq!(mean.len(), self.layout.numel(), "one gradient per element");
         let [param, exp_avg, exp_avg_sq] = &mut self.sections;
         for (block, spec) in self.layout.params().iter().enumerate() {
             let decays = spec.decays(update.decay_tokens);
-            let scalars = update.adamw.update_f32(update.lr, update.t, decays);
+            let lr = update.lr * scale(block);
+            let scalars = update.adamw.update_f32(lr, update.t, decays);
             let range: Range<usize> = self.layout.range(block);
             adamw::apply_f32(
                 &scalars,

@@ -10,7 +10,7 @@ use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::SlotBatch;
-use lacuna_spec::Precision;
+use lacuna_spec::{Precision, TaskSpec};
 
 /// A failure of an engine; the trainer process ends with it.
 #[derive(Debug, thiserror::Error)]
@@ -190,6 +190,8 @@ pub struct EngineSpec {
     pub precision: Precision,
     /// Device, `cpu0` or `cuda0`.
     pub device: String,
+    /// What is learned beside filling in patches.
+    pub task: Option<TaskSpec>,
 }
 
 /// What a worker binary brings: a kind of engine.

@@ -243,6 +243,7 @@ pub fn probe_batch(model: &ModelConfig, slot_batch: u32) -> SlotBatch {
     SlotBatch {
         slot: Slot { step: Step(0), index: 0 },
         samples: (0..b as u64).map(SampleId).collect(),
+        labels: (0..b as u32).map(Some).collect(),
         weights: vec![1.0; b],
         pixels: (0..(b * values) as u32).map(|i| draws.word(i % (1 << 20)) as u8).collect(),
         ids_shuffle: ids.collect(),
@@ -300,6 +301,7 @@ mod tests {
             n_slots: 4,
             precision: lacuna_spec::Precision::F32,
             device: "cpu0".into(),
+            task: None,
         }
     }
 

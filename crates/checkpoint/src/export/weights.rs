@@ -10,6 +10,7 @@ use lacuna_recipe::state::Section;
 use super::{ExportDtype, ExportError, Item, Source};
 use crate::disk::{self, Partial};
 use crate::header::{self, HeaderTensor};
+use crate::import::{ABOUT_KEY, About};
 use crate::layout::RunDir;
 use crate::manifest::Manifest;
 use crate::read::{self, Reader, Wanted};
@@ -24,13 +25,16 @@ const PIECE_ELEMENTS: u64 = 4 << 20;
 pub(super) struct Writer<'a> {
     manifest: &'a Manifest,
     dtype: ExportDtype,
+    /// What the files say of the model, JSON.
+    about: String,
     reader: Reader<'a>,
 }
 
 impl<'a> Writer<'a> {
-    /// Writes tensors of one checkpoint as `dtype`.
-    pub fn new(dir: &'a RunDir, manifest: &'a Manifest, dtype: ExportDtype) -> Self {
-        Writer { manifest, dtype, reader: Reader::new(dir, manifest) }
+    /// Writes tensors of one checkpoint as `dtype`; the files say `about` of the model.
+    pub fn new(dir: &'a RunDir, manifest: &'a Manifest, dtype: ExportDtype, about: &About) -> Self {
+        let about = serde_json::to_string(about).expect("numbers and names are JSON");
+        Writer { manifest, dtype, about, reader: Reader::new(dir, manifest) }
     }
 
     /// Writes `items` into a file that does not have its name yet; returns it and its digest.
@@ -80,6 +84,7 @@ impl<'a> Writer<'a> {
             // Readers of PyTorch models refuse files without it.
             ("format", "pt"),
             ("lacuna.manifest", self.manifest.seal.as_str()),
+            (ABOUT_KEY, self.about.as_str()),
             ("lacuna.run", self.manifest.run.as_str()),
             ("lacuna.step", step.as_str()),
         ];

@@ -25,6 +25,8 @@ pub struct Weights {
     tensors: BTreeMap<String, (usize, Tensor)>,
     /// `config.json` beside the files, if there is one.
     pub(super) config: Option<(PathBuf, Value)>,
+    /// `preprocessor_config.json` beside them, likewise.
+    pub(super) processor: Option<Value>,
 }
 
 impl Weights {
@@ -48,8 +50,13 @@ impl Weights {
         };
         // Beside a file of any name lies whatever belongs to another model.
         let named = name == HF_SINGLE || name.ends_with(".json") || found != path;
-        let config = if named { read_config(folder)? } else { None };
-        Ok(Weights { config, ..weights })
+        if !named {
+            return Ok(weights);
+        }
+        let config = read_document(&folder.join("config.json"))?;
+        let processor = read_document(&folder.join("preprocessor_config.json"))?;
+        let config = config.map(|value| (folder.join("config.json"), value));
+        Ok(Weights { config, processor, ..weights })
     }
 
     /// Collects the tensors of files that have none in common.
@@ -59,7 +66,7 @@ impl Weights {
             file.tensors.iter().map(named).collect::<Vec<_>>()
         };
         let tensors = files.iter().enumerate().flat_map(of_file).collect();
-        Weights { files, tensors, config: None }
+        Weights { files, tensors, config: None, processor: None }
     }
 
     /// Opens the files that an index names; they must hold just what it says.
@@ -111,6 +118,11 @@ impl Weights {
     pub(super) fn place(&self, name: &str) -> (&TensorFile, &Tensor) {
         let (file, tensor) = &self.tensors[name];
         (&self.files[*file], tensor)
+    }
+
+    /// Returns the first of the files.
+    pub(super) fn path(&self) -> &Path {
+        self.files.first().map_or(Path::new(""), TensorFile::path)
     }
 
     /// Returns what the files say of themselves under `key`.
@@ -169,10 +181,7 @@ fn read_json(path: &Path) -> Result<Value, ImportError> {
     parse_strict(&text).map_err(|source| ImportError::Json { path: path.to_path_buf(), source })
 }
 
-fn read_config(folder: &Path) -> Result<Option<(PathBuf, Value)>, ImportError> {
-    let path = folder.join("config.json");
-    if !path.is_file() {
-        return Ok(None);
-    }
-    Ok(Some((path.clone(), read_json(&path)?)))
+/// Reads a document that may be missing.
+fn read_document(path: &Path) -> Result<Option<Value>, ImportError> {
+    if path.is_file() { read_json(path).map(Some) } else { Ok(None) }
 }

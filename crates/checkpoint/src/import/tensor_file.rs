@@ -73,6 +73,11 @@ impl TensorFile {
         Ok(TensorFile { path: path.to_path_buf(), file, tensors, metadata })
     }
 
+    /// Returns where it lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Fills `out` with bytes from `at` on.
     pub fn read(&self, at: u64, out: &mut [u8]) -> Result<(), ImportError> {
         let read = self.file.read_exact_at(out, at);

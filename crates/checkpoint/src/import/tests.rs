@@ -15,6 +15,7 @@ use crate::load::{Expected, load_newest};
 use crate::testing::{Sample, attempt, manifest, micro, run_dir, sample, tree};
 
 mod files;
+mod models;
 mod starts;
 
 const SEED: u64 = 7;

@@ -284,3 +284,35 @@ fn every_mismatch_is_listed() {
     "#]]
     .assert_eq(&text.concat());
 }
+
+/// Whoever needs parameters only reads no moments, and none that he does not want.
+#[test]
+fn parameters_are_loaded_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = run_dir(root.path());
+    let state = tiny(4);
+    state.save(&dir, 2);
+    let manifest = manifest(&dir, 4);
+    let load =
+        |wanted: &dyn Fn(&ParamSpec) -> bool| load_params(&dir, &manifest, &state.layout, wanted);
+    assert_eq!(load(&|_| true).unwrap(), state.sections[0]);
+    let some = load(&|param| param.name == "c").unwrap();
+    let place = state.layout.range(state.layout.find("c").unwrap());
+    assert_eq!(some[place.clone()], state.sections[0][place.clone()]);
+    assert!(some[..place.start].iter().all(|&x| x == 0.0));
+    // Of another model, what is wanted must be there.
+    let other = Layout::new(vec![
+        ParamSpec { name: "b.bias".into(), shape: vec![7], init: Init::Zeros },
+        ParamSpec { name: "d".into(), shape: vec![2], init: Init::Zeros },
+    ]);
+    let found = load_params(&dir, &manifest, &other, |param| param.name == "b.bias").unwrap();
+    assert_eq!(found[..7], state.sections[0][state.layout.range(1)]);
+    let error = load_params(&dir, &manifest, &other, |_| true).unwrap_err();
+    assert_eq!(chain(&error), "checkpoint step 4 does not fit:\n  param/d [2] is missing");
+    // A damaged block is found.
+    let slice = &manifest.tensors["param/a.weight"].slices[0];
+    let at = slice.at[0] as usize + 8;
+    edit(&part_path(&dir, 4, slice.file, 2), |bytes| bytes[at] ^= 1);
+    let error = chain(&load(&|_| true).expect_err("the block is damaged"));
+    assert!(error.contains("param/a.weight") && error.contains("lacuna ckpt verify"), "{error}");
+}

@@ -10,8 +10,10 @@ use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use image::{ExtendedColorType, ImageEncoder};
 
 use lacuna_pixels::{IMAGE_BYTES_MAX, ImageShape};
+use lacuna_types::SampleId;
 
 use super::{PackError, at};
+use crate::dataset::Dataset;
 use crate::idx::{self, IdxImages};
 use crate::mds::{self, MdsFolder, MdsReader};
 use crate::parquet::{self, Rows};
@@ -45,6 +47,13 @@ pub enum PackSource {
     Parquet(Vec<PathBuf>),
     /// Generated images.
     Synthetic(SyntheticSpec),
+    /// Some samples of a data set, in this order.
+    Part {
+        /// Its folder or URL.
+        dataset: PathBuf,
+        /// Numbers of the samples.
+        ids: Vec<u64>,
+    },
 }
 
 impl PackSource {
@@ -131,6 +140,7 @@ pub(super) enum Source {
     Mds { reader: MdsReader, identity: String },
     Parquet { root: PathBuf, rows: Box<Rows>, identity: String },
     Synthetic(SyntheticSpec),
+    Part { path: PathBuf, dataset: Box<Dataset>, ids: Vec<u64>, classes: Vec<String> },
 }
 
 pub(super) struct Folder {
@@ -181,6 +191,7 @@ impl Source {
                 }
                 Ok(Source::Synthetic(*spec))
             }
+            PackSource::Part { dataset: path, ids } => Source::open_part(path, ids),
         }
     }
 
@@ -192,7 +203,21 @@ impl Source {
             Source::Mds { reader, .. } => reader.folder().n(),
             Source::Parquet { rows, .. } => rows.n(),
             Source::Synthetic(spec) => spec.n_images,
+            Source::Part { ids, .. } => ids.len() as u64,
         }
+    }
+
+    /// Opens some samples of a data set.
+    fn open_part(path: &Path, ids: &[u64]) -> Result<Self, PackError> {
+        let source = |source| PackError::Dataset { path: path.to_path_buf(), source };
+        let dataset = Dataset::open(path).map_err(|err| source(Box::new(err)))?;
+        let n = dataset.n_samples();
+        if let Some(id) = ids.iter().find(|id| **id >= n) {
+            return Err(PackError::Config(format!("sample {id} is none of the {n} there are")));
+        }
+        let classes = super::read_record(path).map_or(Vec::new(), |record| record.classes);
+        let (path, dataset) = (path.to_path_buf(), Box::new(dataset));
+        Ok(Source::Part { path, dataset, ids: ids.to_vec(), classes })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -202,12 +227,14 @@ impl Source {
             Source::Mds { reader, .. } => reader.folder().root(),
             Source::Parquet { root, .. } => root,
             Source::Synthetic(_) => Path::new("(generated)"),
+            Source::Part { path, .. } => path,
         }
     }
 
     pub(super) fn classes(&self) -> &[String] {
         match self {
             Source::Folder(folder) => &folder.classes,
+            Source::Part { classes, .. } => classes,
             _ => &[],
         }
     }
@@ -226,6 +253,10 @@ impl Source {
                 format!("idx\n{}x{}\n{pixels}\n{labels:?}", images.height, images.width)
             }
             Source::Synthetic(spec) => format!("synthetic\n{spec:?}"),
+            Source::Part { dataset, ids, .. } => {
+                let ids: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+                format!("part\n{}\n{}", dataset.fingerprint(), blake3::hash(&ids).to_hex())
+            }
         }
     }
 
@@ -259,6 +290,14 @@ impl Source {
                 item.label = Some(image.label);
                 item.place = format!("image {i}");
                 encode_png(i, &image.pixels, spec.shape, &mut item.bytes)
+            }
+            Source::Part { path, dataset, ids, .. } => {
+                let id = SampleId(ids[i as usize]);
+                item.place = format!("sample {id}");
+                item.label = dataset.index().record(id).label;
+                dataset
+                    .read(id, &mut item.bytes)
+                    .map_err(|err| PackError::Dataset { path: path.clone(), source: Box::new(err) })
             }
         }
     }

@@ -136,7 +136,8 @@ impl DeviceTorchEngine {
                 unsafe { view_at(pixels.address(), &slot.image_shape(), self.place.device) };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
             let draws = draws_of(self.setup.seed, batch);
-            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws };
+            let labels = &batch.labels[..];
+            let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws, labels };
             // All are kept: the device may read them until it is waited for.
             let mut grads: Vec<(usize, Tensor)> = Vec::new();
             let loss = slot.differentiate(weights, &input, &mut |block, grad| {

@@ -32,6 +32,7 @@ pub(super) fn draw(
         ids_shuffle,
         weights: &vec![1.0; n_images],
         draws,
+        labels: &vec![None; n_images],
     };
     let pred_blp = slot.predict(weights, &input)?;
     let scale = Scale { model: &setup.model, mean: &setup.mean, std: &setup.std };

@@ -47,6 +47,7 @@ pub(super) struct SlotInput<'a> {
     pub ids_shuffle: &'a [u32],
     pub weights: &'a [f32],
     pub draws: Vec<Draws>,
+    pub labels: &'a [Option<u32>],
 }
 
 /// Returns the random numbers of a slot's samples.
@@ -111,6 +112,7 @@ impl SlotProgram {
         let lengths = [
             ("samples", batch.samples.len(), self.batch),
             ("weights", batch.weights.len(), self.batch),
+            ("labels", batch.labels.len(), self.batch),
             ("pixel values", batch.pixels.len(), self.n_pixels()),
             ("patch ids", batch.ids_shuffle.len(), self.batch * n_patches),
         ];
@@ -146,12 +148,7 @@ impl SlotProgram {
         sink: &mut dyn FnMut(usize, Tensor),
     ) -> Tensor {
         runtime::pin_threads();
-        let slot = Slot {
-            images_bchw: input.images_bchw.shallow_clone(),
-            weights_b: Tensor::from_slice(input.weights).to_device(self.device),
-            ids_shuffle: input.ids_shuffle,
-            draws: &input.draws,
-        };
+        let slot = self.slot(input);
         let leaves: Vec<&Tensor> =
             self.completion.iter().map(|&block| &weights.tensors()[block]).collect();
         let compute = || self.loss.loss(weights, &slot);
@@ -171,16 +168,23 @@ impl SlotProgram {
         loss.detach()
     }
 
+    /// Puts a slot's data where the weights are.
+    fn slot<'a>(&self, input: &'a SlotInput<'_>) -> Slot<'a> {
+        Slot {
+            images_bchw: input.images_bchw.shallow_clone(),
+            weights_b: Tensor::from_slice(input.weights).to_device(self.device),
+            weights: input.weights,
+            ids_shuffle: input.ids_shuffle,
+            draws: &input.draws,
+            labels: input.labels,
+        }
+    }
+
     /// Predicts the patches of any number of images, on the host; nothing where the objective
     /// predicts no pixels.
     pub fn predict(&self, weights: &Weights, input: &SlotInput<'_>) -> Option<Vec<f32>> {
         runtime::pin_threads();
-        let slot = Slot {
-            images_bchw: input.images_bchw.shallow_clone(),
-            weights_b: Tensor::from_slice(input.weights).to_device(self.device),
-            ids_shuffle: input.ids_shuffle,
-            draws: &input.draws,
-        };
+        let slot = self.slot(input);
         let pred_blp = tch::no_grad(|| self.loss.predict(weights, &slot))?;
         let pred_blp = pred_blp.to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
         Some(values::<f32>(&pred_blp).to_vec())
@@ -235,7 +239,14 @@ impl SlotProgram {
         let images_bchw = unsafe { view(&images, &self.image_shape()) }.to_device(self.device);
         let draws = (0..self.batch as u64).map(|i| Draws::new(PROBE_SEED, Tag::User, 0, i));
         let draws: Vec<Draws> = draws.collect();
-        let input = SlotInput { images_bchw, ids_shuffle: &ids_shuffle, weights: &weights, draws };
+        let labels: Vec<Option<u32>> = (0..self.batch as u32).map(|i| Some(i % 2)).collect();
+        let input = SlotInput {
+            images_bchw,
+            ids_shuffle: &ids_shuffle,
+            weights: &weights,
+            draws,
+            labels: &labels,
+        };
         let copy = self.leaves(Weights::copy_of(&self.layout, &param).to_device(self.device));
         let mut digests: Vec<Crc64> = vec![Crc64::default(); self.layout.n_blocks()];
         let loss = self.differentiate(&copy, &input, &mut |block, grad| {

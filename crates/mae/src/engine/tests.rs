@@ -27,6 +27,7 @@ fn batch(setup: &EngineSetup, index: u32) -> SlotBatch {
     let order = |s: &SampleId| MaskOrder::draw(3, 0, s.0, model.n_patches()).ids_shuffle;
     SlotBatch {
         slot: Slot { step: Step(4), index },
+        labels: (0..setup.slot_batch).map(|i| Some(i % 2)).collect(),
         weights: vec![1.0; samples.len()],
         pixels: (0..n_bytes).map(|i| ((i * 31 + index as usize * 17) % 253) as u8).collect(),
         ids_shuffle: samples.iter().flat_map(order).collect(),
@@ -97,8 +98,13 @@ fn pieces_of_a_backward_pass_change_no_bits() {
                 (program.leaves(weights), view(&images, &program.image_shape()))
             };
             let (ids_shuffle, weights) = (&batch.ids_shuffle[..], (weights, &batch.weights[..]));
-            let input =
-                SlotInput { images_bchw, ids_shuffle, weights: weights.1, draws: Vec::new() };
+            let input = SlotInput {
+                images_bchw,
+                ids_shuffle,
+                weights: weights.1,
+                draws: Vec::new(),
+                labels: &[],
+            };
             let mut grads: Vec<(usize, Crc64)> = Vec::new();
             let loss = program.differentiate(&weights.0, &input, &mut |block, grad| {
                 grads.push((block, Crc64::of_f32(values(&grad))));
@@ -136,8 +142,13 @@ fn alignment_of_the_parameters_does_not_change_bits() {
                 (weights, view(&images, &program.image_shape()))
             };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
-            let input =
-                SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws: Vec::new() };
+            let input = SlotInput {
+                images_bchw,
+                ids_shuffle,
+                weights: weights_b,
+                draws: Vec::new(),
+                labels: &[],
+            };
             let mut sum = Crc64::default();
             let loss = program.differentiate(&weights, &input, &mut |_, grad| {
                 sum = sum.then(Crc64::of_f32(values(&grad)));

@@ -38,6 +38,7 @@ pub fn contract(
         n_slots: 4,
         precision,
         device: format!("{:?}", place.device).to_lowercase(),
+        task: None,
     };
     let backend = OnDevice { place: place.clone() };
     lacuna_worker::conformance::run(&spec, &backend);

@@ -25,7 +25,7 @@ fn rows_show_the_original_and_keep_visible_patches() {
     let (model, random) = (frozen(1), frozen(2));
     let ids: Vec<u32> = (0..2).flat_map(|i| MaskOrder::draw(5, 0, i, 16).ids_shuffle).collect();
     let pixels = images(2);
-    let sheet = draw_rows(&model, &random, &pixels, &ids);
+    let sheet = draw_rows(&model, &random, &pixels, &ids, Statistics::Visible);
     // Four pictures of 8 × 4 pixels with five gaps across; two rows and three gaps down.
     assert_eq!(sheet.dimensions(), (4 * 32 + 5 * 2, 2 * 32 + 3 * 2));
     let at = |column: u32, row: u32, y: usize, x: usize| {
@@ -63,12 +63,19 @@ fn removed_patches_do_not_leak() {
             other[pixel * 3..pixel * 3 + 3].fill(255);
         }
     }
-    let filled = |pixels: &[u8]| {
+    let filled = |pixels: &[u8], statistics| {
         let pred = model.predict(pixels, &ids);
-        let (kept, removed) = ids.split_at(4);
-        fill_in(scale, &geometry, &geometry.patches(pixels), &pred, kept, removed)
+        fill_in(scale, &geometry, &geometry.patches(pixels), &pred, ids.split_at(4), statistics)
     };
-    assert_eq!(filled(&pixels), filled(&other));
+    let visible = filled(&pixels, Statistics::Visible);
+    assert_eq!(visible, filled(&other, Statistics::Visible));
+    // With its own statistics, a patch that is white is shown white.
+    let told = filled(&other, Statistics::Truth);
+    assert_ne!(told, filled(&pixels, Statistics::Truth));
+    let (kept, removed) = ids.split_at(4);
+    let white = |id: &u32| told[*id as usize].iter().all(|x| (x - 1.0).abs() < 0.01);
+    assert!(removed.iter().all(white));
+    assert!(kept.iter().all(|&id| told[id as usize] == visible[id as usize]));
 }
 
 #[test]
@@ -88,9 +95,15 @@ fn pictures_are_written_as_png() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.png");
     let picture = RgbImage::from_pixel(3, 2, Rgb([1, 2, 3]));
-    write_png(&picture, &path).unwrap();
+    write_png(&picture, "said of it", &path).unwrap();
+    // The reader checks the CRC of every chunk.
     assert_eq!(image::open(&path).unwrap().to_rgb8(), picture);
-    let error = write_png(&picture, &folder.path().join("missing/rows.png")).unwrap_err();
+    let png = std::fs::read(&path).unwrap();
+    let chunk = b"\0\0\0\x1aiTXtDescription\0\0\0\0\0said of it";
+    assert!(png.windows(chunk.len()).any(|bytes| bytes == chunk));
+    // Of the specification: every PNG ends with this.
+    assert_eq!(crc32(b"IEND"), 0xae42_6082);
+    let error = write_png(&picture, "", &folder.path().join("missing/rows.png")).unwrap_err();
     assert!(error.to_string().contains("missing/rows.png"), "{error}");
 }
 
@@ -99,7 +112,7 @@ fn single_rows_are_those_of_the_sheet() {
     let (model, random) = (frozen(1), frozen(2));
     let (pixels, n) = (images(2), 2);
     let ids: Vec<u32> = (0..n).flat_map(|i| MaskOrder::draw(9, 0, i, 16).ids_shuffle).collect();
-    let sheet = draw_rows(&model, &random, &pixels, &ids);
+    let sheet = draw_rows(&model, &random, &pixels, &ids, Statistics::Visible);
     let (mean, std) = model.normalization();
     let scale = Scale { model: model.model(), mean, std };
     let rows = draw_each(scale, &pixels, &ids, &model.predict(&pixels, &ids));

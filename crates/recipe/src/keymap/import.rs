@@ -5,6 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
 
+mod infer;
+
+pub use infer::{Inferred, infer};
+
 use super::{ENCODER_PREFIX, HfNames, Mapped, Part, RESAVED_DECODER, hf, ours};
 use crate::model::ModelConfig;
 use crate::state::Layout;

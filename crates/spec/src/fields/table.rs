@@ -4,8 +4,8 @@ use lacuna_recipe::order::LANES_MAX;
 
 use super::{Field, Interval, Kind, Mark};
 use crate::run_spec::{
-    BadSamples, CHECKPOINT_SCHEMES, CacheMode, DATA_SCHEMES, Order, Precision, RECONSTRUCTIONS_MAX,
-    Reduce, Resume, WhenBusy,
+    BadSamples, CHECKPOINT_SCHEMES, CacheMode, DATA_SCHEMES, Optimizer, Order, Pool, Precision,
+    RECONSTRUCTIONS_MAX, Reduce, Resume, TaskKind, WhenBusy,
 };
 
 /// Version of the layout that this build reads.
@@ -30,6 +30,11 @@ const KEEP_LAST_MAX: u32 = 10_000;
 const INTERVAL_MAX: u32 = 1_000_000;
 /// Largest seed: TOML's integers end here.
 const SEED_MAX: u64 = i64::MAX as u64;
+/// Most classes: labels have 24 bits, and a head has a row for each.
+const CLASSES_MAX: u32 = 1 << 20;
+/// What `task.drop_path` does.
+const DROP_PATH: &str =
+    "fine-tuning: share of the last block's branches that are dropped, fewer before";
 /// Part of a whole.
 const SHARE: Interval = Interval::from(0.0, 1.0);
 
@@ -359,5 +364,62 @@ pub(super) const FIELDS: &[Field] = &[
         whole(1, RECONSTRUCTIONS_MAX),
         "8",
         "images that are drawn, the same each time, spread evenly over the data",
+    ),
+    maths(
+        "task.kind",
+        Kind::Word(TaskKind::WORDS),
+        "\"finetune\"",
+        "`finetune` learns classes with the whole encoder, `linear` with a linear map behind it",
+    ),
+    maths(
+        "task.encoder",
+        Kind::Place(&CHECKPOINT_SCHEMES),
+        "\"runs/mine\"",
+        "where the encoder comes from: a run's checkpoints, or weights of mae, timm or \
+         transformers; without it from the seed",
+    ),
+    maths("task.classes", whole(2, CLASSES_MAX), "10", "classes that labels are from"),
+    maths(
+        "task.pool",
+        Kind::Word(Pool::WORDS),
+        "\"avg\"",
+        "what the head reads: `avg`, the patches' mean (usual in fine-tuning), `cls`, or `pixels`",
+    ),
+    maths(
+        "task.optimizer",
+        Kind::Word(Optimizer::WORDS),
+        "\"adamw\"",
+        "`adamw` (usual in fine-tuning), `lars` (usual in probes) or `sgd`",
+    ),
+    maths(
+        "task.layer_decay",
+        Kind::Number(Interval::above(0.0, 1.0)),
+        "0.75",
+        "fine-tuning: a layer's learning rate to the next one's",
+    ),
+    maths("task.drop_path", Kind::Number(Interval::below(0.0, 1.0)), "0.1", DROP_PATH),
+    maths(
+        "task.mixup",
+        Kind::Number(Interval::from(0.0, 2.0)),
+        "0.8",
+        "fine-tuning: parameter of the Beta distribution by which images are blended, 0 off",
+    ),
+    maths(
+        "task.cutmix",
+        Kind::Number(Interval::from(0.0, 2.0)),
+        "1.0",
+        "fine-tuning: the same for boxes cut from another image; with both, half of the slots each",
+    ),
+    maths(
+        "task.label_smoothing",
+        Kind::Number(Interval::below(0.0, 1.0)),
+        "0.1",
+        "fine-tuning: share of a target that all classes have alike",
+    ),
+    maths(
+        "task.random_erasing",
+        Kind::Number(SHARE),
+        "0.25",
+        "fine-tuning: share of the images in which a box is filled with noise",
     ),
 ];

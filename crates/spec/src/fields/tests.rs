@@ -30,6 +30,9 @@ fn the_table_and_the_structs_agree() {
         "data.cache.size=500GB",
         "track.tensorboard=tb",
         "track.reconstructions.every=1ep",
+        "task.kind=finetune",
+        "task.encoder=runs/mine",
+        "task.classes=10",
     ];
     leaves(&mut found, "", &spec(&optional).to_json());
     found.sort();

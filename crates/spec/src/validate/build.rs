@@ -33,6 +33,7 @@ impl Reader<'_> {
         let elastic = self.elastic();
         let checkpoint = self.checkpoint();
         let track = self.track();
+        let task = self.task();
         self.across_sections(train.as_ref(), optim.as_ref(), elastic.as_ref());
         Some(RunSpec {
             schema: schema?,
@@ -44,6 +45,7 @@ impl Reader<'_> {
             elastic: elastic?,
             checkpoint: checkpoint?,
             track: track?,
+            task: task?,
         })
     }
 

@@ -24,6 +24,7 @@ fn spec() -> EngineSpec {
         n_slots: SLOTS,
         precision: lacuna_spec::Precision::F32,
         device: "cpu0".into(),
+        task: None,
     }
 }
 

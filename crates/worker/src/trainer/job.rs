@@ -110,6 +110,7 @@ impl Job {
             n_slots: self.spec.n_slots(),
             precision: self.spec.train.precision,
             device: device.to_string(),
+            task: self.spec.task.clone(),
         }
     }
 

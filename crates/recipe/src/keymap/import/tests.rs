@@ -252,3 +252,63 @@ fn other_files_are_refused() {
         "`cls_token` is a key of the reference or timm, `vit.layernorm.bias` one of Hugging Face's"
     );
 }
+
+fn inferred(tensors: &Tensors) -> Result<Inferred, MapError> {
+    let foreign: Vec<Foreign<'_>> =
+        tensors.iter().map(|(name, shape)| Foreign { name, dtype: "F32", shape }).collect();
+    infer(&foreign)
+}
+
+#[test]
+fn sizes_are_read_from_shapes() {
+    let sizes = |form, decoder| Inferred {
+        form,
+        patch_size: 2,
+        channels: 3,
+        width: 8,
+        depth: 2,
+        mlp_ratio: 4,
+        table_rows: Some(17),
+        decoder,
+    };
+    let whole_model = Some([8, 1]);
+    assert_eq!(inferred(&file(whole)).unwrap(), sizes(Form::Mae, whole_model));
+    assert_eq!(inferred(&file(v4)).unwrap(), sizes(Form::Hf4, whole_model));
+    assert_eq!(inferred(&file(v5)).unwrap(), sizes(Form::Hf5, whole_model));
+    assert_eq!(inferred(&file(resaved)).unwrap(), sizes(Form::HfResaved, whole_model));
+    assert_eq!(inferred(&file(encoder)).unwrap(), sizes(Form::Timm, None));
+    let mut bare = file(encoder);
+    bare.retain(|(name, _)| name != "pos_embed");
+    assert_eq!(inferred(&bare).unwrap().table_rows, None);
+}
+
+#[test]
+fn sizes_that_make_no_model_are_refused() {
+    let refused = |change: &dyn Fn(&mut Tensors)| {
+        let mut tensors = file(whole);
+        change(&mut tensors);
+        inferred(&tensors).unwrap_err().to_string()
+    };
+    let set = |tensors: &mut Tensors, name: &str, shape: &[u64]| {
+        let tensor = tensors.iter_mut().find(|(known, _)| known == name).unwrap();
+        tensor.1 = shape.to_vec();
+    };
+    let projection = "patch_embed.proj.weight";
+    assert_eq!(
+        refused(&|t| t.retain(|(name, _)| !name.starts_with("patch_embed"))),
+        "the patch size cannot be told: its tensor is missing\n  \
+         the number of channels cannot be told: its tensor is missing\n  \
+         the width cannot be told: its tensor is missing"
+    );
+    assert_eq!(
+        refused(&|t| set(t, projection, &[8, 3, 2, 4])),
+        "patches of 2x4 pixels are not square"
+    );
+    assert_eq!(refused(&|t| set(t, projection, &[8, 1 << 40, 2, 2])), {
+        "the number of channels is too large"
+    });
+    let odd = "an MLP of 32 is no multiple of the width 0";
+    assert_eq!(refused(&|t| set(t, projection, &[0, 3, 2, 2])), odd);
+    let name = format!("blocks.{}.norm1.bias", u64::MAX);
+    assert_eq!(refused(&|t| t.push((name.clone(), vec![8]))), "the number of blocks is too large");
+}

@@ -1,0 +1,293 @@
+//! The encoder that a classifier starts from, and a classifier that is only read.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use lacuna_checkpoint::import::{self, Given};
+use lacuna_checkpoint::layout::RunDir;
+use lacuna_checkpoint::load::load_params;
+use lacuna_checkpoint::{catalog, chain};
+use lacuna_recipe::digest::Crc64;
+use lacuna_recipe::init;
+use lacuna_recipe::keymap;
+use lacuna_recipe::model::{ModelConfig, ParamSpec};
+use lacuna_recipe::pos_embed::sincos_2d;
+use lacuna_recipe::state::Layout;
+use lacuna_recipe::step::Normalize;
+use lacuna_spec::{Pool, TaskKind, TaskSpec, parse_text};
+use tch::Tensor;
+
+use super::{Encoder, batch_normed, classifier_params, feature_width, finetuned_logits, own_name};
+use crate::runtime;
+use crate::weights::{Weights, values};
+
+/// An encoder that cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("encoder `{place}`: {why}")]
+pub struct EncoderError {
+    place: String,
+    why: String,
+}
+
+/// The tensors of a trained encoder, under timm's names, and its position table.
+#[derive(Clone, Debug)]
+pub struct EncoderWeights {
+    layout: Arc<Layout>,
+    params: Vec<f32>,
+    /// `[1 + l, d]`, row-major.
+    table: Vec<f32>,
+}
+
+impl EncoderWeights {
+    /// Reads the encoder of `model` from a run's newest checkpoint, or from weights of another
+    /// library.
+    pub fn read(place: &str, model: &ModelConfig) -> Result<Self, EncoderError> {
+        let failed = |why: String| EncoderError { place: place.to_string(), why };
+        let table = || sincos_2d(model.width as usize, model.grid());
+        let (source, params, table) = match run_dir(place).map_err(failed)? {
+            Some(dir) => {
+                let (source, params) = of_run(&dir).map_err(failed)?;
+                (source, params, table())
+            }
+            None => {
+                let weights = import::Weights::open(Path::new(place));
+                let weights = weights.map_err(|err| failed(chain(&err)))?;
+                let given = Given { heads: Some(model.heads), ..Given::default() };
+                let described = import::describe(&weights, &given);
+                let source = described.map_err(|err| failed(chain(&err)))?.config;
+                let read = import::read_model(&weights, &source);
+                let read = read.map_err(|err| failed(chain(&err)))?;
+                (source, read.params, read.encoder_table.unwrap_or_else(table))
+            }
+        };
+        check_sizes(&source, model).map_err(failed)?;
+        Ok(EncoderWeights::of(&source, &params, table))
+    }
+
+    /// Reads or draws the encoder that a task starts from.
+    pub fn of_task(task: &TaskSpec, model: &ModelConfig, seed: u64) -> Result<Self, EncoderError> {
+        match &task.encoder {
+            Some(place) => EncoderWeights::read(place, model),
+            None => Ok(EncoderWeights::fresh(model, seed)),
+        }
+    }
+
+    /// Draws an encoder that has learned nothing.
+    pub fn fresh(model: &ModelConfig, seed: u64) -> Self {
+        let layout = Layout::new(model.params());
+        let mut params: Vec<f32> = vec![0.0; layout.numel()];
+        for (block, spec) in layout.params().iter().enumerate() {
+            init::fill(spec, seed, &mut params[layout.range(block)]);
+        }
+        EncoderWeights::of(model, &params, sincos_2d(model.width as usize, model.grid()))
+    }
+
+    /// Takes the encoder's part of a model's parameters.
+    pub fn of(model: &ModelConfig, params: &[f32], table: Vec<f32>) -> Self {
+        let whole = Layout::new(model.params());
+        let is_encoder = |p: &&ParamSpec| keymap::timm(&p.name).is_some();
+        let layout = Layout::new(whole.params().iter().filter(is_encoder).cloned().collect());
+        let mut out: Vec<f32> = Vec::with_capacity(layout.numel());
+        for spec in layout.params() {
+            let block = whole.find(&spec.name).expect("it is one of the model's");
+            out.extend_from_slice(&params[whole.range(block)]);
+        }
+        EncoderWeights { layout, params: out, table }
+    }
+
+    /// Returns the tensors.
+    pub fn weights(&self) -> Weights {
+        Weights::copy_of(&self.layout, &self.params)
+    }
+
+    /// Returns the position table, `[1, 1 + l, d]`.
+    pub fn table(&self, model: &ModelConfig) -> Tensor {
+        Tensor::from_slice(&self.table).view([1, -1, i64::from(model.width)])
+    }
+
+    /// Computes a digest of everything.
+    pub fn digest(&self) -> Crc64 {
+        Crc64::of_f32(&self.params).then(Crc64::of_f32(&self.table))
+    }
+
+    /// Returns what a classifier's tensor begins with, where it is not drawn.
+    pub fn initial(&self, pool: Pool, name: &str) -> Option<&[f32]> {
+        if name == "pos_embed" {
+            return Some(&self.table);
+        }
+        let named = |spec: &ParamSpec| own_name(pool, &spec.name) == name;
+        let block = self.layout.params().iter().position(named)?;
+        Some(&self.params[self.layout.range(block)])
+    }
+}
+
+/// Returns the run whose folder or URL a place is.
+fn run_dir(place: &str) -> Result<Option<RunDir>, String> {
+    if let Some(dir) = RunDir::open_url(place) {
+        return dir.map(Some).map_err(|err| chain(&err));
+    }
+    let full = std::fs::canonicalize(place).map_err(|err| err.to_string())?;
+    let name = full.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+    let (Some(name), Some(root)) = (name, full.parent()) else { return Ok(None) };
+    let dir = RunDir::new(root, name);
+    Ok(dir.checkpoints().is_dir().then_some(dir))
+}
+
+fn of_run(dir: &RunDir) -> Result<(ModelConfig, Vec<f32>), String> {
+    let entries = catalog::list(dir).map_err(|err| chain(&err))?;
+    let newest = catalog::newest_good(&entries).ok_or("the run has no usable checkpoint")?;
+    let spec = parse_text("the checkpoint's spec", &newest.spec, &[]);
+    let spec = spec.map_err(|err| chain(&err))?.spec;
+    if spec.task.is_some() {
+        return Err("it is a run of a task, and not one that trained an encoder".to_string());
+    }
+    let layout = Layout::new(spec.model.params());
+    let wanted = |param: &ParamSpec| keymap::timm(&param.name).is_some();
+    let params = load_params(dir, newest, &layout, wanted).map_err(|err| chain(&err))?;
+    Ok((spec.model, params))
+}
+
+/// Refuses an encoder of other sizes.
+fn check_sizes(source: &ModelConfig, model: &ModelConfig) -> Result<(), String> {
+    let sizes = |m: &ModelConfig| {
+        [
+            ("model.img_size[0]", m.img_size[0]),
+            ("model.img_size[1]", m.img_size[1]),
+            ("model.patch_size", m.patch_size),
+            ("model.channels", m.channels),
+            ("model.width", m.width),
+            ("model.depth", m.depth),
+            ("model.heads", m.heads),
+            ("model.mlp_ratio", m.mlp_ratio),
+        ]
+    };
+    let differ: Vec<String> = sizes(source)
+        .into_iter()
+        .zip(sizes(model))
+        .filter(|(theirs, ours)| theirs != ours)
+        .map(|((key, theirs), (_, ours))| format!("`{key}` is {theirs} there and {ours} here"))
+        .collect();
+    if differ.is_empty() { Ok(()) } else { Err(differ.join("; ")) }
+}
+
+/// A classifier that is only read.
+#[derive(Debug)]
+pub struct Head {
+    task: TaskSpec,
+    model: ModelConfig,
+    weights: Weights,
+    /// What a probe reads features with.
+    frozen: Option<Encoder>,
+    normalize: Normalize,
+    /// Mean and variance of a probe's features, `[d]`.
+    statistics: Option<[Tensor; 2]>,
+}
+
+impl Head {
+    /// Takes the parameters of a classifier, flat in the layout of [`classifier_params`].
+    ///
+    /// `mean` and `std` have one value per channel, in units of full brightness.
+    pub fn new(
+        task: &TaskSpec,
+        model: &ModelConfig,
+        (mean, std): (&[f64], &[f64]),
+        encoder: Option<&EncoderWeights>,
+        params: &[f32],
+    ) -> Self {
+        let layout = Layout::new(classifier_params(task, model));
+        let frozen = encoder
+            .filter(|_| task.kind == TaskKind::Linear)
+            .map(|encoder| Encoder::new(model, &encoder.weights(), encoder.table(model)));
+        Head {
+            task: task.clone(),
+            model: model.clone(),
+            weights: Weights::copy_of(&layout, params),
+            frozen,
+            normalize: Normalize::new(mean, std),
+            statistics: None,
+        }
+    }
+
+    /// Returns the same again for another thread; the parameters are shared.
+    pub fn share(&self) -> Self {
+        let share = |[mean_d, var_d]: &[Tensor; 2]| [mean_d.shallow_clone(), var_d.shallow_clone()];
+        Head {
+            task: self.task.clone(),
+            model: self.model.clone(),
+            weights: self.weights.share(),
+            frozen: self.frozen.as_ref().map(Encoder::share),
+            normalize: self.normalize.clone(),
+            statistics: self.statistics.as_ref().map(share),
+        }
+    }
+
+    /// Returns the number of classes.
+    pub fn n_classes(&self) -> usize {
+        self.task.classes as usize
+    }
+
+    /// Returns the number of values that the head reads.
+    pub fn feature_width(&self) -> usize {
+        feature_width(&self.task, &self.model)
+    }
+
+    /// Returns whether it needs statistics of its training set's features first.
+    pub fn wants_statistics(&self) -> bool {
+        self.task.kind == TaskKind::Linear && self.statistics.is_none()
+    }
+
+    /// Computes what a probe's head reads of images `pixels` `[b, h, w, c]`, before the batch norm:
+    /// `[b, d]`.
+    pub fn features(&self, pixels: &[u8]) -> Vec<f32> {
+        runtime::pin_threads();
+        tch::no_grad(|| values::<f32>(&self.pooled(pixels).contiguous()).to_vec())
+    }
+
+    /// Takes sums of features and of their squares over `n` images, `[d]` each.
+    pub fn set_statistics(&mut self, n: u64, sums: &[f64], squares: &[f64]) {
+        let mean: Vec<f32> = sums.iter().map(|sum| (sum / n as f64) as f32).collect();
+        let var = sums.iter().zip(squares).map(|(sum, square)| {
+            let mean = sum / n as f64;
+            (square / n as f64 - mean * mean).max(0.0) as f32
+        });
+        let var: Vec<f32> = var.collect();
+        self.statistics = Some([Tensor::from_slice(&mean), Tensor::from_slice(&var)]);
+    }
+
+    /// Computes logits `[b, k]` of images `pixels` `[b, h, w, c]`.
+    ///
+    /// # Panics
+    /// If a probe has no statistics yet.
+    pub fn logits(&self, pixels: &[u8]) -> Vec<f32> {
+        runtime::pin_threads();
+        let logits_bk = tch::no_grad(|| match self.task.kind {
+            TaskKind::Finetune => {
+                let images_bchw = self.images(pixels);
+                finetuned_logits(&self.task, &self.model, &self.weights, &images_bchw, None)
+            }
+            TaskKind::Linear => {
+                let statistics = self.statistics.as_ref().expect("a probe has statistics");
+                let normed_bd = batch_normed(&self.pooled(pixels), statistics);
+                crate::vit::Linear::new(&self.weights, "head").forward(&normed_bd)
+            }
+        });
+        values::<f32>(&logits_bk.contiguous()).to_vec()
+    }
+
+    fn pooled(&self, pixels: &[u8]) -> Tensor {
+        if self.task.pool == Pool::Pixels {
+            return self.images(pixels).flatten(1, -1);
+        }
+        let encoder = self.frozen.as_ref().expect("a probe has an encoder");
+        let tokens_bnd = encoder.tokens(&self.images(pixels), None);
+        encoder.pooled(&tokens_bnd, self.task.pool)
+    }
+
+    fn images(&self, pixels: &[u8]) -> Tensor {
+        let [height, width] = self.model.img_size;
+        let mut normal: Vec<f32> = vec![0.0; pixels.len()];
+        self.normalize.apply(pixels, (height * width) as usize, &mut normal);
+        let shape = [-1, i64::from(self.model.channels), i64::from(height), i64::from(width)];
+        Tensor::from_slice(&normal).view(shape)
+    }
+}

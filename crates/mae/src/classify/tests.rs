@@ -1,0 +1,190 @@
+use lacuna_recipe::adamw::AdamW;
+use lacuna_recipe::state::{Layout, Section};
+use lacuna_recipe::step::SlotBatch;
+use lacuna_spec::{Optimizer, Precision};
+use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec, UpdateScalars};
+use lacuna_worker::fake::probe_batch;
+
+use super::*;
+use crate::engine::{EngineSetup, TaskEngine};
+use crate::frozen::FrozenMae;
+
+fn micro() -> ModelConfig {
+    ModelConfig::preset("micro").unwrap()
+}
+
+fn task(kind: TaskKind, pool: Pool) -> TaskSpec {
+    let finetune = kind == TaskKind::Finetune;
+    let on = |value: f64| if finetune { value } else { 0.0 };
+    TaskSpec {
+        kind,
+        encoder: None,
+        classes: 5,
+        pool,
+        optimizer: Optimizer::AdamW,
+        layer_decay: 1.0,
+        drop_path: on(0.2),
+        mixup: on(0.8),
+        cutmix: on(1.0),
+        label_smoothing: on(0.1),
+        random_erasing: on(0.25),
+    }
+}
+
+fn spec(task: TaskSpec) -> EngineSpec {
+    EngineSpec {
+        model: micro(),
+        seed: 5,
+        mean: vec![0.5; 3],
+        std: vec![0.25; 3],
+        slot_batch: 4,
+        n_slots: 4,
+        precision: Precision::F32,
+        device: "cpu0".into(),
+        task: Some(task),
+    }
+}
+
+struct FromSeed;
+
+fn engine(spec: &EngineSpec) -> TaskEngine {
+    let setup = EngineSetup {
+        model: spec.model.clone(),
+        seed: spec.seed,
+        mean: spec.mean.clone(),
+        std: spec.std.clone(),
+        slot_batch: spec.slot_batch,
+        precision: spec.precision,
+    };
+    let encoder = Arc::new(EncoderWeights::fresh(&spec.model, spec.seed));
+    TaskEngine::new(setup, spec.task.as_ref().unwrap(), encoder).unwrap()
+}
+
+impl Backend for FromSeed {
+    fn library(&self) -> String {
+        "libtorch".into()
+    }
+
+    fn trainer_env(&self, _device: &str) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    fn prepare(&self, _device: &str) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
+        Ok(Box::new(engine(spec)))
+    }
+}
+
+#[test]
+fn engines_of_tasks_keep_the_contract() {
+    for (kind, pool) in [
+        (TaskKind::Finetune, Pool::Avg),
+        (TaskKind::Finetune, Pool::Cls),
+        (TaskKind::Linear, Pool::Cls),
+        (TaskKind::Linear, Pool::Avg),
+        (TaskKind::Linear, Pool::Pixels),
+    ] {
+        lacuna_worker::conformance::run_from_elsewhere(&spec(task(kind, pool)), &FromSeed);
+    }
+}
+
+fn batch() -> SlotBatch {
+    probe_batch(&micro(), 4)
+}
+
+fn gradient(engine: &mut TaskEngine, batch: &SlotBatch) -> (f32, Vec<f32>) {
+    let layout = engine.layout().clone();
+    let mut flat = vec![0f32; layout.numel()];
+    let loss = engine
+        .slot(batch, &mut |grad| flat[layout.range(grad.block)].copy_from_slice(grad.values))
+        .unwrap();
+    (loss, flat)
+}
+
+#[test]
+fn a_fine_tuned_model_starts_as_its_encoder() {
+    let (model, plain) = (micro(), task(TaskKind::Finetune, Pool::Cls));
+    let engine = engine(&spec(plain.clone()));
+    let layout = Layout::new(model.params());
+    let mut params = vec![0f32; layout.numel()];
+    for (block, spec) in layout.params().iter().enumerate() {
+        lacuna_recipe::init::fill(spec, 5, &mut params[layout.range(block)]);
+    }
+    let frozen = FrozenMae::new(&model, &[0.5; 3], &[0.25; 3], &params);
+    let cls = frozen.features(&batch().pixels).cls;
+    let mut own = vec![0f32; engine.layout().numel()];
+    engine.read(Section::Param, 0..own.len(), &mut own).unwrap();
+    let head = Head::new(&plain, &model, (&[0.5; 3], &[0.25; 3]), None, &own);
+    let logits = head.logits(&batch().pixels);
+    let weight = &own[engine.layout().range(engine.layout().find("head.weight").unwrap())];
+    for (i, logits) in logits.chunks_exact(5).enumerate() {
+        for (class, logit) in logits.iter().enumerate() {
+            let want: f32 = (0..8).map(|d| cls[i * 8 + d] * weight[class * 8 + d]).sum();
+            assert!((logit - want).abs() < 1e-6, "{logit} {want}");
+        }
+    }
+}
+
+#[test]
+fn layers_learn_at_their_own_rates() {
+    let decays = TaskSpec { layer_decay: 0.5, ..task(TaskKind::Finetune, Pool::Avg) };
+    let mut engine = engine(&spec(decays));
+    let layout = engine.layout().clone();
+    let mut before = vec![0f32; layout.numel()];
+    engine.read(Section::Param, 0..before.len(), &mut before).unwrap();
+    let mean = vec![1f32; layout.numel()];
+    let adamw = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+    engine.apply(&mean, &UpdateScalars { lr: 1e-2, t: 1, adamw, decay_tokens: false }).unwrap();
+    let mut after = vec![0f32; layout.numel()];
+    engine.read(Section::Param, 0..after.len(), &mut after).unwrap();
+    let moved = |name: &str| {
+        let at = layout.range(layout.find(name).unwrap()).start;
+        f64::from(before[at] - after[at])
+    };
+    // Two blocks: tokens are three layers below the head.
+    for (name, scale) in [
+        ("head.bias", 1.0),
+        ("fc_norm.bias", 1.0),
+        ("blocks.1.mlp.fc1.bias", 0.5),
+        ("blocks.0.mlp.fc1.bias", 0.25),
+        ("cls_token", 0.125),
+        ("pos_embed", 0.125),
+    ] {
+        assert!((moved(name) - 1e-2 * scale).abs() < 1e-6, "{name}: {}", moved(name));
+    }
+}
+
+#[test]
+fn a_probe_learns_what_a_line_can_tell() {
+    let probe = TaskSpec { optimizer: Optimizer::Sgd, ..task(TaskKind::Linear, Pool::Pixels) };
+    let mut engine = engine(&spec(TaskSpec { classes: 4, ..probe }));
+    let batch = batch();
+    let adamw = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+    let first = gradient(&mut engine, &batch).0;
+    for t in 1..=30 {
+        let (_, mean) = gradient(&mut engine, &batch);
+        let update = UpdateScalars { lr: 1e-2, t, adamw: adamw.clone(), decay_tokens: false };
+        engine.apply(&mean, &update).unwrap();
+    }
+    let last = gradient(&mut engine, &batch).0;
+    assert!(first > 1.2 && last < 0.1, "from {first} to {last}");
+}
+
+#[test]
+fn a_label_beyond_the_classes_is_named() {
+    let mut engine = engine(&spec(task(TaskKind::Linear, Pool::Cls)));
+    let labels = vec![Some(0), Some(5), None, Some(1)];
+    let err = engine.slot(&SlotBatch { labels, ..batch() }, &mut |_| {}).unwrap_err();
+    assert!(err.to_string().contains("a label 5, and `task.classes` = 5"), "{err}");
+}
+
+#[test]
+fn the_probe_covers_the_encoder() {
+    let spec_of = |seed| EngineSpec { seed, ..spec(task(TaskKind::Linear, Pool::Cls)) };
+    let (one, other) = (engine(&spec_of(5)).probe().unwrap(), engine(&spec_of(6)).probe().unwrap());
+    assert_ne!(one, other);
+    assert_eq!(one, engine(&spec_of(5)).probe().unwrap());
+}

@@ -1,0 +1,190 @@
+//! Images of a data set in batches, computed on by several threads and handed over in order.
+
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::Args;
+use lacuna_checkpoint::chain;
+use lacuna_data::{Dataset, ImageShape, SampleReader};
+use lacuna_spec::units::grouped;
+use lacuna_types::SampleId;
+
+use super::io;
+
+/// Time between two lines of progress: a log stays readable.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Finished batches that wait for their turn in each thread's lane.
+const AHEAD: usize = 1;
+
+/// How the machine is used; results are the same bits for any number of threads.
+#[derive(Args, Debug)]
+pub struct ComputeArgs {
+    /// Images that are computed together.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]
+    batch: u32,
+    /// Threads [default: the machine's].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+}
+
+impl ComputeArgs {
+    /// Returns the images of a batch.
+    pub fn batch(&self) -> usize {
+        self.batch as usize
+    }
+
+    /// Returns the number of threads.
+    pub fn threads(&self) -> usize {
+        let here = || thread::available_parallelism().map_or(1, usize::from);
+        self.threads.map_or_else(here, |n| n as usize)
+    }
+}
+
+/// Opens a packed data set.
+pub fn open(path: &std::path::Path) -> anyhow::Result<Dataset> {
+    let opened = Dataset::open(path);
+    opened
+        .map_err(|error| io(format!("failed to open data `{}`: {}", path.display(), chain(&error))))
+}
+
+/// Samples of a data set in a given order.
+#[derive(Debug)]
+pub struct Images<'a> {
+    /// Where they are.
+    pub dataset: &'a Dataset,
+    /// What they become: the largest centred box, resized.
+    pub shape: ImageShape,
+    /// Which, in this order.
+    pub ids: &'a [u64],
+    /// How many at a time.
+    pub batch: usize,
+}
+
+impl Images<'_> {
+    /// Computes `work` of every batch's pixels `[b, h, w, c]` with one of `workers` each, and hands
+    /// the results over in order. Memory holds a few batches for each worker.
+    ///
+    /// `take` gets the first sample's place in the order and the result.
+    pub fn for_each<W: Send, T: Send>(
+        &self,
+        what: &str,
+        workers: Vec<W>,
+        work: impl Fn(&mut W, &[u8]) -> T + Sync,
+        mut take: impl FnMut(usize, T) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let n_batches = self.ids.len().div_ceil(self.batch);
+        let mut told = Instant::now();
+        let workers = workers.into_iter().map(|worker| (worker, SampleReader::default()));
+        let compute = |(worker, reader): &mut (W, SampleReader), i: usize| {
+            let pixels = self.read(reader, i)?;
+            Ok(work(worker, &pixels))
+        };
+        in_order(workers.collect(), n_batches, compute, |i, result| {
+            take(i * self.batch, result)?;
+            if told.elapsed() >= LINE_EVERY {
+                told = Instant::now();
+                let done = ((i + 1) * self.batch).min(self.ids.len());
+                let total = grouped(self.ids.len() as u64);
+                eprintln!("{what}: {} of {total} images", grouped(done as u64));
+            }
+            Ok(())
+        })
+    }
+
+    /// Reads the pixels of batch number `i`.
+    fn read(&self, reader: &mut SampleReader, i: usize) -> anyhow::Result<Vec<u8>> {
+        let end = self.ids.len().min((i + 1) * self.batch);
+        let ids = || self.ids[i * self.batch..end].iter().map(|&id| SampleId(id));
+        reader.expect(self.dataset, ids());
+        let mut pixels = vec![0u8; ids().len() * self.shape.bytes()];
+        for (id, out) in ids().zip(pixels.chunks_exact_mut(self.shape.bytes())) {
+            let read = reader.plain(self.dataset, id, self.shape, out);
+            read.map_err(|error| {
+                let hint = "`lacuna data verify` lists all that cannot be used";
+                io(format!("{}: {hint}", chain(&error)))
+            })?;
+        }
+        Ok(pixels)
+    }
+}
+
+/// Computes `work` of `0..n`, spread over a thread for each of `workers`; hands the results over
+/// in order; the first failure ends it.
+fn in_order<W: Send, T: Send>(
+    workers: Vec<W>,
+    n: usize,
+    work: impl Fn(&mut W, usize) -> anyhow::Result<T> + Sync,
+    mut take: impl FnMut(usize, T) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let n_lanes = workers.len();
+    assert!(n_lanes > 0, "at least one worker");
+    thread::scope(|scope| {
+        let mut lanes: Vec<Receiver<anyhow::Result<T>>> = Vec::new();
+        for (lane, mut worker) in workers.into_iter().enumerate() {
+            let (send, receive) = sync_channel(AHEAD);
+            lanes.push(receive);
+            let work = &work;
+            scope.spawn(move || {
+                for i in (lane..n).step_by(n_lanes) {
+                    let result = work(&mut worker, i);
+                    let failed = result.is_err();
+                    // Nobody listens any more where another one failed.
+                    if send.send(result).is_err() || failed {
+                        return;
+                    }
+                }
+            });
+        }
+        for i in 0..n {
+            let result = lanes[i % n_lanes].recv().context("a computing thread ended early")?;
+            take(i, result?)?;
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_come_in_order_for_any_number_of_workers() {
+        for n_workers in [1, 2, 3, 7, 40] {
+            let mut seen: Vec<(usize, usize)> = Vec::new();
+            let workers: Vec<usize> = vec![0; n_workers];
+            let work = |count: &mut usize, i: usize| {
+                *count += 1;
+                Ok(i * i)
+            };
+            in_order(workers, 23, work, |i, square| {
+                seen.push((i, square));
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(seen, (0..23).map(|i| (i, i * i)).collect::<Vec<_>>(), "{n_workers}");
+        }
+        in_order(vec![()], 0, |_, _| Ok(()), |_, ()| panic!("there is nothing")).unwrap();
+    }
+
+    #[test]
+    fn the_first_failure_ends_it() {
+        let mut taken = 0;
+        let work = |_: &mut (), i: usize| match i {
+            5 => anyhow::bail!("number five"),
+            _ => Ok(i),
+        };
+        let error = in_order(vec![(), ()], 1000, work, |_, _| {
+            taken += 1;
+            Ok(())
+        });
+        assert_eq!((error.unwrap_err().to_string(), taken), ("number five".to_string(), 5));
+        let stop =
+            |i: usize, _: usize| if i < 3 { Ok(()) } else { anyhow::bail!("the disk is full") };
+        let error = in_order(vec![(), ()], 1000, |_: &mut (), i| Ok(i), stop);
+        assert_eq!(error.unwrap_err().to_string(), "the disk is full");
+    }
+}

@@ -1,0 +1,213 @@
+//! `lacuna-worker eval classify`: how often a fine-tuned model or a probe names the right class.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::Args;
+use lacuna_checkpoint::catalog::{self, Entry};
+use lacuna_checkpoint::chain;
+use lacuna_checkpoint::layout::RunDir;
+use lacuna_checkpoint::load::{find_step, load_params};
+use lacuna_checkpoint::manifest::Manifest;
+use lacuna_data::Dataset;
+use lacuna_mae::classify::{EncoderWeights, Head, classifier_params};
+use lacuna_recipe::eval::metrics::Tally;
+use lacuna_recipe::state::Layout;
+use lacuna_spec::{RunSpec, TaskSpec, parse_text};
+use lacuna_types::{SampleId, Step, exit};
+use serde_json::{Value, json};
+
+use super::batches::{self, ComputeArgs, Images};
+use super::feature_file::Partial;
+use super::report::result_json;
+use super::source::{run_dir, shape_of};
+use super::{io, usage};
+
+/// `lacuna-worker eval classify`.
+#[derive(Args, Debug)]
+pub struct ClassifyArgs {
+    /// Folder or URL of the run's checkpoints, `<checkpoint.to>/<name>`; a run with a `[task]`.
+    run: PathBuf,
+    /// Packed and labelled images that are classified.
+    #[arg(long, value_name = "DIR")]
+    val: PathBuf,
+    /// Step of the checkpoint [default: the newest].
+    #[arg(long, conflicts_with = "all")]
+    step: Option<u64>,
+    /// Classify with every checkpoint, and say which is best.
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    compute: ComputeArgs,
+    /// Where the report goes, JSON.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+/// Format of the report.
+const SCHEMA: &str = "lacuna-eval-classify/1";
+
+/// Classifies the validation set and writes the report.
+pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
+    let dir = run_dir(&args.run)?
+        .ok_or_else(|| usage(format!("`{}` is no run's folder", args.run.display())))?;
+    let val = batches::open(&args.val)?;
+    let ids: Vec<u64> =
+        (0..val.n_samples()).filter(|id| val.label(SampleId(*id)).is_some()).collect();
+    if ids.is_empty() {
+        return Err(usage(format!("--val `{}` has no labels", args.val.display())));
+    }
+    let mut results: Vec<(u64, Tally)> = Vec::new();
+    let mut n_classes = 0;
+    for manifest in manifests(&dir, args)? {
+        let (spec, task) = task_of(&manifest)?;
+        n_classes = task.classes.max(val.index().n_classes());
+        let head = load(&dir, &manifest, &spec, &task, args)?;
+        let tally = judge(&head, &spec, (&val, &ids), args)?;
+        println!(
+            "step {:>8}  top-1 {:6.2}%  top-5 {:6.2}%  per class {:6.2}%",
+            manifest.step,
+            100.0 * tally.top1(),
+            100.0 * tally.top5(),
+            100.0 * tally.mean_per_class()
+        );
+        results.push((manifest.step, tally));
+    }
+    // Of equal ones the earlier: what came after did not help.
+    let best = results.iter().max_by(|(a, x), (b, y)| x.top1().total_cmp(&y.top1()).then(b.cmp(a)));
+    let best = best.map(|(step, _)| *step).expect("there is a checkpoint");
+    if results.len() > 1 {
+        println!("best: step {best}");
+    }
+    let report = report(args, &results, best, n_classes);
+    let mut file = Partial::create(&args.out)?;
+    file.write(format!("{report}\n").as_bytes())?;
+    file.publish()?;
+    println!("{}: the report, with classes and confusion matrices", args.out.display());
+    Ok(exit::OK)
+}
+
+fn report(args: &ClassifyArgs, results: &[(u64, Tally)], best: u64, n_classes: u32) -> Value {
+    let one = |(step, tally): &(u64, Tally)| {
+        let mut out = result_json(tally, n_classes);
+        out["step"] = json!(step);
+        out
+    };
+    json!({
+        "schema": SCHEMA,
+        "run": args.run,
+        "val": args.val,
+        "classes": n_classes,
+        "best_step": best,
+        "results": results.iter().map(one).collect::<Vec<Value>>(),
+    })
+}
+
+/// Lists the checkpoints that are asked for.
+fn manifests(dir: &RunDir, args: &ClassifyArgs) -> anyhow::Result<Vec<Manifest>> {
+    if let Some(step) = args.step {
+        return Ok(vec![find_step(dir, Step(step)).map_err(|err| io(chain(&err)))?]);
+    }
+    let entries = catalog::list(dir).map_err(|err| io(chain(&err)))?;
+    let none = || io(format!("the run `{}` has no usable checkpoint", args.run.display()));
+    if args.all {
+        let mut all: Vec<Manifest> = entries.iter().filter_map(Entry::good).cloned().collect();
+        all.sort_by_key(|manifest| manifest.step);
+        return if all.is_empty() { Err(none()) } else { Ok(all) };
+    }
+    Ok(vec![catalog::newest_good(&entries).cloned().ok_or_else(none)?])
+}
+
+/// Returns the spec of a checkpoint and its task.
+fn task_of(manifest: &Manifest) -> anyhow::Result<(RunSpec, TaskSpec)> {
+    let spec = parse_text("the checkpoint's spec", &manifest.spec, &[])
+        .context("read the spec stored in the checkpoint")?
+        .spec;
+    let task = spec.task.clone().ok_or_else(|| {
+        usage("the run has no `[task]`: it fills in patches, and `eval knn` judges its features")
+    })?;
+    Ok((spec, task))
+}
+
+fn load(
+    dir: &RunDir,
+    manifest: &Manifest,
+    spec: &RunSpec,
+    task: &TaskSpec,
+    args: &ClassifyArgs,
+) -> anyhow::Result<Head> {
+    let layout = Layout::new(classifier_params(task, &spec.model));
+    let params = load_params(dir, manifest, &layout, |_| true).map_err(|err| io(chain(&err)))?;
+    let encoder = EncoderWeights::of_task(task, &spec.model, spec.train.seed);
+    let encoder = encoder.map_err(|err| io(chain(&err)))?;
+    let scale = (&spec.data.mean[..], &spec.data.std[..]);
+    let mut head = Head::new(task, &spec.model, scale, Some(&encoder), &params);
+    if head.wants_statistics() {
+        let train = batches::open(Path::new(&spec.data.shards))?;
+        take_statistics(&mut head, spec, &train, args)?;
+    }
+    Ok(head)
+}
+
+/// Computes what a probe's batch norm divides by over the whole training set, so that it does not
+/// depend on batches.
+fn take_statistics(
+    head: &mut Head,
+    spec: &RunSpec,
+    train: &Dataset,
+    args: &ClassifyArgs,
+) -> anyhow::Result<()> {
+    let ids: Vec<u64> = (0..train.n_samples()).collect();
+    let (mut sums, mut squares): (Vec<f64>, Vec<f64>) = (Vec::new(), Vec::new());
+    let images = Images {
+        dataset: train,
+        shape: shape_of(&spec.model),
+        ids: &ids,
+        batch: args.compute.batch(),
+    };
+    let workers: Vec<Head> = threads(args, &ids).map(|_| head.share()).collect();
+    let work = |head: &mut Head, pixels: &[u8]| head.features(pixels);
+    images.for_each("train", workers, work, |_, features| {
+        let width = head.feature_width();
+        sums.resize(width, 0.0);
+        squares.resize(width, 0.0);
+        for row in features.chunks_exact(width) {
+            for ((sum, square), x) in sums.iter_mut().zip(&mut squares).zip(row) {
+                *sum += f64::from(*x);
+                *square += f64::from(*x) * f64::from(*x);
+            }
+        }
+        Ok(())
+    })?;
+    head.set_statistics(ids.len() as u64, &sums, &squares);
+    Ok(())
+}
+
+fn threads(args: &ClassifyArgs, ids: &[u64]) -> std::ops::Range<usize> {
+    0..args.compute.threads().min(ids.len().div_ceil(args.compute.batch()))
+}
+
+/// Counts right and wrong predictions.
+fn judge(
+    head: &Head,
+    spec: &RunSpec,
+    (val, ids): (&Dataset, &[u64]),
+    args: &ClassifyArgs,
+) -> anyhow::Result<Tally> {
+    let images =
+        Images { dataset: val, shape: shape_of(&spec.model), ids, batch: args.compute.batch() };
+    let workers: Vec<Head> = threads(args, ids).map(|_| head.share()).collect();
+    let work = |head: &mut Head, pixels: &[u8]| head.logits(pixels);
+    let n_classes = head.n_classes();
+    let mut tally = Tally::default();
+    images.for_each("val", workers, work, |at, logits| {
+        for (row, id) in logits.chunks_exact(n_classes).zip(&ids[at..]) {
+            let mut ranked: Vec<u32> = (0..n_classes as u32).collect();
+            // Of equal logits the smaller class first.
+            ranked.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b)));
+            tally.add(val.label(SampleId(*id)).expect("it has one"), &ranked);
+        }
+        Ok(())
+    })?;
+    Ok(tally)
+}

@@ -1,0 +1,146 @@
+//! `lacuna-worker features`: what the encoder says about every image of a data set.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use lacuna_data::DECODER_ID;
+use lacuna_mae::frozen::{FrozenMae, Pool};
+use lacuna_spec::units::grouped;
+use lacuna_types::{SampleId, exit};
+
+use super::batches::{self, ComputeArgs, Images};
+use super::feature_file::{Content, FeatureFile, Format, labels_path};
+use super::source::{DecoderGiven, Need, SizeArgs, SourceArgs, shape_of};
+use super::usage;
+
+/// `lacuna-worker features`.
+#[derive(Args, Debug)]
+pub struct FeaturesArgs {
+    #[command(flatten)]
+    source: SourceArgs,
+    /// Packed images, a folder or URL; labels are taken from its index.
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// What of an image is its feature.
+    #[arg(long, value_enum, default_value = "cls")]
+    pool: PoolArg,
+    #[command(flatten)]
+    size: SizeArgs,
+    #[command(flatten)]
+    compute: ComputeArgs,
+    /// Format of the file [default: by the ending of its name].
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+    /// Where the features go.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Write over an earlier file.
+    #[arg(long)]
+    force: bool,
+}
+
+/// What of an image is its feature; all after the final norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PoolArg {
+    /// The class token.
+    Cls,
+    /// The mean of the patch tokens.
+    Mean,
+    /// Class token and all patch tokens.
+    Tokens,
+}
+
+impl PoolArg {
+    fn pool(self) -> Pool {
+        match self {
+            PoolArg::Cls => Pool::Cls,
+            PoolArg::Mean => Pool::Mean,
+            PoolArg::Tokens => Pool::Tokens,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            PoolArg::Cls => "cls",
+            PoolArg::Mean => "mean",
+            PoolArg::Tokens => "tokens",
+        }
+    }
+}
+
+/// Writes the features of every sample, in the order of the index.
+pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
+    let format = format(args)?;
+    refuse_existing(args, format)?;
+    let loaded = args.source.load(Need::Encoder, DecoderGiven::default())?;
+    let (model, table) = loaded.build(&args.size)?;
+    let dataset = batches::open(&args.data)?;
+    let (pool, n) = (args.pool.pool(), dataset.n_samples());
+    let [height, width] = model.model().img_size;
+    let content = Content {
+        labels: (0..n).map(|id| dataset.label(SampleId(id))).collect(),
+        shape: model.feature_shape(pool),
+        metadata: vec![
+            ("lacuna.data", dataset.fingerprint().to_string()),
+            ("lacuna.decoder", DECODER_ID.to_string()),
+            ("lacuna.img_size", format!("{height}x{width}")),
+            ("lacuna.pool", args.pool.name().to_string()),
+            ("lacuna.position_table", table.clone()),
+            ("lacuna.source", loaded.origin.to_string()),
+        ],
+    };
+    let shape = content.shape.clone();
+    let n_labelled = content.labels.iter().flatten().count();
+    let mut file = FeatureFile::create(&args.out, format, content)?;
+    let ids: Vec<u64> = (0..n).collect();
+    let batch = args.compute.batch();
+    let images = Images { dataset: &dataset, shape: shape_of(model.model()), ids: &ids, batch };
+    let n_threads = args.compute.threads().min(ids.len().div_ceil(batch));
+    let workers: Vec<FrozenMae> = (0..n_threads).map(|_| model.share()).collect();
+    let work = |model: &mut FrozenMae, pixels: &[u8]| model.pooled(pixels, pool);
+    images.for_each("features", workers, work, |_, rows| file.push(&rows))?;
+    let files = file.finish()?;
+    let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+    let sides: Vec<String> = shape.iter().map(usize::to_string).collect();
+    println!(
+        "{}: {} x {} features ({}, {height}x{width} pixels) of `{}` by {}, {} of them labelled\n\
+         position table: {table}",
+        names.join(" and "),
+        grouped(n),
+        sides.join(" x "),
+        args.pool.name(),
+        args.data.display(),
+        loaded.origin,
+        grouped(n_labelled as u64),
+    );
+    Ok(exit::OK)
+}
+
+/// Returns the format asked for, or that of the name's ending.
+fn format(args: &FeaturesArgs) -> anyhow::Result<Format> {
+    let ending = args.out.extension().and_then(|ending| ending.to_str());
+    match (args.format, ending) {
+        (Some(format), _) => Ok(format),
+        (None, Some("npy")) => Ok(Format::Npy),
+        (None, Some("safetensors")) => Ok(Format::Safetensors),
+        (None, _) => Err(usage(format!(
+            "--out `{}` ends neither in .npy nor in .safetensors: give --format",
+            args.out.display()
+        ))),
+    }
+}
+
+/// Hours of work are not written over by accident.
+fn refuse_existing(args: &FeaturesArgs, format: Format) -> anyhow::Result<()> {
+    let labels = labels_path(&args.out);
+    let mut files: Vec<&Path> = vec![&args.out];
+    if format == Format::Npy {
+        files.push(&labels);
+    }
+    match files.iter().find(|file| file.exists()) {
+        Some(file) if !args.force => {
+            Err(usage(format!("`{}` is there: write over it with --force", file.display())))
+        }
+        _ => Ok(()),
+    }
+}

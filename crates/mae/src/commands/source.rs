@@ -1,0 +1,386 @@
+//! Where a model comes from: checkpoints of a run, or a weights file of any library.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use lacuna_checkpoint::import::{
+    DescribeError, Described, Given, ImportError, Weights, describe, read_model,
+};
+use lacuna_checkpoint::layout::RunDir;
+use lacuna_checkpoint::load::{find_step, load_params};
+use lacuna_checkpoint::{catalog, chain};
+use lacuna_data::ImageShape;
+use lacuna_mae::frozen::{FrozenMae, OwnTables};
+use lacuna_mae::pos_resize::{Resample, resize_table};
+use lacuna_recipe::keymap::import::Form;
+use lacuna_recipe::keymap::timm;
+use lacuna_recipe::model::{ModelConfig, ParamSpec};
+use lacuna_recipe::pos_embed::sincos_2d;
+use lacuna_recipe::state::Layout;
+use lacuna_spec::parse_text;
+use lacuna_types::Step;
+
+use super::{io, usage};
+
+/// Mean and deviation of ImageNet's channels, which MAE and timm's `.mae` models are trained with.
+const IMAGENET: ([f64; 3], [f64; 3]) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
+
+/// Which model is used.
+#[derive(Args, Debug)]
+pub struct SourceArgs {
+    /// Folder or URL of a run's checkpoints, `<checkpoint.to>/<name>`; or weights: a .safetensors
+    /// file (of `lacuna ckpt export`, the reference, timm), or a folder of transformers.
+    source: PathBuf,
+    /// Step of the run's checkpoint [default: the newest].
+    #[arg(long)]
+    step: Option<u64>,
+    /// Attention heads of the encoder, where a weights file does not say.
+    #[arg(long, value_name = "N")]
+    heads: Option<u32>,
+    /// Mean of each channel (0 to 1), where a weights file does not say: `0.5,0.5,0.5`.
+    #[arg(long, value_delimiter = ',', value_name = "M,…")]
+    mean: Vec<f64>,
+    /// Deviation of each channel, likewise.
+    #[arg(long, value_delimiter = ',', value_name = "S,…")]
+    std: Vec<f64>,
+}
+
+/// At which size images are encoded.
+#[derive(Args, Debug)]
+pub struct SizeArgs {
+    /// Height and width of images, `224` or `192x256` [default: the model's].
+    #[arg(long, value_name = "N|HxW", value_parser = parse_size)]
+    img_size: Option<[u32; 2]>,
+    /// How the position table becomes one for another size.
+    #[arg(long, value_enum, default_value = "auto")]
+    pos_resize: PosResize,
+}
+
+/// Ways to make a position table for another grid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PosResize {
+    /// A sine-cosine table is computed; any other is resampled as its library does.
+    Auto,
+    /// Bicubic, not antialiased: the reference and transformers.
+    Mae,
+    /// Bicubic, antialiased: timm.
+    Timm,
+}
+
+/// What a weights file may not say and only a decoder needs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DecoderGiven {
+    /// Attention heads of the decoder.
+    pub heads: Option<u32>,
+    /// Whether it predicts normalised patches.
+    pub norm_pix_loss: Option<bool>,
+}
+
+/// How much of a model is needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// The encoder; the decoder's parameters may be anything.
+    Encoder,
+    /// The decoder too.
+    Decoder,
+}
+
+/// A model in memory.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Its sizes, at the image size that it was trained or stored with.
+    pub model: ModelConfig,
+    /// Mean of each channel, in units of full brightness.
+    pub mean: Vec<f64>,
+    /// Deviation of each channel.
+    pub std: Vec<f64>,
+    /// Its parameters, laid out as [`Layout`] does.
+    pub params: Vec<f32>,
+    /// Where it comes from.
+    pub origin: Origin,
+    own: OwnTables,
+    /// How its library resamples tables.
+    resample: Resample,
+}
+
+/// Where a model comes from, for messages and reports.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// As the person named it.
+    pub source: String,
+    /// The checkpoint's step; nothing for weights files.
+    pub step: Option<u64>,
+    /// Whose names the weights file has.
+    pub form: Option<Form>,
+    /// The data set that the run trains on.
+    pub data: Option<String>,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}`", self.source)?;
+        self.step.map_or(Ok(()), |step| write!(f, " at step {step}"))
+    }
+}
+
+impl SourceArgs {
+    /// Loads the model.
+    pub fn load(&self, need: Need, decoder: DecoderGiven) -> anyhow::Result<Loaded> {
+        match run_dir(&self.source)? {
+            Some(dir) => self.load_run(&dir, need, decoder),
+            None => self.load_weights(need, decoder),
+        }
+    }
+
+    /// Loads parameters of a checkpoint.
+    fn load_run(&self, dir: &RunDir, need: Need, decoder: DecoderGiven) -> anyhow::Result<Loaded> {
+        let shown = self.source.display();
+        let flags = [
+            ("--heads", self.heads.is_some()),
+            ("--mean", !self.mean.is_empty()),
+            ("--std", !self.std.is_empty()),
+            ("--decoder-heads", decoder.heads.is_some()),
+            ("--norm-pix-loss", decoder.norm_pix_loss.is_some()),
+        ];
+        if let Some((flag, _)) = flags.iter().find(|(_, given)| *given) {
+            return Err(usage(format!("{flag} is for weights files: the run `{shown}` says it")));
+        }
+        let manifest = match self.step {
+            Some(step) => find_step(dir, Step(step)).map_err(|e| io(chain(&e)))?,
+            None => {
+                let entries = catalog::list(dir).map_err(|e| io(chain(&e)))?;
+                let newest = catalog::newest_good(&entries).cloned();
+                newest.ok_or_else(|| io(format!("the run `{shown}` has no usable checkpoint")))?
+            }
+        };
+        let spec = parse_text("the checkpoint's spec", &manifest.spec, &[])
+            .context("read the spec stored in the checkpoint")?
+            .spec;
+        let wanted = |param: &ParamSpec| need == Need::Decoder || timm(&param.name).is_some();
+        let layout = Layout::new(spec.model.params());
+        let params = load_params(dir, &manifest, &layout, wanted).map_err(|e| io(chain(&e)))?;
+        Ok(Loaded {
+            params,
+            mean: spec.data.mean.clone(),
+            std: spec.data.std.clone(),
+            origin: Origin {
+                source: shown.to_string(),
+                step: Some(manifest.step),
+                form: None,
+                data: Some(spec.data.shards.clone()),
+            },
+            own: OwnTables::default(),
+            resample: Resample::Plain,
+            model: spec.model,
+        })
+    }
+
+    /// Loads a weights file.
+    fn load_weights(&self, need: Need, decoder: DecoderGiven) -> anyhow::Result<Loaded> {
+        let shown = self.source.display().to_string();
+        if self.step.is_some() {
+            return Err(usage(format!("--step is for runs, and `{shown}` is none")));
+        }
+        let weights = Weights::open(&self.source).map_err(|e| unreadable(&self.source, e))?;
+        let given = Given {
+            heads: self.heads,
+            decoder_heads: decoder.heads,
+            norm_pix_loss: decoder.norm_pix_loss,
+            img_size: None,
+        };
+        let described = describe(&weights, &given).map_err(|e| undescribed(&self.source, e))?;
+        let Described { form, config: model, has_decoder, normalization, notices } = described;
+        if need == Need::Decoder && !has_decoder {
+            return Err(usage(format!(
+                "`{shown}` holds an encoder alone, and pictures need the decoder: give a run's \
+                 checkpoints, an export with `--layout mae` or `hf`, or a file with decoder \
+                 (mae_*_full or mae_visualize_*)"
+            )));
+        }
+        notices.iter().for_each(|notice| eprintln!("note: {notice}"));
+        let (mean, std) = self.normalization(&model, normalization)?;
+        let read = read_model(&weights, &model).map_err(|e| unreadable(&self.source, e))?;
+        if !read.ignored.is_empty() {
+            eprintln!("note: left out, no part of this model: {}", read.ignored.join(", "));
+        }
+        Ok(Loaded {
+            model,
+            mean,
+            std,
+            params: read.params,
+            origin: Origin { source: shown, step: None, form: Some(form), data: None },
+            own: OwnTables { encoder: read.encoder_table, decoder: read.decoder_table },
+            resample: if form == Form::Timm { Resample::Antialias } else { Resample::Plain },
+        })
+    }
+
+    /// Finds how pixels are normalised: as the flags say, the file, or ImageNet.
+    fn normalization(
+        &self,
+        model: &ModelConfig,
+        said: Option<(Vec<f64>, Vec<f64>)>,
+    ) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
+        let (said_mean, said_std) = match (said, model.channels) {
+            (Some((mean, std)), _) => (mean, std),
+            (None, 3) => {
+                if self.mean.is_empty() || self.std.is_empty() {
+                    eprintln!(
+                        "note: how pixels are normalised is not in the file: ImageNet's mean and \
+                         deviation are taken (--mean and --std change it)"
+                    );
+                }
+                (IMAGENET.0.to_vec(), IMAGENET.1.to_vec())
+            }
+            (None, _) => (Vec::new(), Vec::new()),
+        };
+        let choose = |given: &Vec<f64>, said| if given.is_empty() { said } else { given.clone() };
+        let (mean, std) = (choose(&self.mean, said_mean), choose(&self.std, said_std));
+        let n = model.channels as usize;
+        for (flag, values) in [("--mean", &mean), ("--std", &std)] {
+            if values.is_empty() {
+                return Err(usage(format!("how pixels are normalised is not in the file: {flag}")));
+            }
+            if values.len() != n {
+                let found = values.len();
+                return Err(usage(format!("{flag} has {found} values for {n} channels")));
+            }
+        }
+        if let Some(bad) = std.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
+            return Err(usage(format!("--std must be positive, not {bad}")));
+        }
+        if let Some(bad) = mean.iter().find(|m| !m.is_finite()) {
+            return Err(usage(format!("--mean must be finite, not {bad}")));
+        }
+        Ok((mean, std))
+    }
+}
+
+/// Returns the run whose folder or URL `path` is; nothing if it is something else.
+pub fn run_dir(path: &Path) -> anyhow::Result<Option<RunDir>> {
+    if let Some(dir) = path.to_str().and_then(RunDir::open_url) {
+        return dir.map(Some).map_err(|e| io(chain(&e)));
+    }
+    let full = std::fs::canonicalize(path)
+        .map_err(|error| io(format!("failed to open `{}`: {error}", path.display())))?;
+    let name = full.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+    let (Some(name), Some(root)) = (name, full.parent()) else { return Ok(None) };
+    let dir = RunDir::new(root, name);
+    Ok((dir.checkpoints().is_dir() || dir.run_file().is_file()).then_some(dir))
+}
+
+/// Tells files that are something else from disks that do not read.
+fn unreadable(path: &Path, error: ImportError) -> anyhow::Error {
+    match error {
+        ImportError::Fs(_) | ImportError::Unsound { .. } => io(chain(&error)),
+        ImportError::Nothing { path } => usage(format!(
+            "`{}` is neither the folder of a run's checkpoints nor one with a .safetensors file",
+            path.display()
+        )),
+        ImportError::Map(_) | ImportError::Mismatch { .. } | ImportError::NotFinite { .. } => {
+            usage(format!("`{}`: {}", path.display(), chain(&error)))
+        }
+        _ => usage(chain(&error)),
+    }
+}
+
+fn undescribed(path: &Path, error: DescribeError) -> anyhow::Error {
+    let flag = match &error {
+        DescribeError::Import(_) => None,
+        DescribeError::Heads { stack: "encoder", .. } => Some(": give --heads"),
+        DescribeError::Heads { .. } => Some(": give --decoder-heads"),
+        DescribeError::ImgSize { .. } | DescribeError::Sizes { .. } => Some(""),
+    };
+    match (error, flag) {
+        (DescribeError::Import(error), _) => unreadable(path, error),
+        (error, flag) => {
+            usage(format!("`{}`: {}{}", path.display(), error, flag.unwrap_or_default()))
+        }
+    }
+}
+
+impl Loaded {
+    /// Builds the model for images of the wanted size; returns it and what its position table is.
+    pub fn build(&self, args: &SizeArgs) -> anyhow::Result<(FrozenMae, String)> {
+        let img_size = args.img_size.unwrap_or(self.model.img_size);
+        let model = ModelConfig { img_size, ..self.model.clone() };
+        let problems: Vec<String> = model.problems().iter().map(ToString::to_string).collect();
+        if !problems.is_empty() {
+            return Err(usage(format!("--img-size does not fit: {}", problems.join("; "))));
+        }
+        let ([h, w], channels) = (img_size, model.channels);
+        if !shape_of(&model).is_supported() {
+            return Err(usage(format!(
+                "images of {h}x{w} with {channels} channels cannot be made"
+            )));
+        }
+        let (from, to) = (self.model.grid(), model.grid());
+        let [rows, columns] = to;
+        let width = model.width as usize;
+        let resample = match args.pos_resize {
+            PosResize::Auto => self.own.encoder.is_some().then_some(self.resample),
+            PosResize::Mae => Some(Resample::Plain),
+            PosResize::Timm => Some(Resample::Antialias),
+        };
+        let whose = if self.own.encoder.is_some() { "the file's own" } else { "sine-cosine" };
+        let (table, note) = match resample.filter(|_| from != to) {
+            Some(resample) => {
+                let stored = self.own.encoder.clone().unwrap_or_else(|| sincos_2d(width, from));
+                let how = match resample {
+                    Resample::Plain => "bicubic without antialiasing, as mae and transformers do",
+                    Resample::Antialias => "bicubic with antialiasing, as timm does",
+                };
+                let [from_rows, from_columns] = from;
+                let note = format!(
+                    "{whose}, resized from {from_rows} x {from_columns} to {rows} x {columns} \
+                     patches ({how})"
+                );
+                (Some(resize_table(&stored, width, from, to, resample)), note)
+            }
+            None if self.own.encoder.is_some() => {
+                (self.own.encoder.clone(), format!("{whose}, for {rows} x {columns} patches"))
+            }
+            None => (None, format!("{whose}, computed for {rows} x {columns} patches")),
+        };
+        // The decoder's is for the stored grid, and features do not need it.
+        let decoder = self.own.decoder.clone().filter(|_| from == to);
+        let tables = OwnTables { encoder: table, decoder };
+        Ok((FrozenMae::with_tables(&model, &self.mean, &self.std, &self.params, &tables), note))
+    }
+
+    /// Builds the model for images of its own size.
+    pub fn build_as_stored(&self) -> FrozenMae {
+        FrozenMae::with_tables(&self.model, &self.mean, &self.std, &self.params, &self.own)
+    }
+}
+
+/// Returns the shape of a model's images.
+pub fn shape_of(model: &ModelConfig) -> ImageShape {
+    let [height, width] = model.img_size;
+    ImageShape { height, width, channels: model.channels }
+}
+
+/// Reads `224` or `192x256`.
+fn parse_size(text: &str) -> Result<[u32; 2], String> {
+    let (height, width) = text.split_once('x').unwrap_or((text, text));
+    let side = |text: &str| text.parse::<u32>().ok().filter(|&side| side > 0);
+    match (side(height), side(width)) {
+        (Some(height), Some(width)) => Ok([height, width]),
+        _ => Err("not a size: write `224`, or height and width, `192x256`".to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_one_number_or_two() {
+        assert_eq!(parse_size("224"), Ok([224, 224]));
+        assert_eq!(parse_size("192x256"), Ok([192, 256]));
+        for bad in ["", "0", "x", "12x", "12x0", "-3", "1x2x3"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The engine of a task: starts from an encoder, and follows gradients as the task says.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use lacuna_recipe::digest::Crc64;
+use lacuna_recipe::lars::Lars;
+use lacuna_recipe::reduce::SlotGrad;
+use lacuna_recipe::state::{Layout, Section, TensorDigests};
+use lacuna_recipe::step::SlotBatch;
+use lacuna_spec::{Optimizer, TaskSpec};
+use lacuna_worker::engine::{Engine, EngineError, UpdateScalars};
+
+use super::{BuildEngineError, EngineSetup, TorchEngine};
+use crate::classify::{Classification, EncoderWeights};
+use crate::objective::Objective;
+
+/// Decay of the momentum of probes.
+const MOMENTUM: f64 = 0.9;
+/// What the ratio of norms is multiplied by in LARS.
+const TRUST: f64 = 0.001;
+
+/// A [`TorchEngine`] that learns classes.
+#[derive(Debug)]
+pub struct TaskEngine {
+    inner: TorchEngine,
+    task: TaskSpec,
+    encoder: Arc<EncoderWeights>,
+    /// What the learning rate of each tensor is multiplied by.
+    scales: Vec<f64>,
+}
+
+impl TaskEngine {
+    /// Builds the engine, with the encoder's tensors in their places.
+    pub fn new(
+        setup: EngineSetup,
+        task: &TaskSpec,
+        encoder: Arc<EncoderWeights>,
+    ) -> Result<Self, BuildEngineError> {
+        let model = setup.model.clone();
+        let learns = Classification::new(task.clone(), encoder.clone());
+        let scales = |layout: &Layout| -> Vec<f64> {
+            layout.params().iter().map(|spec| learns.scale_of(&spec.name, &model)).collect()
+        };
+        let objective: Arc<dyn Objective> = Arc::new(learns.clone());
+        let mut inner = TorchEngine::with_objective(setup, &objective)?;
+        let layout = inner.layout().clone();
+        for (block, spec) in layout.params().iter().enumerate() {
+            if let Some(values) = encoder.initial(task.pool, &spec.name) {
+                inner.state.section_mut(Section::Param)[layout.range(block)]
+                    .copy_from_slice(values);
+            }
+        }
+        Ok(TaskEngine { scales: scales(&layout), inner, task: task.clone(), encoder })
+    }
+
+    /// Applies momentum with or without a rate by layer.
+    fn apply_momentum(&mut self, mean: &[f32], update: &UpdateScalars, trust: f64) {
+        let rule = Lars { momentum: MOMENTUM, trust, weight_decay: update.adamw.weight_decay };
+        let layout = self.inner.layout().clone();
+        for (block, spec) in layout.params().iter().enumerate() {
+            let range = layout.range(block);
+            let (param, momentum) = self.inner.state.param_and_momentum(range.clone());
+            let lr = update.lr * self.scales[block];
+            rule.apply(lr, spec.shape.len() > 1, param, momentum, &mean[range]);
+        }
+    }
+}
+
+impl Engine for TaskEngine {
+    fn layout(&self) -> &Arc<Layout> {
+        self.inner.layout()
+    }
+
+    fn completion(&self) -> Vec<usize> {
+        self.inner.completion()
+    }
+
+    fn slot(
+        &mut self,
+        batch: &SlotBatch,
+        sink: &mut dyn FnMut(SlotGrad<'_>),
+    ) -> Result<f32, EngineError> {
+        if let Some(label) = batch.labels.iter().flatten().find(|l| **l >= self.task.classes) {
+            let what = format!("a label {label}, and `task.classes` = {}", self.task.classes);
+            let (step, index) = (batch.slot.step.0, batch.slot.index);
+            return Err(EngineError::Batch { step, index, what });
+        }
+        self.inner.slot(batch, sink)
+    }
+
+    fn apply(&mut self, mean: &[f32], update: &UpdateScalars) -> Result<(), EngineError> {
+        match self.task.optimizer {
+            Optimizer::AdamW => self.inner.state.apply_scaled(mean, update, &self.scales),
+            Optimizer::Sgd => self.apply_momentum(mean, update, 0.0),
+            Optimizer::Lars => self.apply_momentum(mean, update, TRUST),
+        }
+        Ok(())
+    }
+
+    fn read(
+        &self,
+        section: Section,
+        range: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), EngineError> {
+        self.inner.read(section, range, out)
+    }
+
+    fn write(&mut self, section: Section, at: usize, values: &[f32]) -> Result<(), EngineError> {
+        self.inner.write(section, at, values)
+    }
+
+    fn tensor_digests(&self) -> Result<Vec<TensorDigests>, EngineError> {
+        self.inner.tensor_digests()
+    }
+
+    /// The encoder is part of what workers must agree on.
+    fn probe(&mut self) -> Result<u64, EngineError> {
+        let probe = Crc64::of(&self.inner.probe()?.to_le_bytes());
+        Ok(probe.then(self.encoder.digest()).value)
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+}

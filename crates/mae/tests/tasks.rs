@@ -1,0 +1,132 @@
+//! Runs that learn classes, on real processes: the claim of every other run holds for them, and
+//! what they learned is there to be judged.
+//!
+//! Needs the `lacuna` binary beside `lacuna-worker`; `make test` builds both.
+
+use std::path::PathBuf;
+
+use lacuna_data::synthetic::N_CLASSES;
+use lacuna_tests::{Binaries, Cluster, Fixture, Seen, said, send_signal};
+use rustix::process::Signal;
+
+const STEPS: u64 = 120;
+
+fn fixture() -> Fixture {
+    let worker = PathBuf::from(env!("CARGO_BIN_EXE_lacuna-worker"));
+    let lacuna = worker.with_file_name("lacuna");
+    assert!(lacuna.is_file(), "{} is missing: `make build` makes it", lacuna.display());
+    Fixture::new(Binaries { lacuna, worker }, 256, 8)
+}
+
+/// Pre-trains a little, under the name `pre`.
+fn pretrain(fixture: &Fixture) {
+    let mut cluster = Cluster::start(fixture);
+    let run = cluster.submit(&fixture.spec("pre", 60, &[("elastic.workers", "\"1:1\"")]));
+    cluster.add("a", 1);
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+}
+
+/// Keys of a task, and of an optimizer that learns something in a few steps.
+fn keys(kind: &str, workers: &str) -> Vec<(&'static str, String)> {
+    let mut keys = vec![
+        ("task.kind", format!("\"{kind}\"")),
+        ("task.encoder", "\"ckpt/pre\"".to_string()),
+        ("task.classes", N_CLASSES.to_string()),
+        ("elastic.workers", format!("\"{workers}\"")),
+        ("checkpoint.keep.last", "9".to_string()),
+    ];
+    if kind == "linear" {
+        keys.push(("task.optimizer", "\"sgd\"".to_string()));
+        keys.push(("optim.base_lr", "0.5".to_string()));
+    }
+    keys
+}
+
+fn train(
+    fixture: &Fixture,
+    name: &str,
+    kind: &str,
+    workers: &str,
+    disturb: impl FnOnce(&mut Cluster<'_>, &str),
+) -> Seen {
+    let keys = keys(kind, workers);
+    let keys: Vec<(&str, &str)> = keys.iter().map(|(key, value)| (*key, value.as_str())).collect();
+    let mut cluster = Cluster::start(fixture);
+    let run = cluster.submit(&fixture.spec(name, STEPS, &keys));
+    disturb(&mut cluster, &run);
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    seen
+}
+
+#[test]
+fn tasks_have_the_same_bits_for_any_workers_and_over_a_kill() {
+    let fixture = fixture();
+    pretrain(&fixture);
+    for kind in ["finetune", "linear"] {
+        let alone =
+            train(&fixture, &format!("{kind}-1"), kind, "1:1", |cluster, _| cluster.add("a", 1));
+        let want = alone.run.final_digest.expect("a finished run has a digest");
+        let (first, last) = (&alone.figures[&1], &alone.figures[&STEPS]);
+        assert!(last.loss < first.loss, "{kind} learns: {} to {}", first.loss, last.loss);
+        let seen = train(&fixture, &format!("{kind}-killed"), kind, "1:2", |cluster, run| {
+            cluster.add("a", 2);
+            let at = 5 + u64::from(std::process::id()) % 15;
+            cluster.wait(run, "some steps", |seen| {
+                seen.step() >= at
+                    && seen.run.workers.iter().filter(|w| w.rank.is_some()).count() == 2
+            });
+            send_signal(cluster.pid("a:cpu1"), Signal::KILL);
+        });
+        assert_eq!(seen.run.final_digest, Some(want), "{kind}: {}", seen.text());
+        assert_eq!(seen.count("lost"), 1, "{kind}: {}", seen.text());
+    }
+    judged(&fixture, "finetune-1");
+    judged(&fixture, "linear-1");
+}
+
+/// Classifies with what a run learned: better than guessing, and the report says so.
+fn judged(fixture: &Fixture, run: &str) {
+    let folder = format!("ckpt/{run}");
+    let out = fixture.path(&format!("{run}.json"));
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
+    command
+        .args(["eval", "classify", &folder, "--val", "data", "--all", "--out"])
+        .arg(&out)
+        .current_dir(fixture.dir.path())
+        .envs(lacuna_mae::runtime::CPU_ENV.iter().copied());
+    let (code, text, err) = said(&command.output().expect("it starts"));
+    assert_eq!(code, 0, "{text}{err}");
+    let report: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(out).expect("a report")).expect("JSON");
+    let results = report["results"].as_array().expect("results");
+    assert_eq!(results.last().expect("one")["step"], STEPS);
+    assert!(results.len() >= 3, "every checkpoint: {text}");
+    let best = results.iter().map(|r| r["top1"].as_f64().expect("a share")).fold(0.0, f64::max);
+    assert!(
+        best > 1.5 / f64::from(N_CLASSES),
+        "{run}: {best} of guessing's {}",
+        1.0 / f64::from(N_CLASSES)
+    );
+}
+
+#[test]
+fn a_task_that_cannot_start_says_why() {
+    let fixture = fixture();
+    let try_with = |name: &str, extra: &[(&str, &str)]| {
+        let mut keys = vec![
+            ("task.kind", "\"linear\""),
+            ("task.classes", "10"),
+            ("elastic.workers", "\"1:1\""),
+        ];
+        keys.extend(extra);
+        let spec = fixture.spec(name, 4, &keys);
+        let spec = spec.to_str().expect("a path in UTF-8");
+        said(&fixture.run(&["train", spec, "--workers", "1"]))
+    };
+    let (code, out, err) = try_with("nowhere", &[("task.encoder", "\"ckpt/nobody\"")]);
+    assert!(code != 0 && (out + &err).contains("ckpt/nobody"), "{err}");
+    let (code, out, err) = try_with("few", &[("task.classes", "2")]);
+    assert!(code != 0 && (out + &err).contains("`task.classes` = 2"), "{err}");
+}

@@ -1,0 +1,58 @@
+//! What a run learns beside filling in patches.
+
+use std::fmt;
+
+use serde::{Serialize, Serializer};
+
+word! {
+    /// What a run learns beside filling in patches.
+    TaskKind {
+        /// Classes, with every parameter of the encoder.
+        Finetune = "finetune",
+        /// Classes, with a linear map of what the encoder says, which stays as it is.
+        Linear = "linear",
+    }
+}
+
+word! {
+    /// What of an encoder's tokens a head reads.
+    Pool {
+        /// The mean of the patches' tokens, normalised by a norm of its own (`fc_norm`).
+        Avg = "avg",
+        /// The class token after the last norm.
+        Cls = "cls",
+        /// No token: the pixels themselves, as a baseline of linear probes.
+        Pixels = "pixels",
+    }
+}
+
+word! {
+    /// How parameters follow gradients in a task.
+    Optimizer {
+        /// AdamW with the constants of `[optim]`.
+        AdamW = "adamw",
+        /// Momentum 0.9, with the decay of `[optim]` in the gradient.
+        Sgd = "sgd",
+        /// The same with a rate by layer: for large batches of probes.
+        Lars = "lars",
+    }
+}
+
+/// Section `[task]`: learning to name the class of an image, from an encoder that was trained
+/// before.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "the table of fields documents each key once")]
+pub struct TaskSpec {
+    pub kind: TaskKind,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoder: Option<String>,
+    pub classes: u32,
+    pub pool: Pool,
+    pub optimizer: Optimizer,
+    pub layer_decay: f64,
+    pub drop_path: f64,
+    pub mixup: f64,
+    pub cutmix: f64,
+    pub label_smoothing: f64,
+    pub random_erasing: f64,
+}

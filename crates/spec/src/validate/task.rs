@@ -1,0 +1,86 @@
+//! Section `[task]`.
+
+use super::Reader;
+use crate::node::find;
+use crate::run_spec::{Optimizer, Pool, TaskKind, TaskSpec};
+
+/// Keys that change how images are shown to an encoder that learns.
+const OF_FINETUNING: [&str; 6] = [
+    "task.layer_decay",
+    "task.drop_path",
+    "task.mixup",
+    "task.cutmix",
+    "task.label_smoothing",
+    "task.random_erasing",
+];
+
+impl Reader<'_> {
+    /// Reads the section, if there is one; the inner `None` is a run without.
+    pub(super) fn task(&mut self) -> Option<Option<TaskSpec>> {
+        if find(self.root, "task").is_none() {
+            return Some(None);
+        }
+        let kind = self.word("task.kind", TaskKind::ALL);
+        let encoder = match find(self.root, "task.encoder") {
+            Some(_) => self.place("task.encoder").map(Some),
+            None => Some(None),
+        };
+        let classes = self.count("task.classes");
+        let (pool, optimizer, usual) = match kind? {
+            TaskKind::Finetune => (Pool::Avg, Optimizer::AdamW, [0.75, 0.1, 0.8, 1.0, 0.1, 0.25]),
+            TaskKind::Linear => {
+                self.refuse_of_finetuning();
+                (Pool::Cls, Optimizer::Lars, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+            }
+        };
+        let pool = self.word_or("task.pool", Pool::ALL, pool);
+        self.pixels_are_for_probes(kind?, pool?);
+        let optimizer = self.word_or("task.optimizer", Optimizer::ALL, optimizer);
+        let mut number = |key: usize| match find(self.root, OF_FINETUNING[key]) {
+            Some(_) => self.float(OF_FINETUNING[key]),
+            None => Some(usual[key]),
+        };
+        let numbers = [number(0), number(1), number(2), number(3), number(4), number(5)];
+        let [layer_decay, drop_path, mixup, cutmix, label_smoothing, random_erasing] = numbers;
+        Some(Some(TaskSpec {
+            kind: kind?,
+            encoder: encoder?,
+            classes: classes?,
+            pool: pool?,
+            optimizer: optimizer?,
+            layer_decay: layer_decay?,
+            drop_path: drop_path?,
+            mixup: mixup?,
+            cutmix: cutmix?,
+            label_smoothing: label_smoothing?,
+            random_erasing: random_erasing?,
+        }))
+    }
+
+    fn pixels_are_for_probes(&mut self, kind: TaskKind, pool: Pool) {
+        if pool == Pool::Pixels && kind == TaskKind::Finetune {
+            let message = "`task.pool` = \"pixels\" leaves nothing to fine-tune".to_string();
+            let fix = "use \"avg\" or \"cls\", or `task.kind` = \"linear\"".to_string();
+            self.problem_among(&["task.pool", "task.kind"], message, Some(fix));
+        }
+    }
+
+    fn word_or<T: Copy>(&mut self, path: &str, all: &[(&'static str, T)], usual: T) -> Option<T> {
+        match find(self.root, path) {
+            Some(_) => self.word(path, all),
+            None => Some(usual),
+        }
+    }
+
+    /// A probe shows images as they are: keys of fine-tuning would promise something else.
+    fn refuse_of_finetuning(&mut self) {
+        for path in OF_FINETUNING {
+            let Some(node) = find(self.root, path) else { continue };
+            let message = format!("`{path}` has no meaning where `task.kind` = \"linear\"");
+            // Stored specs hold every key.
+            if !self.stored {
+                self.problem(node.at, path, message, Some("remove it".to_string()));
+            }
+        }
+    }
+}
