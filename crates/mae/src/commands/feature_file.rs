@@ -1,5 +1,5 @@
-//! Files of features: NumPy's format, or safetensors. Rows are streamed; a file has its name when it
-//! is whole.
+//! Files of features: NumPy's format, or safetensors. Rows are streamed; a file has its name when
+//! it is whole.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
