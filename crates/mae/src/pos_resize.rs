@@ -1,8 +1,8 @@
 //! Learned position tables for images of other sizes.
 //!
 //! A sine-cosine table is not resized but computed for the new grid
-//! ([`lacuna_recipe::pos_embed`]). Others are resampled as the library does that made them, and
-//! the two differ: by up to 0.09 from a 4 x 4 grid to 3 x 3.
+//! ([`lacuna_recipe::pos_embed`]). Others are resampled as the library does that they come from,
+//! and the two differ: by up to 0.09 from a 4 x 4 grid to 3 x 3.
 
 use tch::{Kind, Tensor};
 

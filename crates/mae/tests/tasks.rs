@@ -118,8 +118,7 @@ fn a_task_that_cannot_start_says_why() {
         let mut keys = vec![
             ("task.kind", "\"linear\""),
             ("task.classes", "10"),
-            ("elastic.workers", "\"1:1\""),
-        ];
+            ("elastic.workers", "\"1:1\""), ("optim.warmup", "\"1step\"")];
         keys.extend(extra);
         let spec = fixture.spec(name, 4, &keys);
         let spec = spec.to_str().expect("a path in UTF-8");

@@ -32,6 +32,8 @@ pub struct Given {
     pub img_size: Option<[u32; 2]>,
     /// Whether the decoder predicts patches that are normalised one by one.
     pub norm_pix_loss: Option<bool>,
+    /// The decoder will not be used: nothing has to be known of it.
+    pub encoder_alone: bool,
 }
 
 /// A model that was recognised and not read yet.
@@ -205,6 +207,8 @@ fn config(
     let [decoder_width, decoder_depth] = inferred.decoder.unwrap_or([4, 1]);
     let decoder_heads = match inferred.decoder {
         None => 1,
+        // Any number gives the same parameters.
+        Some(_) if given.encoder_alone => said.decoder_heads.unwrap_or(1),
         Some([width, depth]) => {
             let decoder = |p: &[u32; 9]| (p[6], p[7]) == (width, depth);
             let guessed = PRESETS.iter().find(|(_, p)| decoder(p)).map(|(name, p)| (*name, p[8]));
@@ -214,7 +218,7 @@ fn config(
         }
     };
     let norm_pix_loss = given.norm_pix_loss.or(said.norm_pix_loss);
-    if norm_pix_loss.is_none() && inferred.decoder.is_some() {
+    if norm_pix_loss.is_none() && inferred.decoder.is_some() && !given.encoder_alone {
         notices.push(
             "whether the decoder predicts normalised patches (norm_pix_loss) is not in the file: \
              taken as true"

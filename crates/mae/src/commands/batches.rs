@@ -112,8 +112,8 @@ impl Images<'_> {
     }
 }
 
-/// Computes `work` of `0..n`, spread over a thread for each of `workers`; hands the results over
-/// in order; the first failure ends it.
+/// Computes `work` of `0..n`, spread over a thread for each of `workers`, and hands the results
+/// over in order; the first failure ends it.
 fn in_order<W: Send, T: Send>(
     workers: Vec<W>,
     n: usize,

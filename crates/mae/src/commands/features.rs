@@ -10,7 +10,7 @@ use lacuna_types::{SampleId, exit};
 
 use super::batches::{self, ComputeArgs, Images};
 use super::feature_file::{Content, FeatureFile, Format, labels_path};
-use super::source::{DecoderGiven, Need, SizeArgs, SourceArgs, shape_of};
+use super::source::{Need, SizeArgs, SourceArgs, shape_of};
 use super::usage;
 
 /// `lacuna-worker features`.
@@ -72,7 +72,7 @@ impl PoolArg {
 pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
     let format = format(args)?;
     refuse_existing(args, format)?;
-    let loaded = args.source.load(Need::Encoder, DecoderGiven::default())?;
+    let loaded = args.source.load(Need::Encoder, args.size.hints())?;
     let (model, table) = loaded.build(&args.size)?;
     let dataset = batches::open(&args.data)?;
     let (pool, n) = (args.pool.pool(), dataset.n_samples());

@@ -20,7 +20,7 @@ use tch::{Kind, Tensor};
 
 use super::batches::{self, ComputeArgs, Images};
 use super::report::{KnnReport, Row, Side};
-use super::source::{DecoderGiven, Need, SizeArgs, SourceArgs, shape_of};
+use super::source::{Need, SizeArgs, SourceArgs, shape_of};
 use super::{random_params, usage};
 
 /// `lacuna-worker eval knn`.
@@ -135,7 +135,7 @@ impl Extractor {
 /// Classifies the validation set and writes the report.
 pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     check(args)?;
-    let loaded = args.source.load(Need::Encoder, DecoderGiven::default())?;
+    let loaded = args.source.load(Need::Encoder, args.size.hints())?;
     let (encoder, table) = loaded.build(&args.size)?;
     let (train, val) = (batches::open(&args.train)?, batches::open(&args.val)?);
     let train_ids = chosen(&train, args.label_fraction, args.seed, "--train", &args.train)?;

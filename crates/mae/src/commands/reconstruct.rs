@@ -13,7 +13,7 @@ use lacuna_recipe::mask::MaskOrder;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_types::{SampleId, exit};
 
-use super::source::{DecoderGiven, Loaded, Need, SourceArgs, shape_of};
+use super::source::{Hints, Loaded, Need, SourceArgs, shape_of};
 use super::{batches, io, random_params, usage};
 
 /// `lacuna-worker reconstruct`.
@@ -76,8 +76,12 @@ pub fn reconstruct(args: &ReconstructArgs) -> anyhow::Result<u8> {
     if args.image.len() > IMAGES_MAX as usize {
         return Err(usage(format!("`--image` can be given {IMAGES_MAX} times")));
     }
-    let given = DecoderGiven { heads: args.decoder_heads, norm_pix_loss: args.norm_pix_loss };
-    let loaded = args.source.load(Need::Decoder, given)?;
+    let hints = Hints {
+        decoder_heads: args.decoder_heads,
+        norm_pix_loss: args.norm_pix_loss,
+        img_size: None,
+    };
+    let loaded = args.source.load(Need::Decoder, hints)?;
     let shown = choose_images(args, &loaded)?;
     let model = loaded.build_as_stored();
     let random = random_params(&loaded.model, args.seed);

@@ -69,13 +69,15 @@ enum PosResize {
     Timm,
 }
 
-/// What a weights file may not say and only a decoder needs.
+/// What a weights file may not say and not every command asks for.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct DecoderGiven {
+pub struct Hints {
     /// Attention heads of the decoder.
-    pub heads: Option<u32>,
+    pub decoder_heads: Option<u32>,
     /// Whether it predicts normalised patches.
     pub norm_pix_loss: Option<bool>,
+    /// Height and width of images, for a position table that is for no square.
+    pub img_size: Option<[u32; 2]>,
 }
 
 /// How much of a model is needed.
@@ -125,24 +127,31 @@ impl fmt::Display for Origin {
     }
 }
 
+impl SizeArgs {
+    /// Returns what the size tells about a weights file.
+    pub fn hints(&self) -> Hints {
+        Hints { img_size: self.img_size, ..Hints::default() }
+    }
+}
+
 impl SourceArgs {
     /// Loads the model.
-    pub fn load(&self, need: Need, decoder: DecoderGiven) -> anyhow::Result<Loaded> {
+    pub fn load(&self, need: Need, hints: Hints) -> anyhow::Result<Loaded> {
         match run_dir(&self.source)? {
-            Some(dir) => self.load_run(&dir, need, decoder),
-            None => self.load_weights(need, decoder),
+            Some(dir) => self.load_run(&dir, need, hints),
+            None => self.load_weights(need, hints),
         }
     }
 
     /// Loads parameters of a checkpoint.
-    fn load_run(&self, dir: &RunDir, need: Need, decoder: DecoderGiven) -> anyhow::Result<Loaded> {
+    fn load_run(&self, dir: &RunDir, need: Need, hints: Hints) -> anyhow::Result<Loaded> {
         let shown = self.source.display();
         let flags = [
             ("--heads", self.heads.is_some()),
             ("--mean", !self.mean.is_empty()),
             ("--std", !self.std.is_empty()),
-            ("--decoder-heads", decoder.heads.is_some()),
-            ("--norm-pix-loss", decoder.norm_pix_loss.is_some()),
+            ("--decoder-heads", hints.decoder_heads.is_some()),
+            ("--norm-pix-loss", hints.norm_pix_loss.is_some()),
         ];
         if let Some((flag, _)) = flags.iter().find(|(_, given)| *given) {
             return Err(usage(format!("{flag} is for weights files: the run `{shown}` says it")));
@@ -178,7 +187,7 @@ impl SourceArgs {
     }
 
     /// Loads a weights file.
-    fn load_weights(&self, need: Need, decoder: DecoderGiven) -> anyhow::Result<Loaded> {
+    fn load_weights(&self, need: Need, hints: Hints) -> anyhow::Result<Loaded> {
         let shown = self.source.display().to_string();
         if self.step.is_some() {
             return Err(usage(format!("--step is for runs, and `{shown}` is none")));
@@ -186,11 +195,13 @@ impl SourceArgs {
         let weights = Weights::open(&self.source).map_err(|e| unreadable(&self.source, e))?;
         let given = Given {
             heads: self.heads,
-            decoder_heads: decoder.heads,
-            norm_pix_loss: decoder.norm_pix_loss,
-            img_size: None,
+            decoder_heads: hints.decoder_heads,
+            norm_pix_loss: hints.norm_pix_loss,
+            img_size: hints.img_size,
+            encoder_alone: need == Need::Encoder,
         };
-        let described = describe(&weights, &given).map_err(|e| undescribed(&self.source, e))?;
+        let described =
+            describe(&weights, &given).map_err(|e| undescribed(&self.source, need, e))?;
         let Described { form, config: model, has_decoder, normalization, notices } = described;
         if need == Need::Decoder && !has_decoder {
             return Err(usage(format!(
@@ -285,18 +296,17 @@ fn unreadable(path: &Path, error: ImportError) -> anyhow::Error {
     }
 }
 
-fn undescribed(path: &Path, error: DescribeError) -> anyhow::Error {
-    let flag = match &error {
-        DescribeError::Import(_) => None,
-        DescribeError::Heads { stack: "encoder", .. } => Some(": give --heads"),
-        DescribeError::Heads { .. } => Some(": give --decoder-heads"),
-        DescribeError::ImgSize { .. } | DescribeError::Sizes { .. } => Some(""),
+/// Names the flag that says what the file does not.
+fn undescribed(path: &Path, need: Need, error: DescribeError) -> anyhow::Error {
+    let hint = match &error {
+        DescribeError::Heads { stack: "encoder", .. } => ": give --heads",
+        DescribeError::Heads { .. } => ": give --decoder-heads",
+        DescribeError::ImgSize { .. } if need == Need::Encoder => ": give --img-size",
+        _ => "",
     };
-    match (error, flag) {
-        (DescribeError::Import(error), _) => unreadable(path, error),
-        (error, flag) => {
-            usage(format!("`{}`: {}{}", path.display(), error, flag.unwrap_or_default()))
-        }
+    match error {
+        DescribeError::Import(error) => unreadable(path, error),
+        error => usage(format!("`{}`: {error}{hint}", path.display())),
     }
 }
 

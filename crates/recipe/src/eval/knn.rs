@@ -100,8 +100,8 @@ impl Nearest {
 /// Ranks the classes of the first `k` of `neighbors` (nearest first) by their votes.
 ///
 /// Only classes that got a vote are returned, the winner first. Votes are
-/// `exp((similarity − the nearest one's) / temperature)`: the common factor keeps small ones
-/// from overflowing and changes no rank.
+/// `exp((similarity − the nearest one's) / temperature)`: the common factor keeps small
+/// temperatures from overflowing and changes no rank.
 ///
 /// # Panics
 /// If `temperature` is not positive.

@@ -65,7 +65,8 @@ fn examples_are_accepted() {
         let set = format!("{}={}", field.path, field.example);
         let text = "base = \"preset:base\"\nschema = 1\nname = \"a\"\ndata.shards = \"d\"\n\
                     data.cache = { dir = \"c\", size = \"1GB\" }\n\
-                    track.reconstructions = { every = \"1ep\" }";
+                    track.reconstructions = { every = \"1ep\" }\n\
+                    task = { kind = \"finetune\", classes = 10 }";
         parse_text("run.toml", text, &[set]).unwrap();
     }
 }

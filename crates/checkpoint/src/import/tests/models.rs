@@ -60,6 +60,9 @@ fn what_tensors_do_not_show_is_asked_for_or_guessed() {
              taken as true",
         ]
     );
+    let alone = Given { heads: Some(2), encoder_alone: true, ..Given::default() };
+    let found = described(&path, &alone).unwrap();
+    assert_eq!((found.notices.len(), found.config.decoder_heads), (0, 1));
     let told = Given { norm_pix_loss: Some(false), ..given() };
     let found = described(&path, &told).unwrap();
     assert_eq!((found.notices.len(), found.config.norm_pix_loss), (0, false));
