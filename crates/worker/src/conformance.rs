@@ -21,14 +21,15 @@ const UPDATE: UpdateScalars = UpdateScalars {
 /// Runs the whole suite on engines of `backend` for `spec`. Panics where the contract is broken.
 pub fn run(spec: &EngineSpec, backend: &dyn Backend) {
     starts_from_the_seed(spec, backend);
+    weights_of_zero_add_nothing(spec, backend);
     run_from_elsewhere(spec, backend);
 }
 
-/// Runs the suite on engines that do not start from the seed alone.
+/// Runs the suite on engines that do not start from the seed alone, and whose slots may join their
+/// samples: those parts of the contract that are theirs.
 pub fn run_from_elsewhere(spec: &EngineSpec, backend: &dyn Backend) {
     slots_are_pure(spec, backend);
     every_tensor_gets_one_gradient(spec, backend);
-    weights_of_zero_add_nothing(spec, backend);
     what_was_written_is_read(spec, backend);
     updates_are_those_of_the_recipe(spec, backend);
     probes_agree(spec, backend);
@@ -108,7 +109,8 @@ fn every_tensor_gets_one_gradient(spec: &EngineSpec, backend: &dyn Backend) {
     assert!(seen.iter().all(|&n| n == 1), "each tensor once: {seen:?}");
 }
 
-fn weights_of_zero_add_nothing(spec: &EngineSpec, backend: &dyn Backend) {
+/// Checks that the loss of a slot is made of those of its samples. Panics where it is not.
+pub fn weights_of_zero_add_nothing(spec: &EngineSpec, backend: &dyn Backend) {
     let mut engine = engine(spec, backend);
     let mut batch = other_batch(spec, 2);
     let (mut parts, mut whole) = (0.0, 0.0);

@@ -91,6 +91,25 @@ fn engines_of_tasks_keep_the_contract() {
     }
 }
 
+#[test]
+fn without_mixing_a_slot_is_made_of_its_samples() {
+    let plain = TaskSpec { mixup: 0.0, cutmix: 0.0, ..task(TaskKind::Finetune, Pool::Avg) };
+    lacuna_worker::conformance::weights_of_zero_add_nothing(&spec(plain), &FromSeed);
+}
+
+/// A bad sample that is shown all the same changes neither its partner's image nor its target.
+#[test]
+fn a_partner_of_weight_0_is_not_mixed_in() {
+    let mut engine = engine(&spec(task(TaskKind::Finetune, Pool::Avg)));
+    let mut batch = batch();
+    batch.weights = vec![1.0, 1.0, 0.0, 0.0];
+    let want = gradient(&mut engine, &batch);
+    let half = batch.pixels.len() / 2;
+    batch.pixels[half..].iter_mut().for_each(|pixel| *pixel = !*pixel);
+    batch.labels[2..].fill(Some(4));
+    assert_eq!(gradient(&mut engine, &batch), want);
+}
+
 fn batch() -> SlotBatch {
     probe_batch(&micro(), 4)
 }

@@ -1,7 +1,7 @@
 //! Section `[task]`.
 
 use super::Reader;
-use crate::node::find;
+use crate::node::{Value, find};
 use crate::run_spec::{Optimizer, Pool, TaskKind, TaskSpec};
 
 /// Keys that change how images are shown to an encoder that learns.
@@ -13,6 +13,9 @@ const OF_FINETUNING: [&str; 6] = [
     "task.label_smoothing",
     "task.random_erasing",
 ];
+
+/// Values of these keys by which nothing is done.
+const NOTHING: [f64; 6] = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0];
 
 impl Reader<'_> {
     /// Reads the section, if there is one; the inner `None` is a run without.
@@ -30,7 +33,7 @@ impl Reader<'_> {
             TaskKind::Finetune => (Pool::Avg, Optimizer::AdamW, [0.75, 0.1, 0.8, 1.0, 0.1, 0.25]),
             TaskKind::Linear => {
                 self.refuse_of_finetuning();
-                (Pool::Cls, Optimizer::Lars, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+                (Pool::Cls, Optimizer::Lars, NOTHING)
             }
         };
         let pool = self.word_or("task.pool", Pool::ALL, pool);
@@ -72,13 +75,18 @@ impl Reader<'_> {
         }
     }
 
-    /// A probe shows images as they are: keys of fine-tuning would promise something else.
+    /// A probe shows images as they are: keys of fine-tuning would promise something else, unless
+    /// they say that nothing is done, as a printed spec does.
     fn refuse_of_finetuning(&mut self) {
-        for path in OF_FINETUNING {
+        for (path, nothing) in OF_FINETUNING.into_iter().zip(NOTHING) {
             let Some(node) = find(self.root, path) else { continue };
-            let message = format!("`{path}` has no meaning where `task.kind` = \"linear\"");
-            // Stored specs hold every key.
-            if !self.stored {
+            let is_nothing = match node.value {
+                Value::Float(x) => x == nothing,
+                Value::Integer(n) => n as f64 == nothing,
+                _ => false,
+            };
+            if !is_nothing {
+                let message = format!("`{path}` has no meaning where `task.kind` = \"linear\"");
                 self.problem(node.at, path, message, Some("remove it".to_string()));
             }
         }
