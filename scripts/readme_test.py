@@ -145,10 +145,10 @@ class Readme(unittest.TestCase):
             self.skipTest("no programs")
         self.home = pathlib.Path(tempfile.mkdtemp(prefix="lacuna-readme-"))
         self.addCleanup(shutil.rmtree, self.home, ignore_errors=True)
-        pictures = self.home / "pictures" / "some"
-        pictures.mkdir(parents=True)
         for i in range(72):
-            (pictures / f"{i}.png").write_bytes(png(96, i))
+            kind = self.home / "pictures" / ("some" if i % 2 else "others")
+            kind.mkdir(parents=True, exist_ok=True)
+            (kind / f"{i}.png").write_bytes(png(96, i))
         self.running = []
         self.addCleanup(self.end_all)
         with socket.socket() as one:
