@@ -105,7 +105,8 @@ class Face(unittest.TestCase):
             '[train]\nduration = "400step"\nbatch = 8\nslot_batch = 4\n'
             '[optim]\nwarmup = "40step"\n[elastic]\nworkers = "1:2"\n'
             '[checkpoint]\nto = "runs"\nevery = ["50step"]\n'
-            '[track]\nevery = "5step"\ntensorboard = "tb"\n')
+            '[track]\nevery = "5step"\ntensorboard = "tb"\n'
+            'reconstructions = { every = "100step", images = 2 }\n')
         cls.address = f"127.0.0.1:{free_port()}"
         cls.url = f"http://{cls.address}"
         cls.start()
@@ -214,7 +215,7 @@ class Face(unittest.TestCase):
         grpcurl = tool("grpcurl")
         listed = run(grpcurl, "-plaintext", self.address, "list").split()
         for name in ("lacuna.v1.RunService", "lacuna.v1.AdminService", "lacuna.v1.WorkerService",
-                     "grpc.health.v1.Health"):
+                     "lacuna.v1.CheckpointService", "grpc.health.v1.Health"):
             self.assertIn(name, listed)
         described = run(grpcurl, "-plaintext", self.address, "describe", "lacuna.v1.Run")
         self.assertIn("string run_id = 1", described)
@@ -229,6 +230,38 @@ class Face(unittest.TestCase):
                               timeout=SECONDS_MAX, check=False)
         self.assertNotEqual(done.returncode, 0)
         self.assertIn("RUN_NOT_FOUND", done.stderr)
+
+    def test_grpcurl_reads_and_refuses_specs(self):
+        def call(method, **message):
+            return subprocess.run(
+                [tool("grpcurl"), "-plaintext", "-d", json.dumps(message), self.address,
+                 f"lacuna.v1.{method}"], capture_output=True, text=True, timeout=SECONDS_MAX,
+                check=False)
+
+        text = self.spec.read_text().replace("slot_batch", "slot_bacth")
+        found = json.loads(call("RunService/ValidateRun", spec=text).stdout)
+        problem = next(p for p in found["problems"] if "slot_bacth" in p["message"])
+        self.assertEqual((problem["key"], problem["line"]), ("train.slot_bacth", 9))
+        self.assertIn("slot_batch", problem["fix"])
+        spec = json.loads(run(LACUNA, "submit", self.spec, "--dry-run"))["spec"]
+        spec["train"]["batch"] = 0
+        done = call("RunService/CreateRun", spec=json.dumps(spec), n_samples=64)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("google.rpc.BadRequest", done.stderr)
+        self.assertIn("train.batch", done.stderr)
+        curve = json.loads(call("RunService/GetMetrics", run_id="face", points_max=10).stdout)
+        steps = [int(figures["step"]) for figures in curve["figures"]]
+        self.assertEqual((steps, steps[-1]), (sorted(set(steps)), 400))
+        kept = json.loads(call("CheckpointService/ListCheckpoints", run_id="face").stdout)
+        self.assertEqual(kept["checkpoints"][-1]["step"], "400")
+
+    def test_the_page_shows_pictures(self):
+        page = self.get("/runs/face")
+        found = re.findall(r'src="(/runs/face/pictures/\d+/\d+)"', page)
+        self.assertIn("/runs/face/pictures/400/1", found)
+        with urllib.request.urlopen(self.url + found[0], timeout=20) as answer:
+            self.assertEqual(answer.headers["content-type"], "image/png")
+            self.assertEqual(answer.read(4), b"\x89PNG")
 
     def test_buf_finds_nothing(self):
         run(tool("buf"), "lint", cwd=ROOT)
@@ -259,6 +292,7 @@ class Face(unittest.TestCase):
         self.assertIn("finished", run(*lacuna, "resume", "face", *there))
         self.assertIn("takes 1 to 1 workers", run(*lacuna, "scale", "face", "1:1", *there))
         run(*lacuna, "scale", "face", "2:1", *there, code=2)
+        self.assertIn("engine ready", run(*lacuna, "logs", "face", *there))
         findings = json.loads(run(*lacuna, "doctor", "-o", "json", *there))
         self.assertEqual({f["what"]: f["verdict"] for f in findings}["coordinator"], "ok")
         self.assertIn("complete -F", run(*lacuna, "completions", "bash"))
@@ -270,17 +304,27 @@ class Face(unittest.TestCase):
                 "from tensorboard.backend.event_processing import event_accumulator as e\n"
                 "a = e.EventAccumulator(sys.argv[1], size_guidance={e.SCALARS: 0})\n"
                 "a.Reload()\n"
-                "print(json.dumps({t: [[s.step, s.value] for s in a.Scalars(t)]\n"
-                "                  for t in a.Tags()['scalars']}))\n")
+                "scalars = {t: [[s.step, s.value] for s in a.Scalars(t)]\n"
+                "           for t in a.Tags()['scalars']}\n"
+                "images = {t: [[s.step, s.width, s.height] for s in a.Images(t)]\n"
+                "          for t in a.Tags()['images']}\n"
+                "print(json.dumps([scalars, images]))\n")
         folder = self.folder / "tb" / "face"
         done = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         until(lambda: json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
               == 400, "the last step in metrics.jsonl", 20)
-        curves = json.loads(run(PYTHON, "-c", code, folder))
+        curves, images = json.loads(run(PYTHON, "-c", code, folder))
         loss = curves["loss/train"]
         steps = [step for step, _ in loss]
         self.assertEqual(steps, sorted(set(steps)), "each step once, in order")
         self.assertEqual(steps[-1], 400)
+        self.assertEqual(sorted(images), ["reconstruction/00_sample_0",
+                                          "reconstruction/01_sample_32"])
+        for pictures in images.values():
+            steps = [step for step, _width, _height in pictures]
+            self.assertEqual((steps, steps[-1]), (sorted(set(steps)), 400))
+            # Three 8 by 8 images, four times enlarged, with two pixels between and around.
+            self.assertEqual({tuple(sides) for _step, *sides in pictures}, {(104, 36)})
         self.assertTrue({"optim/lr", "optim/grad_norm", "speed/images_per_second"} <= set(curves))
         seqs = [line["seq"] for line in done]
         self.assertEqual(seqs, sorted(set(seqs)))

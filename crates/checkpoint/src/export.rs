@@ -22,7 +22,7 @@ use crate::disk::{self, FsError};
 use crate::import::About;
 use crate::layout::RunDir;
 use crate::load::{Expected, difference, differences};
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, TensorEntry};
 use crate::read::{PlanError, ReadError};
 
 pub use hf::MAX_SHARD_BYTES;
@@ -39,6 +39,9 @@ pub enum ExportLayout {
     Hf,
     /// A directory that `ViTMAEModel.from_pretrained` loads: the encoder alone.
     HfEncoder,
+    /// One file with every parameter of a fine-tuned model, whose names are timm's: the encoder, its
+    /// position table, the norm behind the mean (`fc_norm`) and the head.
+    Classifier,
 }
 
 impl ExportLayout {
@@ -174,8 +177,12 @@ pub fn export(
     if options.layout.is_hf() && height != width {
         return Err(ExportError::NotSquare { height, width });
     }
-    let items = plan_items(config, options.layout);
+    let items = match options.layout {
+        ExportLayout::Classifier => every_parameter(manifest),
+        layout => plan_items(config, layout),
+    };
     let differences = match options.layout {
+        ExportLayout::Classifier => Vec::new(),
         ExportLayout::Timm | ExportLayout::HfEncoder => {
             encoder_differences(manifest, config, &items)
         }
@@ -223,6 +230,17 @@ pub fn export(
     Ok(Exported { files, n_tensors, weights })
 }
 
+/// Lists every parameter of a checkpoint under its own name.
+fn every_parameter(manifest: &Manifest) -> Vec<Item> {
+    let prefix = format!("{}/", Section::Param.prefix());
+    let item = |(name, entry): (&String, &TensorEntry)| {
+        let name = name.strip_prefix(&prefix)?.to_string();
+        let (shape, n) = (entry.shape.clone(), entry.shape.iter().product());
+        Some(Item { ours: name.clone(), name, shape, elements: 0..n, source: Source::Checkpoint })
+    };
+    manifest.tensors.iter().filter_map(item).collect()
+}
+
 /// Lists the tensors of an export in the order of our names, so that blocks are read once.
 fn plan_items(config: &ModelConfig, layout: ExportLayout) -> Vec<Item> {
     let mut items: Vec<Item> = Vec::new();
@@ -268,6 +286,7 @@ fn targets(ours: &str, layout: ExportLayout) -> Vec<(String, keymap::Part)> {
             let mapped = keymap::hf_encoder(ours).unwrap_or_default();
             mapped.into_iter().map(|target| (target.name, target.part)).collect()
         }
+        ExportLayout::Classifier => unreachable!("a classifier's tensors keep their names"),
     }
 }
 

@@ -84,8 +84,35 @@ fn tasks_have_the_same_bits_for_any_workers_and_over_a_kill() {
         assert_eq!(seen.run.final_digest, Some(want), "{kind}: {}", seen.text());
         assert_eq!(seen.count("lost"), 1, "{kind}: {}", seen.text());
     }
+    exported(&fixture);
     judged(&fixture, "finetune-1");
     judged(&fixture, "linear-1");
+}
+
+/// A fine-tuned model goes to timm, a probe and other layouts are refused.
+fn exported(fixture: &Fixture) {
+    let export = |run: &str, layout: &str| {
+        let folder = format!("ckpt/{run}");
+        let to = format!("export-{run}-{layout}");
+        said(&fixture.run(&["ckpt", "export", &folder, "--layout", layout, "--to", &to]))
+    };
+    let (code, out, err) = export("finetune-1", "timm");
+    assert_eq!(code, 0, "{err}");
+    assert!(out.contains("num_classes=4, global_pool=\"avg\""), "{out}");
+    let file = std::fs::read(fixture.path("export-finetune-1-timm/timm.safetensors")).expect("it");
+    let head = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
+    let head: serde_json::Value = serde_json::from_slice(&file[8..8 + head]).expect("JSON");
+    let names: Vec<&String> = head.as_object().expect("an object").keys().collect();
+    for name in
+        ["head.weight", "head.bias", "fc_norm.weight", "pos_embed", "blocks.1.attn.qkv.weight"]
+    {
+        assert!(names.iter().any(|known| *known == name), "{name}: {names:?}");
+    }
+    assert!(!names.iter().any(|name| name.starts_with("norm.") || name.contains("decoder")));
+    let (code, _, err) = export("finetune-1", "hf");
+    assert!(code == 2 && err.contains("the layout `timm` only"), "{err}");
+    let (code, _, err) = export("linear-1", "timm");
+    assert!(code == 2 && err.contains("linear probe"), "{err}");
 }
 
 /// Classifies with what a run learned: better than guessing, and the report says so.

@@ -7,6 +7,7 @@ use lacuna_checkpoint::export::{
     ExportDtype, ExportError, ExportLayout, ExportOptions, Exported, MAX_SHARD_BYTES, export,
 };
 use lacuna_recipe::model::ModelConfig;
+use lacuna_spec::{Pool, TaskKind, TaskSpec};
 use lacuna_types::exit;
 
 use super::{pick, run_dir, stored_spec};
@@ -86,6 +87,10 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
     let dir = run_dir(&args.run)?;
     let manifest = pick(&dir, args.step)?;
     let spec = stored_spec(&manifest)?;
+    let layout = match &spec.task {
+        Some(task) => layout_of_task(task, args.layout)?,
+        None => layout,
+    };
     let options = ExportOptions {
         layout,
         dtype: match args.dtype {
@@ -101,8 +106,46 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
         ExportError::NotSquare { .. } => usage(error.to_string()),
         _ => io(&error),
     })?;
-    put(&report(&exported, manifest.step, &load_hint(layout, &spec.model, &out)))?;
+    let hint = match &spec.task {
+        Some(task) => classifier_hint(task, &spec.model, &out),
+        None => load_hint(layout, &spec.model, &out),
+    };
+    put(&report(&exported, manifest.step, &hint))?;
     Ok(exit::OK)
+}
+
+/// Finds out how a run of a task is exported.
+fn layout_of_task(task: &TaskSpec, wanted: Layout) -> anyhow::Result<ExportLayout> {
+    if task.kind == TaskKind::Linear {
+        return Err(usage(
+            "the run is a linear probe: a head behind an encoder that is exported by itself",
+        ));
+    }
+    if wanted != Layout::Timm {
+        return Err(usage("the run fine-tuned a classifier, which has the layout `timm` only"));
+    }
+    Ok(ExportLayout::Classifier)
+}
+
+/// Tells how timm loads a fine-tuned model.
+fn classifier_hint(task: &TaskSpec, model: &ModelConfig, out: &Path) -> String {
+    let pool = if task.pool == Pool::Avg { "avg" } else { "token" };
+    let [height, width] = model.img_size;
+    format!(
+        "  import safetensors.torch, timm\n  \
+         model = timm.models.vision_transformer.VisionTransformer(img_size=({height}, {width}), \
+         patch_size={}, in_chans={}, embed_dim={}, depth={}, num_heads={}, mlp_ratio={}, \
+         num_classes={}, global_pool={pool:?})\n  \
+         model.load_state_dict(safetensors.torch.load_file({:?}))\n",
+        model.patch_size,
+        model.channels,
+        model.width,
+        model.depth,
+        model.heads,
+        model.mlp_ratio,
+        task.classes,
+        out.display().to_string()
+    )
 }
 
 /// Returns the file or folder that an export makes.
@@ -140,6 +183,7 @@ fn load_hint(layout: ExportLayout, model: &ModelConfig, out: &Path) -> String {
             "  from transformers import ViTMAEModel\n  \
              model = ViTMAEModel.from_pretrained({path})\n"
         ),
+        ExportLayout::Classifier => unreachable!("it has a hint of its own"),
         ExportLayout::Timm => {
             format!("  import safetensors.torch, timm\n  model = {}\n  model.{load}\n", timm(model))
         }
