@@ -39,8 +39,8 @@ pub enum ExportLayout {
     Hf,
     /// A directory that `ViTMAEModel.from_pretrained` loads: the encoder alone.
     HfEncoder,
-    /// One file with every parameter of a fine-tuned model, whose names are timm's: the encoder, its
-    /// position table, the norm behind the mean (`fc_norm`) and the head.
+    /// One file with every parameter of a fine-tuned model, whose names are timm's: the encoder,
+    /// its position table, the norm behind the mean (`fc_norm`) and the head.
     Classifier,
 }
 
