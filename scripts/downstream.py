@@ -2,7 +2,7 @@
 """Shows whether pre-training helps: k-NN, linear probe and fine-tuning on Fashion-MNIST with few
 labels, for raw pixels, an encoder of random weights and one that was pre-trained.
 
-    python3 scripts/downstream.py [--seeds 3] [--fractions 0.01,0.1,1.0] [--steps 6000]
+    python3 scripts/downstream.py [--seeds 3] [--fractions 0.01,0.1,1.0] [--steps 2000]
 
 Every training is a run of `lacuna train` under --work, and every result a file there: what is done
 is not done again, so an interrupted call goes on where it was, and one with more seeds adds them.
@@ -29,7 +29,7 @@ BIN = ROOT / "target" / "release"
 PROGRAM = "downstream"
 FEATURES = ("raw pixels", "random", "pre-trained")
 # Passes over the labelled images: fewer labels need more of them.
-EPOCHS = {"linear": {0.01: 200, 0.1: 60, 1.0: 20}, "finetune": {0.01: 100, 0.1: 30, 1.0: 10}}
+EPOCHS = {"linear": {0.01: 60, 0.1: 8, 1.0: 3}, "finetune": {0.01: 40, 0.1: 5, 1.0: 3}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,7 @@ def main() -> int:
     parser.add_argument("--work", default=ROOT / "downstream-out")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--fractions", type=fractions, default=[0.01, 0.1])
-    parser.add_argument("--steps", type=int, default=3000, help="steps of pre-training")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of pre-training")
     args = parser.parse_args()
     began = time.monotonic()
     try:

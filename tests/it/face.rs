@@ -86,29 +86,40 @@ fn a_cancelled_run_frees_its_workers_at_once_and_can_go_on() {
         all.extend(["--coordinator", &url]);
         said(&fixture.run(&all))
     };
-    let run = cluster.submit(&fixture.spec("unwanted", STEPS, &[]));
+    let keys = [("checkpoint.every", "[\"13step\"]")];
+    let run = cluster.submit(&fixture.spec("unwanted", STEPS, &keys));
     cluster.add("a", 2);
-    let seen = cluster.wait(&run, "a checkpoint", |seen| {
+    cluster.wait(&run, "a checkpoint", |seen| {
         seen.run.checkpoint_step.is_some_and(|saved| seen.step() >= saved + 3)
     });
-    let saved = seen.run.checkpoint_step.unwrap();
     let (code, out, err) = lacuna(&["cancel", "unwanted", "--why", "a typo"]);
     assert_eq!(code, 0, "{out}{err}");
+    let seen = cluster.wait_end(&run);
+    let saved = seen.run.checkpoint_step.unwrap();
     assert!(
         out.contains("lacuna resume unwanted") && out.contains(&format!("step {saved}")),
         "{out}"
     );
-    let seen = cluster.wait_end(&run);
     assert_eq!((seen.run.state.as_str(), seen.run.why.as_str()), ("cancelled", "a typo"));
-    assert_eq!(seen.run.checkpoint_step, Some(saved), "nothing was saved for it");
+    assert_eq!(saved % 13, 1, "nothing was saved for it: {saved}");
     let (code, ..) = lacuna(&["wait", "unwanted"]);
     assert_eq!(code, i32::from(exit::WAIT_CANCELLED));
     let (code, out, _) = lacuna(&["cancel", "unwanted"]);
     assert!(code == 0 && out.contains("is cancelled already"), "{out}");
+    let time = String::from_utf8(cluster.get("/metrics").1).unwrap();
+    assert!(time.contains("lacuna_run_time_seconds_total"), "{time}");
     // Its workers take the next run, and then it again.
     let other = cluster.submit(&fixture.spec("wanted", 20, &[]));
     let seen = cluster.wait_end(&other);
     assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    let (code, out, err) = lacuna(&["resume", "unwanted"]);
+    assert_eq!(code, 0, "{out}{err}");
+    // One that was stopped can be cancelled, too.
+    let (code, out, err) = lacuna(&["stop", "unwanted", "--progress", "off"]);
+    assert_eq!(code, 0, "{out}{err}");
+    let (code, out, _) = lacuna(&["cancel", "unwanted"]);
+    assert!(code == 0 && out.contains("was cancelled at step"), "{out}");
+    assert_eq!(lacuna(&["wait", "unwanted"]).0, i32::from(exit::WAIT_CANCELLED));
     let (code, out, err) = lacuna(&["resume", "unwanted"]);
     assert_eq!(code, 0, "{out}{err}");
     let seen = cluster.wait_end(&run);
@@ -173,14 +184,20 @@ fn a_node_that_is_banned_leaves_and_stays_out() {
     cluster.add("a", 1);
     let seen = cluster.wait_end(&run);
     assert_eq!(digest(&seen), DIGEST, "{}", seen.text());
+    // Another machine may serve, says the code of who is refused.
+    assert_eq!(cluster.take("a").wait().code(), Some(i32::from(exit::UNFIT)));
     let log = std::fs::read_to_string(fixture.path("a.log")).unwrap();
     assert!(log.contains("is kept out until") && log.contains("a loud fan"), "{log}");
     let (code, out, err) = ban(&cluster, &["--lift"]);
     assert!(code == 0 && out.contains("may join again"), "{out}{err}");
+    cluster.add("a", 1);
     let extra = [("elastic.workers", "\"2:2\"")];
     let both = cluster.submit(&fixture.spec("both", 20, &extra));
     let seen = cluster.wait_end(&both);
     assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    // Who waits for a run is sent away, too.
+    assert_eq!(ban(&cluster, &[]).0, 0);
+    assert_eq!(cluster.take("a").wait().code(), Some(i32::from(exit::UNFIT)));
     let (code, _, err) = ban(&cluster, &["--for", "soon"]);
     assert!(code == 2 && err.contains("90s, 15min, 24h or 7d"), "{err}");
 }

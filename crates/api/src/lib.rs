@@ -22,3 +22,6 @@ pub const DESCRIPTORS: &[u8] = include_bytes!("generated/lacuna.v1.bin");
 /// Largest message either side accepts, 16 MiB: specs and receipts are far below it, and a larger
 /// one is a mistake or an attack.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+
+/// Largest picture that a worker sends: three images of a thousand pixels a side.
+pub const PICTURE_BYTES_MAX: usize = 8 << 20;

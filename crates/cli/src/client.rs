@@ -415,11 +415,11 @@ pub fn cancel(args: CancelArgs) -> anyhow::Result<u8> {
     runtime()?.block_on(async {
         let mut client = args.connect.client().await?;
         let before = client.get_run(&args.run).await?;
-        if before.exit_code.is_some() {
-            println!("run {} is {} already", before.run_id, before.state);
+        let run = client.cancel_run(&args.run, &args.why).await?;
+        if run.state != "cancelled" || before.state == "cancelled" {
+            println!("run {} is {} already", run.run_id, run.state);
             return Ok(exit::OK);
         }
-        let run = client.cancel_run(&args.run, &args.why).await?;
         let from = match run.checkpoint_step {
             Some(step) => format!("its checkpoint of step {step}"),
             None => "the beginning: it has no checkpoint".to_string(),

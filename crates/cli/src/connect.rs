@@ -28,13 +28,18 @@ const SETTINGS_BYTES_MAX: u64 = 1 << 20;
 /// How to reach the coordinator.
 #[derive(Args, Clone, Debug)]
 pub struct Connect {
-    /// Address of the coordinator [default: that of the context, or http://127.0.0.1:7070].
-    #[arg(long, short, env = "LACUNA_COORDINATOR", value_name = "URL")]
+    /// Address of the coordinator [default: that of the context, else LACUNA_COORDINATOR, else
+    /// http://127.0.0.1:7070].
+    #[arg(long, short, value_name = "URL", conflicts_with = "context")]
     coordinator: Option<String>,
 
-    /// A context of ~/.config/lacuna/config.toml.
-    #[arg(long, env = "LACUNA_CONTEXT", value_name = "NAME")]
+    /// A context of ~/.config/lacuna/config.toml; also LACUNA_CONTEXT.
+    #[arg(long, value_name = "NAME")]
     context: Option<String>,
+
+    /// The address that the environment names; not on the command line.
+    #[arg(skip = std::env::var("LACUNA_COORDINATOR").ok().filter(|url| !url.is_empty()))]
+    address: Option<String>,
 
     /// Seconds that a call may take.
     #[arg(long, default_value_t = 10)]
@@ -91,24 +96,29 @@ impl Connect {
         Client::connect_as(target.url(), Duration::from_secs(self.timeout), &credentials).await
     }
 
-    /// Finds out who is meant: what a flag or the environment says goes before the context. A
-    /// context's token goes to its own coordinator only.
+    /// Finds out who is meant: `--coordinator`, then `--context`, then the environment's address,
+    /// then the context that the settings name. Who names an address is not given the token of a
+    /// context: that goes to its own coordinator only.
     pub fn target(&self) -> Result<Target, ClientError> {
-        let given = Target {
-            coordinator: self.coordinator.clone(),
+        let by_hand = |coordinator: Option<String>| Target {
+            coordinator,
             token_file: self.token_file.clone(),
             tls_dir: self.tls_dir.clone(),
         };
-        if given.coordinator.is_some() && self.context.is_none() {
-            return Ok(given);
+        if let Some(url) = &self.coordinator {
+            return Ok(by_hand(Some(url.clone())));
         }
-        let Some(path) = settings_file() else { return Ok(given) };
+        let named = self.context.clone().or_else(|| std::env::var("LACUNA_CONTEXT").ok());
+        if let (None, Some(url)) = (&self.context, &self.address) {
+            return Ok(by_hand(Some(url.clone())));
+        }
+        let Some(path) = settings_file() else { return Ok(by_hand(None)) };
         let home = std::env::home_dir();
-        let of_context = context(&path, self.context.as_deref(), home.as_deref())?;
+        let of_context = context(&path, named.as_deref(), home.as_deref())?;
         Ok(Target {
-            coordinator: given.coordinator.or(of_context.coordinator),
-            token_file: given.token_file.or(of_context.token_file),
-            tls_dir: given.tls_dir.or(of_context.tls_dir),
+            coordinator: of_context.coordinator,
+            token_file: self.token_file.clone().or(of_context.token_file),
+            tls_dir: self.tls_dir.clone().or(of_context.tls_dir),
         })
     }
 }
@@ -167,6 +177,27 @@ mod tests {
         let path = dir.path().join("config.toml");
         std::fs::write(&path, text).unwrap();
         (dir, path)
+    }
+
+    #[test]
+    fn a_token_goes_to_its_own_coordinator_only() {
+        let of = |coordinator: Option<&str>, address: Option<&str>| Connect {
+            coordinator: coordinator.map(str::to_string),
+            context: None,
+            address: address.map(str::to_string),
+            timeout: 10,
+            token_file: Some("mine".into()),
+            tls_dir: None,
+        };
+        for (flag, env, want) in [
+            (Some("http://a"), None, "http://a"),
+            (Some("http://a"), Some("http://b"), "http://a"),
+            (None, Some("http://b"), "http://b"),
+        ] {
+            let target = of(flag, env).target().unwrap();
+            assert_eq!((target.url(), target.tls_dir.as_ref()), (want, None));
+            assert_eq!(target.token_file, Some("mine".into()));
+        }
     }
 
     const TWO: &str = "context = \"lab\"\n[contexts.lab]\ncoordinator = \"https://gpu-01:7070\"\n\

@@ -121,6 +121,7 @@ impl Coded {
 
 /// Runs the command line and returns the exit code.
 pub fn main() -> ExitCode {
+    end_quietly_without_reader();
     let args = Args::parse();
     if args.version {
         println!("{}", BuildId::this());
@@ -137,6 +138,18 @@ pub fn main() -> ExitCode {
             ExitCode::from(exit_code(&err))
         }
     }
+}
+
+/// Lets `lacuna status | head` end as other commands do, where printing would panic otherwise.
+fn end_quietly_without_reader() {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let why = info.payload_as_str().unwrap_or_default();
+        if why.starts_with("failed printing to") && why.contains("Broken pipe") {
+            std::process::exit(i32::from(exit::NO_READER));
+        }
+        before(info);
+    }));
 }
 
 fn run(command: Command) -> anyhow::Result<u8> {

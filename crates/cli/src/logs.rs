@@ -1,18 +1,24 @@
 //! `lacuna logs`: what a run's workers log, with equal lines of many workers as one.
 
 use std::collections::VecDeque;
+use std::io::Write as _;
 use std::time::Duration;
 
 use clap::Args;
+use lacuna_api::client::ClientError;
 use lacuna_api::v1;
 use lacuna_types::exit;
+use tokio::time::Instant;
 
 use crate::client::Output;
 use crate::connect::Connect;
+use crate::look::is_final;
 use crate::runtime;
 
 /// How long a line waits for its like from other workers.
 const GATHER: Duration = Duration::from_millis(300);
+/// How long to wait before a broken stream is opened again.
+const AGAIN: Duration = Duration::from_secs(1);
 /// Lines that may wait.
 const WAITING_MAX: usize = 1000;
 
@@ -43,41 +49,84 @@ pub struct LogsArgs {
 /// Prints what a run's workers log.
 pub fn logs(args: LogsArgs) -> anyhow::Result<u8> {
     runtime()?.block_on(async {
-        tokio::select! {
-            printed = print(&args) => printed,
-            _ = tokio::signal::ctrl_c() => Ok(exit::OK),
+        let mut shown = Shown { gathered: Gathered::default(), due: None };
+        let interrupt = tokio::signal::ctrl_c();
+        tokio::pin!(interrupt);
+        let mut tail = args.tail;
+        loop {
+            let result = tokio::select! {
+                result = print(&args, tail, &mut shown) => result,
+                _ = &mut interrupt => {
+                    shown.flush();
+                    return Ok(exit::OK);
+                }
+            };
+            shown.flush();
+            match result {
+                Ok(()) if !args.follow => return Ok(exit::OK),
+                Err(err) if !args.follow || is_final(&err) => return Err(err.into()),
+                // The stream broke, and a coordinator that starts again has forgotten the rest.
+                _ => tail = 0,
+            }
+            tokio::select! {
+                () = tokio::time::sleep(AGAIN) => {}
+                _ = &mut interrupt => return Ok(exit::OK),
+            }
         }
     })
 }
 
-async fn print(args: &LogsArgs) -> anyhow::Result<u8> {
+async fn print(args: &LogsArgs, tail: u32, shown: &mut Shown) -> Result<(), ClientError> {
     let mut client = args.connect.client().await?;
     let request = v1::StreamLogsRequest {
         run_id: args.run.clone(),
         worker_id: args.worker.clone(),
-        tail: args.tail,
+        tail,
         follow: args.follow,
     };
     let mut lines = client.stream_logs(request).await?;
-    let mut gathered = Gathered::default();
     loop {
-        let next = if gathered.is_empty() {
-            Ok(lines.message().await)
-        } else {
-            tokio::time::timeout(GATHER, lines.message()).await
+        let due = async {
+            match shown.due {
+                Some(due) => tokio::time::sleep_until(due).await,
+                None => std::future::pending().await,
+            }
         };
-        match next {
-            Ok(line) => match line? {
-                Some(line) if args.output == Output::Json => println!("{}", json(&line)),
-                Some(line) if args.all => println!("{}", text_of(&line)),
-                Some(line) => gathered.take(line).iter().for_each(|line| println!("{line}")),
-                None => break,
+        tokio::select! {
+            line = lines.message() => match line? {
+                Some(line) if args.output == Output::Json => put(&json(&line).to_string()),
+                Some(line) if args.all => put(&text_of(&line)),
+                Some(line) => shown.take(line),
+                None => return Ok(()),
             },
-            Err(_) => gathered.flush().iter().for_each(|line| println!("{line}")),
+            () = due => shown.flush(),
         }
     }
-    gathered.flush().iter().for_each(|line| println!("{line}"));
-    Ok(exit::OK)
+}
+
+/// Prints a line; who reads no more is left.
+fn put(line: &str) {
+    if writeln!(std::io::stdout(), "{line}").is_err() {
+        std::process::exit(exit::OK.into());
+    }
+}
+
+/// Lines that are gathered, and until when.
+struct Shown {
+    gathered: Gathered,
+    due: Option<Instant>,
+}
+
+impl Shown {
+    fn take(&mut self, line: v1::StreamLogsResponse) {
+        self.gathered.take(line).iter().for_each(|line| put(line));
+        self.due = self.due.or_else(|| Some(Instant::now() + GATHER));
+    }
+
+    fn flush(&mut self) {
+        self.due = None;
+        self.gathered.flush().iter().for_each(|line| put(line));
+    }
 }
 
 fn json(line: &v1::StreamLogsResponse) -> serde_json::Value {
@@ -100,10 +149,6 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
     /// Takes a line; returns what need not wait any longer.
     fn take(&mut self, line: v1::StreamLogsResponse) -> Vec<String> {
         let of_worker = |(first, others): &(v1::StreamLogsResponse, Vec<String>)| {
@@ -140,10 +185,14 @@ fn said(text: &str) -> &str {
 }
 
 fn joined(line: &v1::StreamLogsResponse, others: &[String]) -> String {
-    match others {
-        [] => text_of(line),
-        [one] => format!("[{}, {one}] {}", line.worker_id, line.text),
-        more => format!("[{} and {} more] {}", line.worker_id, more.len(), line.text),
+    let who = match others {
+        [] => return text_of(line),
+        [one] => format!("{}, {one}", line.worker_id),
+        more => format!("{} and {} more", line.worker_id, more.len()),
+    };
+    match line.missed {
+        0 => format!("[{who}] {}", line.text),
+        n => format!("[{}] … {n} lines missed\n[{who}] {}", line.worker_id, line.text),
     }
 }
 
@@ -174,7 +223,7 @@ mod tests {
                 "[a:cpu0] 2026-11-29T06:00:02.000001Z  INFO engine ready",
             ]
         );
-        assert!(gathered.is_empty());
+        assert!(gathered.flush().is_empty());
     }
 
     #[test]

@@ -105,7 +105,7 @@ async fn print_events(args: &EventsArgs) -> anyhow::Result<u8> {
 }
 
 /// Tells whether the coordinator has answered, and will answer the same again.
-fn is_final(err: &ClientError) -> bool {
+pub(crate) fn is_final(err: &ClientError) -> bool {
     match err {
         ClientError::Unreachable { .. } => false,
         ClientError::Refused(status) => lacuna_api::error::reason(status).is_some(),

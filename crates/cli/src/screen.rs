@@ -5,6 +5,7 @@
 
 mod dashboard;
 
+use std::io::IsTerminal as _;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -31,7 +32,10 @@ pub struct Screen {
 impl Screen {
     /// Takes the terminal; the error says why it cannot be had.
     pub fn open() -> std::io::Result<Self> {
-        let terminal = ratatui::try_init()?;
+        if !std::io::stdout().is_terminal() {
+            return Err(std::io::Error::other("stdout is no terminal"));
+        }
+        let terminal = ratatui::try_init().inspect_err(|_| ratatui::restore())?;
         let (updates, inbox) = sync_channel(QUEUE);
         let (quitting, quit) = watch::channel(false);
         let work = move || {

@@ -164,11 +164,13 @@ impl Coordinator {
             Event::Examined { checkpoint, found } => self.on_examined(&checkpoint, found),
             Event::Release { worker } => self.on_release(&worker),
             Event::Resize { min, max } => self.on_resize(min, max),
+            // One that may go on is told that it shall not.
+            Event::Cancel { why } if self.may_go_on() => self.end(Ending::Cancelled { why }),
             // What follows asks something of a run; one that rests has nothing to give.
             _ if self.saved.ending.is_some() => {}
             Event::Drain { worker, why } => self.on_drain(worker, why),
             Event::Stop { why } => self.record(Record::Stopping { why }),
-            Event::Cancel { why } => self.end(Ending::Cancelled { why }),
+            Event::Cancel { .. } => {}
             Event::Checkpoint => self.record(Record::CheckpointAsked),
             Event::Force => self.on_force(),
         }
@@ -233,6 +235,11 @@ impl Coordinator {
     /// Returns how the run came to rest, if it did.
     pub fn ended(&self) -> Option<&Ending> {
         self.saved.ending.as_ref()
+    }
+
+    /// Tells whether the run is on, or rests and waits to go on.
+    fn may_go_on(&self) -> bool {
+        matches!(&self.saved.ending, None | Some(Ending::Stopped { .. } | Ending::Paused { .. }))
     }
 
     /// Returns what a crash must not lose: what the records so far add up to.

@@ -185,8 +185,10 @@ pub(crate) fn node_of(worker: &WorkerId) -> &str {
 /// Longest text of a caller that is kept.
 const TEXT_MAX: usize = 1000;
 
-/// Cuts a text that a caller gave.
-fn bounded(mut text: String) -> String {
+/// Cuts a text that a caller gave, and takes out what would steer a terminal that shows it.
+fn bounded(text: String) -> String {
+    let harmless = |c: char| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c };
+    let mut text: String = text.chars().map(harmless).collect();
     if text.len() > TEXT_MAX {
         text.truncate(text.floor_char_boundary(TEXT_MAX));
         text.push('…');
@@ -323,11 +325,12 @@ impl RunService for Grpc {
         self.run_message(&id)?;
         let n = if points_max == 0 { POINTS } else { points_max.min(POINTS_MAX) };
         let path = self.0.state_file();
-        let read = move || SqliteStore::open_to_read(&path)?.some_figures(&id, n.into());
-        let found = tokio::task::spawn_blocking(read)
-            .await
-            .map_err(|err| status(Reason::Internal, err.to_string()))?
-            .map_err(|err| status(Reason::Internal, lacuna_checkpoint::chain(&err)))?;
+        let failed = |err: StoreError| status(Reason::Internal, lacuna_checkpoint::chain(&err));
+        let read = move || {
+            let store = SqliteStore::open_to_read(&path).map_err(failed)?;
+            store.some_figures(&id, n.into()).map_err(failed)
+        };
+        let found = self.blocking(read).await?;
         Ok(Response::new(v1::GetMetricsResponse { figures: messages::by_step(found) }))
     }
 
@@ -337,16 +340,17 @@ impl RunService for Grpc {
     ) -> Result<Response<Self::StreamLogsStream>, Status> {
         let request = request.into_inner();
         let id = parse_run(&request.run_id)?;
-        let view = self.0.runs().get(&id).map(|handle| handle.ends.view.clone());
-        let view = view.ok_or_else(|| not_found(&id))?;
-        let (shared, only) = (self.0.clone(), request.worker_id.clone());
-        // Those that come while somebody reads belong to it, too.
-        let wanted = move |worker: &str| {
-            let is_of_run = || view.borrow().has_worker(worker);
-            if only.is_empty() { is_of_run() } else { only == worker }
+        self.run_message(&id)?;
+        let Ok(turn) = self.0.log_readers.clone().try_acquire_owned() else {
+            let text = "too many streams of logs are open; try again";
+            return Err(status(Reason::RateLimited, text));
         };
+        let logs = self.0.logs.clone();
         let (out, answers) = mpsc::channel(WATCH_QUEUE);
-        tokio::spawn(async move { shared.logs.feed(request, wanted, out).await });
+        tokio::spawn(async move {
+            let _turn = turn;
+            logs.feed(&request, out).await;
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 

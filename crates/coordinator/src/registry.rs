@@ -30,6 +30,10 @@ pub(crate) const STATE_FILE: &str = "coordinator.sqlite";
 
 /// Folders for people's tools that are written at once.
 const TRACKING_MAX: usize = 8;
+/// Callers that read files at once.
+const READING_MAX: usize = 4;
+/// Streams of logs at once.
+const LOG_READERS_MAX: usize = 64;
 /// Checkpoints that are read at once for callers.
 const VERIFYING_MAX: usize = 2;
 /// Pictures that are written at once.
@@ -74,8 +78,12 @@ pub(crate) struct Shared {
     pub drawing: Arc<Semaphore>,
     /// Checkpoints that callers may have read at a time.
     pub verifying: Arc<Semaphore>,
+    /// Callers that may read files at a time, beside pages.
+    pub reading: Arc<Semaphore>,
+    /// Readers of logs.
+    pub log_readers: Arc<Semaphore>,
     /// What trainers log.
-    pub logs: Logs,
+    pub logs: Arc<Logs>,
     /// Machines that are kept out.
     pub bans: Bans,
     started: Instant,
@@ -123,7 +131,9 @@ impl Shared {
             tracking: Arc::new(Semaphore::new(TRACKING_MAX)),
             drawing: Arc::new(Semaphore::new(DRAWING_MAX)),
             verifying: Arc::new(Semaphore::new(VERIFYING_MAX)),
-            logs: Logs::default(),
+            reading: Arc::new(Semaphore::new(READING_MAX)),
+            log_readers: Arc::new(Semaphore::new(LOG_READERS_MAX)),
+            logs: Arc::default(),
             bans,
             started: Instant::now(),
         };

@@ -83,14 +83,6 @@ pub(crate) struct View {
     pub events: BTreeMap<String, u64>,
 }
 
-impl View {
-    /// Tells whether a worker is with the run, or was when it came to rest.
-    pub fn has_worker(&self, worker: &str) -> bool {
-        self.devices.keys().any(|id| id.as_str() == worker)
-            || self.status.workers.iter().any(|known| known.worker.as_str() == worker)
-    }
-}
-
 struct Attached {
     session: u64,
     incarnation: Incarnation,
@@ -300,6 +292,8 @@ impl RunTask {
             self.collect(generation);
         }
         if let Some(done) = asked {
+            // Whoever asked looks next.
+            self.publish();
             // Nobody waits any more if it fails.
             let _ = done.send(met);
         }

@@ -4,12 +4,14 @@
 //! its truth: what its machine needs after a restart is what the journal's records add up to.
 //! Figures of steps and events are kept too, so that a watcher that reconnects misses nothing.
 
+mod bans;
 mod pictures;
 mod text;
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+pub use bans::Ban;
 pub use pictures::PicturePlace;
 
 use lacuna_control::journal::{Record, Saved};
@@ -125,17 +127,6 @@ pub enum Update {
         /// Milliseconds since the Unix epoch.
         at_ms: u64,
     },
-}
-
-/// A machine that is kept out of every run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ban {
-    /// The machine.
-    pub node: String,
-    /// Until when, milliseconds since the Unix epoch.
-    pub until_ms: u64,
-    /// Why, for people.
-    pub why: String,
 }
 
 /// Something to write of a run.
@@ -463,10 +454,11 @@ impl Store for SqliteStore {
                         numbers.push(insert_update(&all, run, update).map_err(&failed)?);
                     }
                     Entry::Picture(update, png) => {
-                        if let Update::Picture { place, .. } = update {
-                            pictures::insert(&all, run, *place, png).map_err(&failed)?;
+                        let Update::Picture { place, .. } = update else { continue };
+                        // Two may have been under way at a time: the first one counts.
+                        if pictures::insert(&all, run, *place, png).map_err(&failed)? {
+                            numbers.push(insert_update(&all, run, update).map_err(&failed)?);
                         }
-                        numbers.push(insert_update(&all, run, update).map_err(&failed)?);
                     }
                 }
             }
@@ -543,26 +535,23 @@ impl Store for SqliteStore {
 
     fn put_ban(&mut self, ban: &Ban) -> Result<(), StoreError> {
         self.sync_commits(true)?;
-        let sql = "INSERT INTO bans (node, until_ms, why) VALUES (?1, ?2, ?3)
-                   ON CONFLICT (node) DO UPDATE SET until_ms = ?2, why = ?3";
-        let values = params![ban.node, signed(ban.until_ms), ban.why];
-        self.db.execute(sql, values).map_err(query("keep a machine out"))?;
-        Ok(())
+        bans::put(self, ban)
     }
 
     fn bans(&self) -> Result<Vec<Ban>, StoreError> {
-        let failed = query("list machines that are kept out");
-        let sql = "SELECT node, until_ms, why FROM bans ORDER BY node";
-        let mut statement = self.db.prepare(sql).map_err(&failed)?;
-        let read = |row: &rusqlite::Row<'_>| {
-            Ok(Ban { node: row.get(0)?, until_ms: unsigned(row.get(1)?), why: row.get(2)? })
-        };
-        let rows = statement.query_map([], read).map_err(&failed)?;
-        rows.map(|row| row.map_err(&failed)).collect()
+        bans::list(self)
     }
 
     fn has_picture(&self, run: &RunId, place: PicturePlace) -> Result<bool, StoreError> {
-        Ok(self.picture(run, place.step, place.index)?.is_some())
+        let sql = "SELECT 1 FROM pictures WHERE run_id = ?1 AND step = ?2 AND place = ?3";
+        let found: Option<i64> = self
+            .db
+            .query_row(sql, params![run.as_str(), signed(place.step), place.index], |row| {
+                row.get(0)
+            })
+            .optional()
+            .map_err(query("look for a picture"))?;
+        Ok(found.is_some())
     }
 }
 

@@ -55,7 +55,7 @@ impl Share {
     /// Returns what the time in a run's state is spent on; nothing where it is over.
     fn of_state(state: &str) -> Option<Self> {
         Some(match state {
-            "finished" | "failed" => return None,
+            "finished" | "failed" | "cancelled" => return None,
             "running" => Share::Productive,
             "recovering" | "forming" | "syncing" | "disputed" => Share::Reform,
             "held" => Share::Checkpoint,

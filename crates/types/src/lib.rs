@@ -201,6 +201,8 @@ pub mod exit {
     pub const WAIT_FAILED: u8 = 20;
     /// The run was cancelled.
     pub const WAIT_CANCELLED: u8 = 21;
+    /// Nobody read what was printed (a shell shows the same of a command that SIGPIPE ended).
+    pub const NO_READER: u8 = 141;
     /// `wait`: the time was over first.
     pub const WAIT_TIMED_OUT: u8 = 124;
     /// The coordinator could not be reached.

@@ -18,7 +18,7 @@ use lacuna_api::v1::worker_service_client::WorkerServiceClient;
 use lacuna_checkpoint::chain;
 use lacuna_cuda::Driver;
 use lacuna_types::{BuildId, exit};
-use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -41,6 +41,8 @@ const TAIL_LINES: usize = 20;
 const LEAVE_DEADLINE: Duration = Duration::from_secs(120);
 /// Bound of the report queue: lines of trainers, and a report of each one's end.
 const QUEUE: usize = 1024;
+/// Longest line of a trainer, bytes; a longer one is two.
+const LINE_BYTES_MAX: u64 = 64 << 10;
 /// Longest line of a trainer that the coordinator gets.
 const LINE_CHARS_MAX: usize = 1000;
 
@@ -440,10 +442,19 @@ struct Forward {
 impl Forward {
     /// Runs to the end of the stream; returns its last lines.
     async fn run(self, stderr: tokio::process::ChildStderr) -> String {
-        let mut lines = BufReader::new(stderr).lines();
+        let mut stderr = BufReader::new(stderr);
+        let mut bytes: Vec<u8> = Vec::new();
         let mut tail: VecDeque<String> = VecDeque::with_capacity(TAIL_LINES);
         let mut missed = 0;
-        while let Ok(Some(line)) = lines.next_line().await {
+        loop {
+            bytes.clear();
+            // Whatever it writes is read, or it would be stopped by a full pipe.
+            let mut piece = (&mut stderr).take(LINE_BYTES_MAX);
+            if !matches!(piece.read_until(b'\n', &mut bytes).await, Ok(1..)) {
+                break;
+            }
+            let text = String::from_utf8_lossy(&bytes);
+            let line = text.trim_end_matches(['\n', '\r']).to_string();
             eprintln!("[{}] {line}", self.worker_id);
             self.report(&line, &mut missed);
             if tail.len() == TAIL_LINES {
@@ -524,15 +535,13 @@ impl Uplink {
             .into_inner();
         self.was_let_in.store(true, Ordering::Relaxed);
         loop {
-            if let Some(report) = pending.take() {
-                let request = v1::AgentRequest { message: Some(report.clone()) };
-                if requests.send(request).await.is_err() {
-                    *pending = Some(report);
-                    return Ok(());
-                }
-            }
             tokio::select! {
-                report = outbox.recv() => match report {
+                // Beside listening: a coordinator that reads slowly is heard all the same.
+                place = requests.reserve(), if pending.is_some() => match place {
+                    Ok(place) => place.send(v1::AgentRequest { message: pending.take() }),
+                    Err(_) => return Ok(()),
+                },
+                report = outbox.recv(), if pending.is_none() => match report {
                     Some(report) => *pending = Some(report),
                     None => return Ok(()),
                 },

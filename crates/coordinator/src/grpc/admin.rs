@@ -113,6 +113,8 @@ impl AdminService for Grpc {
         let written = self.0.store().put_ban(&ban);
         written.map_err(|err| status(Reason::Internal, lacuna_checkpoint::chain(&err)))?;
         self.0.bans.set(ban);
+        // Those of the machine that wait for a run notice.
+        self.0.runs_changed();
         let worker_ids = if seconds > 0 { self.drain_node(&node, &why).await? } else { Vec::new() };
         Ok(Response::new(v1::BanNodeResponse { worker_ids }))
     }
@@ -130,9 +132,14 @@ impl Grpc {
             let of_node = view.status.workers.iter().filter(|w| node_of(&w.worker) == node);
             leaving.extend(of_node.map(|w| (w.worker.clone(), handle.ends.input.clone())));
         }
+        let mut failed: Option<Status> = None;
         for (worker, input) in &leaving {
             let why = format!("its node is kept out: {why}");
-            ask(input.clone(), Event::Drain { worker: worker.clone(), why }).await?;
+            let asked = ask(input.clone(), Event::Drain { worker: worker.clone(), why }).await;
+            failed = failed.or(asked.err());
+        }
+        if let Some(err) = failed {
+            return Err(err);
         }
         Ok(leaving.into_iter().map(|(worker, _)| worker.to_string()).collect())
     }

@@ -1,6 +1,6 @@
 //! Checkpoints of the runs that this coordinator has. Reading them takes threads of their own.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use lacuna_api::error::{Reason, status};
 use lacuna_api::v1;
@@ -16,11 +16,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{BoxStream, Grpc, bounded, not_found, parse_run};
+use crate::catalogue::rfc3339;
 
 /// Bytes of a manifest in one message.
 const PIECE_BYTES: usize = 256 << 10;
 /// How often a caller hears that a checkpoint is still being read.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
+/// How long a caller waits for its turn to read.
+const TURN_DEADLINE: Duration = Duration::from_secs(3);
 /// Who holds what is pinned through this service.
 const HOLDER: &str = "pinned";
 
@@ -33,8 +36,26 @@ fn no_checkpoint(dir: &RunDir, step: u64) -> Status {
     status(Reason::CheckpointNotFound, text)
 }
 
-/// Works with checkpoints on a thread that may wait.
-async fn blocking<T: Send + 'static>(
+impl Grpc {
+    /// Works on a thread that may wait: a few callers at a time, since commits need threads, too.
+    pub(super) async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Status> + Send + 'static,
+    ) -> Result<T, Status> {
+        let turn = self.0.reading.clone().acquire_owned();
+        let Ok(Ok(turn)) = tokio::time::timeout(TURN_DEADLINE, turn).await else {
+            let text = "too many callers read at a time; try again";
+            return Err(status(Reason::RateLimited, text));
+        };
+        let work = move || {
+            let _turn = turn;
+            work()
+        };
+        run_blocking(work).await
+    }
+}
+
+async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Status> + Send + 'static,
 ) -> Result<T, Status> {
     let done = tokio::task::spawn_blocking(work).await;
@@ -43,7 +64,8 @@ async fn blocking<T: Send + 'static>(
 
 fn describe(dir: &RunDir, entry: &Entry, holds: &[Hold]) -> Result<v1::Checkpoint, Status> {
     let step = entry.step.0;
-    let pinned = holds.iter().any(|hold| hold.step == entry.step);
+    let now = rfc3339(SystemTime::now());
+    let pinned = holds.iter().any(|hold| hold.step == entry.step && !hold.is_over(&now));
     Ok(match &entry.status {
         Found::Damaged { reason } => {
             v1::Checkpoint { step, damage: reason.clone(), pinned, ..Default::default() }
@@ -63,10 +85,15 @@ fn describe(dir: &RunDir, entry: &Entry, holds: &[Hold]) -> Result<v1::Checkpoin
 }
 
 impl Grpc {
-    fn run_dir(&self, run_id: &str) -> Result<RunDir, Status> {
+    /// Finds a run's checkpoints; what it returns opens their place, which may take its time.
+    fn run_dir(
+        &self,
+        run_id: &str,
+    ) -> Result<impl FnOnce() -> Result<RunDir, Status> + Send + 'static, Status> {
         let id = parse_run(run_id)?;
         let to = self.0.runs().get(&id).map(|handle| handle.spec.checkpoint.to.clone());
-        RunDir::open(&to.ok_or_else(|| not_found(&id))?, id).map_err(storage)
+        let to = to.ok_or_else(|| not_found(&id))?;
+        Ok(move || RunDir::open(&to, id).map_err(storage))
     }
 }
 
@@ -113,11 +140,12 @@ impl CheckpointService for Grpc {
     ) -> Result<Response<v1::ListCheckpointsResponse>, Status> {
         let dir = self.run_dir(&request.into_inner().run_id)?;
         let list = move || {
+            let dir = dir()?;
             let entries = catalog::list(&dir).map_err(storage)?;
             let holds = retain::holds(&dir).map_err(storage)?;
             entries.iter().map(|entry| describe(&dir, entry, &holds)).collect()
         };
-        let checkpoints = blocking(list).await?;
+        let checkpoints = self.blocking(list).await?;
         Ok(Response::new(v1::ListCheckpointsResponse { checkpoints }))
     }
 
@@ -128,12 +156,13 @@ impl CheckpointService for Grpc {
         let v1::GetManifestRequest { run_id, step } = request.into_inner();
         let dir = self.run_dir(&run_id)?;
         let read = move || {
+            let dir = dir()?;
             let path = dir.manifest(Step(step));
             dir.storage().read_small(&path, MANIFEST_BYTES_MAX).map_err(|error| {
                 if error.is_not_found() { no_checkpoint(&dir, step) } else { storage(error) }
             })
         };
-        let text = blocking(read).await?;
+        let text = self.blocking(read).await?;
         let pieces: Vec<Result<v1::GetManifestResponse, Status>> = text
             .chunks(PIECE_BYTES)
             .map(|piece| Ok(v1::GetManifestResponse { piece: piece.to_vec() }))
@@ -147,7 +176,7 @@ impl CheckpointService for Grpc {
     ) -> Result<Response<v1::PinCheckpointResponse>, Status> {
         let v1::PinCheckpointRequest { run_id, step, pinned, why } = request.into_inner();
         let dir = self.run_dir(&run_id)?;
-        blocking(move || pin(&dir, step, pinned, &bounded(why))).await?;
+        self.blocking(move || pin(&dir()?, step, pinned, &bounded(why))).await?;
         Ok(Response::new(v1::PinCheckpointResponse {}))
     }
 
@@ -161,8 +190,12 @@ impl CheckpointService for Grpc {
             let text = "other checkpoints are being read; ask again when they are";
             return Err(status(Reason::RateLimited, text));
         };
-        let found = dir.clone();
-        let manifest = blocking(move || manifest_of(&found, step)).await?;
+        let find = move || {
+            let dir = dir()?;
+            let manifest = manifest_of(&dir, step)?;
+            Ok((dir, manifest))
+        };
+        let (dir, manifest) = self.blocking(find).await?;
         let (out, answers) = mpsc::channel(4);
         let read = move || {
             let _turn = turn;
@@ -171,7 +204,7 @@ impl CheckpointService for Grpc {
             Ok(v1::VerifyCheckpointResponse { done: true, bytes, problems })
         };
         tokio::spawn(async move {
-            let mut reading = std::pin::pin!(blocking(read));
+            let mut reading = std::pin::pin!(run_blocking(read));
             let last = loop {
                 tokio::select! {
                     done = &mut reading => break done,

@@ -3,16 +3,13 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use lacuna_api::v1;
-use lacuna_spec::RECONSTRUCTIONS_MAX;
+use lacuna_api::{PICTURE_BYTES_MAX, v1};
 use lacuna_types::{RunId, WorkerId};
 use tracing::{debug, warn};
 
 use crate::registry::Shared;
 use crate::store::{Entry, PicturePlace, Update};
 
-/// Largest picture that is kept: three images of a thousand pixels a side.
-const PICTURE_BYTES_MAX: usize = 8 << 20;
 /// Longest side of a picture, pixels.
 const SIDE_MAX: u32 = 16_384;
 
@@ -21,10 +18,14 @@ const SIDE_MAX: u32 = 16_384;
 pub(super) fn keep(shared: &Arc<Shared>, run: &RunId, worker: &WorkerId, picture: v1::Picture) {
     let v1::Picture { step, index, sample, png } = picture;
     let place = PicturePlace { step, index, sample };
-    let Some((width, height)) = size_of(&png).filter(|_| index < RECONSTRUCTIONS_MAX) else {
+    let Some((width, height)) = size_of(&png) else {
         warn!(run_id = %run, worker_id = %worker, "a picture that is none was sent");
         return;
     };
+    if !is_asked_for(shared, run, place) {
+        warn!(run_id = %run, worker_id = %worker, step, index, "a picture that nobody asked for");
+        return;
+    }
     let Ok(turn) = shared.drawing.clone().try_acquire_owned() else {
         debug!(run_id = %run, step, index, "more pictures than are written; one is left out");
         return;
@@ -35,6 +36,20 @@ pub(super) fn keep(shared: &Arc<Shared>, run: &RunId, worker: &WorkerId, picture
         let _turn = turn;
         shared.keep_picture(&run, place, png).await;
     });
+}
+
+/// Tells whether a run's spec asks for a picture, at a step that the run has come to.
+fn is_asked_for(shared: &Shared, run: &RunId, place: PicturePlace) -> bool {
+    let runs = shared.runs();
+    let Some(handle) = runs.get(run) else { return false };
+    let (wanted, resolved) =
+        (&handle.spec.track.reconstructions, handle.spec.resolve(handle.n_samples));
+    let (Some(wanted), Ok(resolved)) = (wanted, resolved) else { return false };
+    let every = wanted.every.steps(resolved.geometry.steps_per_epoch()).unwrap_or(u64::MAX).max(1);
+    let is_due = place.step.is_multiple_of(every) || place.step == resolved.total_steps;
+    // Marks come behind steps, by at most as many as lie between two of them.
+    let has_come = place.step <= handle.ends.view.borrow().status.step.0.saturating_add(every);
+    is_due && has_come && place.index < wanted.images && place.step <= resolved.total_steps
 }
 
 impl Shared {

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
+use lacuna_api::error::{Reason, status};
 use lacuna_api::{v1, wire};
 use lacuna_control::coordinator::Hello;
 use lacuna_types::{RunId, exit};
 use tonic::Streaming;
 use tracing::{debug, warn};
 
-use super::pictures;
+use super::{node_of, pictures};
 use crate::registry::Shared;
 use crate::run::{Gone, Input, SessionSender};
 
@@ -34,6 +35,7 @@ impl Session {
             None => self.wait_for_run(&mut inbound, &out).await,
         };
         if let Some(run) = run {
+            shared.logs.attach(&worker, &run);
             self.serve(&run, inbound, out).await;
             shared.release(&run);
         }
@@ -49,6 +51,12 @@ impl Session {
         let mut changes = self.shared.changes();
         loop {
             changes.mark_unchanged();
+            let banned = self.shared.bans.of_node(node_of(&self.intro.worker));
+            if let Some(why) = banned {
+                // Nobody listens any more where it fails.
+                let _ = out.send(Err(status(Reason::NodeBanned, why))).await;
+                return None;
+            }
             if let Some(run) = self.shared.assign() {
                 return Some(run);
             }

@@ -11,6 +11,8 @@ use super::{Grpc, not_found, parse_run};
 
 /// How a specification is called that has no file.
 const NAME: &str = "spec";
+/// Most bytes of problems in a refusal: clients take some kilobytes of headers.
+const REFUSAL_BYTES_MAX: usize = 1500;
 /// What of a run that is on may be changed.
 const CHANGEABLE: &str = "elastic.workers";
 
@@ -28,7 +30,22 @@ fn refusal(problems: &Problems) -> Status {
         let key = if key.is_empty() { place.to_string() } else { key.clone() };
         (key, problem.to_string())
     };
-    invalid_spec(problems.to_string(), problems.as_slice().iter().map(violation).collect())
+    let mut violations: Vec<(String, String)> = Vec::new();
+    // They travel in headers, which are bounded; three times over.
+    let mut n_bytes = 0;
+    for problem in problems.as_slice() {
+        let (key, text) = violation(problem);
+        n_bytes += key.len() + text.len();
+        if n_bytes > REFUSAL_BYTES_MAX {
+            break;
+        }
+        violations.push((key, text));
+    }
+    let n = problems.count();
+    let shown: Vec<&str> = violations.iter().map(|(_, text)| text.as_str()).collect();
+    let more = n - violations.len();
+    let rest = if more > 0 { format!("\nand {more} more") } else { String::new() };
+    invalid_spec(format!("{}{rest}", shown.join("\n")), violations)
 }
 
 /// Reads a specification in TOML, and says everything that is wrong with it.

@@ -20,23 +20,25 @@ pub struct PicturePlace {
     pub sample: u64,
 }
 
-/// Writes a picture, and forgets those of steps that are no longer kept.
+/// Writes a picture, and forgets those of steps that are no longer kept; `false` if it was there.
 pub(super) fn insert(
     db: &Connection,
     run: &RunId,
     place: PicturePlace,
     png: &[u8],
-) -> rusqlite::Result<()> {
+) -> rusqlite::Result<bool> {
     let PicturePlace { step, index, sample } = place;
     let run = run.as_str();
     let sql = "INSERT INTO pictures (run_id, step, place, sample, png) VALUES (?1, ?2, ?3, ?4, ?5)
                ON CONFLICT DO NOTHING";
-    db.prepare_cached(sql)?.execute(params![run, signed(step), index, signed(sample), png])?;
+    let values = params![run, signed(step), index, signed(sample), png];
+    let is_new = db.prepare_cached(sql)?.execute(values)? > 0;
     let sql = "DELETE FROM pictures WHERE run_id = ?1
                AND step > (SELECT min(step) FROM pictures WHERE run_id = ?1)
                AND step NOT IN (SELECT DISTINCT step FROM pictures WHERE run_id = ?1
                                 ORDER BY step DESC LIMIT ?2)";
-    db.prepare_cached(sql)?.execute(params![run, STEPS_KEPT]).map(|_| ())
+    db.prepare_cached(sql)?.execute(params![run, STEPS_KEPT])?;
+    Ok(is_new)
 }
 
 impl SqliteStore {

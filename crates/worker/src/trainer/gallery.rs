@@ -6,7 +6,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use image::{ExtendedColorType, ImageEncoder as _};
-use lacuna_api::v1;
+use lacuna_api::{PICTURE_BYTES_MAX, v1};
 use lacuna_data::dataset::Dataset;
 use lacuna_data::{ImageShape, SampleReader};
 use lacuna_recipe::mask::MaskOrder;
@@ -76,7 +76,24 @@ impl Gallery {
             let png = encode(picture)?;
             Ok(v1::Picture { step, index: index as u32, sample: sample.0, png })
         };
-        self.samples.iter().zip(&pictures).enumerate().map(describe).collect()
+        let mut drawn: Vec<v1::Picture> = self
+            .samples
+            .iter()
+            .zip(&pictures)
+            .enumerate()
+            .map(describe)
+            .collect::<Result<_, DrawError>>()?;
+        let n = drawn.len();
+        drawn.retain(|picture| picture.png.len() <= PICTURE_BYTES_MAX);
+        if drawn.len() < n {
+            warn!(
+                step,
+                left_out = n - drawn.len(),
+                max = PICTURE_BYTES_MAX,
+                "pictures too large to send"
+            );
+        }
+        Ok(drawn)
     }
 }
 

@@ -165,6 +165,8 @@ pub(crate) fn refused(status: &tonic::Status, was_let_in: bool) -> (String, Opti
     match reason(status) {
         Some(Reason::VersionSkew) => (text, Some(exit::VERSION), false),
         Some(Reason::Malformed) => (text, Some(exit::USAGE), false),
+        // Another machine may serve: a scheduler moves the job.
+        Some(Reason::NodeBanned) => (text, Some(exit::UNFIT), false),
         Some(Reason::Unauthenticated | Reason::RoleMissing) if !was_let_in => {
             (text, Some(exit::UNAUTHORISED), false)
         }
