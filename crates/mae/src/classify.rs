@@ -105,9 +105,13 @@ impl Objective for Classification {
                 Box::new(FinetuneLoss { model: model.clone(), task: self.task.clone() })
             }
             TaskKind::Linear => {
-                let frozen = self.encoder.weights().to_device(device);
-                let encoder =
-                    Encoder::new(model, &frozen, self.encoder.table(model).to_device(device));
+                // A worker's probe also computes a small model, which the encoder is none of.
+                let own = match self.encoder.fits(model) {
+                    true => self.encoder.clone(),
+                    false => Arc::new(EncoderWeights::fresh(model, 0)),
+                };
+                let frozen = own.weights().to_device(device);
+                let encoder = Encoder::new(model, &frozen, own.table(model).to_device(device));
                 Box::new(LinearLoss { task: self.task.clone(), encoder })
             }
         }

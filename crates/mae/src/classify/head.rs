@@ -82,11 +82,16 @@ impl EncoderWeights {
         EncoderWeights::of(model, &params, sincos_2d(model.width as usize, model.grid()))
     }
 
+    /// Returns whether `model` has tensors of these shapes.
+    pub fn fits(&self, model: &ModelConfig) -> bool {
+        let positions = (1 + model.n_patches()) * model.width as usize;
+        self.layout.params() == encoder_params(model) && self.table.len() == positions
+    }
+
     /// Takes the encoder's part of a model's parameters.
     pub fn of(model: &ModelConfig, params: &[f32], table: Vec<f32>) -> Self {
         let whole = Layout::new(model.params());
-        let is_encoder = |p: &&ParamSpec| keymap::timm(&p.name).is_some();
-        let layout = Layout::new(whole.params().iter().filter(is_encoder).cloned().collect());
+        let layout = Layout::new(encoder_params(model));
         let mut out: Vec<f32> = Vec::with_capacity(layout.numel());
         for spec in layout.params() {
             let block = whole.find(&spec.name).expect("it is one of the model's");
@@ -119,6 +124,11 @@ impl EncoderWeights {
         let block = self.layout.params().iter().position(named)?;
         Some(&self.params[self.layout.range(block)])
     }
+}
+
+/// Lists the encoder's tensors, sorted by name.
+fn encoder_params(model: &ModelConfig) -> Vec<ParamSpec> {
+    model.params().into_iter().filter(|p| keymap::timm(&p.name).is_some()).collect()
 }
 
 /// Returns the run whose folder or URL a place is.

@@ -207,3 +207,30 @@ fn the_probe_covers_the_encoder() {
     assert_ne!(one, other);
     assert_eq!(one, engine(&spec_of(5)).probe().unwrap());
 }
+
+/// Workers compute a slot of a small model, too, whatever the run's own is.
+#[test]
+fn models_of_any_shape_have_a_probe() {
+    let model = ModelConfig {
+        img_size: [12, 12],
+        patch_size: 4,
+        channels: 1,
+        width: 16,
+        depth: 3,
+        ..micro()
+    };
+    for kind in [TaskKind::Finetune, TaskKind::Linear] {
+        for pool in [Pool::Avg, Pool::Cls] {
+            let spec = EngineSpec {
+                model: model.clone(),
+                mean: vec![0.5],
+                std: vec![0.25],
+                ..spec(task(kind, pool))
+            };
+            let other = EngineSpec { seed: 6, ..spec.clone() };
+            let probe = |spec| engine(spec).probe().unwrap();
+            assert_eq!(probe(&spec), probe(&spec));
+            assert_ne!(probe(&spec), probe(&other), "{kind:?}: its encoder takes part");
+        }
+    }
+}
