@@ -23,7 +23,9 @@ def compiled(protos):
     """Compiles the protos into a temporary folder; returns the modules of runs."""
     out = tempfile.mkdtemp(prefix="lacuna-protos-")
     files = sorted(str(path) for path in pathlib.Path(protos).rglob("*.proto"))
-    words = ["protoc", f"-I{protos}", f"--python_out={out}", f"--grpc_python_out={out}", *files]
+    own = pathlib.Path(protoc.__file__).parent / "_proto"
+    words = ["protoc", f"-I{protos}", f"-I{own}", f"--python_out={out}",
+             f"--grpc_python_out={out}", *files]
     if protoc.main(words) != 0:
         raise SystemExit("the protos do not compile")
     sys.path.insert(0, out)

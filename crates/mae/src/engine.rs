@@ -244,8 +244,16 @@ fn guarded<T>(context: &str, f: impl FnOnce() -> T) -> Result<T, EngineError> {
             (None, Some(text)) => (*text).to_string(),
             (None, None) => "a panic without a message".to_string(),
         };
+        let text = without_stack(&text).to_string();
         EngineError::Device { context: format!("failed to {context}"), source: text.into() }
     })
+}
+
+/// Cuts off the stack of C++ that libtorch adds to its messages, quoted or not.
+fn without_stack(text: &str) -> &str {
+    let stack = ["\\nException raised from", "\nException raised from"];
+    let end = stack.iter().filter_map(|mark| text.find(mark)).min();
+    text[..end.unwrap_or(text.len())].trim_end()
 }
 
 #[cfg(test)]

@@ -373,3 +373,16 @@ fn steps_agree(setup: EngineSetup) {
     assert_eq!(host.tensor_digests().unwrap(), there.tensor_digests().unwrap());
     assert!(there.describe().starts_with("stand-in (libtorch 2.11.0"), "{}", there.describe());
 }
+
+#[test]
+fn an_error_of_libtorch_comes_without_its_stack() {
+    let multiplied = || {
+        let [one, other] = [[2, 3], [4, 5]]
+            .map(|shape| tch::Tensor::zeros(shape, (tch::Kind::Float, Device::Cpu)));
+        one.matmul(&other)
+    };
+    let err = guarded("multiply", multiplied).unwrap_err();
+    let text = format!("{err} {:?}", std::error::Error::source(&err).map(ToString::to_string));
+    assert!(text.contains("shapes cannot be multiplied (2x3 and 4x5)"), "{text}");
+    assert!(!text.contains("frame #") && !text.contains("Exception raised"), "{text}");
+}
