@@ -66,7 +66,7 @@ fn pictures_come_once_over_a_lost_worker_and_a_lost_coordinator_and_change_no_bi
     assert_eq!((code, &png[1..4]), (200, &b"PNG"[..]));
     let (code, page) = cluster.get("/runs/drawn");
     let page = String::from_utf8(page).unwrap();
-    assert!(code == 200 && page.contains("src=\"/runs/drawn/pictures/120/0\""), "{page}");
+    assert!(code == 200 && page.contains("src=\"/runs/drawn/pictures/120/0?of="), "{page}");
     assert_eq!(cluster.get("/runs/drawn/pictures/120/9").0, 404);
     assert_eq!(cluster.get("/runs/nobody/pictures/120/0").0, 404);
     // What TensorBoard reads, once the coordinator has gone in order.
@@ -241,6 +241,13 @@ fn calls_that_look_and_compare() {
         let updated = client.update_run("second", &paths, wanted, &etag).await.unwrap();
         assert_ne!(updated.etag, etag);
         assert!(updated.spec.contains("\"1:1\""), "{}", updated.spec);
+        let mut other = client.clone();
+        let more = [r#"{"elastic":{"workers":"1:2"}}"#, r#"{"elastic":{"workers":"1:3"}}"#];
+        let (one, another) = tokio::join!(
+            client.update_run("second", &paths, more[0], &updated.etag),
+            other.update_run("second", &paths, more[1], &updated.etag),
+        );
+        assert!(one.is_ok() != another.is_ok(), "one of two who saw the same: {one:?} {another:?}");
         let maths = client.update_run("second", &["train.seed"], wanted, "").await;
         assert_eq!(refused(maths), Some(Reason::InvalidSpec));
     });

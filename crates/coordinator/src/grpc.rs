@@ -368,7 +368,7 @@ impl RunService for Grpc {
     ) -> Result<Response<v1::ScaleRunResponse>, Status> {
         let v1::ScaleRunRequest { run_id, workers_min, workers_max } = request.into_inner();
         let id = parse_run(&run_id)?;
-        scale::scale(&self.0, &id, workers_min, workers_max).await?;
+        scale::scale(&self.0, &id, (workers_min, workers_max), None).await?;
         Ok(Response::new(v1::ScaleRunResponse { run: Some(self.run_message(&id)?) }))
     }
 

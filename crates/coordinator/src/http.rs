@@ -167,7 +167,8 @@ async fn run(State(web): State<Web>, Path(run): Path<String>) -> Result<Html<Str
     page::run(&seen, &past).map(Html).map_err(|err| Problem::Bug(err.to_string()))
 }
 
-/// Sends a picture, which never changes: the state after a step is what it is.
+/// Sends a picture, which never changes: the state after a step is what it is, and the page's
+/// address of it names what it is a function of.
 async fn picture(
     State(web): State<Web>,
     Path((run, step, index)): Path<(String, u64, u32)>,

@@ -63,8 +63,9 @@ pub(crate) enum Input {
     Ask { event: Event, done: oneshot::Sender<bool> },
     /// Go on after an end or in the midst of a stop, with this spec.
     Resume(Box<RunSpec>),
-    /// Other numbers of workers; told once that is durable.
-    Scale { workers: Workers, done: oneshot::Sender<()> },
+    /// Other numbers of workers; told whether they count once that is durable. They do not where
+    /// they are no longer what they were when the asker looked.
+    Scale { workers: Workers, was: Option<Workers>, done: oneshot::Sender<bool> },
     /// A background job has something for the log.
     Remark { warning: bool, text: String },
 }
@@ -263,14 +264,18 @@ impl RunTask {
                 self.resume(*spec).await?;
                 Event::Tick
             }
-            Input::Scale { workers, done } => {
+            Input::Scale { workers, was, done } => {
                 if let Ok(mut spec) = serde_json::from_str::<RunSpec>(&self.stored.spec) {
+                    if was.is_some_and(|was| was != spec.elastic.workers) {
+                        let _ = done.send(false);
+                        return Ok(());
+                    }
                     spec.elastic.workers = workers;
                     self.keep_spec(spec)?;
                 }
                 self.shared.set_workers(&self.id, workers);
                 // Nobody waits any more if it fails.
-                let _ = done.send(());
+                let _ = done.send(true);
                 Event::Resize { min: workers.min as usize, max: workers.max as usize }
             }
             Input::Remark { warning, text } => {

@@ -10,8 +10,14 @@ use super::{ASK_DEADLINE, going_down, not_found};
 use crate::registry::Shared;
 use crate::run::Input;
 
-/// Gives a run other numbers of workers, durably; they count from the next boundary on.
-pub(super) async fn scale(shared: &Shared, id: &RunId, min: u32, max: u32) -> Result<(), Status> {
+/// Gives a run other numbers of workers, durably; they count from the next boundary on. Where `was`
+/// says what they were when the caller looked, they must still be that.
+pub(super) async fn scale(
+    shared: &Shared,
+    id: &RunId,
+    (min, max): (u32, u32),
+    was: Option<Workers>,
+) -> Result<(), Status> {
     let found = {
         let runs = shared.runs();
         runs.get(id).map(|handle| (handle.spec.clone(), handle.ends.input.clone()))
@@ -27,10 +33,17 @@ pub(super) async fn scale(shared: &Shared, id: &RunId, min: u32, max: u32) -> Re
     })?;
     let (done, told) = oneshot::channel();
     let workers = Workers { min, max };
-    input.send(Input::Scale { workers, done }).await.map_err(|_| going_down())?;
+    input.send(Input::Scale { workers, was, done }).await.map_err(|_| going_down())?;
     match tokio::time::timeout(ASK_DEADLINE, told).await {
-        Ok(Ok(())) => Ok(()),
+        Ok(Ok(true)) => Ok(()),
+        Ok(Ok(false)) => Err(changed_since(id)),
         Ok(Err(_)) => Err(going_down()),
         Err(_) => Err(Status::deadline_exceeded("the run did not take the wish in time")),
     }
+}
+
+/// Refuses a change by somebody who looked before another one.
+pub(super) fn changed_since(id: &RunId) -> Status {
+    let text = format!("run `{id}` was changed since: look at it again (its etag differs)");
+    status(Reason::Conflict, text)
 }

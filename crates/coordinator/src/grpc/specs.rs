@@ -6,7 +6,7 @@ use lacuna_spec::{FieldDiff, Problem, Problems, RunSpec, SPEC_BYTES_MAX, SpecErr
 use lacuna_types::RunId;
 use tonic::Status;
 
-use super::scale::scale;
+use super::scale::{changed_since, scale};
 use super::{Grpc, not_found, parse_run};
 
 /// How a specification is called that has no file.
@@ -109,8 +109,7 @@ impl Grpc {
         let id = parse_run(&run_id)?;
         let known = self.spec_of(&id)?;
         if !etag.is_empty() && etag != etag_of(&known) {
-            let text = format!("run `{id}` was changed since: look at it again (its etag differs)");
-            return Err(status(Reason::Conflict, text));
+            return Err(changed_since(&id));
         }
         let paths = update_mask.map(|mask| mask.paths).unwrap_or_default();
         if let Some(problem) = paths.iter().find_map(|path| problem_of(path)) {
@@ -127,7 +126,8 @@ impl Grpc {
             let text = "`elastic.workers` must be MIN:MAX, like \"2:8\"";
             status(Reason::InvalidSpec, text)
         })?;
-        scale(&self.0, &id, min, max).await?;
+        let was = (!etag.is_empty()).then_some(known.elastic.workers);
+        scale(&self.0, &id, (min, max), was).await?;
         Ok(id)
     }
 }

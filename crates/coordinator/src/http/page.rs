@@ -202,6 +202,9 @@ struct RunPage {
     groups: Vec<EventRow>,
     events: Vec<EventRow>,
     pictures: Vec<PictureRow>,
+    /// What pictures are a function of besides their step, so that a browser that keeps them shows
+    /// none of another run of this name.
+    maths: String,
     /// Whether removed patches are shown with what their neighbours look like.
     norm_pix: bool,
     spec: String,
@@ -228,6 +231,7 @@ pub(super) fn run(now: &Now, past: &Past) -> Result<String, askama::Error> {
         groups,
         events,
         pictures: picture_rows(&past.pictures),
+        maths: format!("{}-{:.16}", run.etag, run.fingerprint),
         norm_pix: spec["model"]["norm_pix_loss"].as_bool().unwrap_or(false),
         spec: serde_json::to_string_pretty(&spec).unwrap_or_default(),
         build: BuildId::this().to_string(),
