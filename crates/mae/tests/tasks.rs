@@ -52,7 +52,15 @@ fn train(
     workers: &str,
     disturb: impl FnOnce(&mut Cluster<'_>, &str),
 ) -> Seen {
-    let keys = keys(kind, workers);
+    run(fixture, name, &keys(kind, workers), disturb)
+}
+
+fn run(
+    fixture: &Fixture,
+    name: &str,
+    keys: &[(&'static str, String)],
+    disturb: impl FnOnce(&mut Cluster<'_>, &str),
+) -> Seen {
     let keys: Vec<(&str, &str)> = keys.iter().map(|(key, value)| (*key, value.as_str())).collect();
     let mut cluster = Cluster::start(fixture);
     let run = cluster.submit(&fixture.spec(name, STEPS, &keys));
@@ -70,6 +78,11 @@ fn tasks_have_the_same_bits_for_any_workers_and_over_a_kill() {
         let alone =
             train(&fixture, &format!("{kind}-1"), kind, "1:1", |cluster, _| cluster.add("a", 1));
         let want = alone.run.final_digest.expect("a finished run has a digest");
+        let mut fresh = keys(kind, "1:1");
+        fresh.retain(|(key, _)| *key != "task.encoder");
+        let fresh =
+            run(&fixture, &format!("{kind}-fresh"), &fresh, |cluster, _| cluster.add("a", 1));
+        assert_ne!(fresh.run.final_digest, Some(want), "{kind}: its encoder takes part");
         let (first, last) = (&alone.figures[&1], &alone.figures[&STEPS]);
         assert!(last.loss < first.loss, "{kind} learns: {} to {}", first.loss, last.loss);
         let seen = train(&fixture, &format!("{kind}-killed"), kind, "1:2", |cluster, run| {

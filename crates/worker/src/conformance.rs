@@ -28,6 +28,7 @@ pub fn run(spec: &EngineSpec, backend: &dyn Backend) {
 /// Runs the suite on engines that do not start from the seed alone, and whose slots may join their
 /// samples: those parts of the contract that are theirs.
 pub fn run_from_elsewhere(spec: &EngineSpec, backend: &dyn Backend) {
+    runs_start_as_it_does(spec, backend);
     slots_are_pure(spec, backend);
     every_tensor_gets_one_gradient(spec, backend);
     what_was_written_is_read(spec, backend);
@@ -35,6 +36,19 @@ pub fn run_from_elsewhere(spec: &EngineSpec, backend: &dyn Backend) {
     probes_agree(spec, backend);
     wrong_batches_are_refused(spec, backend);
     drawing_changes_nothing(spec, backend);
+}
+
+/// The trainer writes `initial` into an engine that may have trained already.
+fn runs_start_as_it_does(spec: &EngineSpec, backend: &dyn Backend) {
+    let first = engine(spec, backend);
+    let layout = first.layout().clone();
+    for (block, param) in layout.params().iter().enumerate() {
+        let range = layout.range(block);
+        let (mut own, mut initial) = (vec![0f32; range.len()], vec![0f32; range.len()]);
+        first.read(Section::Param, range, &mut own).expect("reading works");
+        first.initial(block, spec.seed, &mut initial);
+        assert_eq!(Crc64::of_f32(&own), Crc64::of_f32(&initial), "initial `{}`", param.name);
+    }
 }
 
 fn engine(spec: &EngineSpec, backend: &dyn Backend) -> Box<dyn Engine> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use lacuna_device::{DeviceError, DeviceState, Updating};
 use lacuna_recipe::adamw::AdamW;
 use lacuna_recipe::digest::Crc64;
+use lacuna_recipe::init;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
@@ -92,6 +93,12 @@ pub trait Engine: Send {
 
     /// Overwrites a flat section from element `at` on.
     fn write(&mut self, section: Section, at: usize, values: &[f32]) -> Result<(), EngineError>;
+
+    /// Fills `out` with the parameters that block `block` has before the first step of a run of
+    /// `seed`: a function of these, the layout and what the engine was built from.
+    fn initial(&self, block: usize, seed: u64, out: &mut [f32]) {
+        init::fill(&self.layout().params()[block], seed, out);
+    }
 
     /// Computes the digests of every tensor's sections, in canonical order.
     fn tensor_digests(&self) -> Result<Vec<TensorDigests>, EngineError>;

@@ -48,6 +48,10 @@ fn spec(task: TaskSpec) -> EngineSpec {
 struct FromSeed;
 
 fn engine(spec: &EngineSpec) -> TaskEngine {
+    engine_from(spec, Arc::new(EncoderWeights::fresh(&spec.model, spec.seed)))
+}
+
+fn engine_from(spec: &EngineSpec, encoder: Arc<EncoderWeights>) -> TaskEngine {
     let setup = EngineSetup {
         model: spec.model.clone(),
         seed: spec.seed,
@@ -56,7 +60,6 @@ fn engine(spec: &EngineSpec) -> TaskEngine {
         slot_batch: spec.slot_batch,
         precision: spec.precision,
     };
-    let encoder = Arc::new(EncoderWeights::fresh(&spec.model, spec.seed));
     TaskEngine::new(setup, spec.task.as_ref().unwrap(), encoder).unwrap()
 }
 
@@ -143,6 +146,33 @@ fn a_fine_tuned_model_starts_as_its_encoder() {
         for (class, logit) in logits.iter().enumerate() {
             let want: f32 = (0..8).map(|d| cls[i * 8 + d] * weight[class * 8 + d]).sum();
             assert!((logit - want).abs() < 1e-6, "{logit} {want}");
+        }
+    }
+}
+
+/// What a run starts from is what the engine starts from, its encoder above all.
+#[test]
+fn runs_start_from_the_encoder() {
+    for (kind, pool) in [(TaskKind::Finetune, Pool::Avg), (TaskKind::Linear, Pool::Cls)] {
+        let spec = spec(task(kind, pool));
+        let setup = |seed| Arc::new(EncoderWeights::fresh(&spec.model, seed));
+        let made = |seed| {
+            let own = EngineSpec { seed: 5, ..spec.clone() };
+            engine_from(&own, setup(seed))
+        };
+        for (engine, other) in [(made(5), made(6)), (made(6), made(5))] {
+            let layout = engine.layout().clone();
+            let mut differ = 0;
+            for block in 0..layout.n_blocks() {
+                let range = layout.range(block);
+                let [mut want, mut found, mut others] = [(); 3].map(|()| vec![0f32; range.len()]);
+                engine.read(Section::Param, range, &mut want).unwrap();
+                engine.initial(block, 5, &mut found);
+                other.initial(block, 5, &mut others);
+                assert_eq!(found, want, "{}", layout.params()[block].name);
+                differ += usize::from(found != others);
+            }
+            assert_eq!(differ > 0, kind == TaskKind::Finetune, "{kind:?}: {differ}");
         }
     }
 }

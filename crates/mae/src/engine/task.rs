@@ -111,6 +111,14 @@ impl Engine for TaskEngine {
         self.inner.write(section, at, values)
     }
 
+    fn initial(&self, block: usize, seed: u64, out: &mut [f32]) {
+        let spec = &self.layout().params()[block];
+        match self.encoder.initial(self.task.pool, &spec.name) {
+            Some(values) => out.copy_from_slice(values),
+            None => self.inner.initial(block, seed, out),
+        }
+    }
+
     fn tensor_digests(&self) -> Result<Vec<TensorDigests>, EngineError> {
         self.inner.tensor_digests()
     }

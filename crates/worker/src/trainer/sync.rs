@@ -5,7 +5,6 @@ use std::time::Duration;
 use lacuna_checkpoint::load::{Expected, LoadError, find_step, load_into};
 use lacuna_collective::{Collective, CollectiveError};
 use lacuna_control::plan::{Origin, Sync};
-use lacuna_recipe::init;
 use lacuna_recipe::state::{Counters, Section};
 
 use super::job::Job;
@@ -70,12 +69,12 @@ pub(super) fn synchronise(
 
 fn from_seed(job: &Job, engine: &mut dyn Engine) -> Result<Counters, SyncError> {
     let layout = engine.layout().clone();
-    for (block, spec) in layout.params().iter().enumerate() {
+    for block in 0..layout.n_blocks() {
         let range = layout.range(block);
         let mut values = vec![0f32; range.len()];
         engine.write(Section::ExpAvg, range.start, &values)?;
         engine.write(Section::ExpAvgSq, range.start, &values)?;
-        init::fill(spec, job.spec.train.seed, &mut values);
+        engine.initial(block, job.spec.train.seed, &mut values);
         engine.write(Section::Param, range.start, &values)?;
     }
     Ok(job.reduction().fresh(&layout, job.spec.train.batch))
