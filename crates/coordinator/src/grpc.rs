@@ -331,7 +331,8 @@ impl RunService for Grpc {
             store.some_figures(&id, n.into()).map_err(failed)
         };
         let found = self.blocking(read).await?;
-        Ok(Response::new(v1::GetMetricsResponse { figures: messages::by_step(found) }))
+        let figures = found.into_values().map(messages::figures_message).collect();
+        Ok(Response::new(v1::GetMetricsResponse { figures }))
     }
 
     async fn stream_logs(

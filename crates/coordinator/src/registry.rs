@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use lacuna_api::error::{Reason, status};
 use lacuna_api::v1;
 use lacuna_spec::{Mark, RunSpec, Workers};
+use lacuna_track::Figures;
 use lacuna_types::{CoordEpoch, Incarnation, RunId, Timestamp, WorkerId};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -22,7 +23,7 @@ use crate::grpc::node_of;
 use crate::run::{Input, RunEnds, RunTask, SessionSender};
 use crate::scribe::Scribe;
 use crate::service::Options;
-use crate::store::{Store, StoreError, StoredRun, Update};
+use crate::store::{Store, StoreError, StoredRun};
 use crate::track::Follower;
 
 /// Name of the state file in its folder.
@@ -168,7 +169,7 @@ impl Shared {
         lock(&self.runs)
     }
 
-    pub(crate) fn newest_figures(&self, run: &RunId) -> Result<Option<Update>, StoreError> {
+    pub(crate) fn newest_figures(&self, run: &RunId) -> Result<Option<Figures>, StoreError> {
         self.store().newest_figures(run)
     }
 

@@ -14,6 +14,7 @@ use lacuna_control::journal::Record;
 use lacuna_control::message::{StepMark, ToCoordinator, ToWorker};
 use lacuna_control::plan::CheckpointRef;
 use lacuna_spec::{RunSpec, Workers};
+use lacuna_track::Figures;
 use lacuna_types::{Generation, Incarnation, RunId, Timestamp, WorkerId};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
@@ -75,7 +76,7 @@ pub(crate) enum Input {
 pub(crate) struct View {
     pub status: Status,
     pub ending: Option<Ending>,
-    pub figures: Option<Update>,
+    pub figures: Option<Figures>,
     pub devices: BTreeMap<WorkerId, String>,
     pub last_seq: u64,
     /// Where the time went since this coordinator started.
@@ -100,7 +101,7 @@ pub(crate) struct RunTask {
     machine: Coordinator,
     catalogue: Catalogue,
     sessions: BTreeMap<WorkerId, Attached>,
-    figures: Option<Update>,
+    figures: Option<Figures>,
     last_seq: u64,
     /// Attempts of one generation that are over: what was not committed of them is garbage.
     over: Vec<Attempt>,
@@ -160,7 +161,7 @@ impl RunTask {
         let view = View {
             status: machine.status(),
             ending: stored.saved.ending.clone(),
-            figures: figures.clone(),
+            figures,
             devices: BTreeMap::new(),
             last_seq,
             times: Times::default(),
@@ -357,7 +358,7 @@ impl RunTask {
         self.view.send_replace(View {
             status: self.machine.status(),
             ending: self.machine.ended().cloned(),
-            figures: self.figures.clone(),
+            figures: self.figures,
             devices,
             last_seq: self.last_seq,
             times: self.times.clone(),
@@ -464,10 +465,7 @@ impl RunTask {
         let catalogue = self.catalogue.clone();
         let saved = self.machine.saved();
         let (parent, probe) = (saved.checkpoint.clone(), saved.probe);
-        let loss = match &self.figures {
-            Some(Update::Figures { loss, .. }) => Some(*loss),
-            _ => None,
-        };
+        let loss = self.figures.map(|figures| figures.loss);
         let (queue, over, commits) = (self.input.clone(), self.over.clone(), self.commits.clone());
         commits.fetch_add(1, Ordering::AcqRel);
         tokio::task::spawn_blocking(move || {
@@ -524,12 +522,12 @@ impl RunTask {
     }
 
     fn mark(&mut self, mark: StepMark) -> Entry {
-        if let Some(Update::Figures { redone, .. }) = &self.figures {
-            let again = mark.redone.saturating_sub(*redone) as f64;
+        if let Some(figures) = &self.figures {
+            let again = mark.redone.saturating_sub(figures.redone) as f64;
             let batch = f64::from(self.batch);
             self.times.repeat((again * batch / mark.images_per_second).max(0.0));
         }
-        let figures = Update::Figures {
+        let figures = Figures {
             generation: mark.generation.0,
             step: mark.step.0,
             loss: mark.loss,
@@ -540,10 +538,9 @@ impl RunTask {
             digest: mark.digest,
             skipped: mark.skipped,
             redone: mark.redone,
-            at_ms: now_ms(),
         };
-        self.figures = Some(figures.clone());
-        Entry::Update(figures)
+        self.figures = Some(figures);
+        Entry::Update(Update::Figures { figures, at_ms: now_ms() })
     }
 
     /// Makes a spec the run's, durably.

@@ -8,6 +8,7 @@ mod bans;
 mod pictures;
 mod text;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -15,6 +16,7 @@ pub use bans::Ban;
 pub use pictures::PicturePlace;
 
 use lacuna_control::journal::{Record, Saved};
+use lacuna_track::Figures;
 use lacuna_types::{CoordEpoch, RunId};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde::{Deserialize, Serialize};
@@ -95,26 +97,9 @@ pub enum Update {
     },
     /// Figures of a step.
     Figures {
-        /// Generation that applied it.
-        generation: u64,
-        /// Steps behind the state after it.
-        step: u64,
-        /// Mean loss.
-        loss: f64,
-        /// Learning rate.
-        lr: f64,
-        /// Norm of the mean gradient.
-        grad_norm: f64,
-        /// Samples a second of the group.
-        images_per_second: f64,
-        /// Share of time spent waiting for data.
-        data_wait: f64,
-        /// Digest of the state, where it was computed.
-        digest: Option<u64>,
-        /// Steps skipped so far.
-        skipped: u64,
-        /// Steps computed again so far.
-        redone: u64,
+        /// The figures.
+        #[serde(flatten)]
+        figures: Figures,
         /// Milliseconds since the Unix epoch; 0 where an older build wrote it.
         #[serde(default)]
         at_ms: u64,
@@ -186,7 +171,7 @@ pub trait Store: Send {
     fn last_seq(&self, run: &RunId) -> Result<u64, StoreError>;
 
     /// Returns the newest figures of a run.
-    fn newest_figures(&self, run: &RunId) -> Result<Option<Update>, StoreError>;
+    fn newest_figures(&self, run: &RunId) -> Result<Option<Figures>, StoreError>;
 
     /// Keeps a machine out, in the place of what was said of it before.
     fn put_ban(&mut self, ban: &Ban) -> Result<(), StoreError>;
@@ -301,15 +286,21 @@ impl SqliteStore {
 }
 
 impl SqliteStore {
-    /// Returns up to about `n` figures of a run, evenly over its updates, and the newest.
-    pub fn some_figures(&self, run: &RunId, n: u64) -> Result<Vec<Update>, StoreError> {
+    /// Returns up to about `n` figures of a run, evenly over its updates, and the newest; by step:
+    /// where the run went back, what it computed again.
+    pub fn some_figures(&self, run: &RunId, n: u64) -> Result<BTreeMap<u64, Figures>, StoreError> {
         let last = self.last_seq(run)?;
         let stride = signed(last.div_ceil(n.max(1)).max(1));
         let sql = "SELECT body FROM updates WHERE run_id = ?1 AND figures = 1 AND seq % ?2 = 0
                    ORDER BY seq";
-        let mut found = self.bodies(sql, params![run.as_str(), stride])?;
-        found.extend(self.newest_figures(run)?);
-        Ok(found)
+        let found = self.bodies(sql, params![run.as_str(), stride])?;
+        let some = found.into_iter().filter_map(figures_of);
+        let mut out = BTreeMap::new();
+        for figures in some.chain(self.newest_figures(run)?) {
+            drop(out.split_off(&figures.step));
+            out.insert(figures.step, figures);
+        }
+        Ok(out)
     }
 
     /// Returns up to `n` events of a run, the newest first.
@@ -522,7 +513,7 @@ impl Store for SqliteStore {
         Ok(unsigned(seq))
     }
 
-    fn newest_figures(&self, run: &RunId) -> Result<Option<Update>, StoreError> {
+    fn newest_figures(&self, run: &RunId) -> Result<Option<Figures>, StoreError> {
         let sql =
             "SELECT body FROM updates WHERE run_id = ?1 AND figures = 1 ORDER BY seq DESC LIMIT 1";
         let body: Option<String> = self
@@ -530,7 +521,7 @@ impl Store for SqliteStore {
             .query_row(sql, [run.as_str()], |row| row.get(0))
             .optional()
             .map_err(query("read figures"))?;
-        body.as_deref().map(parse_update).transpose()
+        Ok(body.as_deref().map(parse_update).transpose()?.and_then(figures_of))
     }
 
     fn put_ban(&mut self, ban: &Ban) -> Result<(), StoreError> {
@@ -552,6 +543,13 @@ impl Store for SqliteStore {
             .optional()
             .map_err(query("look for a picture"))?;
         Ok(found.is_some())
+    }
+}
+
+fn figures_of(update: Update) -> Option<Figures> {
+    match update {
+        Update::Figures { figures, .. } => Some(figures),
+        _ => None,
     }
 }
 

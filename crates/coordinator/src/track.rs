@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use lacuna_track::{Body, Figures, Record, TrackError, Tracker};
+use lacuna_track::{Body, Record, TrackError, Tracker};
 use lacuna_types::RunId;
 use tokio::sync::{mpsc, watch};
 
@@ -122,16 +122,20 @@ impl Follower {
     }
 
     fn record(&self, store: &SqliteStore, seq: u64, update: Update) -> Result<Record, StoreError> {
-        let (place, at_ms) = match update {
-            Update::Picture { place, at_ms } => (place, at_ms),
+        let (at_ms, body) = match update {
             Update::Event { kind, warning, text, at_ms } => {
-                return Ok(Record { seq, at_ms, body: Body::Event { kind, warning, text } });
+                (at_ms, Body::Event { kind, warning, text })
             }
-            figures => return Ok(record_of_figures(seq, figures)),
+            Update::Figures { figures, at_ms } => (at_ms, Body::Figures(figures)),
+            Update::Picture { place, at_ms } => (at_ms, self.picture(store, place)?),
         };
+        Ok(Record { seq, at_ms, body })
+    }
+
+    fn picture(&self, store: &SqliteStore, place: PicturePlace) -> Result<Body, StoreError> {
         let PicturePlace { step, index, sample } = place;
         let png = store.picture(&self.run, step, index)?;
-        let body = match png.and_then(|png| Some((size_of(&png)?, png))) {
+        Ok(match png.and_then(|png| Some((size_of(&png)?, png))) {
             Some(((width, height), png)) => {
                 let tag = format!("reconstruction/{index:02}_sample_{sample}");
                 Body::Image { tag, step, png, width, height, channels: 3 }
@@ -142,8 +146,7 @@ impl Follower {
                 warning: false,
                 text: format!("picture {index} of step {step} is no longer kept"),
             },
-        };
-        Ok(Record { seq, at_ms, body })
+        })
     }
 
     fn open(&self) -> Result<Open, FollowError> {
@@ -165,36 +168,4 @@ struct Open {
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
-}
-
-fn record_of_figures(seq: u64, update: Update) -> Record {
-    let Update::Figures {
-        generation,
-        step,
-        loss,
-        lr,
-        grad_norm,
-        images_per_second,
-        data_wait,
-        digest,
-        skipped,
-        redone,
-        at_ms,
-    } = update
-    else {
-        unreachable!("the other kinds have records of their own")
-    };
-    let figures = Figures {
-        step,
-        generation,
-        loss,
-        lr,
-        grad_norm,
-        images_per_second,
-        data_wait,
-        skipped,
-        redone,
-        digest,
-    };
-    Record { seq, at_ms, body: Body::Figures(figures) }
 }

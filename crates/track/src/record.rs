@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use serde::{Deserialize, Serialize};
+
 /// One numbered update of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
@@ -45,7 +47,7 @@ pub enum Body {
 }
 
 /// Figures of a step.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Steps behind the state after it.
     pub step: u64,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use lacuna_api::v1;
 use lacuna_control::coordinator::Ending;
+use lacuna_track::Figures;
 use lacuna_types::{RunId, exit};
 
 use crate::grpc::specs::etag_of;
@@ -55,7 +56,7 @@ pub(crate) fn run_message(id: &RunId, handle: &RunHandle) -> v1::Run {
         checkpoint_step: status.checkpoint.map(|c| c.step.0),
         final_digest,
         workers: status.workers.into_iter().map(worker).collect(),
-        figures: figures.and_then(figures_message),
+        figures: figures.map(figures_message),
         spec: handle.spec_json.clone(),
         exit_code: exit_code.map(u32::from),
         last_seq,
@@ -65,45 +66,32 @@ pub(crate) fn run_message(id: &RunId, handle: &RunHandle) -> v1::Run {
     }
 }
 
-/// Lists figures by step: where a run went back, what it computed again.
-pub(super) fn by_step(updates: Vec<Update>) -> Vec<v1::Figures> {
-    let mut out: BTreeMap<u64, v1::Figures> = BTreeMap::new();
-    for figures in updates.into_iter().filter_map(figures_message) {
-        drop(out.split_off(&figures.step));
-        out.insert(figures.step, figures);
+/// Describes the figures of a step.
+pub(super) fn figures_message(figures: Figures) -> v1::Figures {
+    let Figures {
+        step,
+        generation,
+        loss,
+        lr,
+        grad_norm,
+        images_per_second,
+        data_wait,
+        skipped,
+        redone,
+        digest,
+    } = figures;
+    v1::Figures {
+        step,
+        loss,
+        lr,
+        grad_norm,
+        images_per_second,
+        data_wait,
+        skipped,
+        redone,
+        generation,
+        digest,
     }
-    out.into_values().collect()
-}
-
-fn figures_message(update: Update) -> Option<v1::Figures> {
-    let Update::Figures {
-        generation,
-        step,
-        loss,
-        lr,
-        grad_norm,
-        images_per_second,
-        data_wait,
-        digest,
-        skipped,
-        redone,
-        at_ms: _,
-    } = update
-    else {
-        return None;
-    };
-    Some(v1::Figures {
-        step,
-        loss,
-        lr,
-        grad_norm,
-        images_per_second,
-        data_wait,
-        skipped,
-        redone,
-        generation,
-        digest,
-    })
 }
 
 /// Describes something that happened.
@@ -116,7 +104,7 @@ pub(super) fn update_message(seq: u64, update: Update) -> v1::WatchRunResponse {
         Update::Picture { place: PicturePlace { step, index, sample }, at_ms } => {
             Some(U::Picture(v1::RunPicture { step, index, sample, at_ms }))
         }
-        figures => figures_message(figures).map(U::Figures),
+        Update::Figures { figures, at_ms: _ } => Some(U::Figures(figures_message(figures))),
     };
     v1::WatchRunResponse { update, seq }
 }

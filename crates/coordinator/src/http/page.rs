@@ -5,6 +5,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use askama::Template;
 use lacuna_spec::units::grouped;
+use lacuna_track::Figures;
 use lacuna_types::{BuildId, RunId};
 
 use super::chart::{self, Curve};
@@ -119,7 +120,7 @@ pub(super) fn look(shared: &Shared, id: &RunId) -> Option<Now> {
 
 /// What is written down of a run.
 pub(super) struct Past {
-    figures: Vec<Update>,
+    figures: BTreeMap<u64, Figures>,
     events: Vec<Update>,
     pictures: Vec<PicturePlace>,
 }
@@ -132,16 +133,6 @@ impl Past {
             events: store.last_events(id, EVENTS_MAX)?,
             pictures: store.pictures(id)?,
         })
-    }
-
-    /// Returns one figure by step: where a run went back, what it computed again.
-    fn curve(&self, of: impl Fn(&Update) -> Option<(u64, f64)>) -> Vec<(f64, f64)> {
-        let mut points: BTreeMap<u64, f64> = BTreeMap::new();
-        for (step, value) in self.figures.iter().filter_map(of) {
-            drop(points.split_off(&step));
-            points.insert(step, value);
-        }
-        points.into_iter().map(|(step, value)| (step as f64, value)).collect()
     }
 }
 
@@ -267,46 +258,16 @@ fn facts(run: &v1::Run) -> Vec<Fact> {
 }
 
 fn charts(past: &Past) -> Vec<Chart> {
-    type Of = fn(&Update) -> Option<(u64, f64)>;
-    type Shown = (&'static str, fn(f64) -> String, Of);
+    type Shown = (&'static str, fn(f64) -> String, fn(&Figures) -> f64);
     let all: [Shown; 4] = [
-        (
-            "loss",
-            |v| format!("{v:.4}"),
-            |u| match u {
-                Update::Figures { step, loss, .. } => Some((*step, *loss)),
-                _ => None,
-            },
-        ),
-        (
-            "learning rate",
-            |v| format!("{v:.2e}"),
-            |u| match u {
-                Update::Figures { step, lr, .. } => Some((*step, *lr)),
-                _ => None,
-            },
-        ),
-        (
-            "gradient norm",
-            |v| format!("{v:.3}"),
-            |u| match u {
-                Update::Figures { step, grad_norm, .. } => Some((*step, *grad_norm)),
-                _ => None,
-            },
-        ),
-        (
-            "images/s",
-            |v| format!("{v:.0}"),
-            |u| match u {
-                Update::Figures { step, images_per_second, .. } => {
-                    Some((*step, *images_per_second))
-                }
-                _ => None,
-            },
-        ),
+        ("loss", |v| format!("{v:.4}"), |f| f.loss),
+        ("learning rate", |v| format!("{v:.2e}"), |f| f.lr),
+        ("gradient norm", |v| format!("{v:.3}"), |f| f.grad_norm),
+        ("images/s", |v| format!("{v:.0}"), |f| f.images_per_second),
     ];
     let draw = |(title, show, of): Shown| {
-        let points = past.curve(of);
+        let points: Vec<(f64, f64)> =
+            past.figures.values().map(|figures| (figures.step as f64, of(figures))).collect();
         let last = points.last().map(|point| show(point.1)).unwrap_or_default();
         let svg = chart::curve(&Curve { title, points, show })?;
         Some(Chart { title, last, svg })
@@ -401,30 +362,5 @@ mod tests {
             assert_eq!(left(rate), None, "{rate}");
         }
         assert_eq!(left(f64::INFINITY).as_deref(), Some("0 s"));
-    }
-
-    #[test]
-    fn a_run_that_went_back_has_each_step_once() {
-        let figures = |step: u64, loss: f64| Update::Figures {
-            generation: 1,
-            step,
-            loss,
-            lr: 0.0,
-            grad_norm: 0.0,
-            images_per_second: 0.0,
-            data_wait: 0.0,
-            digest: None,
-            skipped: 0,
-            redone: 0,
-            at_ms: 0,
-        };
-        let figures =
-            [(1, 3.0), (2, 2.0), (3, 1.5), (2, 2.5), (3, 1.0)].map(|(s, l)| figures(s, l));
-        let past = Past { figures: figures.to_vec(), events: Vec::new(), pictures: Vec::new() };
-        let loss = past.curve(|u| match u {
-            Update::Figures { step, loss, .. } => Some((*step, *loss)),
-            _ => None,
-        });
-        assert_eq!(loss, [(1.0, 3.0), (2.0, 2.5), (3.0, 1.0)]);
     }
 }

@@ -144,3 +144,43 @@ fn a_file_that_is_no_database_is_named() {
     let err = SqliteStore::open(&path).unwrap_err();
     assert!(err.to_string().contains("state.sqlite"), "{err}");
 }
+
+fn figures(step: u64, loss: f64) -> Figures {
+    Figures {
+        step,
+        generation: 1,
+        loss,
+        lr: 0.5,
+        grad_norm: 2.0,
+        images_per_second: 100.0,
+        data_wait: 0.25,
+        skipped: 0,
+        redone: 3,
+        digest: None,
+    }
+}
+
+#[test]
+fn a_run_that_went_back_has_each_step_once() {
+    let mut store = SqliteStore::in_memory().unwrap();
+    let run: RunId = "a".parse().unwrap();
+    let entries: Vec<Entry> = [(1, 3.0), (2, 2.0), (3, 1.5), (2, 2.5), (3, 1.0)]
+        .map(|(step, loss)| {
+            Entry::Update(Update::Figures { figures: figures(step, loss), at_ms: 7 })
+        })
+        .to_vec();
+    store.write(&[Batch { run: run.clone(), entries }]).unwrap();
+    let found = store.some_figures(&run, 100).unwrap();
+    let losses: Vec<(u64, f64)> = found.into_values().map(|f| (f.step, f.loss)).collect();
+    assert_eq!(losses, [(1, 3.0), (2, 2.5), (3, 1.0)]);
+    assert_eq!(store.newest_figures(&run).unwrap(), Some(figures(3, 1.0)));
+}
+
+#[test]
+fn figures_in_files_of_older_builds_are_read() {
+    let old = r#"{"figures":{"generation":1,"step":3,"loss":1.0,"lr":0.5,"grad_norm":2.0,
+        "images_per_second":100.0,"data_wait":0.25,"digest":null,"skipped":0,"redone":3}}"#;
+    let want = Update::Figures { figures: figures(3, 1.0), at_ms: 0 };
+    assert_eq!(parse_update(old).unwrap(), want);
+    assert_eq!(parse_update(&serde_json::to_string(&want).unwrap()).unwrap(), want);
+}
