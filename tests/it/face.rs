@@ -1,6 +1,7 @@
 //! What people get of a run beside its figures: pictures, logs, and calls that look and act.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use lacuna_api::client::ClientError;
 use lacuna_api::error::{Reason, reason};
@@ -298,4 +299,54 @@ fn checkpoints_by_the_service() {
             "{problems:?}"
         );
     });
+}
+
+#[test]
+fn the_page_shows_checkpoints_and_its_buttons_save_stop_and_resume() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start(&fixture);
+    let run = cluster.submit(&fixture.spec("pressed", STEPS, &[("checkpoint.read_back", "true")]));
+    let other = cluster.submit(&fixture.spec("other", STEPS, &[("train.seed", "9")]));
+    cluster.add("a", 2);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 10);
+    let page = |path: &str| {
+        let (code, text) = cluster.get(path);
+        (code, String::from_utf8(text).unwrap())
+    };
+    let (code, text) = page("/runs/pressed");
+    assert!(code == 200 && text.contains("action=\"/runs/pressed/do/stop\""), "{text}");
+    let url = cluster.url.clone();
+    assert_eq!(cluster.press("/runs/pressed/do/checkpoint", "http://evil.example").0, 403);
+    assert_eq!(cluster.press("/runs/pressed/do/burn", &url).0, 404);
+    assert_eq!(cluster.press("/runs/nobody/do/stop", &url).0, 404);
+    assert_eq!(cluster.get("/runs/pressed/do/stop").0, 405);
+
+    assert_eq!(cluster.press("/runs/pressed/do/checkpoint", &url).0, 303);
+    cluster.wait(&run, "a checkpoint", |seen| seen.count("saved") == 1);
+    assert_eq!(cluster.press("/runs/pressed/do/stop", &url).0, 303);
+    let seen = cluster.wait_end(&run);
+    let state = (seen.run.state.as_str(), seen.run.why.as_str());
+    assert_eq!(state, ("stopped", "asked for on the page"), "{}", seen.text());
+    let (_, text) = page("/runs/pressed");
+    assert!(text.contains("/do/resume") && !text.contains("/do/stop"), "{text}");
+    assert_eq!(cluster.press("/runs/pressed/do/resume", &url).0, 303);
+    let seen = cluster.wait_end(&run);
+    assert_eq!(digest(&seen), DIGEST, "{}", seen.text());
+
+    // The list of checkpoints may be some seconds old, and their bytes are read back meanwhile.
+    let start = Instant::now();
+    let text = loop {
+        let (_, text) = page("/runs/pressed");
+        if text.contains(&format!("<code>{DIGEST}</code>")) && text.contains(">sound<") {
+            break text;
+        }
+        assert!(start.elapsed().as_secs() < 60, "the last checkpoint is not on the page: {text}");
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    assert!(!text.contains("/do/"), "a finished run has no buttons: {text}");
+    assert!(text.contains("href=\"/runs/pressed/diff/other\""), "{text}");
+    let (code, text) = page("/runs/pressed/diff/other");
+    assert!(code == 200 && text.contains("train.seed") && text.contains("maths"), "{text}");
+    assert_eq!(page("/runs/pressed/diff/nobody").0, 404);
+    cluster.wait_end(&other);
 }

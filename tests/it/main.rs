@@ -9,6 +9,7 @@ mod claim;
 mod damage;
 mod face;
 mod faults;
+mod metrics;
 mod nccl;
 mod network;
 mod objects;

@@ -407,10 +407,20 @@ impl<'a> Cluster<'a> {
 
     /// Gets what a browser would: the status and the body.
     pub fn get(&self, path: &str) -> (u16, Vec<u8>) {
+        self.request("GET", path, "")
+    }
+
+    /// Presses a button of a page, which stands at `origin`: the status and the body.
+    pub fn press(&self, path: &str, origin: &str) -> (u16, Vec<u8>) {
+        self.request("POST", path, &format!("Origin: {origin}\r\nContent-Length: 0\r\n"))
+    }
+
+    fn request(&self, method: &str, path: &str, headers: &str) -> (u16, Vec<u8>) {
         let addr = self.url.trim_start_matches("http://");
         let mut stream = std::net::TcpStream::connect(addr).expect("a coordinator");
         stream.set_read_timeout(Some(DEADLINE)).expect("a socket");
-        let request = format!("GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n");
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n");
+        let request = format!("{head}{headers}\r\n");
         stream.write_all(request.as_bytes()).expect("the request is sent");
         let mut answer: Vec<u8> = Vec::new();
         stream.read_to_end(&mut answer).expect("an answer");

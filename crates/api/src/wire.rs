@@ -181,6 +181,7 @@ pub fn to_coordinator(message: ToCoordinator) -> v1::SessionRequest {
             op_seq: beat.op_seq,
             in_op: beat.in_op,
             slot_us: beat.slot_us,
+            data_us: beat.data_us,
         }),
         ToCoordinator::Warm { probe } => M::Warm(v1::Warm { probe }),
         ToCoordinator::Prepared { generation, state, trained, kept } => M::Prepared(v1::Prepared {
@@ -240,6 +241,7 @@ pub fn from_worker(request: v1::SessionRequest) -> Result<ToCoordinator, WireErr
             op_seq: beat.op_seq,
             in_op: beat.in_op,
             slot_us: beat.slot_us,
+            data_us: beat.data_us,
         }),
         M::Warm(warm) => ToCoordinator::Warm { probe: warm.probe },
         M::Prepared(m) => ToCoordinator::Prepared {

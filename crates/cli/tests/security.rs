@@ -60,10 +60,14 @@ impl Coordinator {
 
     /// Asks for a page, and returns the whole answer.
     fn get(&self, path: &str, headers: &str) -> String {
+        self.request("GET", path, headers)
+    }
+
+    fn request(&self, method: &str, path: &str, headers: &str) -> String {
         let addr = self.url.strip_prefix("http://").unwrap();
         let mut stream = TcpStream::connect(addr).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: {addr}\r\nconnection: close\r\n");
+        let request = format!("{method} {path} HTTP/1.1\r\nhost: {addr}\r\nconnection: close\r\n");
         stream.write_all(format!("{request}{headers}\r\n").as_bytes()).unwrap();
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).unwrap();
@@ -166,7 +170,8 @@ fn a_token_that_is_added_later_counts() {
 #[test]
 fn pages_ask_for_the_token_as_a_password() {
     let folder = tempfile::tempdir().unwrap();
-    let [view, worker] = ["view", "worker"].map(|role| token(folder.path(), role));
+    let [view, submit, worker] =
+        ["view", "submit", "worker"].map(|role| token(folder.path(), role));
     let tokens = folder.path().join("tokens");
     let coordinator = Coordinator::start(folder.path(), &["--token-file", text(&tokens)]);
     let secret = |path: &Path| std::fs::read_to_string(path).unwrap().trim().to_string();
@@ -195,6 +200,13 @@ fn pages_ask_for_the_token_as_a_password() {
     let page = coordinator.get("/", &basic(&view));
     assert!(page.contains("There is no run yet") && !page.contains("https://"), "{page}");
     assert!(page.to_lowercase().contains("content-security-policy: default-src 'none'"), "{page}");
+    // Buttons: for who may, and on pages of this service.
+    let press = |headers: &str| {
+        let answer = coordinator.request("POST", "/runs/x/do/stop", headers);
+        answer.lines().next().unwrap().split(' ').nth(1).unwrap().parse::<u16>().unwrap()
+    };
+    assert_eq!([press(""), press(&basic(&view)), press(&basic(&submit))], [401, 403, 404]);
+    assert_eq!(press(&format!("{}origin: https://evil.example\r\n", basic(&submit))), 403);
 }
 
 #[test]

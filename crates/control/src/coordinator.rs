@@ -43,8 +43,8 @@ use inquiry::Inquiry;
 use members::Worker;
 use returning::LastStarted;
 pub use words::{
-    Command, CommitOrder, Ending, Event, Examination, Hello, Note, RunConfig, Status, WhenBusy,
-    WorkerStatus,
+    Cause, Command, CommitOrder, Ending, Event, Examination, Hello, Note, RunConfig, Status,
+    WhenBusy, WorkerStatus,
 };
 
 /// The machine. One for each run.
@@ -61,7 +61,9 @@ pub struct Coordinator {
     /// Rank order of the newest group: survivors keep it.
     order: Vec<WorkerId>,
     /// When to form the next generation, and why.
-    reform: Option<(Timestamp, String)>,
+    reform: Option<(Timestamp, Cause, String)>,
+    /// Groups formed since the machine was created.
+    formed: BTreeMap<Cause, u64>,
     /// After a restart: members that have not come back, and until when to wait for them.
     awaited: (BTreeSet<WorkerId>, Timestamp),
     last_started: Option<LastStarted>,
@@ -117,6 +119,7 @@ impl Coordinator {
             awaited: (order.iter().cloned().collect(), until),
             order,
             reform: None,
+            formed: BTreeMap::new(),
             last_started,
             dispute: None,
             inquiry: None,
@@ -286,8 +289,8 @@ impl Coordinator {
             _ => {}
         }
         if !ended(self) && self.reform_is_due(now) {
-            let (_, why) = self.reform.take().expect("just seen");
-            self.form(now, &why);
+            let (_, cause, why) = self.reform.take().expect("just seen");
+            self.form(now, cause, &why);
             if self.group.is_none() && self.reform.is_none() && !ended(self) {
                 self.consider_first_group(now);
             }
@@ -298,7 +301,7 @@ impl Coordinator {
 
     fn reform_is_due(&self, now: Timestamp) -> bool {
         let waits = !self.awaited.0.is_empty() && now < self.awaited.1;
-        let due = self.reform.as_ref().is_some_and(|(at, _)| *at <= now);
+        let due = self.reform.as_ref().is_some_and(|(at, ..)| *at <= now);
         due && self.is_settled() && !waits
     }
 
@@ -318,7 +321,7 @@ impl Coordinator {
                 all.push((lost + self.timing.stream_grace, "stream grace"));
             }
         }
-        if let Some((at, _)) = self.reform.as_ref().filter(|_| self.is_settled()) {
+        if let Some((at, ..)) = self.reform.as_ref().filter(|_| self.is_settled()) {
             let waits = !self.awaited.0.is_empty() && now < self.awaited.1;
             all.push((if waits { self.awaited.1 } else { *at }, "form"));
         }

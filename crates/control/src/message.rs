@@ -257,6 +257,8 @@ pub struct Beat {
     pub in_op: bool,
     /// Time that one slot takes it to compute, in microseconds, of late; 0 before the first.
     pub slot_us: u64,
+    /// Time that it has waited for data since it started, in microseconds.
+    pub data_us: u64,
 }
 
 /// Figures of one applied step; everything but the rates is equal on every rank.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
@@ -117,6 +118,9 @@ impl Door {
         if is_from_elsewhere(request.headers()) {
             return Err(Refusal::Elsewhere);
         }
+        if is_deed(path) && !is_asked_for_here(request) {
+            return Err(Refusal::Elsewhere);
+        }
         let Some(needed) = needed(path) else { return Ok(None) };
         let who = self.who(request)?;
         if who.role.may(needed) {
@@ -176,11 +180,31 @@ fn is_from_elsewhere(headers: &HeaderMap) -> bool {
     matches!(site, Some(b"cross-site" | b"same-site")) && mode != Some(b"navigate")
 }
 
-/// Returns the name that a caller believes to talk to, without the port.
-fn host_of(request: &Request) -> Option<String> {
+/// Tells whether a path is that of a button.
+fn is_deed(path: &str) -> bool {
+    path.starts_with("/runs/") && path.contains("/do/")
+}
+
+/// Tells whether a form was sent by a page of this service: a browser says so, and sends a password
+/// along whoever made the form.
+fn is_asked_for_here(request: &Request) -> bool {
+    let of = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let site = of("sec-fetch-site").is_none_or(|site| site == "same-origin");
+    let Some(origin) = of("origin") else { return site };
+    let here = authority_of(request);
+    site && origin.split_once("://").is_some_and(|(_, name)| Some(name) == here.as_deref())
+}
+
+/// Returns the name that a caller believes to talk to, with the port.
+fn authority_of(request: &Request) -> Option<String> {
     let of_uri = request.uri().authority().map(|authority| authority.as_str().to_string());
     let of_header = || request.headers().get(header::HOST)?.to_str().ok().map(str::to_string);
-    let name = of_uri.or_else(of_header)?;
+    of_uri.or_else(of_header)
+}
+
+/// Returns the name that a caller believes to talk to, without the port.
+fn host_of(request: &Request) -> Option<String> {
+    let name = authority_of(request)?;
     let without_port = match name.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
         _ => &name,
@@ -247,6 +271,7 @@ pub(crate) fn needed(path: &str) -> Option<Role> {
     match path {
         "/healthz" | "/readyz" => None,
         _ if path.starts_with(HEALTH) => None,
+        _ if is_deed(path) => Some(Role::Submit),
         "/lacuna.v1.RunService/GetRun"
         | "/lacuna.v1.RunService/ListRuns"
         | "/lacuna.v1.RunService/WatchRun"
@@ -275,7 +300,11 @@ pub(crate) fn needed(path: &str) -> Option<Role> {
 
 /// Lets a request through, or answers it with a refusal that a client understands. Either answer
 /// carries the id that the request came with, or a new one, which is in the log.
-pub(crate) async fn check(State(door): State<Arc<Door>>, request: Request, next: Next) -> Response {
+pub(crate) async fn check(
+    State(door): State<Arc<Door>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let id = request_id(request.headers());
     let path = request.uri().path().to_string();
     let guard = guard_of(&request);
@@ -283,6 +312,9 @@ pub(crate) async fn check(State(door): State<Arc<Door>>, request: Request, next:
         Ok(who) => {
             if let Some(guard) = &guard {
                 guard.admit();
+            }
+            if let Some(who) = &who {
+                request.extensions_mut().insert(Viewer(who.clone()));
             }
             if let Some(Bearer { role, name }) = who.filter(|who| acts(&path, who.role)) {
                 let peer = peer_of(guard);
@@ -300,6 +332,30 @@ pub(crate) async fn check(State(door): State<Arc<Door>>, request: Request, next:
     tracing::debug!(path, request_id = ?id, status = response.status().as_u16(), "answered");
     response.headers_mut().insert(REQUEST_ID, id);
     response
+}
+
+/// Who looks at a page.
+#[derive(Clone, Debug)]
+pub(crate) struct Viewer(Bearer);
+
+impl Viewer {
+    /// Tells whether buttons do something for this one.
+    pub fn may_act(&self) -> bool {
+        self.0.role.may(Role::Submit)
+    }
+
+    /// Returns the name in the file of tokens, or in the certificate.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+}
+
+impl<S: Sync> axum::extract::FromRequestParts<S> for Viewer {
+    type Rejection = StatusCode;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, StatusCode> {
+        parts.extensions.get::<Viewer>().cloned().ok_or(StatusCode::FORBIDDEN)
+    }
 }
 
 /// Longest piece of a path in the log.

@@ -552,7 +552,7 @@ impl Grpc {
     }
 }
 
-fn not_found(id: &RunId) -> Status {
+pub(crate) fn not_found(id: &RunId) -> Status {
     status(Reason::RunNotFound, format!("there is no run `{id}`"))
 }
 

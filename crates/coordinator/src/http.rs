@@ -13,17 +13,22 @@ use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{Html, IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
+use lacuna_api::v1;
 use lacuna_types::RunId;
 use tokio::sync::Semaphore;
 use tokio_stream::{Stream, StreamExt as _};
 
+use crate::door::Viewer;
+use crate::grpc::Grpc;
 use crate::registry::{Shared, lock};
 use crate::store::{SqliteStore, StoreError};
 
 mod chart;
+mod deeds;
 mod metrics;
 mod page;
+mod shelf;
 
 /// Shortest time between two notices to one page.
 const NOTICE_EVERY: Duration = Duration::from_secs(1);
@@ -34,7 +39,7 @@ const TURN_DEADLINE: Duration = Duration::from_secs(3);
 /// What may be loaded and run on a page: what is served here.
 const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; \
                       img-src 'self' data:; connect-src 'self'; base-uri 'none'; \
-                      form-action 'none'; frame-ancestors 'none'";
+                      form-action 'self'; frame-ancestors 'none'";
 
 /// What handlers share.
 #[derive(Clone)]
@@ -44,15 +49,24 @@ pub(crate) struct Web {
     reader: Arc<Mutex<Option<SqliteStore>>>,
     /// One page reads at a time: others wait here, and not on threads that commits need.
     turn: Arc<Semaphore>,
+    /// Lists of checkpoints.
+    shelf: Arc<shelf::Shelf>,
 }
 
 /// Routes of everything that is not gRPC.
 pub(crate) fn router(shared: Arc<Shared>) -> Router {
-    let web = Web { shared, reader: Arc::default(), turn: Arc::new(Semaphore::new(1)) };
+    let web = Web {
+        shared,
+        reader: Arc::default(),
+        turn: Arc::new(Semaphore::new(1)),
+        shelf: Arc::default(),
+    };
     Router::new()
         .route("/", get(runs))
         .route("/runs/{run}", get(run))
         .route("/runs/{run}/notices", get(notices))
+        .route("/runs/{run}/diff/{other}", get(diff))
+        .route("/runs/{run}/do/{deed}", post(deeds::act))
         .route("/runs/{run}/pictures/{step}/{index}", get(picture))
         .route("/page.css", get(|| async { asset("text/css", include_str!("http/page.css")) }))
         .route("/page.js", get(|| async { asset("text/javascript", include_str!("http/page.js")) }))
@@ -93,6 +107,8 @@ async fn headers(request: Request, next: Next) -> Response {
 enum Problem {
     NoRun(String),
     NoPicture { run: String, step: u64, index: u32 },
+    NoDeed(String),
+    Refused(tonic::Status),
     Busy,
     Store(StoreError),
     Bug(String),
@@ -111,6 +127,17 @@ impl IntoResponse for Problem {
             Problem::NoPicture { run, step, index } => {
                 let text = format!("there is no picture {index} of step {step} of run `{run}`");
                 (StatusCode::NOT_FOUND, text)
+            }
+            Problem::NoDeed(word) => {
+                (StatusCode::NOT_FOUND, format!("there is no `{word}` to be asked for"))
+            }
+            Problem::Refused(status) => {
+                let code = match status.code() {
+                    tonic::Code::NotFound => StatusCode::NOT_FOUND,
+                    tonic::Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+                    _ => StatusCode::CONFLICT,
+                };
+                (code, status.message().to_string())
             }
             Problem::Busy => {
                 (StatusCode::SERVICE_UNAVAILABLE, "too many pages at once; try again".to_string())
@@ -158,13 +185,30 @@ async fn runs(State(web): State<Web>) -> Result<Html<String>, Problem> {
     page::runs(&web.shared).map(Html).map_err(|err| Problem::Bug(err.to_string()))
 }
 
-async fn run(State(web): State<Web>, Path(run): Path<String>) -> Result<Html<String>, Problem> {
+async fn run(
+    State(web): State<Web>,
+    viewer: Viewer,
+    Path(run): Path<String>,
+) -> Result<Html<String>, Problem> {
     let no_run = || Problem::NoRun(run.clone());
     let id: RunId = run.parse().map_err(|_| no_run())?;
     let seen = page::look(&web.shared, &id).ok_or_else(no_run)?;
     let read = move |store: &SqliteStore| page::Past::read(store, &id);
+    let id = seen.id().clone();
     let past = web.read(read).await?;
-    page::run(&seen, &past).map(Html).map_err(|err| Problem::Bug(err.to_string()))
+    let saved = web.shelf.look(&web.shared, &id).await;
+    let html = page::run(&seen, &past, &saved, viewer.may_act());
+    html.map(Html).map_err(|err| Problem::Bug(err.to_string()))
+}
+
+/// Compares two runs' specifications.
+async fn diff(
+    State(web): State<Web>,
+    Path((old, new)): Path<(String, String)>,
+) -> Result<Html<String>, Problem> {
+    let request = v1::DiffRunsRequest { old_run_id: old.clone(), new_run_id: new.clone() };
+    let found = Grpc(web.shared).compare(&request).map_err(Problem::Refused)?;
+    page::diff(old, new, found.differences).map(Html).map_err(|err| Problem::Bug(err.to_string()))
 }
 
 /// Sends a picture, which never changes: the state after a step is what it is, and the page's

@@ -7,6 +7,7 @@
 //! Start with [`service::Service::open`] and [`service::Service::serve`].
 #![forbid(unsafe_code)]
 
+mod account;
 mod bans;
 pub mod catalogue;
 pub mod door;

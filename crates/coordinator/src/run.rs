@@ -19,11 +19,11 @@ use lacuna_types::{Generation, Incarnation, RunId, Timestamp, WorkerId};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
 
+use crate::account::{Account, figures as figures_of};
 use crate::catalogue::Catalogue;
 use crate::registry::Shared;
 use crate::scribe::Down;
 use crate::store::{Entry, StoredRun, Update};
-use crate::times::Times;
 
 mod derived;
 
@@ -79,10 +79,8 @@ pub(crate) struct View {
     pub figures: Option<Figures>,
     pub devices: BTreeMap<WorkerId, String>,
     pub last_seq: u64,
-    /// Where the time went since this coordinator started.
-    pub times: Times,
-    /// Events of each kind since this coordinator started.
-    pub events: BTreeMap<String, u64>,
+    /// What was counted since this coordinator started.
+    pub account: Account,
 }
 
 struct Attached {
@@ -110,12 +108,7 @@ pub(crate) struct RunTask {
     /// The newest plan, encoded: all members get the same.
     plan: Option<(Generation, prost::bytes::Bytes)>,
     last_published: Timestamp,
-    times: Times,
-    /// Until when time was counted.
-    timed: Timestamp,
-    events: BTreeMap<String, u64>,
-    /// Images of a step.
-    batch: u32,
+    account: Account,
     /// Whether something happened since that others should see at once.
     unpublished: bool,
     input: mpsc::Sender<Input>,
@@ -158,14 +151,14 @@ impl RunTask {
         let (timing, now) = (shared.options.timing.clone(), shared.now());
         let machine = Coordinator::new(config, timing, stored.saved.clone(), now);
         let (input, inputs) = mpsc::channel(INPUT_QUEUE);
+        let account = Account::open(spec.train.batch, figures.as_ref(), now);
         let view = View {
             status: machine.status(),
             ending: stored.saved.ending.clone(),
             figures,
             devices: BTreeMap::new(),
             last_seq,
-            times: Times::default(),
-            events: BTreeMap::new(),
+            account: account.clone(),
         };
         let (view, view_rx) = watch::channel(view);
         let (updates, _) = broadcast::channel(WATCH_QUEUE);
@@ -183,10 +176,7 @@ impl RunTask {
             commits: Arc::default(),
             plan: None,
             last_published: now,
-            times: Times::default(),
-            timed: now,
-            events: BTreeMap::new(),
-            batch: spec.train.batch,
+            account,
             unpublished: false,
             input,
             view,
@@ -285,9 +275,13 @@ impl RunTask {
         };
         let answer = answer_to(&event);
         let saved = matches!(event, Event::CheckpointDone { .. });
+        if let Event::CheckpointDone { generation, attempt, .. } = &event {
+            self.account.committed(*generation, *attempt, now);
+        }
         let generation = self.machine.saved().generation;
         let commands = self.machine.handle(now, event);
         self.unpublished |= !commands.is_empty();
+        self.account.begin(self.machine.saved().generation, &commands, now);
         let closed = self.note_closed(generation, &commands);
         let met = answer.is_none_or(|kind| {
             commands.iter().any(|command| matches!(command, Command::Note(n) if n.kind == kind))
@@ -350,19 +344,18 @@ impl RunTask {
 
     fn publish(&mut self) {
         let ended = self.machine.ended().is_some();
-        let (now, before) = (self.shared.now(), self.view.borrow().status.state.to_string());
-        self.times.pass(&before, now.since(self.timed).as_secs_f64());
-        self.timed = now;
+        let (status, before) = (self.machine.status(), self.view.borrow().status.state);
+        self.account.pass(before, self.shared.now());
+        self.account.reach(status.step);
         let ended_before = self.view.borrow().ending.is_some();
         let devices = self.sessions.iter().map(|(id, s)| (id.clone(), s.device.clone())).collect();
         self.view.send_replace(View {
-            status: self.machine.status(),
+            status,
             ending: self.machine.ended().cloned(),
             figures: self.figures,
             devices,
             last_seq: self.last_seq,
-            times: self.times.clone(),
-            events: self.events.clone(),
+            account: self.account.clone(),
         });
         if ended != ended_before {
             self.shared.runs_changed();
@@ -511,7 +504,7 @@ impl RunTask {
     /// Logs a note, and makes it an update.
     fn note(&mut self, note: Note) -> Entry {
         let Note { kind, warning, text } = note;
-        *self.events.entry(kind.to_string()).or_default() += 1;
+        self.account.event(kind);
         if warning {
             warn!(run_id = %self.id, kind, "{text}");
         } else {
@@ -522,23 +515,9 @@ impl RunTask {
     }
 
     fn mark(&mut self, mark: StepMark) -> Entry {
-        if let Some(figures) = &self.figures {
-            let again = mark.redone.saturating_sub(figures.redone) as f64;
-            let batch = f64::from(self.batch);
-            self.times.repeat((again * batch / mark.images_per_second).max(0.0));
-        }
-        let figures = Figures {
-            generation: mark.generation.0,
-            step: mark.step.0,
-            loss: mark.loss,
-            lr: mark.lr,
-            grad_norm: mark.grad_norm,
-            images_per_second: mark.images_per_second,
-            data_wait: mark.data_wait,
-            digest: mark.digest,
-            skipped: mark.skipped,
-            redone: mark.redone,
-        };
+        let started = self.machine.saved().started;
+        self.account.mark(self.figures.as_ref(), started, &mark);
+        let figures = figures_of(&mark);
         self.figures = Some(figures);
         Entry::Update(Update::Figures { figures, at_ms: now_ms() })
     }

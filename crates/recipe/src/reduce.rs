@@ -326,8 +326,12 @@ enum Quantised {
 
 /// Returns the largest magnitude; not finite where an element is not.
 fn max_abs(values: &[f32]) -> f32 {
-    let bits = |m: i32, value: &f32| m.max((value.to_bits() & 0x7FFF_FFFF) as i32);
-    f32::from_bits(values.iter().fold(0i32, bits) as u32)
+    f32::from_bits(values.iter().fold(0, |m, &value| m.max(magnitude_bits(value))) as u32)
+}
+
+/// Returns bits that are ordered as the magnitudes of values are.
+fn magnitude_bits(value: f32) -> i32 {
+    (value.to_bits() & 0x7FFF_FFFF) as i32
 }
 
 /// 1.5 · 2^52: its unit in the last place is 1, and it stays in its binade for |x| < 2^51. Adding
@@ -372,6 +376,9 @@ fn mean_value(sum: f64, scale: f64, n_slots: u32) -> f32 {
     (sum * scale / f64::from(n_slots)) as f32
 }
 
+/// Values that are worked on side by side.
+const LANES: usize = 4;
+
 /// Writes `f32(f64(sum) · 2^-exponent / n_slots)`; returns its largest magnitude and sum of
 /// squares.
 fn mean_of<T: Sum>(sums: &[T], exponent: i32, n_slots: u32, mean: &mut [f32]) -> (f32, f64) {
@@ -385,16 +392,24 @@ fn mean_of<T: Sum>(sums: &[T], exponent: i32, n_slots: u32, mean: &mut [f32]) ->
 }
 
 fn write_mean<T: Sum>(sums: &[T], mean: &mut [f32], value: impl Fn(f64) -> f64) -> (f32, f64) {
-    let mut max = 0f32;
-    // Four running sums in a fixed pattern: quick, and the same on every machine.
-    let mut squares = [0f64; 4];
-    for (i, (to, &sum)) in mean.iter_mut().zip(sums).enumerate() {
-        let value = value(sum.wide()) as f32;
-        *to = value;
-        max = max.max(value.abs());
-        squares[i % 4] += f64::from(value) * f64::from(value);
+    // Four running values each in a fixed pattern: quick, and the same on every machine.
+    let (mut max, mut squares) = ([0i32; LANES], [0f64; LANES]);
+    let mut write = |to: &mut [f32], sums: &[T]| {
+        for (lane, (to, sum)) in to.iter_mut().zip(sums).enumerate() {
+            let value = value(sum.wide()) as f32;
+            *to = value;
+            max[lane] = max[lane].max(magnitude_bits(value));
+            squares[lane] += f64::from(value) * f64::from(value);
+        }
+    };
+    let (fours, rest) = mean.as_chunks_mut::<LANES>();
+    let (fours_of_sums, rest_of_sums) = sums.as_chunks::<LANES>();
+    for (to, sums) in fours.iter_mut().zip(fours_of_sums) {
+        write(to, sums);
     }
-    (max, (squares[0] + squares[1]) + (squares[2] + squares[3]))
+    write(rest, rest_of_sums);
+    let max = max.iter().fold(0, |m, &lane| m.max(lane));
+    (f32::from_bits(max as u32), (squares[0] + squares[1]) + (squares[2] + squares[3]))
 }
 
 /// 2^e for |e| ≤ 1022: what a gradient is multiplied by, and with -e what a sum is.

@@ -277,6 +277,7 @@ impl World {
             op_seq: step_loop.ledger.1,
             in_op: step_loop.is_in_op(self.now),
             slot_us: step_loop.slot_us,
+            data_us: 0,
         }
     }
 

@@ -319,5 +319,17 @@ pub fn grouped(n: u64) -> String {
     out
 }
 
+/// Writes a size for people, with a binary unit: `1.5 GiB`.
+pub fn size(bytes: u64) -> String {
+    let units = ["KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64 / 1024.0;
+    let mut i = 0;
+    while value >= 1024.0 && i + 1 < units.len() {
+        value /= 1024.0;
+        i += 1;
+    }
+    if bytes < 1024 { format!("{bytes} B") } else { format!("{value:.1} {}", units[i]) }
+}
+
 #[cfg(test)]
 mod tests;

@@ -3150,6 +3150,9 @@ pub struct Beat {
     /// Time that a slot takes it to compute of late, in microseconds; 0 before the first.
     #[prost(uint64, tag = "7")]
     pub slot_us: u64,
+    /// Time that it has waited for data since it started, in microseconds.
+    #[prost(uint64, tag = "8")]
+    pub data_us: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Warm {

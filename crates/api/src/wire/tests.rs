@@ -75,6 +75,7 @@ fn every_message_to_the_coordinator_survives_the_wire() {
         op_seq: 99,
         in_op: true,
         slot_us: 41,
+        data_us: 43,
     };
     let all = [
         ToCoordinator::Beat(beat),

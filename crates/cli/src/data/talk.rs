@@ -10,6 +10,7 @@ use lacuna_types::exit;
 
 use crate::Coded;
 use lacuna_spec::units::grouped;
+pub(crate) use lacuna_spec::units::size;
 
 /// Time between two lines of progress where there is no terminal: a log stays readable.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -49,18 +50,6 @@ pub(crate) fn rows(rows: &[(&str, String)]) -> String {
 pub(crate) fn count(n: u64, noun: &str) -> String {
     let plural = if n == 1 { "" } else { "s" };
     format!("{} {noun}{plural}", grouped(n))
-}
-
-/// Formats a size with a binary unit.
-pub(crate) fn size(bytes: u64) -> String {
-    let units = ["KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64 / 1024.0;
-    let mut i = 0;
-    while value >= 1024.0 && i + 1 < units.len() {
-        value /= 1024.0;
-        i += 1;
-    }
-    if bytes < 1024 { format!("{bytes} B") } else { format!("{value:.1} {}", units[i]) }
 }
 
 /// Shows on stderr how far a long operation is: a bar on a terminal, else a line now and then.
@@ -109,9 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_and_counts_for_people() {
-        let got = [0, 1023, 1024, 1 << 20, 3 << 39].map(size);
-        assert_eq!(got, ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "1.5 TiB"]);
+    fn counts_for_people() {
         assert_eq!([1, 2000].map(|n| count(n, "shard")), ["1 shard", "2,000 shards"]);
         assert_eq!(rows(&[("a", "1".into()), ("bcd", "2".into())]), "a    1\nbcd  2\n");
     }

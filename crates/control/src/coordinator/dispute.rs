@@ -15,7 +15,7 @@ use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId, exit};
 
 use super::conduct::Strike;
 use super::forming::{Group, differ};
-use super::{Coordinator, Ending};
+use super::{Cause, Coordinator, Ending};
 use crate::journal::Record;
 use crate::message::ToWorker;
 use crate::plan::Origin;
@@ -68,7 +68,7 @@ impl Coordinator {
             said.iter().filter(|(_, s)| **s != truth).map(|(rank, _)| *rank).collect();
         let what = format!("states differ after a transfer: {}", described(&group, &said));
         self.note("differs", true, what.clone());
-        self.disturb(now, &what);
+        self.disturb(now, Cause::Disputed, &what);
         self.blame(now, &group, &wrong, "its state was not the one it was sent");
     }
 
@@ -78,7 +78,7 @@ impl Coordinator {
         let what = format!("states differ: {}", described(&group, said));
         self.note("differs", true, what.clone());
         self.distrust(&what);
-        self.disturb(now, &what);
+        self.disturb(now, Cause::Disputed, &what);
         let world = group.plan.world();
         let holders = |value: &(Step, u64)| said.values().filter(|other| *other == value).count();
         let majority = said.values().find(|value| 2 * holders(value) > world);

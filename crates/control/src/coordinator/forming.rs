@@ -8,7 +8,7 @@ use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId, exit};
 use super::members::Worker;
 use super::returning::LastStarted;
 use super::saving::Attempt;
-use super::{Command, Coordinator, Ending};
+use super::{Cause, Command, Coordinator, Ending};
 use crate::journal::{Record, Saved};
 use crate::message::ToWorker;
 use crate::plan::{
@@ -59,6 +59,7 @@ pub(super) struct Group {
 /// Why members were asked to stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Change {
+    pub cause: Cause,
     pub why: String,
     /// Slots by rank that the same members are to compute from then on.
     pub shares: Option<Vec<u32>>,
@@ -133,7 +134,7 @@ impl Group {
 impl Coordinator {
     /// Ends the generation because of a failure; the next one is formed after a short gathering
     /// time.
-    pub(super) fn disturb(&mut self, now: Timestamp, why: &str) {
+    pub(super) fn disturb(&mut self, now: Timestamp, cause: Cause, why: &str) {
         let Some(group) = self.group.take() else {
             return;
         };
@@ -147,7 +148,7 @@ impl Coordinator {
             self.record(Record::CheckpointAsked);
         }
         if self.reform.is_none() {
-            self.reform = Some((now + self.timing.failure_window, why.to_string()));
+            self.reform = Some((now + self.timing.failure_window, cause, why.to_string()));
         }
         if group.votes.values().any(differ) {
             let why = "it ended while digests of its states differed";
@@ -214,15 +215,16 @@ impl Coordinator {
         }
         let newest = candidates.iter().filter_map(|id| self.workers[id].warm).max();
         let settled = newest.expect("candidates are warm") + self.timing.join_window;
-        self.reform = Some((settled, READY.to_string()));
+        self.reform = Some((settled, Cause::Ready, READY.to_string()));
         self.hurry_if_full(now);
     }
 
     /// The first group waits for more workers, but not once it has the most it can take.
     pub(super) fn hurry_if_full(&mut self, now: Timestamp) {
-        let first = self.reform.as_ref().is_some_and(|(at, why)| why == READY && *at > now);
+        let first =
+            self.reform.as_ref().is_some_and(|(at, cause, _)| *cause == Cause::Ready && *at > now);
         if first && self.candidates().len() >= self.config.workers_max {
-            self.reform = Some((now, READY.to_string()));
+            self.reform = Some((now, Cause::Ready, READY.to_string()));
         }
     }
 
@@ -256,12 +258,12 @@ impl Coordinator {
     }
 
     /// Forms the next generation of everybody who can.
-    pub(super) fn form(&mut self, now: Timestamp, why: &str) {
+    pub(super) fn form(&mut self, now: Timestamp, cause: Cause, why: &str) {
         let candidates = self.candidates();
         if candidates.len() < self.config.workers_min.max(1)
             || self.zombie_in_the_way(now, &candidates).is_some()
         {
-            self.disturb(now, why);
+            self.disturb(now, cause, why);
             return;
         }
         if self.fruitless >= self.timing.fruitless_generations {
@@ -274,6 +276,7 @@ impl Coordinator {
         let size = self.wanted_size(candidates.len());
         let (members, spares) = candidates.split_at(size);
         self.fruitless += 1;
+        *self.formed.entry(cause).or_default() += 1;
         self.last_waiting.clear();
         let plan = Arc::new(self.make_plan(members, why));
         self.order = members.to_vec();
@@ -397,7 +400,10 @@ impl Coordinator {
         group.prepared[rank] = Some(state);
         let cannot_keep = group.plan.communicator == Communicator::Keep && !kept;
         match cannot_keep {
-            true => self.disturb(now, &format!("{worker} could not keep its communicator")),
+            true => {
+                let why = format!("{worker} could not keep its communicator");
+                self.disturb(now, Cause::Stuck, &why);
+            }
             false => self.connect_if_ready(now),
         }
     }
@@ -439,7 +445,10 @@ impl Coordinator {
         let first = states[0];
         let agreed = first.filter(|_| states.iter().all(|state| *state == first));
         match agreed {
-            None => self.disturb(now, "members that kept their states are at different steps"),
+            None => {
+                let why = "members that kept their states are at different steps";
+                self.disturb(now, Cause::Stuck, why);
+            }
             Some(resume_step) => {
                 let group = self.group.as_mut().expect("a group starts");
                 group.sync = Some(Sync {

@@ -6,9 +6,9 @@
 
 use lacuna_types::{Generation, Incarnation, Timestamp, WorkerId};
 
-use super::Coordinator;
 use super::conduct::Strike;
 use super::forming::{Group, Stage};
+use super::{Cause, Coordinator};
 use crate::message::Beat;
 
 /// A group gets this many times its longest step before it counts as stuck.
@@ -177,7 +177,7 @@ impl Coordinator {
             let n = self.network_hangs;
             self.leave_most_missed_out(now, &format!("the network failed {n} times in a row"));
         }
-        self.disturb(now, line);
+        self.disturb(now, Cause::Stuck, line);
     }
 
     /// Leaves out whoever peers miss most; of two who miss each other, the later by name.

@@ -4,7 +4,7 @@ use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId, exit};
 
 use super::conduct::Strike;
 use super::forming::Stage;
-use super::{Command, Coordinator, Ending, Hello};
+use super::{Cause, Command, Coordinator, Ending, Hello};
 use crate::journal::Record;
 use crate::message::{Beat, FaultKind, StepMark, ToWorker};
 
@@ -83,7 +83,8 @@ impl Coordinator {
         if generation > self.saved.generation {
             // This journal is older than the group: never name a generation twice.
             self.record(Record::Floor(generation));
-            self.disturb(now, &format!("{worker} knows of generation {generation}"));
+            let why = format!("{worker} knows of generation {generation}");
+            self.disturb(now, Cause::Returned, &why);
         }
         self.awaited.0.remove(&worker);
         let known = self.workers.get_mut(&worker);
@@ -296,7 +297,7 @@ impl Coordinator {
             if kind == FaultKind::Communicator {
                 self.suspect(now, suspects);
             }
-            self.disturb(now, &format!("{worker} reports: {detail}"));
+            self.disturb(now, Cause::Fault, &format!("{worker} reports: {detail}"));
         }
     }
 
@@ -344,8 +345,8 @@ impl Coordinator {
             format!("worker {worker} lost at step {} ({how}; last phase {phase})", self.progress);
         self.note("lost", true, text.clone());
         match &mut self.reform {
-            Some((_, why)) if self.group.is_none() => *why = text,
-            _ => self.disturb(now, &text),
+            Some((_, cause, why)) if self.group.is_none() => (*cause, *why) = (Cause::Lost, text),
+            _ => self.disturb(now, Cause::Lost, &text),
         }
         self.deaths.unjudged.push(worker.clone());
     }

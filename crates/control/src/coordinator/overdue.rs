@@ -2,9 +2,9 @@
 
 use lacuna_types::Timestamp;
 
-use super::Coordinator;
 use super::conduct::Strike;
 use super::forming::{Group, Stage};
+use super::{Cause, Coordinator};
 use crate::message::Phase;
 use crate::plan::Member;
 
@@ -37,7 +37,7 @@ impl Coordinator {
         for member in silent.iter().filter(|_| recovering || !nobody_did) {
             self.give_up_silent(now, member, recovering);
         }
-        self.disturb(now, "forming took too long");
+        self.disturb(now, Cause::Stuck, "forming took too long");
     }
 
     /// Tells whether all members say that they are at it: a large state takes its time to load.

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 
 use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId};
 
-use super::Coordinator;
 use super::forming::{CommId, Group, Stage};
+use super::{Cause, Coordinator};
 use crate::journal::Record;
 use crate::message::ToWorker;
 use crate::plan::{Communicator, Ranks};
@@ -183,7 +183,8 @@ impl Coordinator {
         let not_told_yet = group.stage == Stage::Preparing && theirs < ours;
         if theirs != ours && !not_told_yet {
             self.left_older(worker, ours.next());
-            self.disturb(now, &format!("{worker} came back outside of generation {ours}"));
+            let why = format!("{worker} came back outside of generation {ours}");
+            self.disturb(now, Cause::Returned, &why);
             self.revoke_old(worker, incarnation, theirs, up);
             return;
         }
@@ -196,7 +197,7 @@ impl Coordinator {
         };
         if !stays_up {
             let why = format!("{worker} came back and its part in generation {ours} is lost");
-            self.disturb(now, &why);
+            self.disturb(now, Cause::Returned, &why);
             return;
         }
         if group.stage == Stage::Recovering {

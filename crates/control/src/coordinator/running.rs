@@ -3,7 +3,7 @@
 use lacuna_types::{Generation, Step, Timestamp, WorkerId};
 
 use super::forming::{Change, Group, Stage, clearly_shorter};
-use super::{Coordinator, Ending};
+use super::{Cause, Coordinator, Ending};
 use crate::journal::Record;
 use crate::message::ToWorker;
 use crate::plan::{balanced_shares, busiest_us};
@@ -43,26 +43,27 @@ impl Coordinator {
     }
 
     fn wanted_change(&self, now: Timestamp) -> Option<Change> {
-        let because = |why: String| Some(Change { why, shares: None });
+        let because = |cause, why: String| Some(Change { cause, why, shares: None });
         if let Some(why) = &self.saved.stopping {
-            return because(why.clone());
+            return because(Cause::Left, why.clone());
         }
         let group = self.group.as_ref()?;
         for member in &group.plan.members {
             if let Some(why) = self.workers.get(&member.worker).and_then(|w| w.leaving.as_ref()) {
-                return because(format!("{} leaves: {why}", member.worker));
+                return because(Cause::Left, format!("{} leaves: {why}", member.worker));
             }
         }
         let (world, most) = (group.plan.world(), self.config.workers_max);
         if world > most {
-            return because(format!("the run takes at most {most} of its {world} workers now"));
+            let why = format!("the run takes at most {most} of its {world} workers now");
+            return because(Cause::Resized, why);
         }
         if self.join_time().is_some_and(|at| at <= now) {
-            return because("more workers are ready".to_string());
+            return because(Cause::Joined, "more workers are ready".to_string());
         }
         self.reslot_time(group).filter(|at| *at <= now)?;
         let (shares, why) = self.better_shares(group)?;
-        Some(Change { why, shares: Some(shares) })
+        Some(Change { cause: Cause::Shares, why, shares: Some(shares) })
     }
 
     /// When the group should be asked to take more workers in; `None` if no worker would help.
@@ -186,14 +187,15 @@ impl Coordinator {
         } else if let Some(why) = self.saved.stopping.clone() {
             self.end(Ending::Stopped { step, why });
         } else {
-            let change = group.change.as_ref().map(|change| change.why.clone());
-            let why = change.unwrap_or_else(|| "its members stood still".to_string());
+            let change = group.change.as_ref().map(|change| (change.cause, change.why.clone()));
+            let stood = || (Cause::Checkpoint, "its members stood still".to_string());
+            let (cause, why) = change.unwrap_or_else(stood);
             self.fruitless = 0;
             if too_few {
-                self.disturb(now, &why);
+                self.disturb(now, cause, &why);
             } else {
                 self.reform = None;
-                self.form(now, &why);
+                self.form(now, cause, &why);
             }
         }
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, WorkerId, exit};
 
 use super::forming::Change;
-use super::{Command, CommitOrder, Coordinator, Ending, WhenBusy};
+use super::{Cause, Command, CommitOrder, Coordinator, Ending, WhenBusy};
 use crate::journal::Record;
 use crate::message::ToWorker;
 use crate::plan::CheckpointRef;
@@ -88,7 +88,7 @@ impl Coordinator {
             }
             WhenBusy::Wait => {
                 let why = format!("a checkpoint is due at step {step} and one is being written");
-                self.hold(Change { why, shares: None });
+                self.hold(Change { cause: Cause::Checkpoint, why, shares: None });
             }
             WhenBusy::Skip => {
                 self.checkpoint_base = (step, now);

@@ -15,6 +15,7 @@ impl Coordinator {
             step: self.progress,
             checkpoint: self.saved.checkpoint.clone(),
             workers: self.workers.iter().map(|(id, w)| self.worker_status(id, w)).collect(),
+            formed: self.formed.clone(),
         }
     }
 
@@ -49,6 +50,9 @@ impl Coordinator {
             state: if kept_out { "quarantined" } else { word },
             step: worker.beat.as_ref().map_or(Step(0), |b| b.step),
             phase: worker.beat.as_ref().map_or("idle", |b| b.phase.word()),
+            last_seen: worker.last_seen,
+            slot_us: worker.slot_us,
+            data_us: worker.beat.as_ref().map_or(0, |b| b.data_us),
         }
     }
 }

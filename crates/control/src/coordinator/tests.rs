@@ -197,6 +197,7 @@ fn beat(c: &mut Coordinator, ms: u64, step: u64) -> Vec<Command> {
         op_seq: step,
         in_op: false,
         slot_us: 0,
+        data_us: 0,
     };
     say(c, ms, ToCoordinator::Beat(beat))
 }

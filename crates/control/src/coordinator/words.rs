@@ -1,8 +1,9 @@
 //! What goes into the machine and what comes out.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use lacuna_types::{AttemptSeq, Generation, Incarnation, Step, WorkerId};
+use lacuna_types::{AttemptSeq, Generation, Incarnation, Step, Timestamp, WorkerId};
 
 use crate::journal::Record;
 use crate::message::{StepMark, ToCoordinator, ToWorker};
@@ -308,6 +309,54 @@ pub struct Status {
     pub checkpoint: Option<CheckpointRef>,
     /// Workers of the run, by name.
     pub workers: Vec<WorkerStatus>,
+    /// Groups formed since the machine was created, by what made them necessary.
+    pub formed: BTreeMap<Cause, u64>,
+}
+
+/// What makes a new group necessary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cause {
+    /// There was none, and there are workers.
+    Ready,
+    /// More workers are ready.
+    Joined,
+    /// A member is to go.
+    Left,
+    /// An operator changed the numbers of workers.
+    Resized,
+    /// The same members share the slots out better.
+    Shares,
+    /// Members stood still for a checkpoint.
+    Checkpoint,
+    /// A member is gone.
+    Lost,
+    /// A member reported a fault.
+    Fault,
+    /// States differed that must be equal.
+    Disputed,
+    /// A member came back to another group than it had left.
+    Returned,
+    /// The group came no further.
+    Stuck,
+}
+
+impl Cause {
+    /// Returns the word in metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            Cause::Ready => "ready",
+            Cause::Joined => "joined",
+            Cause::Left => "left",
+            Cause::Resized => "resized",
+            Cause::Shares => "shares",
+            Cause::Checkpoint => "checkpoint",
+            Cause::Lost => "lost",
+            Cause::Fault => "fault",
+            Cause::Disputed => "disputed",
+            Cause::Returned => "returned",
+            Cause::Stuck => "stuck",
+        }
+    }
 }
 
 /// What a worker is doing, for people.
@@ -325,4 +374,10 @@ pub struct WorkerStatus {
     pub step: Step,
     /// What it does, as of its newest beat.
     pub phase: &'static str,
+    /// When it was last heard of.
+    pub last_seen: Timestamp,
+    /// Time of a slot of late, in microseconds; 0 where it is not known.
+    pub slot_us: u64,
+    /// Time that it has waited for data since it started, in microseconds.
+    pub data_us: u64,
 }

@@ -178,3 +178,36 @@ fn pages_of_other_sites_do_not_come_in() {
     let request = request.version(Version::HTTP_2).header("content-type", "application/grpc");
     assert_eq!(door.admit(&request.body(Body::empty()).unwrap()).err(), None);
 }
+
+/// A browser sends a password along whoever made the form.
+#[test]
+fn buttons_count_where_a_page_of_this_service_has_them() {
+    let door = Door { tokens: None, tls: None, certificates: false };
+    let ask = |headers: &[(&str, &str)]| {
+        let request = HttpRequest::builder().uri("/runs/a/do/stop").method("POST");
+        let request = request.header("host", "127.0.0.1:7070");
+        let request = headers.iter().fold(request, |r, (name, value)| r.header(*name, *value));
+        door.admit(&request.body(Body::empty()).unwrap()).err()
+    };
+    let here = ("origin", "http://127.0.0.1:7070");
+    let [same, cross] = ["same-origin", "cross-site"].map(|site| ("sec-fetch-site", site));
+    let form = ("sec-fetch-mode", "navigate");
+    for headers in [&[][..], &[here], &[here, same, form], &[same, form]] {
+        assert_eq!(ask(headers), None, "{headers:?}");
+    }
+    let elsewhere = ("origin", "https://evil.example");
+    let port = ("origin", "http://127.0.0.1:8080");
+    let nobody = ("origin", "null");
+    for headers in [
+        &[elsewhere][..],
+        &[port],
+        &[nobody],
+        &[elsewhere, cross, form],
+        &[here, cross, form],
+        &[cross, form],
+        &[("sec-fetch-site", "same-site"), form],
+    ] {
+        assert_eq!(ask(headers), Some(Refusal::Elsewhere), "{headers:?}");
+    }
+    assert_eq!(needed("/runs/a/do/stop"), Some(Role::Submit));
+}

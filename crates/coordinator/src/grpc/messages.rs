@@ -1,7 +1,5 @@
 //! Runs and updates as they stand on the wire.
 
-use std::collections::BTreeMap;
-
 use lacuna_api::v1;
 use lacuna_control::coordinator::Ending;
 use lacuna_track::Figures;
@@ -11,21 +9,15 @@ use crate::grpc::specs::etag_of;
 use crate::registry::RunHandle;
 use crate::run::View;
 use crate::store::{PicturePlace, Update};
-use crate::times::Times;
-
-/// Returns where a run's time went.
-pub(crate) fn times_of(handle: &RunHandle) -> Times {
-    handle.ends.view.borrow().times.clone()
-}
-
-/// Returns how many events of each kind a run has had.
-pub(crate) fn events_of(handle: &RunHandle) -> BTreeMap<String, u64> {
-    handle.ends.view.borrow().events.clone()
-}
 
 /// Describes a run.
 pub(crate) fn run_message(id: &RunId, handle: &RunHandle) -> v1::Run {
-    let View { status, ending, figures, devices, last_seq, .. } = handle.ends.view.borrow().clone();
+    run_of_view(id, handle, handle.ends.view.borrow().clone())
+}
+
+/// Describes a run as a view shows it.
+pub(crate) fn run_of_view(id: &RunId, handle: &RunHandle, view: View) -> v1::Run {
+    let View { status, ending, figures, devices, last_seq, account: _ } = view;
     let resolved = handle.spec.resolve(handle.n_samples).ok();
     let (why, exit_code, final_digest) = match &ending {
         None => (String::new(), None, None),

@@ -87,7 +87,8 @@ impl Grpc {
         self.0.runs().get(id).map(|handle| handle.spec.clone()).ok_or_else(|| not_found(id))
     }
 
-    pub(super) fn compare(
+    /// Compares the specifications of two runs.
+    pub(crate) fn compare(
         &self,
         request: &v1::DiffRunsRequest,
     ) -> Result<v1::DiffRunsResponse, Status> {

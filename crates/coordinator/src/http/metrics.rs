@@ -3,16 +3,20 @@
 use std::fmt;
 use std::sync::atomic::AtomicU64;
 
-use lacuna_types::BuildId;
-use prometheus_client::encoding::EncodeLabelSet;
+use lacuna_control::coordinator::WorkerStatus;
+use lacuna_types::{BuildId, RunId, Timestamp};
+use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use crate::grpc::messages::{events_of, run_message, times_of};
-use crate::registry::Shared;
+use crate::account::{Account, DURATIONS, Durations};
+use crate::grpc::messages::run_of_view;
+use crate::registry::{RunHandle, Shared};
 use crate::times::Share;
 
 /// The content type of [`render`].
@@ -43,6 +47,39 @@ struct KindLabel {
     kind: String,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CauseLabel {
+    run: String,
+    cause: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct WorkerLabel {
+    run: String,
+    worker: String,
+}
+
+/// How long each run's checkpoints took.
+#[derive(Debug, Default)]
+struct Saves(Vec<(RunLabel, Durations)>);
+
+impl Collector for Saves {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let (name, kind) = ("lacuna_checkpoint_duration_seconds", MetricType::Histogram);
+        let help = "From the proposal of a checkpoint to its commit";
+        let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+        for (label, saves) in &self.0 {
+            let bounds = DURATIONS.into_iter().chain([f64::MAX]);
+            let buckets: Vec<(f64, u64)> = bounds.zip(saves.n).collect();
+            let n = saves.n.iter().sum();
+            family
+                .encode_family(label)?
+                .encode_histogram::<NoLabelSet>(saves.sum, n, &buckets, None)?;
+        }
+        Ok(())
+    }
+}
+
 /// One family a metric.
 #[derive(Default)]
 struct Families {
@@ -57,7 +94,12 @@ struct Families {
     checkpoint_step: Family<RunLabel, Gauge>,
     skipped: Family<RunLabel, Counter>,
     redone: Family<RunLabel, Counter>,
-    images: Family<RunLabel, Gauge>,
+    images: Family<RunLabel, Counter>,
+    repeated: Family<RunLabel, Counter>,
+    generations: Family<CauseLabel, Counter>,
+    worker_step: Family<WorkerLabel, Float>,
+    worker_data: Family<WorkerLabel, Seconds>,
+    worker_beat: Family<WorkerLabel, Float>,
     state: Family<StateLabel, Gauge>,
     workers: Family<StateLabel, Gauge>,
     time: Family<StateLabel, Seconds>,
@@ -71,7 +113,6 @@ impl Families {
         };
         gauge("lacuna_run_step", "Steps behind the run's state", &self.step);
         gauge("lacuna_run_steps", "Steps that the run is to have", &self.steps);
-        gauge("lacuna_run_images", "Images behind the run's state", &self.images);
         gauge("lacuna_run_generation", "Number of the run's newest group", &self.generation);
         gauge(
             "lacuna_run_checkpoint_step",
@@ -99,7 +140,40 @@ impl Families {
             "Steps without an update",
             self.skipped.clone(),
         );
-        registry.register("lacuna_run_redone_steps", "Steps computed again", self.redone.clone());
+        let mut counter = |name: &str, help: &str, of: &Family<RunLabel, Counter>| {
+            registry.register(name, help, of.clone());
+        };
+        counter("lacuna_run_images", "Images behind the newest state", &self.images);
+        counter(
+            "lacuna_run_redone_steps",
+            "Steps computed again since the coordinator started",
+            &self.redone,
+        );
+        counter(
+            "lacuna_samples_repeated",
+            "Images of steps that were computed again since the coordinator started",
+            &self.repeated,
+        );
+        registry.register(
+            "lacuna_run_generations",
+            "Groups formed since the coordinator started, by what made them necessary",
+            self.generations.clone(),
+        );
+        registry.register(
+            "lacuna_worker_step_seconds",
+            "Time that the worker's share of a step takes it to compute",
+            self.worker_step.clone(),
+        );
+        registry.register(
+            "lacuna_worker_data_wait_seconds",
+            "Time that the worker has waited for data since it started",
+            self.worker_data.clone(),
+        );
+        registry.register(
+            "lacuna_worker_heartbeat_age_seconds",
+            "Time since the worker was last heard of",
+            self.worker_beat.clone(),
+        );
         registry.register(
             "lacuna_run_state",
             "1 for the state that the run is in",
@@ -121,6 +195,66 @@ impl Families {
             self.events.clone(),
         );
     }
+
+    /// Adds a run as it is at `now`.
+    fn add_run(&self, id: &RunId, handle: &RunHandle, now: Timestamp, saves: &mut Saves) {
+        let view = handle.ends.view.borrow().clone();
+        let run = run_of_view(id, handle, view.clone());
+        let label = RunLabel { run: id.to_string() };
+        self.step.get_or_create(&label).set(signed(run.step));
+        self.steps.get_or_create(&label).set(signed(run.total_steps));
+        self.generation.get_or_create(&label).set(signed(run.generation));
+        if let Some(step) = run.checkpoint_step {
+            self.checkpoint_step.get_or_create(&label).set(signed(step));
+        }
+        if let Some(figures) = &run.figures {
+            self.loss.get_or_create(&label).set(figures.loss);
+            self.lr.get_or_create(&label).set(figures.lr);
+            self.grad_norm.get_or_create(&label).set(figures.grad_norm);
+            self.images_per_second.get_or_create(&label).set(figures.images_per_second);
+            self.data_wait.get_or_create(&label).set(figures.data_wait);
+            self.skipped.get_or_create(&label).inc_by(figures.skipped);
+        }
+        let of_state = |state: &str| StateLabel { run: id.to_string(), state: state.to_string() };
+        self.state.get_or_create(&of_state(&run.state)).set(1);
+        for worker in &run.workers {
+            self.workers.get_or_create(&of_state(&worker.state)).inc();
+        }
+        self.add_account(&label, u64::from(handle.spec.train.batch), &view.account);
+        saves.0.push((label, view.account.saves));
+        for (cause, n) in view.status.formed {
+            let label = CauseLabel { run: id.to_string(), cause: cause.word().to_string() };
+            self.generations.get_or_create(&label).inc_by(n);
+        }
+        for worker in &view.status.workers {
+            self.add_worker(id, worker, now);
+        }
+    }
+
+    fn add_account(&self, label: &RunLabel, batch: u64, account: &Account) {
+        self.images.get_or_create(label).inc_by(account.marked.0 * batch);
+        self.redone.get_or_create(label).inc_by(account.again);
+        self.repeated.get_or_create(label).inc_by(account.again * batch);
+        for share in Share::ALL {
+            let label = StateLabel { run: label.run.clone(), state: share.word().to_string() };
+            self.time.get_or_create(&label).inc_by(account.times.seconds(share));
+        }
+        for (kind, n) in &account.events {
+            let label = KindLabel { run: label.run.clone(), kind: kind.clone() };
+            self.events.get_or_create(&label).inc_by(*n);
+        }
+    }
+
+    fn add_worker(&self, run: &RunId, worker: &WorkerStatus, now: Timestamp) {
+        let label = WorkerLabel { run: run.to_string(), worker: worker.worker.to_string() };
+        let seconds = |us: u64| us as f64 / 1e6;
+        if worker.slots > 0 && worker.slot_us > 0 {
+            let step = seconds(u64::from(worker.slots) * worker.slot_us);
+            self.worker_step.get_or_create(&label).set(step);
+        }
+        self.worker_data.get_or_create(&label).inc_by(seconds(worker.data_us));
+        self.worker_beat.get_or_create(&label).set(now.since(worker.last_seen).as_secs_f64());
+    }
 }
 
 /// Renders everything as it is now.
@@ -134,40 +268,11 @@ pub(super) fn render(shared: &Shared) -> Result<String, fmt::Error> {
     let sessions: Gauge = Gauge::default();
     sessions.set(shared.n_sessions() as i64);
     registry.register("lacuna_sessions", "Workers that are connected", sessions);
+    let mut saves = Saves::default();
     for (id, handle) in shared.runs().iter() {
-        let run = run_message(id, handle);
-        let label = RunLabel { run: id.to_string() };
-        families.step.get_or_create(&label).set(signed(run.step));
-        families.steps.get_or_create(&label).set(signed(run.total_steps));
-        families.generation.get_or_create(&label).set(signed(run.generation));
-        let images = run.step.saturating_mul(u64::from(handle.spec.train.batch));
-        families.images.get_or_create(&label).set(signed(images));
-        if let Some(step) = run.checkpoint_step {
-            families.checkpoint_step.get_or_create(&label).set(signed(step));
-        }
-        if let Some(figures) = &run.figures {
-            families.loss.get_or_create(&label).set(figures.loss);
-            families.lr.get_or_create(&label).set(figures.lr);
-            families.grad_norm.get_or_create(&label).set(figures.grad_norm);
-            families.images_per_second.get_or_create(&label).set(figures.images_per_second);
-            families.data_wait.get_or_create(&label).set(figures.data_wait);
-            families.skipped.get_or_create(&label).inc_by(figures.skipped);
-            families.redone.get_or_create(&label).inc_by(figures.redone);
-        }
-        let of_state = |state: &str| StateLabel { run: id.to_string(), state: state.to_string() };
-        families.state.get_or_create(&of_state(&run.state)).set(1);
-        for worker in &run.workers {
-            families.workers.get_or_create(&of_state(&worker.state)).inc();
-        }
-        let times = times_of(handle);
-        for share in Share::ALL {
-            families.time.get_or_create(&of_state(share.word())).inc_by(times.seconds(share));
-        }
-        for (kind, n) in events_of(handle) {
-            let label = KindLabel { run: id.to_string(), kind };
-            families.events.get_or_create(&label).inc_by(n);
-        }
+        families.add_run(id, handle, shared.now(), &mut saves);
     }
+    registry.register_collector(Box::new(saves));
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(classic(&text))

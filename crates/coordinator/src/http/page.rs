@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 use std::time::{Duration, UNIX_EPOCH};
 
 use askama::Template;
-use lacuna_spec::units::grouped;
+use lacuna_spec::units::{grouped, size};
 use lacuna_track::Figures;
 use lacuna_types::{BuildId, RunId};
 
 use super::chart::{self, Curve};
+use super::deeds::{Deed, deeds_in};
+use super::shelf::Seen;
 use crate::catalogue::rfc3339;
-use crate::grpc::messages::{run_message, times_of};
+use crate::grpc::messages::{run_message, run_of_view};
 use crate::registry::Shared;
 use crate::store::{PicturePlace, SqliteStore, StoreError, Update};
 use crate::times::{Share, Times};
@@ -22,6 +24,10 @@ const POINTS_MAX: u64 = 600;
 const ETA_MAX: u64 = 1_000_000_000;
 /// Events that a page shows.
 const EVENTS_MAX: u64 = 200;
+/// Other runs that a page offers to compare with.
+const OTHERS_MAX: usize = 12;
+/// Checkpoints that a page shows.
+const CHECKPOINTS_MAX: usize = 50;
 /// Kinds of events that tell of groups.
 const GROUPS: &[&str] =
     &["forming", "formed", "lost", "leaving", "recovered", "set-aside", "distrusted", "stuck"];
@@ -107,15 +113,31 @@ pub(super) fn runs(shared: &Shared) -> Result<String, askama::Error> {
 
 /// A run as it is now.
 pub(super) struct Now {
+    id: RunId,
     run: v1::Run,
     times: Times,
+    /// Other runs, the newest first.
+    others: Vec<String>,
+}
+
+impl Now {
+    /// Returns the run's name.
+    pub fn id(&self) -> &RunId {
+        &self.id
+    }
 }
 
 /// Looks at a run; `None` if there is none of this name.
 pub(super) fn look(shared: &Shared, id: &RunId) -> Option<Now> {
     let runs = shared.runs();
     let handle = runs.get(id)?;
-    Some(Now { run: run_message(id, handle), times: times_of(handle) })
+    let view = handle.ends.view.borrow().clone();
+    let times = view.account.times.clone();
+    let mut others: Vec<(usize, String)> =
+        runs.iter().filter(|(k, _)| *k != id).map(|(k, h)| (h.order, k.to_string())).collect();
+    others.sort_by_key(|(order, _)| std::cmp::Reverse(*order));
+    let others = others.into_iter().map(|(_, id)| id).take(OTHERS_MAX).collect();
+    Some(Now { id: id.clone(), run: run_of_view(id, handle, view), times, others })
 }
 
 /// What is written down of a run.
@@ -157,6 +179,19 @@ struct WorkerRow {
     device: String,
 }
 
+struct CheckpointRow {
+    step: String,
+    created: String,
+    size: String,
+    parts: u32,
+    loss: String,
+    digest: String,
+    tone: &'static str,
+    /// What is known of its bytes.
+    word: String,
+    pinned: bool,
+}
+
 struct EventRow {
     when: String,
     kind: String,
@@ -180,7 +215,7 @@ struct TimeRow {
 
 #[derive(Template)]
 #[template(path = "run.html")]
-struct RunPage {
+struct RunPage<'a> {
     row: Row,
     why: String,
     steps_max: u64,
@@ -190,6 +225,12 @@ struct RunPage {
     time_bar: String,
     times: Vec<TimeRow>,
     workers: Vec<WorkerRow>,
+    checkpoints: Vec<CheckpointRow>,
+    /// Checkpoints beyond those shown.
+    n_more: usize,
+    checkpoints_note: String,
+    deeds: &'static [Deed],
+    others: &'a [String],
     groups: Vec<EventRow>,
     events: Vec<EventRow>,
     pictures: Vec<PictureRow>,
@@ -203,8 +244,13 @@ struct RunPage {
 }
 
 /// Renders the page of a run.
-pub(super) fn run(now: &Now, past: &Past) -> Result<String, askama::Error> {
-    let Now { run, times } = now;
+pub(super) fn run(
+    now: &Now,
+    past: &Past,
+    saved: &Seen,
+    may_act: bool,
+) -> Result<String, askama::Error> {
+    let Now { id: _, run, times, others } = now;
     let spec: serde_json::Value = serde_json::from_str(&run.spec).unwrap_or_default();
     let shares: Vec<(&str, f64)> =
         Share::ALL.iter().map(|share| (share.word(), times.seconds(*share))).collect();
@@ -219,6 +265,11 @@ pub(super) fn run(now: &Now, past: &Past) -> Result<String, askama::Error> {
         time_bar: chart::bar(&shares),
         times: time_rows(times),
         workers: run.workers.iter().map(worker_row).collect(),
+        checkpoints: checkpoint_rows(saved),
+        n_more: saved.checkpoints.as_ref().map_or(0, |c| c.len().saturating_sub(CHECKPOINTS_MAX)),
+        checkpoints_note: checkpoints_note(saved),
+        deeds: if may_act { deeds_in(&run.state) } else { &[] },
+        others,
         groups,
         events,
         pictures: picture_rows(&past.pictures),
@@ -297,6 +348,80 @@ fn picture_rows(pictures: &[PicturePlace]) -> Vec<PictureRow> {
         images: images.to_vec(),
     };
     pictures.chunk_by(|a, b| a.step == b.step).rev().map(row).collect()
+}
+
+/// Describes the newest checkpoints, the newest first.
+fn checkpoint_rows(saved: &Seen) -> Vec<CheckpointRow> {
+    let mut all: Vec<&v1::Checkpoint> = saved.checkpoints.iter().flatten().collect();
+    all.sort_by_key(|checkpoint| std::cmp::Reverse(checkpoint.step));
+    all.into_iter().take(CHECKPOINTS_MAX).map(checkpoint_row).collect()
+}
+
+fn checkpoint_row(checkpoint: &v1::Checkpoint) -> CheckpointRow {
+    let dash = || "–".to_string();
+    let damaged = !checkpoint.damage.is_empty();
+    let (tone, word) = match checkpoint.verified {
+        _ if damaged => ("bad", format!("damaged: {}", checkpoint.damage)),
+        true => ("good", "sound".to_string()),
+        false => ("idle", "not read back".to_string()),
+    };
+    CheckpointRow {
+        step: grouped(checkpoint.step),
+        created: checkpoint.created.replace('T', " ").replace('Z', " UTC"),
+        size: if damaged { dash() } else { size(checkpoint.bytes) },
+        parts: checkpoint.parts,
+        loss: checkpoint.loss.map_or_else(dash, |loss| format!("{loss:.4}")),
+        digest: if damaged { dash() } else { format!("{:016x}", checkpoint.digest) },
+        tone,
+        word,
+        pinned: checkpoint.pinned,
+    }
+}
+
+/// Says what is to be said where a list is not what it should be.
+fn checkpoints_note(saved: &Seen) -> String {
+    match (&saved.checkpoints, &saved.problem) {
+        (_, Some(problem)) => format!("They cannot be listed now: {problem}"),
+        (None, None) => "They are being listed.".to_string(),
+        (Some(list), None) if list.is_empty() => "There is none yet.".to_string(),
+        (Some(_), None) => String::new(),
+    }
+}
+
+/// A difference between two specifications.
+struct DiffRow {
+    key: String,
+    old: String,
+    new: String,
+    mark: String,
+}
+
+#[derive(Template)]
+#[template(path = "diff.html")]
+struct DiffPage {
+    old: String,
+    new: String,
+    rows: Vec<DiffRow>,
+    /// Whether the two compute the same.
+    same_maths: bool,
+    build: String,
+}
+
+/// Renders the differences between two runs' specifications.
+pub(super) fn diff(
+    old: String,
+    new: String,
+    differences: Vec<v1::SpecDifference>,
+) -> Result<String, askama::Error> {
+    let row = |difference: v1::SpecDifference| DiffRow {
+        key: difference.key,
+        old: difference.old_value,
+        new: difference.new_value,
+        mark: difference.mark,
+    };
+    let rows: Vec<DiffRow> = differences.into_iter().map(row).collect();
+    let same_maths = !rows.iter().any(|row| row.mark == "maths");
+    DiffPage { old, new, rows, same_maths, build: BuildId::this().to_string() }.render()
 }
 
 fn worker_row(worker: &v1::RunWorker) -> WorkerRow {

@@ -76,3 +76,9 @@ fn guesses_can_be_read() {
     assert_eq!(size("500 gb").as_deref(), Some("500GB"));
     assert_eq!(size("1.5TB").as_deref(), Some("1500GB"));
 }
+
+#[test]
+fn sizes_for_people() {
+    let got = [0, 1023, 1024, 1 << 20, 3 << 39].map(size);
+    assert_eq!(got, ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "1.5 TiB"]);
+}

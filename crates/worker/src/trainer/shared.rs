@@ -78,6 +78,8 @@ struct Progress {
     ledger: OpLedger,
     /// Time of a slot of late; zero before the first.
     slot: Duration,
+    /// Time that was waited for data.
+    data: Duration,
 }
 
 impl Default for Shared {
@@ -89,6 +91,7 @@ impl Default for Shared {
             since: Instant::now(),
             ledger: OpLedger::default(),
             slot: Duration::ZERO,
+            data: Duration::ZERO,
         };
         Shared {
             stop: AtomicU64::new(0),
@@ -147,6 +150,11 @@ impl Shared {
         };
     }
 
+    /// Notes that data were waited for.
+    pub fn waited_for_data(&self, time: Duration) {
+        self.progress().data += time;
+    }
+
     /// Notes what the loop does from here on.
     pub fn enter(&self, step: u64, phase: Phase) {
         let mut progress = self.progress();
@@ -167,6 +175,7 @@ impl Shared {
             op_seq: op.op_seq,
             in_op: op.in_progress,
             slot_us: progress.slot.as_micros() as u64,
+            data_us: progress.data.as_micros() as u64,
         }
     }
 }

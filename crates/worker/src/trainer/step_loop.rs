@@ -366,7 +366,9 @@ impl StepLoop {
             assert_eq!(batch.slot, Slot { step: Step(step), index }, "the stream keeps its order");
             batches.push(batch);
         }
-        meter.data_wait += started.elapsed();
+        let waited = started.elapsed();
+        meter.data_wait += waited;
+        self.shared.waited_for_data(waited);
         Ok(batches)
     }
 

@@ -332,6 +332,7 @@ impl Stub {
                 op_seq: 0,
                 in_op: false,
                 slot_us: 0,
+                data_us: 0,
             };
         };
         let step = self.step_of(training);
@@ -346,6 +347,7 @@ impl Stub {
             op_seq: step.0 - training.from.0 + u64::from(reduces),
             in_op: reduces,
             slot_us: 20_000,
+            data_us: 0,
         }
     }
 }

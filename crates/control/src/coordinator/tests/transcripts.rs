@@ -60,7 +60,16 @@ impl Told {
 
     pub fn beat(&mut self, name: &str, step: u64, op_seq: u64, in_op: bool, phase: Phase) {
         let (generation, step) = (self.machine.saved().generation, Step(step));
-        let beat = Beat { generation, step, phase, phase_ms: 6000, op_seq, in_op, slot_us: 1000 };
+        let beat = Beat {
+            generation,
+            step,
+            phase,
+            phase_ms: 6000,
+            op_seq,
+            in_op,
+            slot_us: 1000,
+            data_us: 0,
+        };
         self.say(name, ToCoordinator::Beat(beat));
     }
 
