@@ -1,7 +1,7 @@
 //! What people get of a run beside its figures: pictures, logs, and calls that look and act.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use lacuna_api::client::ClientError;
 use lacuna_api::error::{Reason, reason};
@@ -174,6 +174,9 @@ fn a_node_that_is_banned_leaves_and_stays_out() {
     };
     let (code, out, err) = ban(&cluster, &["--for", "1h", "--why", "a loud fan"]);
     assert!(code == 0 && out.contains("worker a:cpu0 leaves"), "{out}{err}");
+    let (code, out, err) = said(&fixture.run(&["ban", "-c", &cluster.url]));
+    let row = out.lines().nth(1).unwrap_or_default();
+    assert!(code == 0 && row.starts_with("a ") && row.ends_with("Z a loud fan"), "{out}{err}");
     cluster.wait(&run, "a group without it", |seen| {
         seen.run.state == "running" && !seen.run.workers.iter().any(|w| w.worker_id == "a:cpu0")
     });
@@ -191,11 +194,14 @@ fn a_node_that_is_banned_leaves_and_stays_out() {
     assert!(log.contains("is kept out until") && log.contains("a loud fan"), "{log}");
     let (code, out, err) = ban(&cluster, &["--lift"]);
     assert!(code == 0 && out.contains("may join again"), "{out}{err}");
+    let (code, out, err) = said(&fixture.run(&["ban", "-c", &cluster.url]));
+    assert_eq!((code, out.as_str(), err.trim()), (0, "", "no machine is kept out"));
     cluster.add("a", 1);
-    let extra = [("elastic.workers", "\"2:2\"")];
-    let both = cluster.submit(&fixture.spec("both", 20, &extra));
-    let seen = cluster.wait_end(&both);
-    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    let both = fixture.spec("both", 20, &[("elastic.workers", "\"2:2\"")]);
+    let submit = ["submit", both.to_str().unwrap(), "--wait", "--quiet", "-c", &cluster.url];
+    let (code, out, err) = said(&fixture.run(&submit));
+    assert!(code == 0 && out.contains("state       finished"), "{out}{err}");
+    assert_eq!(err, "", "it is quiet");
     // Who waits for a run is sent away, too.
     assert_eq!(ban(&cluster, &[]).0, 0);
     assert_eq!(cluster.take("a").wait().code(), Some(i32::from(exit::UNFIT)));
@@ -341,7 +347,7 @@ fn the_page_shows_checkpoints_and_its_buttons_save_stop_and_resume() {
             break text;
         }
         assert!(start.elapsed().as_secs() < 60, "the last checkpoint is not on the page: {text}");
-        std::thread::sleep(Duration::from_millis(200));
+        std::thread::yield_now();
     };
     assert!(!text.contains("/do/"), "a finished run has no buttons: {text}");
     assert!(text.contains("href=\"/runs/pressed/diff/other\""), "{text}");

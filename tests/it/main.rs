@@ -14,6 +14,7 @@ mod nccl;
 mod network;
 mod objects;
 mod remote;
+mod slurm;
 mod syscalls;
 mod syscalls_run;
 

@@ -353,6 +353,12 @@ impl Client {
         Ok(self.admin.ban_node(request).await?.into_inner().worker_ids)
     }
 
+    /// Returns the machines that are kept out, by name.
+    pub async fn list_bans(&mut self) -> Result<Vec<v1::Ban>, ClientError> {
+        let request = self.request(v1::ListBansRequest {});
+        Ok(self.admin.list_bans(request).await?.into_inner().bans)
+    }
+
     /// Asks for a checkpoint at the next boundary.
     pub async fn request_checkpoint(&mut self, run_id: &str) -> Result<(), ClientError> {
         let request = self.request(v1::RequestCheckpointRequest { run_id: run_id.to_string() });

@@ -28,6 +28,7 @@ use self::repair::{DoctorArgs, RebuildArgs};
 use crate::Coded;
 use crate::client::Output;
 use crate::data::talk::{count, io, put, put_json, rows, size, usage};
+use crate::voice::talk;
 use lacuna_spec::units::grouped;
 
 /// `lacuna ckpt`.
@@ -240,7 +241,7 @@ fn ls(args: &LsArgs) -> anyhow::Result<u8> {
     let entries = list(&dir)?;
     let holds = retain::holds(&dir).map_err(|error| io(&error))?;
     if entries.is_empty() {
-        eprintln!("`{}` has no checkpoints", dir.path().display());
+        talk!("`{}` has no checkpoints", dir.path().display());
     }
     if args.output == Output::Json {
         let entry = |entry: &Entry| match &entry.status {
@@ -424,14 +425,14 @@ fn check(dir: &RunDir, entry: &Entry) -> Option<Checked> {
     let (bytes, problems) = match &aside.as_ref().unwrap_or(entry).status {
         Status::Damaged { reason } => (0, vec![reason.clone()]),
         Status::Good(manifest) => {
-            eprintln!("reading step {step}: {}", size(bytes(manifest)));
+            talk!("reading step {step}: {}", size(bytes(manifest)));
             let Verified { bytes, problems, .. } = read_back(dir, manifest);
             (bytes, problems)
         }
     };
     // Deleting starts with the manifest, so that what has none is no checkpoint any more.
     if !problems.is_empty() && matches!(catalog::find(dir, step), Ok(None)) {
-        eprintln!("step {step} was deleted meanwhile");
+        talk!("step {step} was deleted meanwhile");
         return None;
     }
     Some(Checked { step, bytes, problems })

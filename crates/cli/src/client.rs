@@ -1,17 +1,19 @@
 //! Commands that talk to a coordinator.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lacuna_api::client::ClientError;
 use lacuna_api::v1;
+use lacuna_coordinator::clock::rfc3339;
 use lacuna_types::exit;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::connect::Connect;
 use crate::progress::{Progress, ProgressMode, run_json, short_duration};
+use crate::voice::talk;
 use crate::{Coded, runtime, spec};
 
 /// How results are printed.
@@ -31,9 +33,12 @@ pub struct SubmitArgs {
     /// Set a key of the specification, `train.seed=3`.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// Follow the run until it ends.
+    /// Follow the run until it ends; then the exit code is the run's.
     #[arg(long)]
     watch: bool,
+    /// Wait until the run has ended, as `lacuna wait` does and with its exit codes.
+    #[arg(long, conflicts_with_all = ["watch", "dry_run"])]
+    wait: bool,
     /// Print the request as JSON and send nothing: for clients in other languages.
     #[arg(long, conflicts_with = "watch")]
     dry_run: bool,
@@ -115,17 +120,22 @@ pub struct CancelArgs {
 /// `lacuna ban`.
 #[derive(Args, Debug)]
 pub struct BanArgs {
-    /// Name of the machine, as `lacuna workers` shows it before the colon.
-    node: String,
+    /// Name of the machine, as `lacuna workers` shows it before the colon; without one, lists those
+    /// that are kept out.
+    node: Option<String>,
     /// How long: 90s, 15min, 24h or 7d.
     #[arg(long = "for", value_name = "TIME", default_value = "24h", value_parser = parse_time)]
+    #[arg(requires = "node")]
     time: Duration,
     /// Why, for those who look at it later.
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", requires = "node")]
     why: String,
     /// Let the machine back in now.
-    #[arg(long, conflicts_with = "time")]
+    #[arg(long, conflicts_with = "time", requires = "node")]
     lift: bool,
+    /// How a list is printed.
+    #[arg(long, short, value_enum, default_value = "table", conflicts_with = "node")]
+    output: Output,
     #[command(flatten)]
     connect: Connect,
 }
@@ -170,7 +180,10 @@ pub fn submit(args: SubmitArgs) -> anyhow::Result<u8> {
             let run = follow(&args.connect, &run.run_id, Progress::new(args.progress)).await?;
             return Ok(run.map_or(exit::OK, |run| ending_code(&run)));
         }
-        println!("follow it with: lacuna watch {}", run.run_id);
+        if args.wait {
+            return wait_for(&args.connect, &run.run_id, None).await;
+        }
+        talk!("follow it with: lacuna watch {}", run.run_id);
         Ok(exit::OK)
     })
 }
@@ -283,7 +296,7 @@ pub fn watch(args: RunArgs) -> anyhow::Result<u8> {
                 Ok(exit::OK)
             }
             None => {
-                eprintln!("stopped watching; the run goes on");
+                talk!("stopped watching; the run goes on");
                 Ok(exit::OK)
             }
         }
@@ -371,27 +384,20 @@ fn ending_code(run: &v1::Run) -> u8 {
 
 /// Waits until a run has ended.
 pub fn wait(args: WaitArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(async {
-        let limit = args.limit.map_or(Duration::MAX, Duration::from_secs);
-        let waited = follow(&args.connect, &args.run, Progress::new(ProgressMode::Off));
-        match tokio::time::timeout(limit, waited).await {
-            Err(_) => Ok(exit::WAIT_TIMED_OUT),
-            Ok(run) => match run?.map(|run| (run.state.clone(), run)) {
-                Some((state, run)) if state == "cancelled" => {
-                    print_run(&run);
-                    Ok(exit::WAIT_CANCELLED)
-                }
-                Some((state, run)) if state == "finished" => {
-                    print_run(&run);
-                    Ok(exit::OK)
-                }
-                Some((_, run)) => {
-                    print_run(&run);
-                    Ok(exit::WAIT_FAILED)
-                }
-                None => Ok(exit::INTERRUPTED),
-            },
-        }
+    runtime()?.block_on(wait_for(&args.connect, &args.run, args.limit.map(Duration::from_secs)))
+}
+
+async fn wait_for(connect: &Connect, run: &str, limit: Option<Duration>) -> anyhow::Result<u8> {
+    let waited = follow(connect, run, Progress::new(ProgressMode::Off));
+    let Ok(run) = tokio::time::timeout(limit.unwrap_or(Duration::MAX), waited).await else {
+        return Ok(exit::WAIT_TIMED_OUT);
+    };
+    let Some(run) = run? else { return Ok(exit::INTERRUPTED) };
+    print_run(&run);
+    Ok(match run.state.as_str() {
+        "finished" => exit::OK,
+        "cancelled" => exit::WAIT_CANCELLED,
+        _ => exit::WAIT_FAILED,
     })
 }
 
@@ -432,22 +438,45 @@ pub fn cancel(args: CancelArgs) -> anyhow::Result<u8> {
     })
 }
 
-/// Keeps a machine out, or lets it back in.
+/// Keeps a machine out, or lets it back in; without a name, lists those that are kept out.
 pub fn ban(args: BanArgs) -> anyhow::Result<u8> {
+    let Some(node) = &args.node else { return list_bans(&args) };
     let time = if args.lift { Duration::ZERO } else { args.time };
     runtime()?.block_on(async {
         let mut client = args.connect.client().await?;
-        let leaving = client.ban_node(&args.node, time.as_secs(), &args.why).await?;
+        let leaving = client.ban_node(node, time.as_secs(), &args.why).await?;
         if args.lift {
-            println!("node {} may join again", args.node);
+            println!("node {node} may join again");
             return Ok(exit::OK);
         }
-        println!("node {} is kept out for {}", args.node, short_duration(time));
+        println!("node {node} is kept out for {}", short_duration(time));
         for worker in leaving {
             println!("worker {worker} leaves at the next boundary");
         }
         Ok(exit::OK)
     })
+}
+
+fn list_bans(args: &BanArgs) -> anyhow::Result<u8> {
+    let bans = runtime()?.block_on(async {
+        let mut client = args.connect.client().await?;
+        client.list_bans().await
+    })?;
+    let until = |ban: &v1::Ban| rfc3339(UNIX_EPOCH + Duration::from_millis(ban.until_ms));
+    match args.output {
+        Output::Json => {
+            let of = |ban: &v1::Ban| serde_json::json!({ "node": ban.node, "until": until(ban), "why": ban.why });
+            println!("{}", serde_json::Value::from(bans.iter().map(of).collect::<Vec<_>>()));
+        }
+        Output::Table if bans.is_empty() => talk!("no machine is kept out"),
+        Output::Table => {
+            println!("{:<28} {:<20} WHY", "NODE", "UNTIL");
+            for ban in &bans {
+                println!("{:<28} {:<20} {}", ban.node, until(ban), ban.why);
+            }
+        }
+    }
+    Ok(exit::OK)
 }
 
 /// Reads a span of time, `90s`, `15min`, `24h` or `7d`.

@@ -32,6 +32,7 @@ use self::subset::SubsetArgs;
 use self::talk::{Meter, count, io, put, put_json, rows, size, usage};
 use self::verify::VerifyArgs;
 use crate::client::Output;
+use crate::voice::talk;
 
 /// `lacuna data`.
 #[derive(Args, Debug)]
@@ -323,7 +324,7 @@ fn run_pack(source: &PackSource, out: &Path, args: &ShardArgs) -> anyhow::Result
     let report = pack(source, out, &config, &mut |p| meter.update(p)).map_err(pack_error)?;
     drop(meter);
     if report.outcome == PackOutcome::AlreadyThere {
-        eprintln!("the same images are packed there already; nothing was done");
+        talk!("the same images are packed there already; nothing was done");
     }
     tell_skipped(&report.skipped);
     match args.output {
@@ -369,11 +370,11 @@ fn pack_json(report: &PackReport, out: &Path) -> serde_json::Value {
 /// Lists what was left out, on stderr.
 fn tell_skipped(skipped: &SkipList) {
     for item in &skipped.first {
-        eprintln!("left out: {}: {}", item.place, item.reason);
+        talk!("left out: {}: {}", item.place, item.reason);
     }
     let more = skipped.n - skipped.first.len() as u64;
     if more > 0 {
-        eprintln!("left out: and {more} more");
+        talk!("left out: and {more} more");
     }
 }
 

@@ -1,8 +1,13 @@
 //! `lacuna doctor`: whether this machine can train, and what is wrong if not.
 
 use std::fmt;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context as _;
 use clap::Args;
+use lacuna_api::client::ClientError;
 use lacuna_types::exit;
 
 use crate::client::Output;
@@ -10,12 +15,18 @@ use crate::connect::Connect;
 use crate::runtime;
 use crate::train::find_worker;
 
+mod disk;
+mod machine;
+
 /// `lacuna doctor`.
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
     /// Folder for checkpoints, which is tried; or the URL of a store.
     #[arg(long, value_name = "FOLDER")]
     checkpoints: Option<String>,
+    /// Have the worker check its engine, too: that sums, updates and digests are what they must be.
+    #[arg(long)]
+    selftest: bool,
     /// Look at this machine only, and at no coordinator.
     #[arg(long)]
     offline: bool,
@@ -50,17 +61,23 @@ struct Finding {
     text: String,
 }
 
-/// Open files that a coordinator of some hundred workers, or a loader of many shards, needs.
-const FILES_MIN: u64 = 4096;
-/// Shared memory through which two workers of one machine sum, bytes.
-const SHARED_MIN: u64 = 64 << 20;
+/// A clock that is further off than this makes times in logs hard to compare.
+const SKEW_MAX: Duration = Duration::from_secs(2);
+/// How long a worker may take to check its engine.
+const SELFTEST_DEADLINE: Duration = Duration::from_secs(300);
 
 /// Looks at everything, and says which finding stands in the way of training.
 pub fn doctor(args: DoctorArgs) -> anyhow::Result<u8> {
-    let mut findings = vec![worker(), files(), shared_memory(), processor()];
-    findings.extend(args.checkpoints.as_deref().map(checkpoints));
+    let mut findings = vec![worker(), machine::processor()];
+    findings.extend(machine::devices());
+    findings.extend([machine::shared_memory(), machine::files(), machine::network()]);
+    findings.extend(args.checkpoints.iter().flat_map(|place| places(place)));
+    let runtime = runtime()?;
+    if args.selftest {
+        findings.push(runtime.block_on(selftest()));
+    }
     if !args.offline {
-        findings.push(runtime()?.block_on(coordinator(&args.connect)));
+        findings.extend(runtime.block_on(coordinator(&args.connect)));
     }
     match args.output {
         Output::Json => {
@@ -94,48 +111,6 @@ fn worker() -> Finding {
     }
 }
 
-fn files() -> Finding {
-    use rustix::process::{Resource, getrlimit};
-    match getrlimit(Resource::Nofile).maximum {
-        Some(most) if most < FILES_MIN => {
-            let text = format!("{most} may be open; raise the limit to {FILES_MIN} (ulimit -Hn)");
-            finding("open files", Verdict::Note, text)
-        }
-        most => {
-            let most = most.map_or("any number".to_string(), |n| n.to_string());
-            finding("open files", Verdict::Fine, format!("{most} may be open"))
-        }
-    }
-}
-
-fn shared_memory() -> Finding {
-    let place = "/dev/shm";
-    match rustix::fs::statvfs(place) {
-        Ok(found) => {
-            let free = found.f_bavail.saturating_mul(found.f_frsize);
-            let text = format!("{} MiB free in {place}", free >> 20);
-            let verdict = if free < SHARED_MIN { Verdict::Note } else { Verdict::Fine };
-            let advice = if free < SHARED_MIN { "; a container needs --shm-size=1g" } else { "" };
-            finding("shared memory", verdict, text + advice)
-        }
-        Err(err) => {
-            let text = format!("{place}: {err}; workers of one machine will sum through sockets");
-            finding("shared memory", Verdict::Note, text)
-        }
-    }
-}
-
-fn processor() -> Finding {
-    let n = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let cores = format!("{n} of this machine's cores may be used");
-    #[cfg(target_arch = "x86_64")]
-    if !std::arch::is_x86_feature_detected!("avx2") {
-        let text = format!("{cores}; without AVX2, which the exact sums are built for");
-        return finding("processor", Verdict::Bad, text);
-    }
-    finding("processor", Verdict::Fine, cores)
-}
-
 fn checkpoints(place: &str) -> Finding {
     let tried = crate::ckpt::try_place(place);
     match tried {
@@ -146,26 +121,104 @@ fn checkpoints(place: &str) -> Finding {
     }
 }
 
-async fn coordinator(connect: &Connect) -> Finding {
+/// Tries the place, and how fast it is where it is a folder of this machine.
+fn places(place: &str) -> Vec<Finding> {
+    let tried = checkpoints(place);
+    let folder = Path::new(place);
+    let is_folder = tried.verdict != Verdict::Bad && folder.is_dir();
+    [tried].into_iter().chain(is_folder.then(|| disk::speed(folder))).collect()
+}
+
+/// Has the worker check that its engine keeps the contract that exactness needs.
+async fn selftest() -> Finding {
+    let run = async {
+        let (worker, _) = find_worker()?;
+        let ended = tokio::process::Command::new(worker)
+            .arg("conformance")
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        let ended = tokio::time::timeout(SELFTEST_DEADLINE, ended);
+        anyhow::Ok(ended.await.context("it takes longer than five minutes")??)
+    };
+    match run.await {
+        Ok(ended) if ended.status.success() => {
+            let text = "the engine gives equal bits in every way that it must";
+            finding("selftest", Verdict::Fine, text)
+        }
+        Ok(ended) => {
+            let said = String::from_utf8_lossy(&ended.stderr);
+            let last = said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default();
+            let text = format!("`lacuna-worker conformance` ended with {}: {last}", ended.status);
+            finding("selftest", Verdict::Bad, text)
+        }
+        Err(err) => finding("selftest", Verdict::Bad, format!("{err:#}")),
+    }
+}
+
+async fn coordinator(connect: &Connect) -> Vec<Finding> {
     let url = connect.target().map(|target| target.url().to_string()).unwrap_or_default();
     let asked = async {
         let mut client = connect.client().await?;
-        client.info().await
+        let (before, sent) = (SystemTime::now(), Instant::now());
+        let info = client.info().await?;
+        Ok::<_, ClientError>((info, before + sent.elapsed() / 2))
     };
     match asked.await {
-        Ok(info) => {
+        Ok((info, at)) => {
+            let clock = clock(info.now_ms, at);
             let theirs: lacuna_types::BuildId = info.build.unwrap_or_default().into();
             let ours = lacuna_types::BuildId::this();
             if theirs == ours {
-                return finding("coordinator", Verdict::Fine, format!("{url}: {theirs}"));
+                let text = format!("{url}: {theirs}");
+                return vec![finding("coordinator", Verdict::Fine, text), clock];
             }
             let text = format!("{url} is {theirs}, this is {ours}: install the same build");
-            finding("coordinator", Verdict::Bad, text)
+            vec![finding("coordinator", Verdict::Bad, text), clock]
         }
         // `lacuna train` brings its own.
         Err(err) => {
             let text = format!("{}; `lacuna train` needs none", lacuna_checkpoint::chain(&err));
-            finding("coordinator", Verdict::Note, text)
+            vec![finding("coordinator", Verdict::Note, text)]
         }
+    }
+}
+
+/// Compares the coordinator's clock with this machine's, `at` the same moment. Nothing that is
+/// computed depends on either.
+fn clock(theirs_ms: u64, at: SystemTime) -> Finding {
+    let ours = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let theirs = Duration::from_millis(theirs_ms);
+    let (off, word) = match ours.checked_sub(theirs) {
+        Some(off) => (off, "ahead of"),
+        None => (theirs - ours, "behind"),
+    };
+    if theirs_ms == 0 {
+        return finding("clock", Verdict::Note, "the coordinator does not say what time it is");
+    }
+    let text = format!("{:.1} s {word} the coordinator's", off.as_secs_f64());
+    if off <= SKEW_MAX {
+        return finding("clock", Verdict::Fine, text);
+    }
+    let advice = "; times in logs do not agree, and certificates may be refused";
+    finding("clock", Verdict::Note, text + advice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_are_compared() {
+        let at = UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let of = |ms: u64| {
+            let Finding { verdict, text, .. } = clock(ms, at);
+            (verdict, text)
+        };
+        let fine = (Verdict::Fine, "0.5 s ahead of the coordinator's".to_string());
+        assert_eq!(of(999_999_500), fine);
+        let (verdict, text) = of(1_000_090_000);
+        assert!(verdict == Verdict::Note && text.starts_with("90.0 s behind"), "{text}");
+        assert_eq!(of(0).0, Verdict::Note);
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
 use clap::Args;
-use lacuna_coordinator::catalogue::rfc3339;
+use lacuna_coordinator::clock::rfc3339;
 use lacuna_coordinator::store::{JournalLine, SqliteStore, Store as _, StoreError};
 use lacuna_types::{RunId, exit};
 

@@ -19,6 +19,7 @@ mod secrets;
 mod serve;
 mod spec;
 mod train;
+mod voice;
 
 use std::process::ExitCode;
 
@@ -32,6 +33,8 @@ struct Args {
     /// Print the version.
     #[arg(long, short = 'V')]
     version: bool,
+    #[command(flatten)]
+    voice: voice::Voice,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -123,6 +126,7 @@ impl Coded {
 pub fn main() -> ExitCode {
     end_quietly_without_reader();
     let args = Args::parse();
+    args.voice.set();
     if args.version {
         println!("{}", BuildId::this());
         return ExitCode::SUCCESS;
@@ -131,6 +135,9 @@ pub fn main() -> ExitCode {
         eprintln!("error: no command; see `lacuna --help`");
         return ExitCode::from(exit::USAGE);
     };
+    if voice::is_verbose() {
+        init_logs("warn");
+    }
     match run(command) {
         Ok(code) => ExitCode::from(code),
         Err(err) => {
@@ -238,10 +245,11 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("start threads")
 }
 
-/// Sends the crates' logs to stderr; `RUST_LOG` chooses, else `default`.
-fn init_logs(default: &str) {
+/// Sends the crates' logs to stderr; `RUST_LOG` chooses, else `--verbose`, else `usual`.
+fn init_logs(usual: &'static str) {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new(voice::log_filter(usual)));
     // Fails only where one was set up already.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

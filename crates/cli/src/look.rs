@@ -13,6 +13,7 @@ use lacuna_types::exit;
 
 use crate::client::Output;
 use crate::connect::Connect;
+use crate::voice::talk;
 use crate::{Coded, runtime, spec};
 
 /// `lacuna events`.
@@ -197,7 +198,7 @@ pub fn diff(args: DiffArgs) -> anyhow::Result<u8> {
         });
     }
     if differences.is_empty() {
-        eprintln!("no difference");
+        talk!("no difference");
     }
     for difference in differences {
         println!("{difference}");

@@ -12,6 +12,7 @@ use lacuna_spec::{Loaded, RunSpec, SpecError, parse_file, parse_text, presets};
 use lacuna_types::{RunId, exit};
 
 use crate::data::talk::{io as io_error, put, usage};
+use crate::voice::talk;
 
 /// `lacuna plan`.
 #[derive(Args, Debug)]
@@ -101,7 +102,7 @@ fn tell_no_data(spec: &RunSpec, error: OpenError) -> u8 {
     let shards = &spec.data.shards;
     match &error {
         OpenError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-            eprintln!("data set `{shards}` does not exist yet: planned without it");
+            talk!("data set `{shards}` does not exist yet: planned without it");
             exit::OK
         }
         _ => {
@@ -133,7 +134,7 @@ pub fn init(args: InitArgs) -> anyhow::Result<u8> {
     let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
     written.map_err(|error| io_error(&error).context(format!("write `{shown}`")))?;
     put(&format!("{shown}\n"))?;
-    eprintln!("next: lacuna plan {shown}; lacuna train {shown}");
+    talk!("next: lacuna plan {shown}; lacuna train {shown}");
     Ok(exit::OK)
 }
 

@@ -10,6 +10,7 @@ use lacuna_api::v1::watch_run_response::Update;
 use lacuna_spec::units::grouped;
 
 use crate::screen::Screen;
+use crate::voice::{is_quiet, talk};
 
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -49,6 +50,7 @@ impl Progress {
     /// Prepares to show a run.
     pub fn new(mode: ProgressMode) -> Self {
         let mut mode = match mode {
+            ProgressMode::Auto if is_quiet() => ProgressMode::Off,
             ProgressMode::Auto if std::io::stderr().is_terminal() => ProgressMode::Bar,
             ProgressMode::Auto => ProgressMode::Line,
             other => other,
@@ -58,7 +60,7 @@ impl Progress {
             match Screen::open() {
                 Ok(opened) => screen = Some(opened),
                 Err(err) => {
-                    eprintln!("no screen here ({err}); lines instead");
+                    talk!("no screen here ({err}); lines instead");
                     mode = ProgressMode::Line;
                 }
             }
@@ -112,7 +114,7 @@ impl Progress {
     pub fn line(&self, text: &str) {
         match (&self.bar, self.mode) {
             (Some(bar), _) => bar.println(text),
-            (None, ProgressMode::Line) => eprintln!("{text}"),
+            (None, ProgressMode::Line) => talk!("{text}"),
             _ => {}
         }
     }

@@ -20,6 +20,7 @@ use tokio::process::{Child, Command};
 
 use crate::progress::{Progress, ProgressMode};
 use crate::serve::coded;
+use crate::voice::{is_verbose, talk};
 use crate::{Coded, init_logs, runtime, spec};
 
 /// `lacuna train`.
@@ -40,9 +41,6 @@ pub struct TrainArgs {
     /// How progress is shown.
     #[arg(long, value_enum, default_value = "auto")]
     progress: ProgressMode,
-    /// Show the logs of coordinator and workers instead of writing them to files.
-    #[arg(long, short)]
-    verbose: bool,
 }
 
 /// How long the workers get to end after the run has.
@@ -52,7 +50,7 @@ const CALL_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Trains until the run ends or Ctrl-C stops it; the same command goes on later.
 pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
-    init_logs(if args.verbose { "info" } else { "error" });
+    init_logs("error");
     let mut spec = spec::read(&args.file, &args.overrides)?;
     let n = choose_workers(&args, &spec)?;
     spec.elastic.workers = Workers { min: spec.elastic.workers.min.min(n), max: n };
@@ -189,7 +187,7 @@ impl Training<'_> {
         let _lifeline = agent.stdin.take();
         let run = self.follow(&mut client, &run, &mut agent).await?;
         if tokio::time::timeout(AGENT_DEADLINE, agent.wait()).await.is_err() {
-            eprintln!("workers did not end in time; killing them");
+            talk!("workers did not end in time; killing them");
             agent.kill().await.context("kill the workers")?;
         }
         print_end(&run, &self.saved);
@@ -197,7 +195,7 @@ impl Training<'_> {
     }
 
     fn start_agent(&self) -> anyhow::Result<Child> {
-        let stderr = if self.args.verbose {
+        let stderr = if is_verbose() {
             Stdio::inherit()
         } else {
             let file = File::options().create(true).append(true).open(&self.log);
@@ -277,7 +275,7 @@ impl Training<'_> {
         let status = status.context("wait for the workers")?;
         let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::FAILED);
         let mut text = format!("the workers ended ({status})");
-        if !self.args.verbose {
+        if !is_verbose() {
             if let Some(error) = last_error(&self.log, self.log_from) {
                 text += &format!(": {error}");
             }

@@ -2,19 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
-use crate::catalogue::rfc3339;
+use crate::clock::{now_ms, rfc3339};
 use crate::registry::lock;
 use crate::store::Ban;
 
 /// Who is kept out, by machine.
 #[derive(Debug, Default)]
 pub(crate) struct Bans(Mutex<BTreeMap<String, Ban>>);
-
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
-}
 
 impl Bans {
     /// Takes those that are remembered.
@@ -37,6 +33,12 @@ impl Bans {
         } else {
             bans.remove(&ban.node);
         }
+    }
+
+    /// Lists who is kept out, by machine.
+    pub fn list(&self) -> Vec<Ban> {
+        let now = now_ms();
+        lock(&self.0).values().filter(|ban| ban.until_ms > now).cloned().collect()
     }
 
     /// Says why a machine is kept out, if it is.
@@ -62,6 +64,7 @@ mod tests {
         assert!(why.starts_with("node gpu-05 is kept out until 20"), "{why}");
         assert!(why.ends_with(": its fan is loud"), "{why}");
         assert_eq!(bans.of_node("gpu-06"), None);
+        assert_eq!(bans.list().iter().map(|ban| &ban.node[..]).collect::<Vec<_>>(), ["gpu-05"]);
         bans.set(Bans::ban("gpu-05", Duration::ZERO, String::new()));
         assert_eq!(bans.of_node("gpu-05"), None);
     }

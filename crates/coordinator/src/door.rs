@@ -282,6 +282,7 @@ pub(crate) fn needed(path: &str) -> Option<Role> {
         | "/lacuna.v1.CheckpointService/ListCheckpoints"
         | "/lacuna.v1.CheckpointService/GetManifest"
         | "/lacuna.v1.AdminService/GetInfo"
+        | "/lacuna.v1.AdminService/ListBans"
         | "/lacuna.v1.AdminService/ListWorkers" => Some(Role::View),
         "/lacuna.v1.RunService/CreateRun"
         | "/lacuna.v1.RunService/StopRun"

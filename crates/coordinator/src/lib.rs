@@ -10,6 +10,7 @@
 mod account;
 mod bans;
 pub mod catalogue;
+pub mod clock;
 pub mod door;
 mod grpc;
 mod http;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use lacuna_api::{v1, wire};
 use lacuna_checkpoint::layout::Attempt;
@@ -21,6 +21,7 @@ use tracing::{debug, info, warn};
 
 use crate::account::{Account, figures as figures_of};
 use crate::catalogue::Catalogue;
+use crate::clock::now_ms;
 use crate::registry::Shared;
 use crate::scribe::Down;
 use crate::store::{Entry, StoredRun, Update};
@@ -121,10 +122,6 @@ pub(crate) struct RunEnds {
     pub input: mpsc::Sender<Input>,
     pub view: watch::Receiver<View>,
     pub updates: broadcast::Sender<(u64, Update)>,
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
 }
 
 /// The kind of note that tells that an operator's wish changed something, where it may change

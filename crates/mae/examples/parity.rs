@@ -21,7 +21,6 @@
 //!   patches in shuffled order, u32 `[batch, n_patches]`, of which the first `len_keep` are kept.
 
 mod photos;
-mod pinned;
 
 use std::fs;
 use std::io::{BufWriter, Write, stdout};
@@ -74,7 +73,7 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = parse(std::env::args().skip(1))?;
-    pinned::start_again_pinned()?;
+    lacuna_mae::runtime::start_again_pinned()?;
     let model = model();
     let dataset = Arc::new(photos::open(&args.photos, &args.work)?);
     let loader = loader(&dataset, &model, args.seed)?;

@@ -12,8 +12,6 @@
 //! Prints one JSON line. `step_ms` is wall time, `cpu_ms` CPU time of the process, which a busy
 //! machine disturbs less; `images_per_s` is from the wall time, over all processes.
 
-mod pinned;
-
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -55,7 +53,7 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let args = parse(std::env::args().skip(1))?;
     if args.pin {
-        pinned::start_again_pinned()?;
+        lacuna_mae::runtime::start_again_pinned()?;
     }
     let model = ModelConfig::preset(&args.model)
         .with_context(|| format!("find preset `{}`", args.model))?;

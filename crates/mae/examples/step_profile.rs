@@ -8,8 +8,6 @@
 //! products take by themselves, one after another with nothing between them; and the rates of a
 //! large product and of a copy, which are this machine's limits.
 
-mod pinned;
-
 use std::time::Instant;
 
 use anyhow::Context;
@@ -40,7 +38,7 @@ struct Product {
 }
 
 fn main() -> anyhow::Result<()> {
-    pinned::start_again_pinned()?;
+    lacuna_mae::runtime::start_again_pinned()?;
     pin_threads();
     let mut words = std::env::args().skip(1);
     let (name, batch) =

@@ -10,6 +10,8 @@ pub mod reconstruct;
 pub mod report;
 pub mod source;
 
+use anyhow::Context as _;
+use lacuna_mae::runtime::start_again_pinned;
 use lacuna_mae::worker::TorchBackend;
 use lacuna_recipe::init;
 use lacuna_recipe::model::ModelConfig;
@@ -19,7 +21,8 @@ use lacuna_worker::engine::EngineSpec;
 use lacuna_worker::entry::CodedError;
 
 /// Runs the engine's conformance suite; panics where the contract is broken.
-pub fn conformance() -> u8 {
+pub fn conformance() -> anyhow::Result<u8> {
+    start_again_pinned().context("start with the environment of a trainer")?;
     for (name, slot_batch) in [("micro", 3), ("demo", 2)] {
         let model = ModelConfig::preset(name).expect("a preset");
         let channels = model.channels as usize;
@@ -38,7 +41,7 @@ pub fn conformance() -> u8 {
         println!("engine conformance: {name} with slots of {slot_batch}");
     }
     println!("engine conformance: passed");
-    exit::OK
+    Ok(exit::OK)
 }
 
 /// Draws the parameters that a fresh run with this seed would have.

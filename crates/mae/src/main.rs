@@ -71,7 +71,7 @@ fn main() -> ExitCode {
         }
         Some(Command::Conformance) => {
             init_logs();
-            finish(Ok(commands::conformance()))
+            finish(commands::conformance())
         }
         Some(Command::Worker(command)) => {
             dispatch(WorkerArgs { version, command: Some(command), agent }, TorchBackend::default())

@@ -1,5 +1,8 @@
 //! How libtorch must be set up so that equal machines give equal bits.
 
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
 use std::sync::Once;
 
 /// Environment of a CPU trainer process, to be set before the process starts.
@@ -32,6 +35,19 @@ pub fn missing_pins() -> Vec<(&'static str, &'static str)> {
         std::env::var(pin.0).map_or(true, |value| !value.eq_ignore_ascii_case(pin.1))
     };
     CPU_ENV.iter().filter(decides_bits).filter(differs).copied().collect()
+}
+
+/// Runs this program again with the environment of a CPU trainer, which libraries read as they
+/// load; does nothing where it has that already.
+///
+/// # Errors
+/// The program cannot be started again.
+pub fn start_again_pinned() -> io::Result<()> {
+    if missing_pins().is_empty() {
+        return Ok(());
+    }
+    let mut command = Command::new(std::env::current_exe()?);
+    Err(command.args(std::env::args_os().skip(1)).envs(CPU_ENV.iter().copied()).exec())
 }
 
 /// Makes the calling thread compute alone. Thread counts belong to threads in OpenMP, so every

@@ -25,11 +25,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::{error, info, warn};
 use v1::agent_request::Message;
 
-use crate::args::{AgentArgs, CredentialArgs, DevicesError, parse_devices};
+use crate::args::{AgentArgs, CredentialArgs, DevicesError, OnDrain, parse_devices};
 use crate::engine::Backend;
 use crate::entry::CodedError;
 use crate::trainer::session::Signals;
 use crate::trainer::uplink::refused;
+
+mod slurm;
 
 /// First and longest pause before a trainer that died is started again.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
@@ -59,6 +61,10 @@ pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
             args.bind_addr
         );
         return Err(usage(message).into());
+    }
+    if args.on_drain == OnDrain::SlurmRequeue && args.slurm_job.is_none() {
+        let message = "--on-drain slurm-requeue: this is no Slurm job (SLURM_JOB_ID is not set)";
+        return Err(usage(message.to_string()).into());
     }
     let node = args.node_name.clone().unwrap_or_else(host_name);
     let check = format!("{node}:{}", devices[0]).parse::<lacuna_types::WorkerId>();
@@ -161,7 +167,12 @@ impl Agent {
             }
         }
         uplink.abort();
-        self.verdict(&ends)
+        let code = self.verdict(&ends);
+        let asked_to_leave = *stop.borrow() != Stop::No;
+        if let Some(job) = self.args.job_to_requeue().filter(|_| asked_to_leave) {
+            slurm::requeue(job).await;
+        }
+        code
     }
 
     /// The worst of what the devices ended with; a drain counts if nothing failed.

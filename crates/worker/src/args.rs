@@ -33,6 +33,15 @@ pub enum Command {
     Trainer(TrainerArgs),
 }
 
+/// What an agent does when its trainers have left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnDrain {
+    /// Ends with 75, which tells who started it that it may be started again.
+    Exit,
+    /// Puts its Slurm job back into the queue first.
+    SlurmRequeue,
+}
+
 /// Settings of an agent.
 #[derive(Args, Clone, Debug)]
 pub struct AgentArgs {
@@ -70,6 +79,16 @@ pub struct AgentArgs {
     /// Seconds before the machine's end at which trainers are asked to leave.
     #[arg(long, default_value_t = 120)]
     pub drain_margin: u64,
+
+    /// What is done once all trainers have left because this machine's time is over, or a signal
+    /// said so. `slurm-requeue` puts the Slurm job back into the queue (`scontrol requeue`), so that the
+    /// machine comes back when it is free again.
+    #[arg(long, value_enum, default_value = "exit")]
+    pub on_drain: OnDrain,
+
+    /// The Slurm job, and the element of an array of jobs, that this agent is.
+    #[arg(long, env = "SLURM_JOB_ID", hide = true)]
+    pub slurm_job: Option<String>,
 
     /// End of a Slurm job, in seconds since the Unix epoch.
     #[arg(long, env = "SLURM_JOB_END_TIME", hide = true)]
@@ -171,6 +190,11 @@ impl TransportArgs {
 }
 
 impl AgentArgs {
+    /// Returns the Slurm job that goes back into the queue once the trainers have left.
+    pub fn job_to_requeue(&self) -> Option<&str> {
+        self.slurm_job.as_deref().filter(|_| self.on_drain == OnDrain::SlurmRequeue)
+    }
+
     /// Returns how long trainers may work before they are asked to leave, if that is bounded.
     pub fn drain_after(&self) -> Option<Duration> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);

@@ -248,6 +248,9 @@ pub struct GetInfoResponse {
     pub build: ::core::option::Option<BuildId>,
     #[prost(uint64, tag = "2")]
     pub coord_epoch: u64,
+    /// The coordinator's clock, milliseconds since the Unix epoch.
+    #[prost(uint64, tag = "3")]
+    pub now_ms: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListWorkersRequest {
@@ -532,6 +535,24 @@ pub struct BanNodeRequest {
     #[prost(uint64, tag = "2")]
     pub seconds: u64,
     /// Why, for people.
+    #[prost(string, tag = "3")]
+    pub why: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListBansRequest {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListBansResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub bans: ::prost::alloc::vec::Vec<Ban>,
+}
+/// A machine that is kept out of every run.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Ban {
+    #[prost(string, tag = "1")]
+    pub node: ::prost::alloc::string::String,
+    /// Until when, milliseconds since the Unix epoch.
+    #[prost(uint64, tag = "2")]
+    pub until_ms: u64,
     #[prost(string, tag = "3")]
     pub why: ::prost::alloc::string::String,
 }
@@ -2630,6 +2651,31 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("lacuna.v1.AdminService", "BanNode"));
             self.inner.unary(req, path, codec).await
         }
+        /// Lists the machines that are kept out.
+        pub async fn list_bans(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListBansRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListBansResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/lacuna.v1.AdminService/ListBans",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("lacuna.v1.AdminService", "ListBans"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2678,6 +2724,14 @@ pub mod admin_service_server {
             &self,
             request: tonic::Request<super::BanNodeRequest>,
         ) -> std::result::Result<tonic::Response<super::BanNodeResponse>, tonic::Status>;
+        /// Lists the machines that are kept out.
+        async fn list_bans(
+            &self,
+            request: tonic::Request<super::ListBansRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListBansResponse>,
+            tonic::Status,
+        >;
     }
     /// The service itself and its workers.
     #[derive(Debug)]
@@ -2966,6 +3020,51 @@ pub mod admin_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = BanNodeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/lacuna.v1.AdminService/ListBans" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListBansSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::ListBansRequest>
+                    for ListBansSvc<T> {
+                        type Response = super::ListBansResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListBansRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::list_bans(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListBansSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -8,12 +8,14 @@ use lacuna_checkpoint::import::{
     ImportError, Imported, Start, StartError, Weights, check_fresh, commit_start, import,
 };
 use lacuna_checkpoint::layout::RunDir;
-use lacuna_coordinator::catalogue::{facts, rfc3339};
+use lacuna_coordinator::catalogue::facts;
+use lacuna_coordinator::clock::rfc3339;
 use lacuna_recipe::keymap::import::{MapError, Wanted};
 use lacuna_types::{Step, exit};
 
 use crate::data::talk::{count, io, put, usage};
 use crate::spec;
+use crate::voice::talk;
 
 /// `lacuna ckpt import`.
 #[derive(Args, Debug)]
@@ -67,7 +69,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let imported = import(&weights, &spec.model, spec.train.seed, args.layout.wanted());
     let Imported { params, form, n_taken, notices } = imported.map_err(unreadable)?;
     for notice in &notices {
-        eprintln!("note: {notice}");
+        talk!("note: {notice}");
     }
     let start = Start {
         config: &spec.model,

@@ -9,7 +9,8 @@ use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::retain::{self, Hold, Retention};
 use lacuna_checkpoint::run_file::RunFile;
 use lacuna_checkpoint::storage::Published;
-use lacuna_coordinator::catalogue::{cadence_steps, rfc3339};
+use lacuna_coordinator::catalogue::cadence_steps;
+use lacuna_coordinator::clock::rfc3339;
 use lacuna_types::{Step, exit};
 
 use super::{find, list, run_dir, split_step, stored_spec};

@@ -9,7 +9,7 @@ use lacuna_checkpoint::doctor::{self, Examined};
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::rebuild::{rebuild, restore};
 use lacuna_checkpoint::storage::Published;
-use lacuna_coordinator::catalogue::rfc3339;
+use lacuna_coordinator::clock::rfc3339;
 use lacuna_data::is_url;
 use lacuna_recipe::state::Layout;
 use lacuna_types::{RunId, Step, exit};
@@ -17,6 +17,7 @@ use lacuna_types::{RunId, Step, exit};
 use super::run_dir;
 use crate::Coded;
 use crate::data::talk::{io, put, size, usage};
+use crate::voice::talk;
 
 /// `lacuna ckpt doctor`.
 #[derive(Args, Debug)]
@@ -104,7 +105,7 @@ fn none() -> RunId {
 pub(super) fn rebuild_manifest(args: &RebuildArgs) -> anyhow::Result<u8> {
     let dir = run_dir(&args.run)?;
     let step = Step(args.step);
-    eprintln!("reading the parts of step {step}");
+    talk!("reading the parts of step {step}");
     let manifest = rebuild(&dir, step, rfc3339(SystemTime::now())).map_err(|error| io(&error))?;
     if args.dry_run {
         put(&format!("step {step} can be put together again: {}\n", manifest.seal))?;

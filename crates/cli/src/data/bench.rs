@@ -25,6 +25,7 @@ use self::report::Results;
 use super::talk::{io, put, put_json, usage};
 use super::{open, pack_error, parse_size, shape, threads};
 use crate::client::Output;
+use crate::voice::talk;
 use lacuna_spec::units::grouped;
 
 /// Images of a slot, as in the presets for small images.
@@ -264,7 +265,7 @@ fn generate(out: &Path, shape: ImageShape) -> anyhow::Result<()> {
         shard_bytes: SHARD_BYTES_DEFAULT,
         existing: Existing::Replace,
     };
-    eprintln!("generating {} images", grouped(N_GENERATED));
+    talk!("generating {} images", grouped(N_GENERATED));
     pack(&source, out, &config, &mut |_| {}).map_err(pack_error)?;
     Ok(())
 }

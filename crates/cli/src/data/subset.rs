@@ -10,6 +10,7 @@ use lacuna_types::SampleId;
 
 use super::talk::{count, io, usage};
 use super::{ShardArgs, run_pack};
+use crate::voice::talk;
 
 /// `lacuna data subset`.
 #[derive(Args, Debug)]
@@ -41,6 +42,6 @@ pub(super) fn subset(args: &SubsetArgs) -> anyhow::Result<u8> {
     if ids.is_empty() {
         return Err(usage(format!("`{}` has no labels", args.data.display())));
     }
-    eprintln!("{} of {}", count(ids.len() as u64, "sample"), args.data.display());
+    talk!("{} of {}", count(ids.len() as u64, "sample"), args.data.display());
     run_pack(&PackSource::Part { dataset: args.data.clone(), ids }, &args.out, &args.shards)
 }

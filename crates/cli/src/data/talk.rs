@@ -9,6 +9,7 @@ use lacuna_data::Progress;
 use lacuna_types::exit;
 
 use crate::Coded;
+use crate::voice::talk;
 use lacuna_spec::units::grouped;
 pub(crate) use lacuna_spec::units::size;
 
@@ -80,7 +81,7 @@ impl Meter {
             bar.set_position(done);
         } else if self.told.elapsed() >= LINE_EVERY {
             self.told = Instant::now();
-            eprintln!("{} {} of {}", self.what, grouped(done), grouped(total));
+            talk!("{} {} of {}", self.what, grouped(done), grouped(total));
         }
     }
 }

@@ -54,6 +54,7 @@ AdminService.ListWorkers view
 AdminService.DrainWorker admin
 AdminService.ReleaseWorker admin
 AdminService.BanNode admin
+AdminService.ListBans view
 WorkerService.Session worker
 WorkerService.Agent worker
 ";

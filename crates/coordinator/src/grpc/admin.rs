@@ -14,8 +14,10 @@ use tonic::{Request, Response, Status};
 use super::messages::run_message;
 use super::{Grpc, ask, bounded, node_of, page};
 use crate::bans::Bans;
+use crate::clock::now_ms;
 use crate::registry::RunHandle;
 use crate::run::Input;
+use crate::store::Ban;
 
 /// Longest ban: who wants more takes the machine away.
 const BAN_SECONDS_MAX: u64 = 10 * 365 * 86_400;
@@ -42,7 +44,17 @@ impl AdminService for Grpc {
         _request: Request<v1::GetInfoRequest>,
     ) -> Result<Response<v1::GetInfoResponse>, Status> {
         let build = Some(BuildId::this().into());
-        Ok(Response::new(v1::GetInfoResponse { build, coord_epoch: self.0.epoch.0 }))
+        let (coord_epoch, now_ms) = (self.0.epoch.0, now_ms());
+        Ok(Response::new(v1::GetInfoResponse { build, coord_epoch, now_ms }))
+    }
+
+    async fn list_bans(
+        &self,
+        _request: Request<v1::ListBansRequest>,
+    ) -> Result<Response<v1::ListBansResponse>, Status> {
+        let message = |ban: Ban| v1::Ban { node: ban.node, until_ms: ban.until_ms, why: ban.why };
+        let bans = self.0.bans.list().into_iter().map(message).collect();
+        Ok(Response::new(v1::ListBansResponse { bans }))
     }
 
     async fn list_workers(

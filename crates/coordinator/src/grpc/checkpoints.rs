@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{BoxStream, Grpc, bounded, not_found, parse_run};
-use crate::catalogue::rfc3339;
+use crate::clock::rfc3339;
 
 /// Bytes of a manifest in one message.
 const PIECE_BYTES: usize = 256 << 10;

@@ -11,7 +11,7 @@ use lacuna_types::{BuildId, RunId};
 use super::chart::{self, Curve};
 use super::deeds::{Deed, deeds_in};
 use super::shelf::Seen;
-use crate::catalogue::rfc3339;
+use crate::clock::rfc3339;
 use crate::grpc::messages::{run_message, run_of_view};
 use crate::registry::Shared;
 use crate::store::{PicturePlace, SqliteStore, StoreError, Update};
