@@ -465,7 +465,10 @@ fn list_bans(args: &BanArgs) -> anyhow::Result<u8> {
     let until = |ban: &v1::Ban| rfc3339(UNIX_EPOCH + Duration::from_millis(ban.until_ms));
     match args.output {
         Output::Json => {
-            let of = |ban: &v1::Ban| serde_json::json!({ "node": ban.node, "until": until(ban), "why": ban.why });
+            let of = |ban: &v1::Ban| {
+                let (node, why) = (&ban.node, &ban.why);
+                serde_json::json!({ "node": node, "until": until(ban), "why": why })
+            };
             println!("{}", serde_json::Value::from(bans.iter().map(of).collect::<Vec<_>>()));
         }
         Output::Table if bans.is_empty() => talk!("no machine is kept out"),

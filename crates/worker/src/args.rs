@@ -81,8 +81,8 @@ pub struct AgentArgs {
     pub drain_margin: u64,
 
     /// What is done once all trainers have left because this machine's time is over, or a signal
-    /// said so. `slurm-requeue` puts the Slurm job back into the queue (`scontrol requeue`), so that the
-    /// machine comes back when it is free again.
+    /// said so. `slurm-requeue` puts the Slurm job back into the queue (`scontrol requeue`), so
+    /// that the machine comes back when it is free again.
     #[arg(long, value_enum, default_value = "exit")]
     pub on_drain: OnDrain,
 
