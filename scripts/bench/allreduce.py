@@ -34,7 +34,7 @@ OURS = {"f32": "f32", "i32 (exact32)": "exact32", "i64 (exact)": "i64",
 # What a slow network is tried with.
 SLOW = {"f32": "f32", "i32 (exact32)": "exact32", "i64 (exact)": "i64"}
 SLOW_MEGABYTES = (1, 12)
-SLOW_REPEATS = 5
+SLOW_REPEATS = 20
 
 # Milliseconds by row, then by megabytes, one a round.
 Times = dict[str, dict[int, list[float]]]
@@ -103,7 +103,8 @@ def measure_slow(args: argparse.Namespace, program: pathlib.Path) -> Times:
 
 
 def table(times: Times, peer_row: str, peer_name: str, all_megabytes: tuple[int, ...]) -> str:
-    """Returns a Markdown table: median and range, and the peer's time over it within a round."""
+    """Returns a Markdown table: median and range, and the peer's median over it with the range of
+    the ratios within a round."""
     heads = "".join(f" {m} MB, ms (range) | {peer_name} to it |" for m in all_megabytes)
     lines = [f"| |{heads}", f"|---|{'---:|---:|' * len(all_megabytes)}"]
     for row, sizes in times.items():
@@ -114,7 +115,8 @@ def table(times: Times, peer_row: str, peer_name: str, all_megabytes: tuple[int,
                          f"({min(values):.2f}–{max(values):.2f})")
             peer = times.get(peer_row, {}).get(megabytes)
             ratios = [theirs / own for theirs, own in zip(peer or [], values)]
-            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+            of_medians = statistics.median(peer) / statistics.median(values) if ratios else 0.0
+            cells.append(f"{of_medians:.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
                          if ratios else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -242,6 +242,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_num_interop_threads(1)
     torch.manual_seed(0)
+    start_gib = peak_gib()
     sizes = PRESETS[args.model]
     model = MaskedAutoencoder(sizes)
     optimizer = make_optimizer(model)
@@ -280,6 +281,7 @@ def main() -> None:
         "step_ms": step_ms,
         "cpu_ms": summary(cpu_ms),
         "peak_gib": peak_gib(),
+        "start_gib": start_gib,
         "first_losses": losses,
     }))
     if args.world > 1:

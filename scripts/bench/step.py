@@ -8,7 +8,9 @@ time.
     python3 scripts/bench/step.py --python v/bin/python --rounds 5 --out step.json
 
 `--compile` adds PyTorch with torch.compile, and `--ddp` a second table: two processes that train
-together, ours with the exact sum between them and PyTorch's with DDP over gloo.
+together, ours with the exact sum between them and PyTorch's with DDP over gloo. `--same-malloc`
+adds PyTorch with the settings of glibc's allocator that trainers have. `--sums` instead compares
+nothing but the exact sum and the float sum, in as many rounds as it says.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ ASK_SECONDS_MAX = 60
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # The instruction sets that `step_bench` is held to, so that equal steps give equal bits.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+# The settings of glibc's allocator that trainers get (`CPU_ENV` in crates/mae/src/runtime.rs):
+# freed memory is kept.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 # Where gloo looks for the other process of this machine; it may take another address otherwise.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
 # The words of `train.reduce`.
@@ -67,11 +72,13 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The median step of a contestant, in milliseconds, and the memory of its largest process."""
+    """The median step of a contestant, in milliseconds, and the memory of its largest process: at
+    most, and before there was a model."""
 
     cpu_ms: float
     wall_ms: float
     peak_gib: float
+    start_gib: float = 0.0
 
 
 # Per contestant, one timing a round; the first contestant is ours.
@@ -86,7 +93,7 @@ def table(rounds: Rounds) -> str:
     ours = next(iter(rounds.values()))
     lines = [
         "| | CPU ms a step (range) | wall ms a step (range) | CPU time to ours (range) "
-        "| peak GiB |",
+        "| peak GiB (without a model) |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, timings in rounds.items():
@@ -106,7 +113,8 @@ def table_together(rounds: Rounds, images: int) -> str:
     ours = next(iter(rounds.values()))
     lines = [
         "| | wall ms a step (range) | images/s (range) | wall time to ours (range) "
-        "| CPU ms a step, all (range) | CPU time to ours (range) | peak GiB of a process |",
+        "| CPU ms a step, all (range) | CPU time to ours (range) "
+        "| peak GiB of a process (without a model) |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, timings in rounds.items():
@@ -133,8 +141,22 @@ def to_ours(theirs: list[float], ours: list[float]) -> str:
 
 
 def peak(timings: list[Timing]) -> str:
-    """Returns the most memory of any round."""
-    return f"{max(timing.peak_gib for timing in timings):.2f}"
+    """Returns the most memory of any round, and what there was of it before the model."""
+    return (f"{max(timing.peak_gib for timing in timings):.2f} "
+            f"({max(timing.start_gib for timing in timings):.2f})")
+
+
+def cost_of_sums(rounds: Rounds) -> str:
+    """Says what the exact sum costs over the float sum: median and quartiles of the ratios within
+    a round, of CPU and wall time."""
+    exact, fast = (columns(rounds[f"lacuna, {word}"]) for word in ("exact", "fast"))
+    out = []
+    for what, ours, theirs in zip(("CPU", "wall"), exact, fast):
+        ratios = [100 * (one / other - 1) for one, other in zip(ours, theirs)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        out.append(f"exact over fast, {what} time: {middle:+.1f} % (quartiles {low:+.1f} and "
+                   f"{high:+.1f}, {len(ratios)} rounds)")
+    return "\n".join(out)
 
 
 def spread(values: list[float]) -> str:
@@ -221,7 +243,8 @@ def timing_of(lines: list[dict[str, Any]]) -> Timing:
     """Returns the timing of one run: CPU time of all processes, wall time of the slowest."""
     return Timing(sum(line["cpu_ms"]["median"] for line in lines),
                   max(line["step_ms"]["median"] for line in lines),
-                  max(line["peak_gib"] for line in lines))
+                  max(line["peak_gib"] for line in lines),
+                  max(line.get("start_gib", 0.0) for line in lines))
 
 
 def compare(contestants: list[Contestant], n_rounds: int) -> tuple[Rounds, list[dict[str, Any]]]:
@@ -269,6 +292,10 @@ def parse() -> argparse.Namespace:
                         help="add rows: PyTorch with torch.compile (needs a C++ compiler)")
     parser.add_argument("--ddp", action="store_true",
                         help=f"add a table: {WORLD} processes, ours and PyTorch's over gloo")
+    parser.add_argument("--same-malloc", action="store_true",
+                        help="add rows: PyTorch with the settings of the allocator that ours has")
+    parser.add_argument("--sums", type=int, metavar="ROUNDS", default=0,
+                        help="compare the exact with the float sum only, in so many rounds")
     parser.add_argument("--no-build", action="store_true", help="time the step_bench that is there")
     parser.add_argument("--out", type=pathlib.Path, help="write every figure to this JSON file")
     args = parser.parse_args()
@@ -293,13 +320,17 @@ def contestants_of(args: argparse.Namespace, ours: tuple[str, ...],
                                    ONE_THREAD | LOOPBACK, WORLD, "--store"))
     if args.avx2:
         alone.append(Contestant("PyTorch, AVX2", peer, ONE_THREAD | AVX2))
-    return alone, together if args.ddp else []
+    if args.same_malloc:
+        alone.append(Contestant("PyTorch, memory kept", peer, ONE_THREAD | MALLOC))
+        together.append(Contestant("PyTorch, DDP over gloo, memory kept", peer,
+                                   ONE_THREAD | LOOPBACK | MALLOC, WORLD, "--store"))
+    return alone, together if args.ddp or args.sums else []
 
 
 def main() -> int:
     args = parse()
     try:
-        python = find_python(args.python)
+        python = "" if args.sums else find_python(args.python)
         if not args.no_build:
             build()
         ours = target_dir() / "release" / "examples" / "step_bench"
@@ -310,6 +341,10 @@ def main() -> int:
         sizes = tuple(word for flag in flags for word in flag)
         peer = (python, str(HERE / "pytorch_step.py"), *sizes)
         alone, together = contestants_of(args, (str(ours), *sizes), peer)
+        if args.sums:
+            chosen = [one for one in together if one.name in ("lacuna, exact", "lacuna, fast")]
+            print(cost_of_sums(compare(chosen, args.sums)[0]))
+            return 0
         rounds, records = compare(alone, args.rounds)
         rounds_together, more = compare(together, args.rounds)
     except (Unfit, subprocess.TimeoutExpired) as reason:

@@ -23,7 +23,7 @@ const TRIES_MAX: u32 = 64;
 
 /// MAE with block-wise masks.
 #[derive(Debug)]
-struct Blockwise;
+pub struct Blockwise;
 
 impl Objective for Blockwise {
     fn params(&self, model: &ModelConfig) -> Vec<ParamSpec> {

@@ -110,7 +110,8 @@ fn main() -> anyhow::Result<()> {
         }
         batches.into_iter().for_each(|batch| loader.recycle(batch));
     }
-    eprintln!("parity: {} steps computed again after an overflow", trainer.n_redone);
+    let redone = &trainer.redone;
+    eprintln!("parity: {} steps computed again after an overflow: {redone:?}", redone.len());
     fs::write(&args.curve, json!(losses).to_string()).context("write the curve")
 }
 
@@ -205,7 +206,7 @@ struct Trainer {
     reduction: Reduction,
     counters: Counters,
     /// Steps that were computed again after an overflow.
-    n_redone: u64,
+    redone: Vec<u64>,
 }
 
 impl Trainer {
@@ -220,7 +221,7 @@ impl Trainer {
         })?;
         let math = HostMath::new(&engine, reduction, N_SLOTS);
         let counters = reduction.fresh(engine.layout(), BATCH);
-        Ok(Trainer { engine, math, reduction, counters, n_redone: 0 })
+        Ok(Trainer { engine, math, reduction, counters, redone: Vec::new() })
     }
 
     /// Writes the head of the stream and the weights.
@@ -246,7 +247,7 @@ impl Trainer {
             match self.mean_gradient(batches)? {
                 Verdict::Redo => {
                     self.reduction.back_off(&mut self.counters, &self.math.overflows());
-                    self.n_redone += 1;
+                    self.redone.push(step);
                 }
                 Verdict::Skip(_) => bail!("step {step} is not finite"),
                 Verdict::Apply(summary) => {

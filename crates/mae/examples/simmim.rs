@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 
 /// An encoder of whole images with a linear head.
 #[derive(Debug)]
-struct SimMim;
+pub struct SimMim;
 
 impl Objective for SimMim {
     /// The encoder's tensors keep their names: `lacuna ckpt export --encoder-only` takes them.

@@ -61,6 +61,7 @@ fn main() -> anyhow::Result<()> {
         Some(folder) => Some(join(folder, args.world, args.rank)?),
         None => None,
     };
+    let start_gib = peak_gib()?;
     let mut bench = Bench::new(model, &args, group)?;
     let (mut wall, mut cpu, mut losses): (Vec<f64>, Vec<f64>, Vec<f64>) = Default::default();
     for step in 0..args.warmup + args.steps {
@@ -85,7 +86,7 @@ fn main() -> anyhow::Result<()> {
         "world": args.world, "rank": args.rank, "batch_per_process": args.batch,
         "precision": "fp32", "compile": false, "threads": 1, "pinned": args.pin,
         "images_per_s": images / median * 1e3, "step_ms": step_ms, "cpu_ms": cpu_ms,
-        "peak_gib": peak_gib()?, "first_losses": losses,
+        "peak_gib": peak_gib()?, "start_gib": start_gib, "first_losses": losses,
     });
     println!("{line}");
     Ok(())

@@ -4,9 +4,9 @@
 //! cargo run --release -p lacuna-mae --example step_profile -- tiny 16
 //! ```
 //!
-//! Prints a Markdown table: the parts of a step, medians of the repetitions; what the step's matrix
-//! products take by themselves, one after another with nothing between them; and the rates of a
-//! large product and of a copy, which are this machine's limits.
+//! Prints Markdown tables: the parts of a step, medians of the repetitions; the rates of a large
+//! product and of a copy, which are this machine's limits; and what each kind of operation takes by
+//! itself, forward and backward, beside what its FLOPs or bytes take at those rates.
 
 use std::time::Instant;
 
@@ -55,35 +55,41 @@ fn main() -> anyhow::Result<()> {
     }
     println!("| sum | {step:.1} | 100 % |");
 
-    let products = products(&model, batch as i64);
-    let alone: f64 = products.iter().map(|p| f64::from(p.times) * time_of(p)).sum();
+    let (products, others) = alone(&model, batch as i64);
     let of_products: f64 = products.iter().map(Product::flops).sum();
+    let ms_of_products: f64 = products.iter().map(|p| f64::from(p.times) * time_of(p)).sum();
     let large = Product { m: EDGE, k: EDGE, n: EDGE, times: 1 };
     let peak = large.flops() / time_of(&large) / 1e6;
-    let rate = model.train_flops() * batch as f64 / step / 1e6;
+    let copy = copy_rate();
+    let executed = of_products + others.iter().map(|other| other.flops).sum::<f64>();
     println!("\n| limit of this machine, one thread | |");
     println!("|---|---:|");
     println!("| a product of {EDGE} × {EDGE} × {EDGE} | {peak:.1} GFLOP/s |");
+    println!("| a copy of {} MB | {copy:.1} GB/s read and written |", COPY * 4 / 1_000_000);
     println!(
-        "| the step, by the model's FLOPs | {rate:.1} GFLOP/s, {:.0} % |",
-        100.0 * rate / peak
+        "| the step, by the operations that it does | {:.1} GFLOP/s, {:.0} % |",
+        executed / step / 1e6,
+        100.0 * executed / step / 1e6 / peak
     );
-    println!(
-        "| the step's linear layers alone, forward and backward | {alone:.1} ms, {:.1} GFLOP/s |",
-        of_products / alone / 1e6
-    );
-    println!("| the same at the rate of the large product | {:.1} ms |", of_products / peak / 1e6);
-    println!("| all else in the step | {:.1} ms |", step - alone);
-    println!(
-        "| a copy of {} MB | {:.1} GB/s read and written |",
-        COPY * 4 / 1_000_000,
-        copy_rate()
-    );
+
+    println!("\n| forward and backward, each alone | ms | its limit, ms | by |");
+    println!("|---|---:|---:|---|");
+    let limit = of_products / peak / 1e6;
+    let rate = of_products / ms_of_products / 1e6;
+    println!("| linear layers ({rate:.1} GFLOP/s) | {ms_of_products:.1} | {limit:.1} | FLOPs |");
+    let mut known = ms_of_products;
+    for Other { name, ms, bytes, flops } in &others {
+        let (by_bytes, by_flops) = (bytes / copy / 1e6, flops / peak / 1e6);
+        let by = if by_flops > by_bytes { "FLOPs" } else { "bytes" };
+        println!("| {name} | {ms:.1} | {:.1} | {by} |", by_bytes.max(by_flops));
+        known += ms;
+    }
+    let both: f64 = parts[1].1 + parts[2].1;
+    println!("| all else in forward and backward | {:.1} | | |", both - known);
     let n = model.n_params() as f64;
-    println!(
-        "| bytes that rounding, the mean and AdamW move | {:.0} MB |",
-        n * BYTES_A_PARAMETER / 1e6
-    );
+    let moved = n * BYTES_A_PARAMETER;
+    let ms: f64 = parts[3..].iter().map(|(_, ms)| ms).sum();
+    println!("| rounding, mean, AdamW | {ms:.1} | {:.1} | bytes |", moved / copy / 1e6);
     Ok(())
 }
 
@@ -161,30 +167,160 @@ impl Product {
     }
 }
 
-/// Lists the products of linear layers: forward, and for both gradients.
-fn products(model: &ModelConfig, b: i64) -> Vec<Product> {
+/// What is no linear layer: forward and backward of one kind in the whole step.
+struct Other {
+    name: &'static str,
+    ms: f64,
+    /// Read and written at least.
+    bytes: f64,
+    flops: f64,
+}
+
+/// Blocks of one width.
+struct Stack {
+    tokens: i64,
+    width: i64,
+    blocks: u32,
+    heads: i64,
+    /// Tokens that the last block computes, where it leaves others out.
+    picked: Option<i64>,
+}
+
+/// Lists the products of linear layers, forward and for both gradients, and times everything else
+/// by itself, once of each kind and shape.
+fn alone(model: &ModelConfig, b: i64) -> (Vec<Product>, Vec<Other>) {
     let mut all: Vec<Product> = Vec::new();
-    let mut linear = |m: i64, k: i64, n: i64, times: u32| {
-        // x·Wᵀ; dy·W, and dyᵀ·x.
+    let mut linear = |m: i64, k: i64, n: i64, times: u32, input_has_gradient: bool| {
+        // x·Wᵀ; dyᵀ·x, and dy·W.
         all.push(Product { m, k, n, times });
-        all.push(Product { m, k: n, n: k, times });
         all.push(Product { m: n, k: m, n: k, times });
-    };
-    let mlp = i64::from(model.mlp_ratio);
-    let mut blocks = |tokens: i64, d: i64, depth: u32| {
-        for (k, n) in [(d, 3 * d), (d, d), (d, mlp * d), (mlp * d, d)] {
-            linear(b * tokens, k, n, depth);
+        if input_has_gradient {
+            all.push(Product { m, k: n, n: k, times });
         }
     };
+    let mlp = i64::from(model.mlp_ratio);
     let (keep, patches) = (model.len_keep() as i64, model.n_patches() as i64);
     let (d, e) = (i64::from(model.width), i64::from(model.decoder_width));
-    blocks(1 + keep, d, model.depth);
-    blocks(1 + patches, e, model.decoder_depth);
+    let stacks = [
+        Stack {
+            tokens: 1 + keep,
+            width: d,
+            blocks: model.depth,
+            heads: i64::from(model.heads),
+            picked: None,
+        },
+        Stack {
+            tokens: 1 + patches,
+            width: e,
+            blocks: model.decoder_depth,
+            heads: i64::from(model.decoder_heads),
+            picked: Some(patches - keep),
+        },
+    ];
     let p = model.patch_values() as i64;
-    linear(b * keep, p, d, 1);
-    linear(b * (1 + keep), d, e, 1);
-    linear(b * (patches - keep), e, p, 1);
-    all
+    linear(b * keep, p, d, 1, false);
+    linear(b * (1 + keep), d, e, 1, true);
+    linear(b * (patches - keep), e, p, 1, true);
+    for Stack { tokens, width, blocks, picked, .. } in &stacks {
+        let (m, w, whole) = (b * tokens, *width, blocks - u32::from(picked.is_some()));
+        for (k, n) in [(w, 3 * w), (w, w), (w, mlp * w), (mlp * w, w)] {
+            linear(m, k, n, whole, true);
+        }
+        if let Some(few) = picked.map(|few| b * few) {
+            linear(few, w, w, 1, true);
+            linear(m, w, 2 * w, 1, true);
+            for (k, n) in [(w, w), (w, mlp * w), (mlp * w, w)] {
+                linear(few, k, n, 1, true);
+            }
+        }
+    }
+    let kinds: [fn(&Stack, i64, i64) -> Other; 4] = [attention, norms, gelu, sums];
+    let others = kinds.into_iter().map(|kind| {
+        let [a, c] = &stacks;
+        let (one, two) = (kind(a, b, mlp), kind(c, b, mlp));
+        Other {
+            name: one.name,
+            ms: one.ms + two.ms,
+            bytes: one.bytes + two.bytes,
+            flops: one.flops + two.flops,
+        }
+    });
+    (all, others.collect())
+}
+
+fn leaf(shape: &[i64]) -> Tensor {
+    Tensor::rand(shape, (Kind::Float, Device::Cpu)).set_requires_grad(true)
+}
+
+/// Times an operation and its pass back, which a sum starts.
+fn there_and_back(leaves: &[&Tensor], of: impl Fn() -> Tensor) -> f64 {
+    let sum = || of().sum(Kind::Float);
+    best_of(|| drop(Tensor::run_backward(&[&sum()], leaves, false, false)))
+}
+
+fn attention(stack: &Stack, b: i64, _mlp: i64) -> Other {
+    let Stack { tokens, width, blocks, heads, picked } = *stack;
+    let one = |queries: i64| {
+        let of = |n: i64| leaf(&[b, heads, n, width / heads]);
+        let (q, k, v) = (of(queries), of(tokens), of(tokens));
+        let ms = there_and_back(&[&q, &k, &v], || {
+            Tensor::scaled_dot_product_attention(
+                &q,
+                &k,
+                &v,
+                None::<Tensor>,
+                0.0,
+                false,
+                None,
+                false,
+            )
+        });
+        // Two products forward; five back, one of them again.
+        (ms, 7.0 * 2.0 * (b * queries * tokens * width) as f64)
+    };
+    let whole = f64::from(blocks - u32::from(picked.is_some()));
+    let (ms, flops) = one(tokens);
+    let (last_ms, last_flops) = picked.map_or((0.0, 0.0), one);
+    let name = "attention, without its linear layers";
+    Other { name, ms: whole * ms + last_ms, bytes: 0.0, flops: whole * flops + last_flops }
+}
+
+fn norms(stack: &Stack, b: i64, _mlp: i64) -> Other {
+    let Stack { tokens, width, blocks, .. } = *stack;
+    let (x, weight, bias) = (leaf(&[b, tokens, width]), leaf(&[width]), leaf(&[width]));
+    let ms = there_and_back(&[&x, &weight, &bias], || {
+        x.layer_norm([width], Some(&weight), Some(&bias), 1e-6, true)
+    });
+    let times = f64::from(2 * blocks + 1);
+    // Forward reads and writes; back reads two and writes one.
+    let bytes = 5.0 * 4.0 * (b * tokens * width) as f64;
+    Other { name: "layer norms", ms: times * ms, bytes: times * bytes, flops: 0.0 }
+}
+
+fn gelu(stack: &Stack, b: i64, mlp: i64) -> Other {
+    let Stack { tokens, width, blocks, picked, .. } = *stack;
+    let x = leaf(&[b, tokens, mlp * width]);
+    let ms = there_and_back(&[&x], || x.gelu("none"));
+    let last = picked.map_or(0.0, |few| few as f64 / tokens as f64 - 1.0);
+    let times = f64::from(blocks) + last;
+    let bytes = 5.0 * 4.0 * (b * tokens * mlp * width) as f64;
+    Other { name: "GELU", ms: times * ms, bytes: times * bytes, flops: 0.0 }
+}
+
+/// Residual sums and those of their gradients, and joining the gradients of q, k and v.
+fn sums(stack: &Stack, b: i64, _mlp: i64) -> Other {
+    let Stack { tokens, width, blocks, .. } = *stack;
+    let [x, y, z] = [(); 3].map(|()| leaf(&[b, tokens, width]).detach());
+    let add = best_of(|| drop(&x + &y));
+    let join = best_of(|| drop(Tensor::cat(&[&x, &y, &z], -1)));
+    let times = f64::from(blocks);
+    let n = 4.0 * (b * tokens * width) as f64;
+    Other {
+        name: "residual sums, joined gradients of q, k, v",
+        ms: times * (4.0 * add + join),
+        bytes: times * (4.0 * 3.0 + 6.0) * n,
+        flops: 0.0,
+    }
 }
 
 /// Returns the milliseconds of a product.

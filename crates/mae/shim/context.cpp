@@ -28,7 +28,10 @@ int lacuna_torch_set_flags(int flags) {
     context.setBenchmarkCuDNN(false);
     context.setAllowTF32CuBLAS(tf32);
     context.setAllowTF32CuDNN(tf32);
-    return 0;
+    // Partial sums of products stay f32: by default libtorch lets them be bf16.
+    context.setAllowBF16ReductionCuBLAS(false, /*allow_splitk=*/false);
+    const auto full = at::CuBLASReductionOption::DisallowReducedPrecisionDisallowSplitK;
+    return context.allowBF16ReductionCuBLAS() == full ? 0 : -1;
   } catch (...) {
     return -1;
   }

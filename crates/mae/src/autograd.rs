@@ -161,6 +161,16 @@ impl Pieces {
         Ok(seen.iter().all(|seen| *seen).then_some(Pieces(pieces)))
     }
 
+    /// Lists the leaves in the order in which [`backward`](Self::backward) comes to them.
+    pub fn order(&self) -> Vec<usize> {
+        self.0.iter().rev().flat_map(|piece| piece.leaves.iter().copied()).collect()
+    }
+
+    /// Tells whether a pass crossed as many borders as the one that was looked at.
+    pub fn fit(&self, recorded: &Recorded) -> bool {
+        recorded.borders.len() + 1 == self.0.len()
+    }
+
     #[cfg(test)]
     pub fn len(&self) -> usize {
         self.0.len()
@@ -175,7 +185,7 @@ impl Pieces {
         sink: &mut dyn FnMut(usize, Tensor),
     ) -> Result<(), AutogradError> {
         let n = recorded.borders.len();
-        assert_eq!(n + 1, self.0.len(), "a loss crosses the same borders each time");
+        assert!(self.fit(&recorded), "pieces of another pass");
         let mut weights: Vec<Option<Tensor>> = (0..n).map(|_| None).collect();
         let mut output = Some(recorded.loss);
         for (end, piece) in self.0.iter().enumerate().rev() {

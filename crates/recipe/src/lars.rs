@@ -85,4 +85,39 @@ mod tests {
         plain.apply(1.0, true, &mut p, &mut m, &[0.3]);
         assert!((p[0] - 1.5).abs() < 1e-6, "{p:?}");
     }
+
+    /// Three updates of the reference's optimizer with one gradient. The golden file has norms and
+    /// single elements, not the tensors; the rule depends on lengths and on one angle alone, so a
+    /// pair of vectors in the plane with those of the first update must give the others.
+    #[test]
+    fn three_updates_are_those_of_the_reference() {
+        let golden: serde_json::Value =
+            serde_json::from_str(include_str!("../../../tests/golden/extra.json")).unwrap();
+        let golden = &golden["lars_3steps"];
+        let number = |value: &serde_json::Value| value.as_f64().unwrap();
+        let (lr, trust) = (number(&golden["lr"]), number(&golden["trust"]));
+        let rule = Lars { momentum: number(&golden["momentum"]), trust, weight_decay: 0.0 };
+        let of = |step: usize, key: &str| number(&golden["trace"][step][key]);
+
+        let g_norm = trust * of(0, "w_l2") / of(1, "q");
+        let p_norm = of(0, "q") * g_norm / trust;
+        let moved = lr * of(0, "q") * g_norm;
+        let cos = (p_norm.powi(2) + moved.powi(2) - of(0, "w_l2").powi(2)) / (2.0 * p_norm * moved);
+        let g = [g_norm * cos, g_norm * (1.0 - cos * cos).sqrt()].map(|x| x as f32);
+        let (mut p, mut m) = ([p_norm as f32, 0.0], [0f32; 2]);
+        // A bias has plain momentum: two updates tell its gradient, the third must follow.
+        let first = of(1, "b0") - of(0, "b0");
+        let b_grad = -first / (lr * (1.0 + rule.momentum));
+        let (mut b, mut b_m) = ([(of(0, "b0") + lr * b_grad) as f32], [0f32]);
+        for step in 0..3 {
+            let q = trust * norm(p.iter().map(|x| f64::from(*x))) / g_norm;
+            rule.apply(lr, true, &mut p, &mut m, &g);
+            rule.apply(lr, false, &mut b, &mut b_m, &[b_grad as f32]);
+            let w_l2 = norm(p.iter().map(|x| f64::from(*x)));
+            for (got, key) in [(q, "q"), (w_l2, "w_l2"), (f64::from(b[0]), "b0")] {
+                let want = of(step, key);
+                assert!((got / want - 1.0).abs() < 1e-6, "step {step}: {key} {got}, not {want}");
+            }
+        }
+    }
 }

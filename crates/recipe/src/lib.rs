@@ -23,6 +23,7 @@ pub mod order;
 pub mod philox;
 pub mod pos_embed;
 pub mod prp;
+pub mod randaugment;
 pub mod reduce;
 pub mod schedule;
 pub mod state;

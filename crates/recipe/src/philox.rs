@@ -30,6 +30,8 @@ pub enum Tag {
     Erase = 8,
     /// The noise that fills them.
     Noise = 9,
+    /// Changes of colours and geometry.
+    Augment = 10,
 }
 
 /// Computes the ten-round Philox4x32 bijection.

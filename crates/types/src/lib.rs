@@ -178,7 +178,7 @@ pub struct BuildId {
 impl BuildId {
     /// Returns the identity of this build.
     pub fn this() -> Self {
-        BuildId { version: env!("CARGO_PKG_VERSION").to_string(), protocol: 4, numerics: 2 }
+        BuildId { version: env!("CARGO_PKG_VERSION").to_string(), protocol: 5, numerics: 2 }
     }
 }
 

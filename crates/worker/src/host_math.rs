@@ -39,9 +39,8 @@ impl HostMath {
         HostMath::of(reduction, engine.layout().clone(), buckets, n_slots)
     }
 
-    /// The same with buckets of at most `elements_max` elements.
-    #[cfg(test)]
-    fn with_buckets(
+    /// The same with buckets of at most `elements_max` elements: smaller ones leave earlier.
+    pub fn with_buckets(
         engine: &dyn Engine,
         reduction: Reduction,
         n_slots: u32,

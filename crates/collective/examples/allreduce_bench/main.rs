@@ -104,24 +104,24 @@ fn member(rank: usize, kind: &str, n_bytes: usize, repeats: usize) -> Result<(),
     let mut times_ms: Vec<f64> = match kind {
         "f32" => {
             let mut buffer: Vec<f32> = vec![0.0; n_bytes / 4];
-            time(repeats, || collective.all_reduce_f32(&mut buffer, DEADLINE))?
+            time(&mut collective, repeats, |comm| comm.all_reduce_f32(&mut buffer, DEADLINE))?
         }
         "i32" => {
             let mut buffer: Vec<i32> = vec![0; n_bytes / 4];
-            time(repeats, || collective.all_reduce_i32(&mut buffer, DEADLINE))?
+            time(&mut collective, repeats, |comm| comm.all_reduce_i32(&mut buffer, DEADLINE))?
         }
         "exact32" => {
             let mut buffer: Vec<i32> = vec![0; n_bytes / 4];
             // The control word, and a magnitude every 2048 elements.
             let mut tail: Vec<i64> = vec![0; 16 + n_bytes / 4 / 2048];
-            time(repeats, || {
-                collective.all_reduce_i32(&mut buffer, DEADLINE)?;
-                collective.all_reduce_i64(&mut tail, DEADLINE)
+            time(&mut collective, repeats, |comm| {
+                comm.all_reduce_i32(&mut buffer, DEADLINE)?;
+                comm.all_reduce_i64(&mut tail, DEADLINE)
             })?
         }
         "i64" => {
             let mut buffer: Vec<i64> = vec![0; n_bytes / 8];
-            time(repeats, || collective.all_reduce_i64(&mut buffer, DEADLINE))?
+            time(&mut collective, repeats, |comm| comm.all_reduce_i64(&mut buffer, DEADLINE))?
         }
         _ => return Err(format!("unknown element type `{kind}`").into()),
     };
@@ -140,14 +140,17 @@ fn member(rank: usize, kind: &str, n_bytes: usize, repeats: usize) -> Result<(),
 }
 
 /// Times `repeats` calls, after three that fault pages in and grow the socket buffers.
+/// Everybody begins at one time, as the peer's processes do.
 fn time(
+    comm: &mut TcpCollective,
     repeats: usize,
-    mut call: impl FnMut() -> Result<(), CollectiveError>,
+    mut call: impl FnMut(&mut TcpCollective) -> Result<(), CollectiveError>,
 ) -> Result<Vec<f64>, CollectiveError> {
     let mut times_ms: Vec<f64> = Vec::new();
     for idx in 0..repeats + 3 {
+        comm.barrier(DEADLINE)?;
         let started = Instant::now();
-        call()?;
+        call(comm)?;
         if idx >= 3 {
             times_ms.push(started.elapsed().as_secs_f64() * 1e3);
         }

@@ -15,13 +15,15 @@ use lacuna_types::SampleId;
 use lacuna_worker::engine::EngineError;
 use tch::{Device, Kind, Tensor};
 
-use crate::autograd::{self, Pieces};
+use crate::autograd::{self, Pieces, Recorded};
 use crate::objective::{Objective, Slot, SlotLoss};
 use crate::runtime;
-use crate::weights::{Weights, values, view};
+use crate::weights::{Weights, values};
 
 /// Samples of the probe's small slot.
 const PROBE_BATCH: usize = 4;
+/// Samples that show the order of gradients.
+const OBSERVED_BATCH: usize = 2;
 /// Seed of the probe's weights, masks and images; part of what a probe class means.
 const PROBE_SEED: u64 = 0x1AC0_17A5;
 
@@ -66,14 +68,11 @@ impl SlotProgram {
         precision: Precision,
     ) -> Self {
         let layout = Layout::new(objective.params(model));
-        let completion = objective.completion(model, &layout);
-        let mut sorted = completion.clone();
-        sorted.sort_unstable();
         let all: Vec<usize> = (0..layout.n_blocks()).collect();
-        assert_eq!(sorted, all, "`completion` of an objective lists each tensor once");
-        SlotProgram {
+        let known = objective.completion(model, &layout);
+        let mut program = SlotProgram {
             pieces: OnceCell::new(),
-            completion,
+            completion: known.clone().unwrap_or_else(|| all.clone()),
             loss: objective.prepare(model, device),
             objective: objective.clone(),
             layout,
@@ -81,6 +80,33 @@ impl SlotProgram {
             batch,
             device,
             precision,
+        };
+        if known.is_none() {
+            program.completion = program.observed_completion();
+        }
+        let mut sorted = program.completion.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, all, "`completion` of an objective lists each tensor once");
+        program
+    }
+
+    /// Finds the order in which a backward pass finishes the tensors, in one over made-up samples;
+    /// the reverse of the layout's where passes cannot be cut. It is the same on every worker: it
+    /// depends on which operations there are, and not on values.
+    fn observed_completion(&self) -> Vec<usize> {
+        let made_up = MadeUp::new(self, self.batch.min(OBSERVED_BATCH));
+        let weights = self.leaves(made_up.weights(self));
+        let leaves: Vec<&Tensor> = weights.tensors().iter().collect();
+        let input = made_up.input(self);
+        let slot = self.slot(&input);
+        let recorded = autograd::record(|| self.loss.loss(&weights, &slot));
+        let found = Pieces::find(&recorded, &leaves).unwrap_or_else(|error| {
+            tracing::debug!(%error, "the order of gradients was not found");
+            None
+        });
+        match found {
+            Some(pieces) => pieces.order(),
+            None => (0..self.layout.n_blocks()).rev().collect(),
         }
     }
 
@@ -155,8 +181,11 @@ impl SlotProgram {
         let mut hand_over = |leaf: usize, grad: Tensor| {
             sink(self.completion[leaf], grad.to_kind(Kind::Float).contiguous());
         };
-        if let Some(pieces) = self.pieces.get_or_init(|| find_pieces(compute, &leaves)) {
-            let recorded = autograd::record(compute);
+        let pieces = self.pieces.get_or_init(|| find_pieces(compute, &leaves)).as_ref();
+        let recorded = pieces.map(|pieces| (pieces, autograd::record(compute)));
+        // A loss that goes another way this time has a pass of its own, in one piece.
+        let fits = |cut: &(&Pieces, Recorded)| cut.0.fit(&cut.1);
+        if let Some((pieces, recorded)) = recorded.filter(fits) {
             let loss = recorded.loss.detach();
             let done = pieces.backward(recorded, &leaves, &mut hand_over);
             done.unwrap_or_else(|err| panic!("{err}"));
@@ -220,36 +249,10 @@ impl SlotProgram {
 
     /// Computes a slot of fixed weights, images and masks and digests loss and gradients.
     pub fn probe_slot(&self) -> Crc64 {
-        let mut param: Vec<f32> = vec![0.0; self.layout.numel()];
-        for (block, spec) in self.layout.params().iter().enumerate() {
-            init::fill(spec, PROBE_SEED, &mut param[self.layout.range(block)]);
-        }
-        let mut word = PROBE_SEED;
-        let mut pixel = || {
-            // An additive generator: its high bits fill the range evenly.
-            word = word.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            ((word >> 40) as f32 / (1u32 << 22) as f32) - 2.0
-        };
-        let images: Vec<f32> = (0..self.n_pixels()).map(|_| pixel()).collect();
-        let n_patches = self.model.n_patches();
-        let order = |i: usize| MaskOrder::draw(PROBE_SEED, 0, i as u64, n_patches).ids_shuffle;
-        let ids_shuffle: Vec<u32> = (0..self.batch).flat_map(order).collect();
-        let weights: Vec<f32> = vec![1.0; self.batch];
-        // SAFETY: `images` lives until this function returns, and the graph does not.
-        let images_bchw = unsafe { view(&images, &self.image_shape()) }.to_device(self.device);
-        let draws = (0..self.batch as u64).map(|i| Draws::new(PROBE_SEED, Tag::User, 0, i));
-        let draws: Vec<Draws> = draws.collect();
-        let labels: Vec<Option<u32>> = (0..self.batch as u32).map(|i| Some(i % 2)).collect();
-        let input = SlotInput {
-            images_bchw,
-            ids_shuffle: &ids_shuffle,
-            weights: &weights,
-            draws,
-            labels: &labels,
-        };
-        let copy = self.leaves(Weights::copy_of(&self.layout, &param).to_device(self.device));
+        let made_up = MadeUp::new(self, self.batch);
+        let copy = self.leaves(made_up.weights(self));
         let mut digests: Vec<Crc64> = vec![Crc64::default(); self.layout.n_blocks()];
-        let loss = self.differentiate(&copy, &input, &mut |block, grad| {
+        let loss = self.differentiate(&copy, &made_up.input(self), &mut |block, grad| {
             digests[block] = Crc64::of_f32(values(&grad.to_device(Device::Cpu)));
         });
         let loss = Crc64::of_f32(&[loss.double_value(&[]) as f32]);
@@ -257,10 +260,74 @@ impl SlotProgram {
     }
 }
 
+/// A slot of fixed weights, images and masks.
+struct MadeUp {
+    images: Vec<f32>,
+    shape: [i64; 4],
+    ids_shuffle: Vec<u32>,
+    weights: Vec<f32>,
+    labels: Vec<Option<u32>>,
+}
+
+impl MadeUp {
+    fn new(program: &SlotProgram, batch: usize) -> Self {
+        let mut word = PROBE_SEED;
+        let mut pixel = || {
+            // An additive generator: its high bits fill the range evenly.
+            word = word.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            ((word >> 40) as f32 / (1u32 << 22) as f32) - 2.0
+        };
+        let n_pixels = program.n_pixels() / program.batch * batch;
+        let n_patches = program.model.n_patches();
+        let order = |i: usize| MaskOrder::draw(PROBE_SEED, 0, i as u64, n_patches).ids_shuffle;
+        let [_, channels, height, width] = program.image_shape();
+        MadeUp {
+            images: (0..n_pixels).map(|_| pixel()).collect(),
+            shape: [batch as i64, channels, height, width],
+            ids_shuffle: (0..batch).flat_map(order).collect(),
+            weights: vec![1.0; batch],
+            labels: (0..batch as u32).map(|i| Some(i % 2)).collect(),
+        }
+    }
+
+    /// Returns the parameters that a run of this seed begins with, on the program's device.
+    fn weights(&self, program: &SlotProgram) -> Weights {
+        let layout = &program.layout;
+        let mut param: Vec<f32> = vec![0.0; layout.numel()];
+        for (block, spec) in layout.params().iter().enumerate() {
+            init::fill(spec, PROBE_SEED, &mut param[layout.range(block)]);
+        }
+        Weights::copy_of(layout, &param).to_device(program.device)
+    }
+
+    /// Returns what `program` computes from.
+    fn input(&self, program: &SlotProgram) -> SlotInput<'_> {
+        let draws = |i: usize| Draws::new(PROBE_SEED, Tag::User, 0, i as u64);
+        SlotInput {
+            images_bchw: Tensor::from_slice(&self.images)
+                .view(self.shape)
+                .to_device(program.device),
+            ids_shuffle: &self.ids_shuffle,
+            weights: &self.weights,
+            draws: (0..self.weights.len()).map(draws).collect(),
+            labels: &self.labels,
+        }
+    }
+}
+
 /// Finds how the passes of a computation are cut, on two of them that nobody needs. Where cutting
 /// does not work, whatever the reason, passes stay whole.
 fn find_pieces(compute: impl Fn() -> Tensor, leaves: &[&Tensor]) -> Option<Pieces> {
-    let pieces = Pieces::find(&autograd::record(&compute), leaves).ok()??;
-    let trial = pieces.backward(autograd::record(&compute), leaves, &mut |_, _| {});
-    trial.is_ok().then_some(pieces)
+    let find = || {
+        let Some(pieces) = Pieces::find(&autograd::record(&compute), leaves)? else {
+            return Ok(None);
+        };
+        pieces.backward(autograd::record(&compute), leaves, &mut |_, _| {})?;
+        Ok::<_, autograd::AutogradError>(Some(pieces))
+    };
+    let found = find();
+    if let Err(error) = &found {
+        tracing::debug!(%error, "backward passes stay whole");
+    }
+    found.ok().flatten()
 }

@@ -282,7 +282,7 @@ fn setups_that_fit_nothing_are_refused() {
 fn gradients_complete_from_the_end() {
     let model = ModelConfig::preset("base").unwrap();
     let layout = Layout::new(model.params());
-    let order = MaeObjective.completion(&model, &layout);
+    let order = MaeObjective.completion(&model, &layout).unwrap();
     let place = |name: &str| {
         let block = layout.find(name).unwrap();
         order.iter().position(|&b| b == block).unwrap()
