@@ -1,6 +1,6 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help proto setup build demo downstream test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-parity bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check clean clean-all
+.PHONY: help peers proto setup build demo demo-color downstream test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-parity bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check clean clean-all
 # Histories that `make sim` plays.
 SEEDS ?= 100000
 
@@ -19,8 +19,12 @@ build: ## build `lacuna` and `lacuna-worker` into target/release
 	@cargo build --release --package lacuna-cli --package lacuna-mae $(FEATURES)
 demo: build ## pack images, train with two workers, kill one, look at the result (DATA_DIR=folder)
 	@python3 scripts/demo.py
+demo-color: build ## pre-train on colour textures, look at them, probe for materials (fetches 336 MB)
+	@python3 scripts/demo_color.py
 downstream: build ## does pre-training help? k-NN, probes, fine-tuning (BENCH="--seeds 3", half an hour)
 	@python3 scripts/downstream.py $(BENCH)
+peers: ## fetch what the tests of grpcurl, buf, a Python client and TensorBoard need
+	@python3 scripts/peers.py
 test: ## run every test that needs no GPU
 	@scripts/test.sh
 sim: ## play SEEDS histories of faults (100000), with every invariant checked after every event
@@ -39,6 +43,7 @@ deny: ## check licences and sources of dependencies, where cargo-deny is install
 ci: export CARGO_INCREMENTAL = 0
 ci: ## what continuous integration runs: prepare, check, test
 	@python3 scripts/setup.py --no-build
+	@python3 scripts/peers.py || true
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory test
 proto: ## generate the gRPC code from proto/ anew
@@ -77,4 +82,4 @@ gpu-check: ## build the check for a machine with a GPU; run it if one is here
 clean: ## remove what was built
 	@cargo clean
 clean-all: clean ## remove libtorch and the demo's output too (downloads stay in the cache)
-	@rm -rf third_party demo-out .lacuna
+	@rm -rf third_party demo-out demo-color-out downstream-out .lacuna

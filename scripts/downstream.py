@@ -132,7 +132,8 @@ checkpoint = {{ to = "runs", every = ["1000step"] }}
             task = f'kind = "linear"\noptimizer = "sgd"\n{pool}'
             optim = 'base_lr = 0.1\nweight_decay = 0.0\nwarmup = "1ep"'
         else:
-            task = 'kind = "finetune"\nmixup = 0.0\ncutmix = 0.0\nrandom_erasing = 0.0\n'
+            task = ('kind = "finetune"\nmixup = 0.0\ncutmix = 0.0\nrandom_erasing = 0.0\n'
+                    'rand_augment = 0.0\n')
             optim = 'base_lr = 2e-3\nbetas = [0.9, 0.999]\ndecay_tokens = false\nwarmup = "2ep"'
         self.train(case.name, f"""schema = 1
 name = "{case.name}"

@@ -23,7 +23,7 @@ import urllib.request
 from common import say
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BIN = ROOT / "target" / "release"
+BIN = ROOT / os.environ.get("LACUNA_BIN", "target/release")
 LACUNA = BIN / "lacuna"
 PYTHON = os.environ.get("LACUNA_PEERS_PYTHON", "")
 SECONDS_MAX = 240
@@ -35,7 +35,7 @@ def unmet():
         return "LACUNA_PEERS_PYTHON is not set"
     for name in ("lacuna", "lacuna-worker"):
         if not (BIN / name).is_file():
-            return f"target/release/{name} is missing (make setup)"
+            return f"{BIN.relative_to(ROOT)}/{name} is missing (make setup)"
     try:
         found = subprocess.run([PYTHON, "-c", "import grpc_tools, tensorboard"],
                                capture_output=True, timeout=SECONDS_MAX, check=False)

@@ -41,6 +41,12 @@ rust_lane() {
 }
 
 lane rust rust_lane
+if [ -z "${LACUNA_PEERS_PYTHON:-}" ] && [ -x third_party/peers/bin/python ]; then
+    export LACUNA_PEERS_PYTHON=$PWD/third_party/peers/bin/python
+fi
+if [ ! -x target/release/lacuna-worker ]; then
+    export LACUNA_BIN=$PWD/target/debug
+fi
 # After the other: some of them run the programs that it built.
 lane scripts python3 -m unittest discover --start-directory scripts --pattern '*_test.py'
 if [ ${#crates[@]} -eq 1 ]; then
@@ -54,6 +60,9 @@ else
 fi
 if [[ "${features[*]}" != *turbo* ]]; then
     skip turbo "no libjpeg-turbo, JPEG is decoded in Rust (make setup)"
+fi
+if [ -z "${LACUNA_PEERS_PYTHON:-}" ]; then
+    skip peers "tests of grpcurl, buf, a Python client, TensorBoard: no environment (make peers)"
 fi
 if [ "${LACUNA_GPU_TESTS:-}" = 1 ]; then
     skip gpu "its tests ran inside the other lanes (LACUNA_GPU_TESTS=1)"

@@ -32,7 +32,8 @@ OURS = {"f32": "f32", "i32 (exact32)": "exact32", "i64 (exact)": "i64",
         "f32, sockets": "f32-sockets", "i32 (exact32), sockets": "exact32-sockets",
         "i64 (exact), sockets": "i64-sockets"}
 # What a slow network is tried with.
-SLOW = {"f32": "f32", "i32 (exact32)": "exact32", "i64 (exact)": "i64"}
+# What a step sends: the gradient, and the control word behind it.
+SLOW = {"f32 (fast)": "fast", "i32 (exact32)": "exact32", "i64 (exact)": "exact"}
 SLOW_MEGABYTES = (1, 12)
 SLOW_REPEATS = 20
 
@@ -94,7 +95,7 @@ def measure_slow(args: argparse.Namespace, program: pathlib.Path) -> Times:
         say(PROGRAM, f"slow network, round {round_ + 1} of {args.rounds}")
         for row, kind in list(SLOW.items())[:: -1 if round_ % 2 else 1]:
             for megabytes in SLOW_MEGABYTES:
-                n_bytes = megabytes * 1_000_000 * (2 if kind == "i64" else 1)
+                n_bytes = megabytes * 1_000_000 * (2 if kind == "exact" else 1)
                 line = run([str(program), "2", kind, str(n_bytes), str(SLOW_REPEATS),
                             str(args.megabits)])
                 times.setdefault(row, {}).setdefault(megabytes, []).append(
@@ -140,7 +141,7 @@ def main() -> int:
         return EXIT_UNFIT
     print(table(times, GLOO, "gloo's f32", MEGABYTES))
     print(f"\nThrough {args.megabits:g} Mb/s:\n")
-    print(table(slow, "f32", "f32", SLOW_MEGABYTES))
+    print(table(slow, "f32 (fast)", "f32", SLOW_MEGABYTES))
     if not args.python:
         say(PROGRAM, "gloo: skipped, no Python with torch (--python v/bin/python)")
     if args.out:

@@ -1,5 +1,6 @@
 //! Real processes: the claim, faults, restarts, and bad input.
 
+mod answers;
 mod bad_disks;
 mod bad_input;
 mod bad_samples;

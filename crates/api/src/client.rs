@@ -50,6 +50,21 @@ pub enum ClientError {
         /// What is wrong with it.
         why: String,
     },
+    /// The files of TLS do not go together.
+    #[error("the TLS files cannot be used for `{url}`")]
+    Tls {
+        /// Where they were to be used.
+        url: String,
+        /// What the library said.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// One side did not take the other's certificate.
+    #[error("the certificates of this client and of the coordinator do not go together: {why}")]
+    Certificate {
+        /// The library's word for it.
+        why: String,
+    },
     /// Nobody answers there.
     #[error("no coordinator answers at {url}")]
     Unreachable {
@@ -66,8 +81,19 @@ pub enum ClientError {
 
 impl From<Status> for ClientError {
     fn from(status: Status) -> Self {
-        ClientError::Refused(Box::new(status))
+        match alert_in(&status) {
+            Some(why) => ClientError::Certificate { why },
+            None => ClientError::Refused(Box::new(status)),
+        }
     }
+}
+
+/// Finds what a TLS library says of a certificate among the causes of an error, where it does.
+fn alert_in(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    const MARKS: [&str; 2] = ["received fatal alert", "invalid peer certificate"];
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let mut texts = causes.map(ToString::to_string);
+    texts.find(|text| MARKS.iter().any(|mark| text.contains(mark)))
 }
 
 /// How often an idle stream is checked, and how long an answer may take.
@@ -130,9 +156,13 @@ pub async fn connect(
         return Err(ClientError::Scheme { url: url.to_string(), has_files: tls.is_some() });
     }
     if let Some(tls) = tls {
-        endpoint = endpoint.tls_config(tls).map_err(|err| address(Some(err)))?;
+        let unusable = |source| ClientError::Tls { url: url.to_string(), source };
+        endpoint = endpoint.tls_config(tls).map_err(unusable)?;
     }
-    let unreachable = |source| ClientError::Unreachable { url: url.to_string(), source };
+    let unreachable = |source: tonic::transport::Error| match alert_in(&source) {
+        Some(why) => ClientError::Certificate { why },
+        None => ClientError::Unreachable { url: url.to_string(), source },
+    };
     let channel = endpoint.connect().await.map_err(unreachable)?;
     Ok(InterceptedService::new(channel, Bearer::of(credentials)))
 }

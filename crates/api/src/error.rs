@@ -44,6 +44,10 @@ pub enum Reason {
     RateLimited,
     /// Data or checkpoints cannot be read or written here.
     Storage,
+    /// The run is in no state for it.
+    WrongState,
+    /// It was not done in time.
+    TimedOut,
     /// The service is going down.
     ShuttingDown,
     /// A bug.
@@ -51,7 +55,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Reason; 17] = [
+    const ALL: [Reason; 19] = [
         Reason::InvalidSpec,
         Reason::RunNotFound,
         Reason::RunExists,
@@ -67,6 +71,8 @@ impl Reason {
         Reason::NodeBanned,
         Reason::RateLimited,
         Reason::Storage,
+        Reason::WrongState,
+        Reason::TimedOut,
         Reason::ShuttingDown,
         Reason::Internal,
     ];
@@ -89,6 +95,8 @@ impl Reason {
             Reason::NodeBanned => "NODE_BANNED",
             Reason::RateLimited => "RATE_LIMITED",
             Reason::Storage => "STORAGE",
+            Reason::WrongState => "WRONG_STATE",
+            Reason::TimedOut => "TIMED_OUT",
             Reason::ShuttingDown => "SHUTTING_DOWN",
             Reason::Internal => "INTERNAL",
         }
@@ -104,7 +112,10 @@ impl Reason {
             Reason::CheckpointCorrupt => Code::DataLoss,
             Reason::RateLimited => Code::ResourceExhausted,
             Reason::RunExists | Reason::WorkerExists => Code::AlreadyExists,
-            Reason::VersionSkew | Reason::Storage | Reason::NodeBanned => Code::FailedPrecondition,
+            Reason::VersionSkew | Reason::Storage | Reason::NodeBanned | Reason::WrongState => {
+                Code::FailedPrecondition
+            }
+            Reason::TimedOut => Code::DeadlineExceeded,
             Reason::Unauthenticated => Code::Unauthenticated,
             Reason::RoleMissing => Code::PermissionDenied,
             Reason::ShuttingDown => Code::Unavailable,
@@ -114,8 +125,8 @@ impl Reason {
 
     /// Tells whether the same call may succeed later.
     pub fn retry_helps(self) -> bool {
-        use Reason::{NodeBanned, RateLimited, ShuttingDown, WorkerExists};
-        matches!(self, ShuttingDown | WorkerExists | NodeBanned | RateLimited)
+        use Reason::{NodeBanned, RateLimited, ShuttingDown, TimedOut, WorkerExists};
+        matches!(self, ShuttingDown | TimedOut | WorkerExists | NodeBanned | RateLimited)
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
+use x509_parser::x509::X509Version;
 
 /// Longest token: more than any that is made, less than would fill a header.
 const TOKEN_BYTES_MAX: usize = 1024;
@@ -33,6 +34,24 @@ pub enum TlsError {
     NoIdentity {
         /// The folder.
         dir: PathBuf,
+    },
+    /// A certificate is none that TLS takes.
+    #[error("`{}` is no certificate that can be used: {why}", path.display())]
+    NotACertificate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The time of a certificate is over, or has not come.
+    #[error("the certificate `{}` is valid from {from} to {to}: make another one", path.display())]
+    OutOfDate {
+        /// The file.
+        path: PathBuf,
+        /// From when.
+        from: String,
+        /// Until when.
+        to: String,
     },
     /// The folder has nothing to go by.
     #[error("`{}` has no {CA}: make it with `lacuna tls init`", dir.display())]
@@ -78,6 +97,9 @@ impl TlsFiles {
             }
         };
         let own = file(CERT)?.zip(file(KEY)?);
+        if let Some((cert, _)) = &own {
+            check_certificate(&dir.join(CERT), cert)?;
+        }
         Ok(TlsFiles { dir: dir.to_path_buf(), ca: file(CA)?, own })
     }
 
@@ -135,6 +157,22 @@ impl Credentials {
             Err(_) => config,
         })
     }
+}
+
+/// Refuses a certificate that the other side will refuse: there the reason is lost on the way.
+fn check_certificate(path: &Path, pem: &[u8]) -> Result<(), TlsError> {
+    let bad = |why: String| TlsError::NotACertificate { path: path.to_path_buf(), why };
+    let (_, pem) = x509_parser::pem::parse_x509_pem(pem).map_err(|err| bad(err.to_string()))?;
+    let certificate = pem.parse_x509().map_err(|err| bad(err.to_string()))?;
+    if certificate.version() != X509Version::V3 {
+        return Err(bad("it is of a version before 3".to_string()));
+    }
+    let validity = certificate.validity();
+    if validity.is_valid() {
+        return Ok(());
+    }
+    let (from, to) = (validity.not_before.to_string(), validity.not_after.to_string());
+    Err(TlsError::OutOfDate { path: path.to_path_buf(), from, to })
 }
 
 fn read_token(path: &Path) -> Result<String, TlsError> {

@@ -11,7 +11,7 @@ use lacuna_coordinator::clock::rfc3339;
 use lacuna_types::exit;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::connect::Connect;
+use crate::connect::{Connect, parse_time};
 use crate::progress::{Progress, ProgressMode, run_json, short_duration};
 use crate::voice::talk;
 use crate::{Coded, runtime, spec};
@@ -98,9 +98,9 @@ pub struct StatusArgs {
 pub struct WaitArgs {
     /// Name of the run.
     run: String,
-    /// Give up after so many seconds, with exit code 124.
-    #[arg(long)]
-    limit: Option<u64>,
+    /// Give up after this time, with exit code 124.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    limit: Option<Duration>,
     #[command(flatten)]
     connect: Connect,
 }
@@ -276,6 +276,9 @@ fn print_run(run: &v1::Run) {
     if run.workers.is_empty() {
         return;
     }
+    if let Some(shares) = shares(run) {
+        println!("shares      {shares}");
+    }
     println!(
         "{:<28} {:>4} {:>5} {:<10} {:<10} {:>9}",
         "WORKER", "RANK", "SLOTS", "STATE", "PHASE", "STEP"
@@ -285,6 +288,18 @@ fn print_run(run: &v1::Run) {
         let rank = rank.map_or("-".to_string(), |rank| rank.to_string());
         println!("{worker_id:<28} {rank:>4} {slots:>5} {state:<10} {phase:<10} {step:>9}");
     }
+}
+
+/// Says how the members share the slots of a step out, where there are any.
+fn shares(run: &v1::Run) -> Option<String> {
+    let n = run.workers.iter().filter(|worker| worker.rank.is_some()).count() as u32;
+    let busiest = run.workers.iter().map(|worker| worker.slots).max().filter(|n| *n > 0)?;
+    let share = f64::from(run.n_slots) / f64::from(n * busiest);
+    let percent = (100.0 * share).round();
+    Some(format!(
+        "{} slots over {n} workers, {busiest} at most: {percent} % of their time is of use",
+        run.n_slots
+    ))
 }
 
 /// Follows a run until it ends or the user quits.
@@ -304,6 +319,9 @@ pub fn watch(args: RunArgs) -> anyhow::Result<u8> {
 }
 
 /// Shows a run until it has ended; `None` if the user quit. A broken stream is opened again.
+///
+/// What happened before is shown as far as somebody who looks now wants it: all of it on a screen
+/// or for a program, the newest lines in a log, nothing where nothing is shown.
 async fn follow(
     connect: &Connect,
     run: &str,
@@ -319,7 +337,14 @@ async fn follow(
         }
     };
     tokio::pin!(leave);
-    let mut seen = 0;
+    let mut seen = match progress.past() {
+        u64::MAX => 0,
+        n => {
+            let asked = async { connect.client().await?.get_run(run).await };
+            // Where it cannot be asked now, that is told below, and tried again.
+            asked.await.map_or(0, |run| run.last_seq.saturating_sub(n))
+        }
+    };
     let mut alone: Option<Instant> = None;
     let end = loop {
         let once = follow_once(connect, run, &mut progress, &mut seen);
@@ -335,7 +360,7 @@ async fn follow(
             }
             Err(err) => {
                 let since = *alone.get_or_insert_with(Instant::now);
-                if since.elapsed() > Duration::from_secs(connect.timeout) {
+                if since.elapsed() > connect.timeout {
                     break Err(err.into());
                 }
             }
@@ -384,7 +409,7 @@ fn ending_code(run: &v1::Run) -> u8 {
 
 /// Waits until a run has ended.
 pub fn wait(args: WaitArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(wait_for(&args.connect, &args.run, args.limit.map(Duration::from_secs)))
+    runtime()?.block_on(wait_for(&args.connect, &args.run, args.limit))
 }
 
 async fn wait_for(connect: &Connect, run: &str, limit: Option<Duration>) -> anyhow::Result<u8> {
@@ -480,24 +505,6 @@ fn list_bans(args: &BanArgs) -> anyhow::Result<u8> {
         }
     }
     Ok(exit::OK)
-}
-
-/// Reads a span of time, `90s`, `15min`, `24h` or `7d`.
-fn parse_time(text: &str) -> Result<Duration, String> {
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(end);
-    let factor = match unit {
-        "s" => Some(1),
-        "min" | "m" => Some(60),
-        "h" => Some(3600),
-        "d" => Some(86_400),
-        _ => None,
-    };
-    let seconds = number.parse::<u64>().ok().zip(factor).and_then(|(n, f)| n.checked_mul(f));
-    match seconds {
-        Some(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
-        _ => Err(format!("`{text}` is no time such as 90s, 15min, 24h or 7d")),
-    }
 }
 
 /// Asks for a checkpoint.

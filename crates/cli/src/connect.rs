@@ -41,9 +41,9 @@ pub struct Connect {
     #[arg(skip = std::env::var("LACUNA_COORDINATOR").ok().filter(|url| !url.is_empty()))]
     address: Option<String>,
 
-    /// Seconds that a call may take.
-    #[arg(long, default_value_t = 10)]
-    pub timeout: u64,
+    /// How long a call may take.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
+    pub timeout: Duration,
 
     /// File with a token (`lacuna token new`).
     #[arg(long, env = "LACUNA_TOKEN_FILE", value_name = "FILE")]
@@ -93,7 +93,7 @@ impl Connect {
         let target = self.target()?;
         let credentials =
             Credentials::read(target.token_file.as_deref(), target.tls_dir.as_deref())?;
-        Client::connect_as(target.url(), Duration::from_secs(self.timeout), &credentials).await
+        Client::connect_as(target.url(), self.timeout, &credentials).await
     }
 
     /// Finds out who is meant: `--coordinator`, then `--context`, then the environment's address,
@@ -168,6 +168,24 @@ fn context(path: &Path, name: Option<&str>, home: Option<&Path>) -> Result<Targe
     })
 }
 
+/// Reads a span of time, `90s`, `15min`, `24h` or `7d`; a number alone is in seconds.
+pub(crate) fn parse_time(text: &str) -> Result<Duration, String> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let factor = match unit {
+        "s" | "" => Some(1),
+        "min" | "m" => Some(60),
+        "h" => Some(3600),
+        "d" => Some(86_400),
+        _ => None,
+    };
+    let seconds = number.parse::<u64>().ok().zip(factor).and_then(|(n, f)| n.checked_mul(f));
+    match seconds {
+        Some(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
+        _ => Err(format!("`{text}` is no time such as 90s, 15min, 24h or 7d")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,7 +203,7 @@ mod tests {
             coordinator: coordinator.map(str::to_string),
             context: None,
             address: address.map(str::to_string),
-            timeout: 10,
+            timeout: Duration::from_secs(10),
             token_file: Some("mine".into()),
             tls_dir: None,
         };

@@ -18,14 +18,15 @@ pub struct JournalArgs {
     run: Option<String>,
 
     /// Folder of the coordinator's state file.
-    #[arg(long, default_value_os_t = default_state())]
-    state: PathBuf,
+    #[arg(long, value_name = "FOLDER")]
+    state: Option<PathBuf>,
 }
 
 /// Prints a run's journal, one record a line, or the runs that there are.
 pub fn journal(args: JournalArgs) -> anyhow::Result<u8> {
     let failed = |err: StoreError| Coded::error(exit::IO, lacuna_checkpoint::chain(&err));
-    let store = SqliteStore::open_to_read(&args.state.join("coordinator.sqlite"));
+    let state = args.state.unwrap_or_else(default_state);
+    let store = SqliteStore::open_to_read(&state.join("coordinator.sqlite"));
     let store = store.map_err(failed)?;
     let runs = store.runs().map_err(failed)?;
     let Some(run) = &args.run else {
@@ -38,7 +39,7 @@ pub fn journal(args: JournalArgs) -> anyhow::Result<u8> {
         .parse()
         .map_err(|err: lacuna_types::NameError| Coded::error(exit::USAGE, err.to_string()))?;
     if !runs.iter().any(|run| run.run_id == id) {
-        let text = format!("`{}` holds no run `{id}`", args.state.display());
+        let text = format!("`{}` holds no run `{id}`", state.display());
         return Err(Coded::error(exit::USAGE, text));
     }
     for JournalLine { seq, at_ms, epoch, record } in store.journal(&id).map_err(failed)? {

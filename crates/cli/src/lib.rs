@@ -210,8 +210,13 @@ fn exit_code(err: &anyhow::Error) -> u8 {
 fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
     use lacuna_api::client::ClientError;
     use lacuna_api::error::{Reason, reason};
+    use lacuna_api::tls::TlsError;
     match err {
+        ClientError::Credentials(TlsError::OutOfDate { .. }) | ClientError::Certificate { .. } => {
+            exit::UNAUTHORISED
+        }
         ClientError::Address { .. }
+        | ClientError::Tls { .. }
         | ClientError::Scheme { .. }
         | ClientError::Settings { .. }
         | ClientError::Credentials(_) => exit::USAGE,

@@ -61,6 +61,9 @@ pub struct DiffArgs {
     old: String,
     /// Another.
     new: String,
+    /// How the result is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
     #[command(flatten)]
     connect: Connect,
 }
@@ -197,6 +200,16 @@ pub fn diff(args: DiffArgs) -> anyhow::Result<u8> {
             of_file != OPEN
         });
     }
+    if args.output == Output::Json {
+        let of = |d: &lacuna_spec::FieldDiff| {
+            let mark = d.mark.to_string();
+            let key = d.path.to_string();
+            serde_json::json!({ "key": key, "old": d.old, "new": d.new, "mark": mark })
+        };
+        let all: Vec<serde_json::Value> = differences.iter().map(of).collect();
+        println!("{}", serde_json::Value::from(all));
+        return Ok(exit::OK);
+    }
     if differences.is_empty() {
         talk!("no difference");
     }
@@ -223,7 +236,10 @@ async fn spec_of(name: &str, connect: &Connect) -> anyhow::Result<RunSpec> {
 /// Prints a script that completes the command line.
 pub fn completions(args: CompletionsArgs) -> anyhow::Result<u8> {
     let mut command = crate::Args::command();
-    clap_complete::generate(args.shell, &mut command, "lacuna", &mut std::io::stdout());
+    // Written at once: the generator panics where nobody reads on.
+    let mut script: Vec<u8> = Vec::new();
+    clap_complete::generate(args.shell, &mut command, "lacuna", &mut script);
+    print!("{}", String::from_utf8_lossy(&script));
     Ok(exit::OK)
 }
 

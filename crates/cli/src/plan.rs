@@ -11,6 +11,7 @@ use lacuna_data::dataset::OpenError;
 use lacuna_spec::{Loaded, RunSpec, SpecError, parse_file, parse_text, presets};
 use lacuna_types::{RunId, exit};
 
+use crate::client::Output;
 use crate::data::talk::{io as io_error, put, usage};
 use crate::voice::talk;
 
@@ -28,6 +29,9 @@ pub struct PlanArgs {
     /// Print the spec with everything filled in, and where each value comes from.
     #[arg(long)]
     effective: bool,
+    /// How the plan is printed.
+    #[arg(long, short, value_enum, default_value = "table", conflicts_with = "effective")]
+    output: Output,
 }
 
 /// `lacuna init`.
@@ -90,7 +94,10 @@ pub fn plan(args: PlanArgs) -> anyhow::Result<u8> {
         }
     };
     let report = lacuna_spec::plan(&spec, n_samples);
-    put(&report.to_string())?;
+    match args.output {
+        Output::Table => put(&report.to_string())?,
+        Output::Json => put(&format!("{}\n", report.to_json()))?,
+    }
     match report.data {
         Some(Err(_)) => Ok(exit::USAGE),
         _ => Ok(code),

@@ -12,6 +12,9 @@ use lacuna_spec::units::grouped;
 use crate::screen::Screen;
 use crate::voice::{is_quiet, talk};
 
+/// Lines of what happened before that are shown to who begins to look.
+const LINES_BEFORE: u64 = 40;
+
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ProgressMode {
@@ -72,6 +75,15 @@ impl Progress {
             bar
         });
         Progress { mode, bar, screen, run: v1::Run::default() }
+    }
+
+    /// Returns how many of the updates before now are worth showing.
+    pub fn past(&self) -> u64 {
+        match self.mode {
+            ProgressMode::Off => 0,
+            ProgressMode::Line | ProgressMode::Bar | ProgressMode::Auto => LINES_BEFORE,
+            _ => u64::MAX,
+        }
     }
 
     /// Returns the newest snapshot.

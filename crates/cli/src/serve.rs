@@ -20,9 +20,9 @@ pub struct CoordinatorArgs {
     #[arg(long, default_value = "127.0.0.1:7070")]
     listen: SocketAddr,
 
-    /// Folder of the state file.
-    #[arg(long, default_value_os_t = default_state())]
-    state: PathBuf,
+    /// Folder of the state file; by default `lacuna` in $XDG_STATE_HOME or ~/.local/state.
+    #[arg(long, value_name = "FOLDER")]
+    state: Option<PathBuf>,
 
     /// File of the tokens that let callers in (`lacuna token new --add-to FILE`); read again when
     /// it changes.
@@ -87,7 +87,8 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
     let runtime = runtime()?;
     let ended = runtime.block_on(async {
         let security = Security { tokens: args.token_file, tls: args.tls_dir };
-        let options = Options { state: args.state, timing, security };
+        let state = args.state.unwrap_or_else(default_state);
+        let options = Options { state, timing, security };
         let service = Service::open(args.listen, options).await.map_err(coded)?;
         println!("listening on {}", service.url());
         let mut signals = StopSignals::new();

@@ -8,10 +8,10 @@ use clap::Args;
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub struct Voice {
     /// Say nothing but results and errors.
-    #[arg(long, short, global = true, conflicts_with = "verbose")]
+    #[arg(long, short, global = true, help_heading = "Talk", conflicts_with = "verbose")]
     quiet: bool,
     /// Say more: what is going on inside; twice for all of it.
-    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    #[arg(long, short, global = true, help_heading = "Talk", action = clap::ArgAction::Count)]
     verbose: u8,
 }
 

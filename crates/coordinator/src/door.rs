@@ -311,7 +311,8 @@ pub(crate) async fn check(
     let guard = guard_of(&request);
     let mut response = match door.admit(&request) {
         Ok(who) => {
-            if let Some(guard) = &guard {
+            // Who asks for health only has shown nothing, and must not stay for it.
+            if let Some(guard) = guard.as_ref().filter(|_| who.is_some()) {
                 guard.admit();
             }
             if let Some(who) = &who {

@@ -74,7 +74,7 @@ async fn first_message<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
         Ok(Ok(Some(message))) => Ok(message),
         Ok(Ok(None)) => Err(status(Reason::Malformed, "the stream ended without a hello")),
         Ok(Err(err)) => Err(err),
-        Err(_) => Err(Status::deadline_exceeded("no hello within 10 s")),
+        Err(_) => Err(status(Reason::TimedOut, "no hello within 10 s")),
     }
 }
 
@@ -359,7 +359,9 @@ impl RunService for Grpc {
         &self,
         request: Request<v1::RequestCheckpointRequest>,
     ) -> Result<Response<v1::RequestCheckpointResponse>, Status> {
-        self.tell(&parse_run(&request.into_inner().run_id)?, Event::Checkpoint).await?;
+        let id = parse_run(&request.into_inner().run_id)?;
+        self.must_be_on(&id, "saves no checkpoint")?;
+        self.tell(&id, Event::Checkpoint).await?;
         Ok(Response::new(v1::RequestCheckpointResponse {}))
     }
 
@@ -369,6 +371,7 @@ impl RunService for Grpc {
     ) -> Result<Response<v1::ScaleRunResponse>, Status> {
         let v1::ScaleRunRequest { run_id, workers_min, workers_max } = request.into_inner();
         let id = parse_run(&run_id)?;
+        self.must_not_be_finished(&id)?;
         scale::scale(&self.0, &id, (workers_min, workers_max), None).await?;
         Ok(Response::new(v1::ScaleRunResponse { run: Some(self.run_message(&id)?) }))
     }
@@ -380,7 +383,7 @@ impl RunService for Grpc {
         let id = parse_run(&request.into_inner().run_id)?;
         if !self.tell(&id, Event::Force).await? {
             let text = format!("run {id} waits for no silent members: nothing to force");
-            return Err(Status::failed_precondition(text));
+            return Err(status(Reason::WrongState, text));
         }
         Ok(Response::new(v1::ForceRunResponse {}))
     }
@@ -393,7 +396,7 @@ async fn ask(input: mpsc::Sender<Input>, event: Event) -> Result<bool, Status> {
     match tokio::time::timeout(ASK_DEADLINE, told).await {
         Ok(Ok(met)) => Ok(met),
         Ok(Err(_)) => Err(going_down()),
-        Err(_) => Err(Status::deadline_exceeded("the run did not take the wish in time")),
+        Err(_) => Err(status(Reason::TimedOut, "the run did not take the wish in time")),
     }
 }
 
@@ -486,7 +489,7 @@ impl Grpc {
                 let awake = view.wait_for(|view| view.ending.is_none());
                 match tokio::time::timeout(HELLO_DEADLINE, awake).await {
                     Ok(Ok(_)) => Ok(()),
-                    _ => Err(Status::deadline_exceeded("the run did not wake up in time")),
+                    _ => Err(status(Reason::TimedOut, "the run did not wake up in time")),
                 }
             }
         }
@@ -544,6 +547,29 @@ impl Grpc {
             return Err(status(Reason::Internal, text));
         }
         self.0.start_run(stored, spec, catalogue).map_err(|err| status(Reason::InvalidSpec, err))
+    }
+
+    /// Refuses what only a run that is on can do.
+    fn must_be_on(&self, id: &RunId, so: &str) -> Result<(), Status> {
+        let run = self.run_message(id)?;
+        if run.exit_code.is_none() {
+            return Ok(());
+        }
+        let text =
+            format!("run {id} is {}: it {so} (`lacuna resume {id}` lets it go on)", run.state);
+        Err(status(Reason::WrongState, text))
+    }
+
+    /// Refuses what no finished run will ever do.
+    fn must_not_be_finished(&self, id: &RunId) -> Result<(), Status> {
+        let run = self.run_message(id)?;
+        if run.state != "finished" {
+            return Ok(());
+        }
+        Err(status(
+            Reason::WrongState,
+            format!("run {id} is finished: no worker trains it any more"),
+        ))
     }
 
     fn run_message(&self, id: &RunId) -> Result<v1::Run, Status> {

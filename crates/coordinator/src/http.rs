@@ -30,6 +30,9 @@ mod metrics;
 mod page;
 mod shelf;
 
+/// How often the list of runs is fetched again.
+const LIST_EVERY: Duration = Duration::from_secs(3);
+
 /// Shortest time between two notices to one page.
 const NOTICE_EVERY: Duration = Duration::from_secs(1);
 
@@ -63,6 +66,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
     };
     Router::new()
         .route("/", get(runs))
+        .route("/notices", get(ticks))
         .route("/runs/{run}", get(run))
         .route("/runs/{run}/notices", get(notices))
         .route("/runs/{run}/diff/{other}", get(diff))
@@ -238,6 +242,14 @@ async fn notices(
     let changes = tokio_stream::wrappers::WatchStream::from_changes(view).throttle(NOTICE_EVERY);
     let notices = changes.map(|_| Ok(Event::default().event("changed").data("")));
     Ok(Sse::new(notices).keep_alive(KeepAlive::default()))
+}
+
+/// Tells the list of runs every few seconds that something may have happened.
+async fn ticks() -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+    let from = tokio::time::Instant::now() + LIST_EVERY;
+    let ticks = tokio::time::interval_at(from, LIST_EVERY);
+    let ticks = tokio_stream::wrappers::IntervalStream::new(ticks);
+    Sse::new(ticks.map(|_| Ok(Event::default().event("changed").data(""))))
 }
 
 async fn metrics(State(web): State<Web>) -> Response {

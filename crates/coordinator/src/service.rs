@@ -30,6 +30,9 @@ use crate::http;
 use crate::registry::{STATE_FILE, Shared};
 use crate::store::{SqliteStore, Store as _, StoreError, StoredRun};
 
+/// How long a call may take whose caller sets no deadline; a stream has answered by then.
+const CALL_DEADLINE: Duration = Duration::from_secs(120);
+
 /// How often an idle connection is asked whether it lives, and how long it may take to answer.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(20));
 /// How long a caller may take for the first bytes.
@@ -156,6 +159,7 @@ impl Service {
         let incoming = guarded(TcpIncoming::from(listener).with_nodelay(Some(true)), FIRST_WORDS);
         let mut server = Server::builder()
             .accept_http1(true)
+            .timeout(CALL_DEADLINE)
             .http2_keepalive_interval(Some(KEEP_ALIVE.0))
             .http2_keepalive_timeout(Some(KEEP_ALIVE.1));
         if let Some(tls) = door.tls_config()? {

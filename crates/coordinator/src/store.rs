@@ -310,6 +310,23 @@ impl SqliteStore {
         self.bodies(sql, params![run.as_str(), signed(n)])
     }
 
+    /// The newest `n` events of some kinds, the newest first.
+    pub fn last_events_of(
+        &self,
+        run: &RunId,
+        kinds: &[&str],
+        n: u64,
+    ) -> Result<Vec<Update>, StoreError> {
+        // Kinds are words of ours, and stand in the query as they are.
+        let list: Vec<String> = kinds.iter().map(|kind| format!("'{kind}'")).collect();
+        let sql = format!(
+            "SELECT body FROM updates WHERE run_id = ?1 AND NOT figures
+             AND json_extract(body, '$.kind') IN ({}) ORDER BY seq DESC LIMIT ?2",
+            list.join(", ")
+        );
+        self.bodies(&sql, params![run.as_str(), signed(n)])
+    }
+
     fn bodies(
         &self,
         sql: &str,

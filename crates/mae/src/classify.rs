@@ -18,6 +18,7 @@ use lacuna_recipe::classify::{
 use lacuna_recipe::keymap;
 use lacuna_recipe::model::{Init, ModelConfig, ParamSpec};
 use lacuna_recipe::philox::{Draws, Tag};
+use lacuna_recipe::randaugment;
 use lacuna_spec::{Pool, TaskKind, TaskSpec};
 use tch::{Device, Kind, Tensor};
 
@@ -97,6 +98,14 @@ pub fn own_name(pool: Pool, name: &str) -> String {
 impl Objective for Classification {
     fn params(&self, model: &ModelConfig) -> Vec<ParamSpec> {
         classifier_params(&self.task, model)
+    }
+
+    fn augments(&self) -> bool {
+        self.task.rand_augment > 0.0
+    }
+
+    fn augment(&self, image: &mut [u8], size: [usize; 2], draws: &Draws) {
+        randaugment::augment(image, size, self.task.rand_augment, &draws.tagged(Tag::Augment));
     }
 
     fn prepare(&self, model: &ModelConfig, device: Device) -> Box<dyn SlotLoss> {

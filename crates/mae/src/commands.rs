@@ -6,6 +6,7 @@ pub mod eval;
 pub mod feature_file;
 pub mod features;
 pub mod knn;
+pub mod page;
 pub mod reconstruct;
 pub mod report;
 pub mod source;

@@ -148,7 +148,9 @@ impl Engine for TorchEngine {
     ) -> Result<f32, EngineError> {
         self.slot.check(batch)?;
         let [height, width] = self.setup.model.img_size;
-        self.normalize.apply(&batch.pixels, (height * width) as usize, &mut self.images);
+        let draws = draws_of(self.setup.seed, batch);
+        let pixels = self.slot.augmented(batch, &draws);
+        self.normalize.apply(&pixels, (height * width) as usize, &mut self.images);
         let param = self.state.section(Section::Param);
         guarded("compute a slot", || {
             // SAFETY: state and images are borrowed until this closure returns, and the graph is
@@ -158,7 +160,6 @@ impl Engine for TorchEngine {
                 (self.slot.leaves(weights), view(&self.images, &self.slot.image_shape()))
             };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
-            let draws = draws_of(self.setup.seed, batch);
             let labels = &batch.labels[..];
             let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws, labels };
             let loss = self.slot.differentiate(&weights, &input, &mut |block, grad| {

@@ -23,6 +23,16 @@ pub trait Objective: fmt::Debug + Send + Sync {
     /// Prepares slots of `model` on `device`: what does not change from slot to slot is made here.
     fn prepare(&self, model: &ModelConfig, device: Device) -> Box<dyn SlotLoss>;
 
+    /// Tells whether [`augment`](Self::augment) does anything.
+    fn augments(&self) -> bool {
+        false
+    }
+
+    /// Changes the bytes of an image of `[height, width]` pixels, planes of channels one after
+    /// another, before they are normalised; `draws` are those of the sample. It is a function of
+    /// its arguments alone.
+    fn augment(&self, _image: &mut [u8], _size: [usize; 2], _draws: &Draws) {}
+
     /// Lists the tensors of `layout` in the order in which a backward pass finishes them; each
     /// once. It changes no bit: sums of tensors that come early leave early. Where it says nothing,
     /// a pass over two made-up samples shows the order.

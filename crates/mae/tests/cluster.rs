@@ -155,3 +155,49 @@ fn the_torch_engine_keeps_the_contract() {
     assert!(output.status.success(), "{said}{err}");
     assert!(said.contains("engine conformance: passed"), "{said}");
 }
+
+/// Memory that a process has held at most, in bytes.
+fn most_memory(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux says it");
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
+    kib * 1024.0
+}
+
+/// What `lacuna plan` says of a run before it is there is what the run then shows.
+#[test]
+fn a_plan_agrees_with_its_run() {
+    let fixture = fixture();
+    let keys = [
+        ("model.width", "192"),
+        ("model.depth", "6"),
+        ("model.heads", "3"),
+        ("model.decoder_width", "96"),
+        ("model.decoder_heads", "3"),
+        ("elastic.workers", "\"1:1\""),
+    ];
+    let spec = fixture.spec("planned", 40, &keys);
+    let output = fixture.run(&["plan", spec.to_str().unwrap(), "-o", "json"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let number = |key: &str| plan[key].as_f64().unwrap_or_else(|| panic!("{key} in {plan}"));
+
+    let mut cluster = Cluster::start(&fixture);
+    let run = cluster.submit(&spec);
+    cluster.add("a", 1);
+    cluster.wait(&run, "most steps", |seen| seen.step() >= 30);
+    let memory = most_memory(cluster.pid("a:cpu0"));
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    assert_eq!(seen.run.total_steps as f64, number("steps"));
+    assert_eq!(seen.run.steps_per_epoch as f64, number("steps_per_epoch"));
+    assert_eq!(f64::from(seen.run.n_slots), number("slots"));
+    let peak = seen.figures.values().map(|figures| figures.lr).fold(0.0, f64::max);
+    assert!((peak / number("peak_lr") - 1.0).abs() < 1e-9, "{peak} {plan}");
+    let saved = cluster.ask(async |mut client| client.list_checkpoints("planned").await.unwrap());
+    let bytes = saved.last().expect("the last one").bytes as f64;
+    // The parts' own heads come on top.
+    assert!((0.99..1.05).contains(&(bytes / number("checkpoint_bytes"))), "{bytes} {plan}");
+    let planned = plan["memory_bytes"]["total"].as_f64().unwrap();
+    assert!((0.6..1.4).contains(&(memory / planned)), "{memory} of {planned}");
+}

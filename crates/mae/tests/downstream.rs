@@ -287,7 +287,10 @@ fn neighbours_vote() {
         let text = std::fs::read_to_string(desk.path(out)).unwrap();
         (serde_json::from_str(&text).unwrap(), said, noted)
     };
-    let (report, said, noted) = knn("a.json", &["--threads", "1", "--batch", "7"]);
+    let flags = ["--threads", "1", "--batch", "7", "--page", "a.html"];
+    let (report, said, noted) = knn("a.json", &flags);
+    let page = std::fs::read_to_string(desk.path("a.html")).unwrap();
+    assert!(page.contains("Nearest neighbours</h2>") && page.contains("image/png"), "{page}");
     assert!(noted.contains("no result for k = [100, 200]: there are 60 training"), "{noted}");
     let names: Vec<&str> = report["rows"]
         .as_array()

@@ -136,10 +136,15 @@ fn judged(fixture: &Fixture, run: &str) {
     command
         .args(["eval", "classify", &folder, "--val", "data", "--all", "--out"])
         .arg(&out)
+        .arg("--page")
+        .arg(out.with_extension("html"))
         .current_dir(fixture.dir.path())
         .envs(lacuna_mae::runtime::CPU_ENV.iter().copied());
     let (code, text, err) = said(&command.output().expect("it starts"));
     assert_eq!(code, 0, "{text}{err}");
+    let page = std::fs::read_to_string(out.with_extension("html")).expect("a page");
+    assert!(page.contains("What was taken for what") && !page.contains("http"), "{page}");
+    assert!(page.contains("data:image/png;base64,"), "mistakes are shown: {page}");
     let report: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(out).expect("a report")).expect("JSON");
     let results = report["results"].as_array().expect("results");

@@ -102,7 +102,8 @@ mod tests {
         let g_norm = trust * of(0, "w_l2") / of(1, "q");
         let p_norm = of(0, "q") * g_norm / trust;
         let moved = lr * of(0, "q") * g_norm;
-        let cos = (p_norm.powi(2) + moved.powi(2) - of(0, "w_l2").powi(2)) / (2.0 * p_norm * moved);
+        let square = |x: f64| x * x;
+        let cos = (square(p_norm) + square(moved) - square(of(0, "w_l2"))) / (2.0 * p_norm * moved);
         let g = [g_norm * cos, g_norm * (1.0 - cos * cos).sqrt()].map(|x| x as f32);
         let (mut p, mut m) = ([p_norm as f32, 0.0], [0f32; 2]);
         // A bias has plain momentum: two updates tell its gradient, the third must follow.

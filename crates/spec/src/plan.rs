@@ -1,6 +1,7 @@
 //! What a spec comes to, worked out without a machine: sizes, work, steps, and the share of each
 //! number of workers.
 
+mod memory;
 mod warnings;
 
 use std::fmt;
@@ -10,7 +11,9 @@ use lacuna_recipe::state::Layout;
 
 use crate::run_spec::{Order, ResolveError, Resolved, RunSpec};
 use crate::units::Length;
-use crate::units::grouped;
+use crate::units::{grouped, size};
+
+pub use memory::Memory;
 
 /// Efficiency below which a number of workers is warned about: one in seven would be idle.
 pub const EFFICIENCY_WARNING: f64 = 0.85;
@@ -49,6 +52,8 @@ pub struct PlanReport {
     pub n_slots: u32,
     /// Bytes of parameters, moments and exponents: one checkpoint, but for its manifest.
     pub checkpoint_bytes: u64,
+    /// What a worker holds in memory.
+    pub memory: Memory,
     /// One row for every number of workers that the spec allows.
     pub workers: Vec<WorkerRow>,
     /// Steps and schedule, where the size of the data is known.
@@ -75,7 +80,8 @@ pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
         peak_lr: spec.peak_lr(),
         n_slots,
         checkpoint_bytes: n_params * STATE_BYTES + n_exponents * EXPONENT_BYTES,
-        warnings: warnings::warnings(spec, &workers, n_slots, per_epoch),
+        memory: Memory::of(spec, n_params),
+        warnings: warnings::warnings(spec, n_params, &workers, per_epoch),
         workers,
         data,
         spec: spec.clone(),
@@ -101,6 +107,37 @@ impl fmt::Display for PlanReport {
 }
 
 impl PlanReport {
+    /// Returns the figures for programs: bytes, FLOPs, steps; `steps` is null where the data's size
+    /// is not known and the duration is in epochs.
+    pub fn to_json(&self) -> serde_json::Value {
+        let resolved = self.data.as_ref().and_then(|data| data.as_ref().ok());
+        let steps = match (resolved, self.spec.train.duration) {
+            (Some(resolved), _) => Some(resolved.total_steps),
+            (None, Length::Steps(n)) => Some(n),
+            (None, Length::Epochs(_)) => None,
+        };
+        let row = |row: &WorkerRow| {
+            serde_json::json!({
+                "workers": row.n_workers, "rounds": row.rounds, "efficiency": row.efficiency,
+            })
+        };
+        serde_json::json!({
+            "run": self.spec.name, "maths": self.spec.maths_digest().to_hex().to_string(),
+            "parameters": self.n_params, "tensors": self.n_tensors,
+            "flops_per_image": self.flops_per_image, "peak_lr": self.peak_lr,
+            "slots": self.n_slots, "slot_batch": self.spec.train.slot_batch,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "memory_bytes": {
+                "total": self.memory.total(), "state": self.memory.state,
+                "slot": self.memory.slot, "libraries": self.memory.libraries,
+            },
+            "steps": steps,
+            "steps_per_epoch": resolved.map(|resolved| resolved.geometry.steps_per_epoch()),
+            "workers": self.workers.iter().map(row).collect::<Vec<_>>(),
+            "warnings": self.warnings,
+        })
+    }
+
     fn fmt_model(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (spec, model) = (&self.spec, &self.spec.model);
         let [height, width] = model.img_size;
@@ -123,7 +160,18 @@ impl PlanReport {
             metric(self.flops_per_image),
             metric(per_step)
         )?;
-        writeln!(f, "checkpoint   {}B", metric(self.checkpoint_bytes as f64))
+        writeln!(f, "checkpoint   {}", size(self.checkpoint_bytes))?;
+        let Memory { state, slot, libraries } = self.memory;
+        writeln!(
+            f,
+            "memory       about {} a worker: {} for parameters, moments and sums, {} for a slot \
+             of {}, {} for libraries",
+            size(self.memory.total()),
+            size(state),
+            size(slot),
+            spec.train.slot_batch,
+            size(libraries),
+        )
     }
 
     fn fmt_steps(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use lacuna_api::client::{ClientError, connect};
+use lacuna_api::client::connect;
+use lacuna_api::tls::TlsError;
 use lacuna_api::v1;
 use lacuna_api::v1::worker_service_client::WorkerServiceClient;
 use lacuna_checkpoint::chain;
@@ -29,7 +30,7 @@ use crate::args::{AgentArgs, CredentialArgs, DevicesError, OnDrain, parse_device
 use crate::engine::Backend;
 use crate::entry::CodedError;
 use crate::trainer::session::Signals;
-use crate::trainer::uplink::refused;
+use crate::trainer::uplink::{hopeless, refused};
 
 mod slurm;
 
@@ -52,7 +53,10 @@ const LINE_CHARS_MAX: usize = 1000;
 pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
     let usage = |message: String| CodedError { code: exit::USAGE, message };
     let devices = devices(&args)?;
-    let credentials = args.credentials.read().map_err(|err| usage(chain(&err)))?;
+    let credentials = args.credentials.read().map_err(|err| match &err {
+        TlsError::OutOfDate { .. } => CodedError { code: exit::UNAUTHORISED, message: chain(&err) },
+        _ => usage(chain(&err)),
+    })?;
     if !args.bind_addr.ip().is_loopback() && credentials.is_empty() {
         let message = format!(
             "refusing to listen on {}: the coordinator, which tells members of a group their key, \
@@ -530,8 +534,7 @@ impl Uplink {
         let credentials = self.credentials.read().map_err(|err| (chain(&err), None))?;
         let opened = connect(&self.url, Duration::from_secs(5), &credentials).await;
         let channel = opened.map_err(|err| {
-            let wrong = matches!(err, ClientError::Address { .. } | ClientError::Scheme { .. });
-            (chain(&err), wrong.then_some(exit::USAGE))
+            (chain(&err), hopeless(&err, self.was_let_in.load(Ordering::Relaxed)))
         })?;
         let (requests, outgoing) = mpsc::channel(QUEUE);
         // The queue is new and has room.

@@ -353,7 +353,8 @@ pub struct ValidateRunRequest {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ValidateRunResponse {
-    /// The whole specification in JSON, where nothing is wrong: what CreateRun takes.
+    /// The whole specification in JSON, where nothing is wrong. CreateRun takes it once `data.order` is
+    /// "global" or "block", which depends on the data: only who reads it knows.
     #[prost(string, tag = "1")]
     pub effective: ::prost::alloc::string::String,
     /// What is wrong, by place.

@@ -22,6 +22,8 @@ use lacuna_collective::{
 use lacuna_types::Generation;
 
 const DEADLINE: Duration = Duration::from_secs(60);
+/// Lanes of the control word.
+const WORD: usize = 16;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -110,10 +112,26 @@ fn member(rank: usize, kind: &str, n_bytes: usize, repeats: usize) -> Result<(),
             let mut buffer: Vec<i32> = vec![0; n_bytes / 4];
             time(&mut collective, repeats, |comm| comm.all_reduce_i32(&mut buffer, DEADLINE))?
         }
+        "fast" => {
+            let mut buffer: Vec<f32> = vec![0.0; n_bytes / 4];
+            let mut word: Vec<i64> = vec![0; WORD];
+            time(&mut collective, repeats, |comm| {
+                comm.all_reduce_f32(&mut buffer, DEADLINE)?;
+                comm.all_reduce_i64(&mut word, DEADLINE)
+            })?
+        }
+        "exact" => {
+            let mut buffer: Vec<i64> = vec![0; n_bytes / 8];
+            let mut word: Vec<i64> = vec![0; WORD];
+            time(&mut collective, repeats, |comm| {
+                comm.all_reduce_i64(&mut buffer, DEADLINE)?;
+                comm.all_reduce_i64(&mut word, DEADLINE)
+            })?
+        }
         "exact32" => {
             let mut buffer: Vec<i32> = vec![0; n_bytes / 4];
             // The control word, and a magnitude every 2048 elements.
-            let mut tail: Vec<i64> = vec![0; 16 + n_bytes / 4 / 2048];
+            let mut tail: Vec<i64> = vec![0; WORD + n_bytes / 4 / 2048];
             time(&mut collective, repeats, |comm| {
                 comm.all_reduce_i32(&mut buffer, DEADLINE)?;
                 comm.all_reduce_i64(&mut tail, DEADLINE)

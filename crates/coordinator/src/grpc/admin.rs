@@ -81,10 +81,24 @@ impl AdminService for Grpc {
         let v1::DrainWorkerRequest { worker_id, why } = request.into_inner();
         let malformed = |err: lacuna_types::NameError| status(Reason::Malformed, err.to_string());
         let worker: WorkerId = worker_id.parse().map_err(malformed)?;
-        let holds =
-            |h: &&RunHandle| h.ends.view.borrow().status.workers.iter().any(|w| w.worker == worker);
+        // An ended run still lists the workers that it had.
+        let holds = |h: &&RunHandle| {
+            let view = h.ends.view.borrow();
+            view.ending.is_none() && view.status.workers.iter().any(|w| w.worker == worker)
+        };
         let input = self.0.runs().values().find(holds).map(|h| h.ends.input.clone());
-        let none = || status(Reason::WorkerNotFound, format!("no run has a worker {worker}"));
+        let waits = self.0.devices().iter().any(|(id, _)| *id == worker);
+        let none = || match waits {
+            true => status(
+                Reason::WrongState,
+                format!(
+                    "worker {worker} waits for a run and has nothing to hand over: end its agent, \
+                     or `lacuna ban {}`",
+                    node_of(&worker)
+                ),
+            ),
+            false => status(Reason::WorkerNotFound, format!("no run has a worker {worker}")),
+        };
         ask(input.ok_or_else(none)?, Event::Drain { worker: worker.clone(), why: bounded(why) })
             .await?;
         Ok(Response::new(v1::DrainWorkerResponse {}))

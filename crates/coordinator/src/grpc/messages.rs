@@ -47,7 +47,11 @@ pub(crate) fn run_of_view(id: &RunId, handle: &RunHandle, view: View) -> v1::Run
         n_slots: handle.spec.n_slots(),
         checkpoint_step: status.checkpoint.map(|c| c.step.0),
         final_digest,
-        workers: status.workers.into_iter().map(worker).collect(),
+        // Who was with a run that is over is with others by now.
+        workers: match ending {
+            None => status.workers.into_iter().map(worker).collect(),
+            Some(_) => Vec::new(),
+        },
         figures: figures.map(figures_message),
         spec: handle.spec_json.clone(),
         exit_code: exit_code.map(u32::from),

@@ -38,7 +38,7 @@ pub(super) async fn scale(
         Ok(Ok(true)) => Ok(()),
         Ok(Ok(false)) => Err(changed_since(id)),
         Ok(Err(_)) => Err(going_down()),
-        Err(_) => Err(Status::deadline_exceeded("the run did not take the wish in time")),
+        Err(_) => Err(status(Reason::TimedOut, "the run did not take the wish in time")),
     }
 }
 

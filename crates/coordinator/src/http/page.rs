@@ -28,6 +28,8 @@ const EVENTS_MAX: u64 = 200;
 const OTHERS_MAX: usize = 12;
 /// Checkpoints that a page shows.
 const CHECKPOINTS_MAX: usize = 50;
+/// Events of groups that a page shows.
+const GROUPS_MAX: u64 = 100;
 /// Kinds of events that tell of groups.
 const GROUPS: &[&str] =
     &["forming", "formed", "lost", "leaving", "recovered", "set-aside", "distrusted", "stuck"];
@@ -144,6 +146,7 @@ pub(super) fn look(shared: &Shared, id: &RunId) -> Option<Now> {
 pub(super) struct Past {
     figures: BTreeMap<u64, Figures>,
     events: Vec<Update>,
+    groups: Vec<Update>,
     pictures: Vec<PicturePlace>,
 }
 
@@ -153,6 +156,7 @@ impl Past {
         Ok(Past {
             figures: store.some_figures(id, POINTS_MAX)?,
             events: store.last_events(id, EVENTS_MAX)?,
+            groups: store.last_events_of(id, GROUPS, GROUPS_MAX)?,
             pictures: store.pictures(id)?,
         })
     }
@@ -254,7 +258,6 @@ pub(super) fn run(
     let spec: serde_json::Value = serde_json::from_str(&run.spec).unwrap_or_default();
     let shares: Vec<(&str, f64)> =
         Share::ALL.iter().map(|share| (share.word(), times.seconds(*share))).collect();
-    let (groups, events) = event_rows(&past.events);
     RunPage {
         row: Row::of(run),
         why: run.why.clone(),
@@ -270,8 +273,8 @@ pub(super) fn run(
         checkpoints_note: checkpoints_note(saved),
         deeds: if may_act { deeds_in(&run.state) } else { &[] },
         others,
-        groups,
-        events,
+        groups: event_rows(&past.groups, true),
+        events: event_rows(&past.events, false),
         pictures: picture_rows(&past.pictures),
         maths: format!("{}-{:.16}", run.etag, run.fingerprint),
         norm_pix: spec["model"]["norm_pix_loss"].as_bool().unwrap_or(false),
@@ -436,18 +439,18 @@ fn worker_row(worker: &v1::RunWorker) -> WorkerRow {
     }
 }
 
-/// Splits events into those of groups and the others, the newest first.
-fn event_rows(events: &[Update]) -> (Vec<EventRow>, Vec<EventRow>) {
-    let (mut groups, mut others) = (Vec::new(), Vec::new());
-    for event in events {
-        if let Update::Event { kind, warning, text, at_ms } = event {
+/// Describes events, the newest first: those of groups, or all others.
+fn event_rows(events: &[Update], of_groups: bool) -> Vec<EventRow> {
+    let row = |event: &Update| match event {
+        Update::Event { kind, warning, text, at_ms }
+            if GROUPS.contains(&kind.as_str()) == of_groups =>
+        {
             let tone = if *warning { "warn" } else { "idle" };
-            let row =
-                EventRow { when: clock(*at_ms), kind: kind.clone(), tone, text: text.clone() };
-            if GROUPS.contains(&kind.as_str()) { groups.push(row) } else { others.push(row) }
+            Some(EventRow { when: clock(*at_ms), kind: kind.clone(), tone, text: text.clone() })
         }
-    }
-    (groups, others)
+        _ => None,
+    };
+    events.iter().filter_map(row).collect()
 }
 
 /// Writes a date and its time of day, UTC.

@@ -28,6 +28,7 @@ fn task(kind: TaskKind, pool: Pool) -> TaskSpec {
         cutmix: on(1.0),
         label_smoothing: on(0.1),
         random_erasing: on(0.25),
+        rand_augment: on(9.0),
     }
 }
 
@@ -98,6 +99,24 @@ fn engines_of_tasks_keep_the_contract() {
 fn without_mixing_a_slot_is_made_of_its_samples() {
     let plain = TaskSpec { mixup: 0.0, cutmix: 0.0, ..task(TaskKind::Finetune, Pool::Avg) };
     lacuna_worker::conformance::weights_of_zero_add_nothing(&spec(plain), &FromSeed);
+}
+
+/// What RandAugment does depends on the sample's draws alone, and it does something.
+#[test]
+fn augmented_images_are_others_and_the_same_each_time() {
+    let finetune = task(TaskKind::Finetune, Pool::Avg);
+    let of = |rand_augment: f64| {
+        let mut engine = engine(&spec(TaskSpec { rand_augment, ..finetune.clone() }));
+        [gradient(&mut engine, &batch()), gradient(&mut engine, &batch())]
+    };
+    let (with, without) = (of(9.0), of(0.0));
+    assert_eq!(with[0], with[1]);
+    assert_ne!(with[0], without[0]);
+    let program = Classification::new(
+        finetune.clone(),
+        Arc::new(EncoderWeights::fresh(&spec(finetune).model, 0)),
+    );
+    assert!(program.augments());
 }
 
 /// A bad sample that is shown all the same changes neither its partner's image nor its target.

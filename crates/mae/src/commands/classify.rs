@@ -9,7 +9,7 @@ use lacuna_checkpoint::chain;
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::load::{find_step, load_params};
 use lacuna_checkpoint::manifest::Manifest;
-use lacuna_data::Dataset;
+use lacuna_data::{Dataset, ImageShape};
 use lacuna_mae::classify::{EncoderWeights, Head, classifier_params};
 use lacuna_recipe::eval::metrics::Tally;
 use lacuna_recipe::state::Layout;
@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use super::batches::{self, ComputeArgs, Images};
 use super::feature_file::Partial;
+use super::page::{Mistake, Page, Pictures};
 use super::report::result_json;
 use super::source::{run_dir, shape_of};
 use super::{io, usage};
@@ -42,6 +43,22 @@ pub struct ClassifyArgs {
     /// Where the report goes, JSON.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// A page to look at: confusion matrix, and the mistakes that the best checkpoint was surest
+    /// of.
+    #[arg(long, value_name = "FILE.html")]
+    page: Option<PathBuf>,
+}
+
+/// Mistakes that a page shows.
+const MISTAKES_MAX: usize = 40;
+
+/// What came of one checkpoint.
+struct Judged {
+    step: u64,
+    tally: Tally,
+    /// The surest first.
+    mistakes: Vec<Mistake>,
+    shape: ImageShape,
 }
 
 /// Format of the report.
@@ -57,13 +74,13 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     if ids.is_empty() {
         return Err(usage(format!("--val `{}` has no labels", args.val.display())));
     }
-    let mut results: Vec<(u64, Tally)> = Vec::new();
+    let mut results: Vec<Judged> = Vec::new();
     let mut n_classes = 0;
     for manifest in manifests(&dir, args)? {
         let (spec, task) = task_of(&manifest)?;
         n_classes = task.classes.max(val.index().n_classes());
         let head = load(&dir, &manifest, &spec, &task, args)?;
-        let tally = judge(&head, &spec, (&val, &ids), args)?;
+        let (tally, mistakes) = judge(&head, &spec, (&val, &ids), args)?;
         println!(
             "step {:>8}  top-1 {:6.2}%  top-5 {:6.2}%  per class {:6.2}%",
             manifest.step,
@@ -71,15 +88,20 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
             100.0 * tally.top5(),
             100.0 * tally.mean_per_class()
         );
-        results.push((manifest.step, tally));
+        results.push(Judged { step: manifest.step, tally, mistakes, shape: shape_of(&spec.model) });
     }
     // Of equal ones the earlier: what came after did not help.
-    let best = results.iter().max_by(|(a, x), (b, y)| x.top1().total_cmp(&y.top1()).then(b.cmp(a)));
-    let best = best.map(|(step, _)| *step).expect("there is a checkpoint");
+    let better = |a: &&Judged, b: &&Judged| {
+        a.tally.top1().total_cmp(&b.tally.top1()).then(b.step.cmp(&a.step))
+    };
+    let best = results.iter().max_by(better).expect("there is a checkpoint");
     if results.len() > 1 {
-        println!("best: step {best}");
+        println!("best: step {}", best.step);
     }
-    let report = report(args, &results, best, n_classes);
+    if let Some(path) = &args.page {
+        write_page(path, args, best, n_classes, &val)?;
+    }
+    let report = report(args, &results, best.step, n_classes);
     let mut file = Partial::create(&args.out)?;
     file.write(format!("{report}\n").as_bytes())?;
     file.publish()?;
@@ -87,8 +109,25 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     Ok(exit::OK)
 }
 
-fn report(args: &ClassifyArgs, results: &[(u64, Tally)], best: u64, n_classes: u32) -> Value {
-    let one = |(step, tally): &(u64, Tally)| {
+fn write_page(
+    path: &Path,
+    args: &ClassifyArgs,
+    best: &Judged,
+    n_classes: u32,
+    val: &Dataset,
+) -> anyhow::Result<()> {
+    let title = format!("{} at step {}", args.run.display(), best.step);
+    let mut page = Page::new(&title, &format!("images of {}", args.val.display()), &args.val);
+    page.scores(&best.tally);
+    page.confusion(&best.tally, n_classes);
+    page.mistakes(&best.mistakes, &mut Pictures::new(val, best.shape))?;
+    page.write(path)?;
+    println!("{}: the page", path.display());
+    Ok(())
+}
+
+fn report(args: &ClassifyArgs, results: &[Judged], best: u64, n_classes: u32) -> Value {
+    let one = |Judged { step, tally, .. }: &Judged| {
         let mut out = result_json(tally, n_classes);
         out["step"] = json!(step);
         out
@@ -193,21 +232,37 @@ fn judge(
     spec: &RunSpec,
     (val, ids): (&Dataset, &[u64]),
     args: &ClassifyArgs,
-) -> anyhow::Result<Tally> {
+) -> anyhow::Result<(Tally, Vec<Mistake>)> {
     let images =
         Images { dataset: val, shape: shape_of(&spec.model), ids, batch: args.compute.batch() };
     let workers: Vec<Head> = threads(args, ids).map(|_| head.share()).collect();
     let work = |head: &mut Head, pixels: &[u8]| head.logits(pixels);
     let n_classes = head.n_classes();
     let mut tally = Tally::default();
+    let mut mistakes: Vec<Mistake> = Vec::new();
     images.for_each("val", workers, work, |at, logits| {
         for (row, id) in logits.chunks_exact(n_classes).zip(&ids[at..]) {
             let mut ranked: Vec<u32> = (0..n_classes as u32).collect();
             // Of equal logits the smaller class first.
             ranked.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b)));
-            tally.add(val.label(SampleId(*id)).expect("it has one"), &ranked);
+            let truth = val.label(SampleId(*id)).expect("it has one");
+            tally.add(truth, &ranked);
+            if ranked[0] != truth {
+                let (id, said) = (*id, ranked[0]);
+                mistakes.push(Mistake { id, truth, said, share: share_of(row, said) });
+            }
         }
+        // The surest ones are enough, however many there are.
+        mistakes.sort_by(|a, b| b.share.total_cmp(&a.share).then(a.id.cmp(&b.id)));
+        mistakes.truncate(MISTAKES_MAX);
         Ok(())
     })?;
-    Ok(tally)
+    Ok((tally, mistakes))
+}
+
+/// Returns the share that a model gives a class: the softmax of its logits.
+fn share_of(logits: &[f32], class: u32) -> f64 {
+    let most = logits.iter().fold(f32::NEG_INFINITY, |most, x| most.max(*x));
+    let weight = |x: f32| f64::from(x - most).exp();
+    weight(logits[class as usize]) / logits.iter().map(|x| weight(*x)).sum::<f64>()
 }

@@ -19,6 +19,7 @@ use lacuna_types::{SampleId, exit};
 use tch::{Kind, Tensor};
 
 use super::batches::{self, ComputeArgs, Images};
+use super::page::{Neighbours, Page, Pictures};
 use super::report::{KnnReport, Row, Side};
 use super::source::{Need, SizeArgs, SourceArgs, shape_of};
 use super::{random_params, usage};
@@ -66,7 +67,13 @@ pub struct KnnArgs {
     /// Where the report goes, JSON.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// A page to look at: confusion matrix, and images with their nearest neighbours.
+    #[arg(long, value_name = "FILE.html")]
+    page: Option<PathBuf>,
 }
+
+/// Images that a page shows with their neighbours, and neighbours of each.
+const ON_PAGE: (usize, usize) = (16, 7);
 
 /// Most neighbours: with 50,000 images this many take 400 MB for each kind of features.
 const K_MAX: i64 = 1000;
@@ -153,6 +160,33 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     let label = |dataset: &Dataset, id: u64| {
         dataset.label(SampleId(id)).expect("samples without a label were left out")
     };
+    if let Some(path) = &args.page {
+        let class_of = |sample: u32| label(&train, train_ids[sample as usize]);
+        let shown = shown_neighbours(
+            &found[0],
+            &val_ids,
+            |id| label(&val, id),
+            |sample| (train_ids[sample as usize], class_of(sample)),
+        );
+        let mut tally = Tally::default();
+        for (&id, neighbors) in val_ids.iter().zip(&found[0]) {
+            tally
+                .add(label(&val, id), &vote(neighbors, ks[0] as usize, class_of, args.temperature));
+        }
+        let title = format!("Nearest neighbours by {}", loaded.origin.source);
+        let facts = format!("k = {}, images of {}", ks[0], args.val.display());
+        let shape = shape_of(extractor.encoder.model());
+        let mut page = Page::new(&title, &facts, &args.val);
+        page.scores(&tally);
+        page.neighbours(
+            &shown,
+            &mut Pictures::new(&val, shape),
+            &mut Pictures::new(&train, shape),
+        )?;
+        page.confusion(&tally, train.index().n_classes().max(val.index().n_classes()));
+        page.write(path)?;
+        println!("{}: the page", path.display());
+    }
     let rows = kinds.iter().zip(found).map(|(&(features, dim), neighbors)| {
         let class_of = |sample: u32| label(&train, train_ids[sample as usize]);
         let tally = |k: u32| -> Tally {
@@ -181,6 +215,28 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     print!("{}", report.table());
     println!("{}: the report, with classes and confusion matrices", args.out.display());
     Ok(exit::OK)
+}
+
+/// Chooses images evenly among those that were classified, with their nearest neighbours.
+fn shown_neighbours(
+    neighbors: &[Vec<Neighbor>],
+    ids: &[u64],
+    class: impl Fn(u64) -> u32,
+    sample: impl Fn(u32) -> (u64, u32),
+) -> Vec<Neighbours> {
+    let (n, k) = ON_PAGE;
+    let near = |neighbor: &Neighbor| {
+        let (id, class) = sample(neighbor.sample);
+        (id, class, neighbor.similarity)
+    };
+    let every = ids.len().div_ceil(n).max(1);
+    let chosen = ids.iter().zip(neighbors).step_by(every);
+    let row = |(id, all): (&u64, &Vec<Neighbor>)| Neighbours {
+        id: *id,
+        class: class(*id),
+        near: all.iter().take(k).map(near).collect(),
+    };
+    chosen.map(row).collect()
 }
 
 fn check(args: &KnnArgs) -> anyhow::Result<()> {

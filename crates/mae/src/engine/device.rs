@@ -121,7 +121,8 @@ impl DeviceTorchEngine {
         batch: &SlotBatch,
     ) -> Result<(Tensor, Vec<(usize, Tensor)>), EngineError> {
         self.slot.check(batch)?;
-        self.pixels.load(&batch.pixels)?;
+        let draws = draws_of(self.setup.seed, batch);
+        self.pixels.load(&self.slot.augmented(batch, &draws))?;
         // In tests the CPU stands for the device, and does not wait for the stream by itself.
         if self.place.device == Device::Cpu {
             self.state.get_mut().finish()?;
@@ -135,7 +136,6 @@ impl DeviceTorchEngine {
             let images_bchw =
                 unsafe { view_at(pixels.address(), &slot.image_shape(), self.place.device) };
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
-            let draws = draws_of(self.setup.seed, batch);
             let labels = &batch.labels[..];
             let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws, labels };
             // All are kept: the device may read them until it is waited for.

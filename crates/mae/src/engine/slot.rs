@@ -1,5 +1,6 @@
 //! The computation of one slot shape: loss and gradients, on whatever device the weights are.
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::sync::Arc;
 
@@ -157,6 +158,20 @@ impl SlotProgram {
             }
         }
         Ok(())
+    }
+
+    /// Returns the slot's bytes as the objective wants to see them.
+    pub fn augmented<'a>(&self, batch: &'a SlotBatch, draws: &[Draws]) -> Cow<'a, [u8]> {
+        if !self.objective.augments() {
+            return Cow::Borrowed(&batch.pixels);
+        }
+        let mut pixels = batch.pixels.clone();
+        let [height, width] = self.model.img_size.map(|side| side as usize);
+        let images = pixels.chunks_exact_mut(self.n_pixels() / self.batch);
+        for (image, draws) in images.zip(draws) {
+            self.objective.augment(image, [height, width], draws);
+        }
+        Cow::Owned(pixels)
     }
 
     /// Returns the tensors in the order in which the backward pass finishes them.

@@ -422,4 +422,10 @@ pub(super) const FIELDS: &[Field] = &[
         "0.25",
         "fine-tuning: share of the images in which a box is filled with noise",
     ),
+    maths(
+        "task.rand_augment",
+        Kind::Number(Interval::from(0.0, 10.0)),
+        "9.0",
+        "fine-tuning: magnitude of two random changes of colours or geometry, 0 off",
+    ),
 ];

@@ -2,7 +2,7 @@
 
 use super::{EFFICIENCY_WARNING, WorkerRow, row};
 use crate::run_spec::{Reduce, RunSpec, SLOTS_MAX};
-use crate::units::{Cadence, Length};
+use crate::units::{Cadence, Length, grouped};
 
 /// Slots above which sums of 32 bits are warned about, and the bits that this many leave a slot's
 /// largest elements.
@@ -16,15 +16,26 @@ const NAMED_MAX: usize = 12;
 /// are smaller than this.
 const PEAK_MAX: f64 = 0.1;
 
+/// Parameters above which a model is probably a slip of the hand: every worker holds all of them.
+const PARAMS_MAX: u64 = 100_000_000_000;
+/// Share of the wanted slot below which a smaller one is not advised: small slots waste a device.
+const SLOT_SHARE_MIN: u32 = 4;
+
 /// Lists what is probably not wanted; `per_epoch` are the steps of an epoch, where they are known.
 pub(super) fn warnings(
     spec: &RunSpec,
+    n_params: u64,
     workers: &[WorkerRow],
-    n_slots: u32,
     per_epoch: Option<u64>,
 ) -> Vec<String> {
     let mut out: Vec<String> = Vec::new();
-    shares(&mut out, spec, workers, n_slots);
+    if n_params > PARAMS_MAX {
+        out.push(format!(
+            "{} parameters: every worker holds all of them, with their moments; is `model` right?",
+            grouped(n_params)
+        ));
+    }
+    shares(&mut out, spec, workers, spec.n_slots());
     arithmetic(&mut out, spec, per_epoch);
     checkpoints(&mut out, spec, per_epoch);
     folders(&mut out, spec);
@@ -47,8 +58,15 @@ fn shares(out: &mut Vec<String>, spec: &RunSpec, workers: &[WorkerRow], n_slots:
             named += &format!(" and {} more", low.len() - NAMED_MAX);
         }
         let mut text = format!("under {EFFICIENCY_WARNING} efficiency with {named} workers");
-        if let Some(slot_batch) = better_slot_batch(spec) {
-            text += &format!("; `train.slot_batch` = {slot_batch} avoids it, as another run");
+        match (better_slot_batch(spec), better_workers(spec, n_slots)) {
+            (Some(slot_batch), _) => {
+                text += &format!(
+                    "; `train.slot_batch` = {slot_batch} avoids it, and is another run: it changes \
+                     the maths"
+                );
+            }
+            (None, Some(range)) => text += &format!("; `elastic.workers` = \"{range}\" avoids it"),
+            (None, None) => {}
         }
         out.push(text);
     }
@@ -70,7 +88,18 @@ fn better_slot_batch(spec: &RunSpec) -> Option<u32> {
             && n_slots <= SLOTS_MAX
             && (workers.min..=workers.max).all(fine)
     };
-    (1..spec.train.slot_batch).rev().find(serves)
+    let least = spec.train.slot_batch.div_ceil(SLOT_SHARE_MIN);
+    (least..spec.train.slot_batch).rev().find(serves)
+}
+
+/// Finds the longest range of the allowed numbers of workers that are all served well.
+fn better_workers(spec: &RunSpec, n_slots: u32) -> Option<String> {
+    let workers = spec.elastic.workers;
+    let fine = |n: &u32| row(n_slots, *n).efficiency >= EFFICIENCY_WARNING;
+    let all: Vec<u32> = (workers.min..=workers.max.min(n_slots)).collect();
+    let ranges = all.chunk_by(|a, b| fine(a) == fine(b)).filter(|range| fine(&range[0]));
+    let longest = ranges.max_by_key(|range| (range.len(), range[0]))?;
+    Some(format!("{}:{}", longest[0], longest[longest.len() - 1]))
 }
 
 fn arithmetic(out: &mut Vec<String>, spec: &RunSpec, per_epoch: Option<u64>) {

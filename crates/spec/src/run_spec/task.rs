@@ -55,4 +55,5 @@ pub struct TaskSpec {
     pub cutmix: f64,
     pub label_smoothing: f64,
     pub random_erasing: f64,
+    pub rand_augment: f64,
 }

@@ -101,6 +101,18 @@ fn path_fault(text: &str, schemes: &[&str]) -> Option<Fault> {
         let message = format!(" = `{}` is a URL with one slash", echo(text));
         return Some((message, format!("write `{scheme}://`")));
     }
+    if let Some(scheme) = parts.clone().next().and_then(|part| {
+        let (scheme, rest) = part.split_once(':')?;
+        (schemes.contains(&scheme) && !rest.is_empty()).then_some(scheme)
+    }) {
+        let message = format!(" = `{}` is a URL without slashes", echo(text));
+        return Some((message, format!("write `{scheme}://`")));
+    }
+    if let Some(part) = parts.clone().find(|part| part.contains('{') && part.contains('}')) {
+        let message = format!(" = `{}` holds the pattern `{}`", echo(text), echo(part));
+        let fix = "give the folder, or its `index.lacuna`".to_string();
+        return Some((message, fix));
+    }
     let of_shell = |part: &&str| *part == "~" || part.starts_with('$') || part.contains("${");
     let part = parts.find(of_shell)?;
     let message = format!(" = `{}` holds `{}`, which is not replaced here", echo(text), echo(part));

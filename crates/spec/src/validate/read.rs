@@ -139,6 +139,13 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn pair(&mut self, path: &str) -> Option<[f64; 2]> {
+        let node = self.required(path)?;
+        if !matches!(node.value, Value::Array(_)) {
+            let message = format!("`{path}` must be 2 numbers, not {}", node.value.describe());
+            let fix = format!("for example {}", field(path).example);
+            self.problem(node.at, path, message, Some(fix));
+            return None;
+        }
         let list = self.floats(path)?;
         match <[f64; 2]>::try_from(list) {
             Ok(pair) => Some(pair),

@@ -5,21 +5,30 @@ use crate::fields::{Field, Kind, fields};
 /// What other training programs call our keys.
 const FOREIGN_NAMES: &[(&str, &str)] = &[
     ("accum_iter", "train.slot_batch"),
+    ("amp", "train.precision"),
     ("batch_size", "train.batch"),
     ("blr", "optim.base_lr"),
     ("data_path", "data.shards"),
     ("decoder_embed_dim", "model.decoder_width"),
     ("decoder_num_heads", "model.decoder_heads"),
+    ("dtype", "train.precision"),
     ("embed_dim", "model.width"),
+    ("encoder_depth", "model.depth"),
+    ("encoder_heads", "model.heads"),
+    ("encoder_width", "model.width"),
     ("epochs", "train.duration"),
     ("extends", "base"),
     ("global_batch_size", "train.batch"),
     ("image_size", "model.img_size"),
     ("in_chans", "model.channels"),
     ("input_size", "model.img_size"),
+    ("keep_every", "checkpoint.keep.every"),
+    ("keep_last", "checkpoint.keep.last"),
     ("learning_rate", "optim.base_lr"),
     ("lr", "optim.base_lr"),
     ("max_steps", "train.duration"),
+    ("max_workers", "elastic.workers"),
+    ("min_workers", "elastic.workers"),
     ("micro_batch", "train.slot_batch"),
     ("num_heads", "model.heads"),
     ("num_workers", "data.threads"),
@@ -37,6 +46,10 @@ const SECRET_WORDS: &[&str] =
 
 /// Says what to do about a key that nobody knows.
 pub(super) fn instead_of(parent: &str, key: &str) -> String {
+    if parent == "optim" && matches!(key, "name" | "optimizer" | "type") {
+        return "remove it: pre-training follows AdamW, and a [task] has `task.optimizer`"
+            .to_string();
+    }
     if !parent.is_empty() && matches!(key, "schema" | "name" | "base") {
         return format!("write `{key}` above the first [section]");
     }
@@ -142,6 +155,10 @@ fn suggest(parent: &str, key: &str) -> Option<&'static str> {
         let best = closest(word, paths.iter().map(|path| last(path)))?;
         paths.into_iter().find(|path| last(path) == best)
     };
+    let foreign = FOREIGN_NAMES.iter().find(|(name, _)| *name == key);
+    if let Some((_, path)) = foreign {
+        return Some(path);
+    }
     if let Some(path) = find(key, &mut { siblings }) {
         return Some(path);
     }
@@ -149,10 +166,6 @@ fn suggest(parent: &str, key: &str) -> Option<&'static str> {
         && let Some(section) = closest(key, sections().chain(["base"]))
     {
         return Some(section);
-    }
-    let foreign = FOREIGN_NAMES.iter().find(|(name, _)| *name == key);
-    if let Some((_, path)) = foreign {
-        return Some(path);
     }
     find(key, &mut paths().chain(["base"]))
 }

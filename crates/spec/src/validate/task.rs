@@ -5,17 +5,18 @@ use crate::node::{Value, find};
 use crate::run_spec::{Optimizer, Pool, TaskKind, TaskSpec};
 
 /// Keys that change how images are shown to an encoder that learns.
-const OF_FINETUNING: [&str; 6] = [
+const OF_FINETUNING: [&str; 7] = [
     "task.layer_decay",
     "task.drop_path",
     "task.mixup",
     "task.cutmix",
     "task.label_smoothing",
     "task.random_erasing",
+    "task.rand_augment",
 ];
 
 /// Values of these keys by which nothing is done.
-const NOTHING: [f64; 6] = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+const NOTHING: [f64; 7] = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
 
 impl Reader<'_> {
     /// Reads the section, if there is one; the inner `None` is a run without.
@@ -30,7 +31,9 @@ impl Reader<'_> {
         };
         let classes = self.count("task.classes");
         let (pool, optimizer, usual) = match kind? {
-            TaskKind::Finetune => (Pool::Avg, Optimizer::AdamW, [0.75, 0.1, 0.8, 1.0, 0.1, 0.25]),
+            TaskKind::Finetune => {
+                (Pool::Avg, Optimizer::AdamW, [0.75, 0.1, 0.8, 1.0, 0.1, 0.25, 9.0])
+            }
             TaskKind::Linear => {
                 self.refuse_of_finetuning();
                 (Pool::Cls, Optimizer::Lars, NOTHING)
@@ -43,8 +46,9 @@ impl Reader<'_> {
             Some(_) => self.float(OF_FINETUNING[key]),
             None => Some(usual[key]),
         };
-        let numbers = [number(0), number(1), number(2), number(3), number(4), number(5)];
-        let [layer_decay, drop_path, mixup, cutmix, label_smoothing, random_erasing] = numbers;
+        let numbers: [Option<f64>; 7] = std::array::from_fn(&mut number);
+        let [layer_decay, drop_path, mixup, cutmix, label_smoothing, random_erasing, rand_augment] =
+            numbers;
         Some(Some(TaskSpec {
             kind: kind?,
             encoder: encoder?,
@@ -57,6 +61,7 @@ impl Reader<'_> {
             cutmix: cutmix?,
             label_smoothing: label_smoothing?,
             random_erasing: random_erasing?,
+            rand_augment: rand_augment?,
         }))
     }
 

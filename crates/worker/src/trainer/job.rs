@@ -15,6 +15,7 @@ use lacuna_data::loader::{
 use lacuna_data::planes::{Fill, PlaneCache};
 use lacuna_data::{ImageShape, Limits};
 use lacuna_recipe::reduce::Reduction;
+use lacuna_spec::units::Cadence;
 use lacuna_spec::{AutoOr, BadSamples, CacheMode, CacheSpec, RunSpec};
 use lacuna_types::RunId;
 
@@ -38,8 +39,8 @@ pub struct Job {
     pub fingerprint: String,
     /// Where its checkpoints stand.
     pub dir: RunDir,
-    /// Report figures every so many steps.
-    pub track_every: u64,
+    /// When figures of a step are reported.
+    pub track: Track,
 }
 
 /// A run that this worker cannot take part in.
@@ -79,6 +80,31 @@ pub enum JobError {
     },
 }
 
+/// When figures of a step are reported: after so many steps, or after so long, whichever is first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Track {
+    every: Option<u64>,
+    at_most: Duration,
+}
+
+/// A run says at least this often how it is.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+impl Track {
+    fn steps(every: u64) -> Self {
+        Track { every: Some(every.max(1)), at_most: SILENCE_MAX }
+    }
+
+    fn time(every: Duration) -> Self {
+        Track { every: None, at_most: every }
+    }
+
+    /// Tells whether step `step` is reported, `since` the last report.
+    pub fn is_due(&self, step: u64, since: Duration) -> bool {
+        self.every.is_some_and(|every| step.is_multiple_of(every)) || since >= self.at_most
+    }
+}
+
 impl Job {
     /// Reads the run from a welcome; `local_world` trainers of this machine load checkpoints.
     pub fn from_welcome(welcome: &v1::Welcome, local_world: usize) -> Result<Self, JobError> {
@@ -91,12 +117,12 @@ impl Job {
         let dir = RunDir::open_shared(&spec.checkpoint.to, spec.run_id(), local_world);
         let dir = dir.map_err(|err| JobError::Checkpoints { source: Box::new(err) })?;
         let per_epoch = resolved.geometry.steps_per_epoch();
-        let track_every = match &spec.track.every {
-            lacuna_spec::units::Cadence::Length(length) => length.steps(per_epoch).unwrap_or(1),
-            lacuna_spec::units::Cadence::Seconds(_) => 1,
+        let track = match &spec.track.every {
+            Cadence::Length(length) => Track::steps(length.steps(per_epoch).unwrap_or(1)),
+            Cadence::Seconds(seconds) => Track::time(Duration::from_secs(*seconds)),
         };
         let fingerprint = welcome.fingerprint.clone();
-        Ok(Job { run, spec, resolved, fingerprint, dir, track_every: track_every.max(1) })
+        Ok(Job { run, spec, resolved, fingerprint, dir, track })
     }
 
     /// Describes the engine that the run needs on `device`.
@@ -243,5 +269,21 @@ fn threads(wanted: AutoOr<u32>, local_world: usize) -> usize {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             (cores / local_world.max(1)).saturating_sub(1).max(1)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_come_every_so_many_steps_or_so_often() {
+        let second = Duration::from_secs(1);
+        let steps = Track::steps(20);
+        assert!(steps.is_due(40, second) && !steps.is_due(41, second));
+        assert!(steps.is_due(41, SILENCE_MAX), "a slow run is heard of, too");
+        let time = Track::time(5 * second);
+        assert!(!time.is_due(40, second) && time.is_due(41, 5 * second));
+        assert!(Track::steps(0).is_due(1, second), "each step");
     }
 }

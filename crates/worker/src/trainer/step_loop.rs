@@ -507,7 +507,7 @@ impl StepLoop {
         if last {
             self.metrics.iter().for_each(MetricsFile::write);
         }
-        if !(due || last || step.is_multiple_of(self.job.track_every)) {
+        if !(due || last || self.job.track.is_due(step, meter.since.elapsed())) {
             return Ok(());
         }
         let counters = self.counters.as_ref().expect("there is a state");

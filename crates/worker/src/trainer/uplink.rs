@@ -100,10 +100,7 @@ impl Uplink {
         let before = self.was_let_in.load(Ordering::Relaxed);
         let channel = match connect(&self.url, CONNECT_DEADLINE, &credentials).await {
             Ok(channel) => channel,
-            Err(err @ (ClientError::Address { .. } | ClientError::Scheme { .. })) => {
-                return (chain(&err), Some(exit::USAGE), false);
-            }
-            Err(err) => return (chain(&err), None, false),
+            Err(err) => return (chain(&err), hopeless(&err, before), false),
         };
         let mut client =
             WorkerServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
@@ -156,6 +153,18 @@ impl Uplink {
             up: facts.up,
         };
         v1::SessionRequest { message: Some(v1::session_request::Message::Hello(hello)) }
+    }
+}
+
+/// Returns the exit code of an error that trying again cannot mend: a certificate may be renewed
+/// where it was good before.
+pub(crate) fn hopeless(error: &ClientError, was_let_in: bool) -> Option<u8> {
+    match error {
+        ClientError::Address { .. } | ClientError::Scheme { .. } | ClientError::Tls { .. } => {
+            Some(exit::USAGE)
+        }
+        ClientError::Certificate { .. } if !was_let_in => Some(exit::UNAUTHORISED),
+        _ => None,
     }
 }
 

@@ -1,0 +1,67 @@
+//! What a worker holds in memory, as far as it follows from the spec.
+
+use lacuna_recipe::model::ModelConfig;
+
+use crate::run_spec::{Precision, Reduce, RunSpec};
+
+/// Parameter and two moments, in f32.
+const STATE: u64 = 12;
+/// The mean gradient, and a tensor's gradient before it is added to the sums.
+const GRADIENTS: u64 = 8;
+/// Program, libtorch and its libraries, as a trainer on a CPU was seen to hold before it had a
+/// model.
+const LIBRARIES: u64 = 150 << 20;
+
+/// Bytes that a worker holds at most; measured ones were within a fifth of them
+/// (docs/benchmarks/cpu.md).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Parameters, moments, sums and gradients; on a GPU these lie on the device.
+    pub state: u64,
+    /// What the pass back needs of a slot; on the device, too.
+    pub slot: u64,
+    /// What a process has before it has a model, on the host.
+    pub libraries: u64,
+}
+
+impl Memory {
+    /// Works out what a worker needs for `n_params` parameters.
+    pub(super) fn of(spec: &RunSpec, n_params: u64) -> Self {
+        let sums = match spec.train.reduce {
+            Reduce::Exact => 8,
+            Reduce::Exact32 | Reduce::Fast => 4,
+        };
+        let (value, copies) = match spec.train.precision {
+            Precision::F32 | Precision::Tf32 => (4, 0),
+            // Products read and write bf16, and so do the parameters that they use.
+            Precision::Bf16 => (2, 2),
+        };
+        let images = u64::from(spec.train.slot_batch);
+        Memory {
+            state: n_params.saturating_mul(STATE + GRADIENTS + sums + copies),
+            slot: activations(&spec.model).saturating_mul(images * value),
+            libraries: LIBRARIES,
+        }
+    }
+
+    /// Returns all of it.
+    pub fn total(&self) -> u64 {
+        self.state.saturating_add(self.slot).saturating_add(self.libraries)
+    }
+}
+
+/// Counts the values of one image that a forward pass keeps for the pass back. A block keeps, for
+/// each token, its input, queries, keys and values, what attention gives, the sum after it, two
+/// normed copies, and the hidden layer before and after GELU.
+fn activations(model: &ModelConfig) -> u64 {
+    let block = |tokens: u64, width: u32| {
+        tokens.saturating_mul(u64::from(width) * u64::from(8 + 2 * model.mlp_ratio))
+    };
+    let (patches, kept) = (model.n_patches() as u64, model.len_keep() as u64);
+    let encoder = block(1 + kept, model.width).saturating_mul(u64::from(model.depth));
+    let decoder =
+        block(1 + patches, model.decoder_width).saturating_mul(u64::from(model.decoder_depth));
+    // Images, targets, and predictions of the removed patches.
+    let pixels = 3 * patches.saturating_mul(model.patch_values() as u64);
+    encoder.saturating_add(decoder).saturating_add(pixels)
+}

@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""The demo in colour: pre-train on 1,700 textures without labels, look at what it fills in, and see
+what its features know about materials.
+
+Standard library only. Run by `make demo-color`; ten to fifteen minutes on two cores after the
+build. The textures are those of Debian's `ufoai-textures` (336 MB, GPL and Creative Commons), which
+is fetched into the cache and never becomes part of this project. Materials are told by file names;
+a quarter of the files is kept for the test.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import debian  # noqa: E402  (the folder above is put on the path first)
+from common import EXIT_NO_DATA, EXIT_UNFIT, cache_dir, locked, say  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OUT = ROOT / "demo-color-out"
+BIN = ROOT / "target" / "release"
+STEPS = int(os.environ.get("LACUNA_DEMO_STEPS", "0")) or 3000
+PROGRAM = "demo-color"
+PACKAGE = "ufoai-textures"
+ARCHIVE = "usr/share/games/ufoai/base/0textures.pk3"
+# Maps of normals, speculars and glow are no pictures.
+MAPS = re.compile(r"_(nm|sm|gm)\.[a-z]+$")
+# A material is the first whose word is in the file's name.
+MATERIALS = {"wood": r"wood|plank", "concrete": r"concrete", "metal": r"metal|mtl|steel|tin",
+             "grass": r"grass", "rock": r"rock|stone", "carpet": r"carpet|textil",
+             "brick": r"brick", "tile": r"tile", "dirt": r"dirt|desert|sand|mud", "roof": r"roof"}
+# One file of so many is for the test.
+TEST_EVERY = 4
+
+SPEC = """\
+schema = 1
+name = "textures"
+base = "preset:demo"
+
+[model]
+img_size = [64, 64]
+patch_size = 8
+channels = 3
+
+[data]
+shards = "all"
+crop_scale = [0.2, 1.0]
+
+[train]
+duration = "{steps}step"
+batch = 64
+slot_batch = 16
+
+[elastic]
+workers = "1:2"
+
+[checkpoint]
+to = "runs"
+every = ["500step"]
+
+[track]
+every = "50step"
+"""
+
+PROBE = """\
+schema = 1
+name = "probe-{features}"
+base = "preset:demo"
+
+[model]
+img_size = [64, 64]
+patch_size = 8
+channels = 3
+
+[data]
+shards = "materials-train"
+crop_scale = [0.5, 1.0]
+
+[train]
+duration = "40ep"
+batch = 64
+slot_batch = 32
+
+[optim]
+base_lr = 0.1
+weight_decay = 0.0
+warmup = "2ep"
+
+[checkpoint]
+to = "runs"
+every = ["40ep"]
+
+[track]
+every = "50step"
+
+[task]
+kind = "linear"
+optimizer = "sgd"
+classes = {classes}
+{more}
+"""
+
+
+def run(*words, **more):
+    """Runs a command of ours, and stops where it fails."""
+    words = [str(word) for word in words]
+    print("$ " + " ".join(word.replace(f"{ROOT}/", "") for word in words), flush=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RUST_LOG": "error"}
+    return subprocess.run(words, check=True, text=True, env=env, cwd=OUT, **more)
+
+
+def material_of(name):
+    """Returns the material that a file's name tells of, or nothing."""
+    name = name.lower()
+    return next((known for known, words in MATERIALS.items() if re.search(words, name)), None)
+
+
+def textures():
+    """Returns the folder of the textures, fetched into the cache where it is not there."""
+    place = cache_dir() / PACKAGE
+    with locked(cache_dir() / ".textures-lock", PROGRAM):
+        if place.exists():
+            return place
+        with tempfile.TemporaryDirectory(prefix=".textures-", dir=cache_dir()) as text:
+            scratch = pathlib.Path(text)
+            files = debian.unpack(PACKAGE, scratch, cache_dir() / "apt")
+            for archive in scratch.glob("*.deb"):
+                archive.unlink()
+            sort_out(files / ARCHIVE, scratch / "sorted")
+            (scratch / "sorted").rename(place)
+    return place
+
+
+def sort_out(archive, folder):
+    """Unpacks the pictures: all of them once, and those whose names tell a material by split."""
+    seen = set()
+    with zipfile.ZipFile(archive) as pack:
+        for entry in sorted(pack.infolist(), key=lambda entry: entry.filename):
+            name = entry.filename.removeprefix("textures/").replace("/", "-")
+            if entry.is_dir() or MAPS.search(name) or entry.CRC in seen:
+                continue
+            seen.add(entry.CRC)
+            body = pack.read(entry)
+            places = [folder / "all" / "textures"]
+            material = material_of(entry.filename.rsplit("/", 1)[-1])
+            if material:
+                number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+                split = "test" if number % TEST_EVERY == 0 else "train"
+                places.append(folder / f"materials-{split}" / material)
+            for place in places:
+                place.mkdir(parents=True, exist_ok=True)
+                (place / name).write_bytes(body)
+
+
+def probe(features, more, classes):
+    """Trains a linear probe, and returns how often it is right on the test's files."""
+    (OUT / f"probe-{features}.toml").write_text(
+        PROBE.format(features=features, classes=classes, more=more))
+    run(BIN / "lacuna", "train", f"probe-{features}.toml", "--workers", "2", "--progress", "off")
+    report = OUT / f"probe-{features}.json"
+    run(BIN / "lacuna-worker", "eval", "classify", f"runs/probe-{features}", "--val",
+        "materials-test", "--out", report, "--page", report.with_suffix(".html"))
+    return json.loads(report.read_text())["results"][-1]["top1"]
+
+
+def main():
+    """Runs the demo and returns its exit code."""
+    if not (BIN / "lacuna").exists() or not (BIN / "lacuna-worker").exists():
+        say(PROGRAM, "build first: make build")
+        return EXIT_UNFIT
+    try:
+        folder = textures()
+    except debian.NoPackage as reason:
+        say(PROGRAM, f"skipped: {reason}")
+        return EXIT_NO_DATA
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    for part in ("all", "materials-train", "materials-test"):
+        run(BIN / "lacuna", "data", "pack", folder / part, part)
+    count = {part: sum(1 for path in (folder / part).rglob("*") if path.is_file())
+             for part in ("all", "materials-train", "materials-test")}
+    (OUT / "textures.toml").write_text(SPEC.format(steps=STEPS))
+    run(BIN / "lacuna", "train", "textures.toml")
+    run(BIN / "lacuna-worker", "reconstruct", "runs/textures", "--data", "materials-test",
+        "--out", "textures.png")
+    run(BIN / "lacuna-worker", "eval", "knn", "runs/textures", "--train", "materials-train",
+        "--val", "materials-test", "--k", "5", "--pool", "mean", "--out", "knn.json",
+        "--page", "knn.html")
+    found = {row["features"]: row["results"][0]["top1"]
+             for row in json.loads((OUT / "knn.json").read_text())["rows"]}
+    classes = len(MATERIALS)
+    probes = {"pixels": probe("pixels", 'pool = "pixels"', classes),
+              "random": probe("random", "", classes),
+              "pre-trained": probe("pre-trained", 'encoder = "runs/textures"', classes)}
+    print(f"\nMaterials of {count['materials-test']} textures that were kept apart, from "
+          f"{count['materials-train']} with labels, after {STEPS} steps on {count['all']} without:")
+    print(f"{'':24} {'pixels':>8} {'random':>8} {'pre-trained':>12}")
+    names = ("raw pixels", "random encoder", "encoder")
+    rows = {"5 nearest neighbours": [found[name] for name in names],
+            "linear probe": list(probes.values())}
+    for name, values in rows.items():
+        raw, random, trained = (f"{100 * value:.1f} %" for value in values)
+        print(f"{name:24} {raw:>8} {random:>8} {trained:>12}")
+    print("\nLook at demo-color-out/textures.png (original | masked | filled in | random weights),"
+          "\nand at knn.html and probe-pre-trained.html beside it.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

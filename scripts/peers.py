@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Makes the Python environment in which the tests of other people's tools run: grpcurl, buf, a gRPC
+client, TensorBoard. It is `third_party/peers`, of the packages that scripts/peers.txt pins.
+
+    python3 scripts/peers.py        # `make peers`
+
+Where it cannot be made, one line says why, and those tests are skipped.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import venv
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from common import EXIT_UNFIT, say  # noqa: E402  (the folder above is put on the path first)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PLACE = ROOT / "third_party" / "peers"
+WANTED = ROOT / "scripts" / "peers.txt"
+PROGRAM = "peers"
+# Some hundred megabytes.
+SECONDS_MAX = 600
+
+
+def is_there() -> bool:
+    """Tells whether the environment has what is wanted."""
+    made_of = PLACE / "made-of.txt"
+    return made_of.is_file() and made_of.read_text() == WANTED.read_text()
+
+
+def make() -> None:
+    """Makes the environment anew."""
+    shutil.rmtree(PLACE, ignore_errors=True)
+    PLACE.parent.mkdir(parents=True, exist_ok=True)
+    venv.create(PLACE, with_pip=True)
+    command = [PLACE / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check",
+               "--no-deps", "-r", WANTED]
+    subprocess.run(command, check=True, timeout=SECONDS_MAX)
+    (PLACE / "made-of.txt").write_text(WANTED.read_text())
+
+
+def main() -> int:
+    """Runs the program and returns its exit code."""
+    if is_there():
+        return 0
+    try:
+        make()
+    except (OSError, subprocess.SubprocessError) as error:
+        say(PROGRAM, f"the environment cannot be made: {error}")
+        return EXIT_UNFIT
+    say(PROGRAM, f"made {PLACE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
