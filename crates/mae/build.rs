@@ -24,6 +24,7 @@ fn main() {
     println!("cargo::rerun-if-changed={}", library.display());
     if let Some(folder) = real.parent() {
         println!("cargo::rustc-link-arg=-Wl,-rpath,{}", folder.display());
+        println!("cargo::metadata=folder={}", folder.display());
     }
     compile_shim(&root);
     println!("cargo::rustc-env=LACUNA_LIBTORCH_VERSION={}", version(&root));

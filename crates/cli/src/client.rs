@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use lacuna_api::client::ClientError;
 use lacuna_api::v1;
 use lacuna_coordinator::clock::rfc3339;
+use lacuna_spec::RunSpec;
 use lacuna_types::exit;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -176,6 +177,7 @@ pub fn submit(args: SubmitArgs) -> anyhow::Result<u8> {
         let (run, created) = client.create_run(request).await?;
         let what = if created { "created" } else { "is there already" };
         println!("run {} {what}: {} at step {}", run.run_id, run.state, run.step);
+        tell_kept(&run, &spec);
         if args.watch {
             let run = follow(&args.connect, &run.run_id, Progress::new(args.progress)).await?;
             return Ok(run.map_or(exit::OK, |run| ending_code(&run)));
@@ -186,6 +188,20 @@ pub fn submit(args: SubmitArgs) -> anyhow::Result<u8> {
         talk!("follow it with: lacuna watch {}", run.run_id);
         Ok(exit::OK)
     })
+}
+
+/// Says what of a specification a run that is on does not take over.
+fn tell_kept(run: &v1::Run, wanted: &RunSpec) {
+    let Ok(known) = serde_json::from_str::<RunSpec>(&run.spec) else { return };
+    for difference in lacuna_spec::diff(&known, wanted) {
+        talk!(
+            "note: the run is on and keeps {} = {}, not {}: stop it and submit it again \
+             (`lacuna scale` changes its workers as it trains)",
+            difference.path,
+            difference.old,
+            difference.new
+        );
+    }
 }
 
 /// Lists runs.

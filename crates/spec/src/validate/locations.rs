@@ -79,6 +79,9 @@ fn url_fault(scheme: &str, rest: &str, schemes: &[&str]) -> Option<Fault> {
         };
         return Some((message, fix));
     }
+    if let Some(fault) = pattern_fault(&format!("{scheme}://{rest}"), rest) {
+        return Some(fault);
+    }
     if rest.contains(['?', '#']) {
         let message = " has a query or a fragment, which stores do not take".to_string();
         return Some((message, "remove it from `?` or `#` on".to_string()));
@@ -88,6 +91,13 @@ fn url_fault(scheme: &str, rest: &str, schemes: &[&str]) -> Option<Fault> {
         return Some((message, format!("write `{scheme}://NAME/FOLDER`")));
     }
     None
+}
+
+/// Names of many files in one: nothing replaces them here.
+fn pattern_fault(text: &str, path: &str) -> Option<Fault> {
+    let part = path.split('/').find(|part| part.contains('{') && part.contains('}'))?;
+    let message = format!(" = `{}` holds the pattern `{}`", echo(text), echo(part));
+    Some((message, "give the folder, or its `index.lacuna`".to_string()))
 }
 
 /// What a shell would have replaced, and URLs that are none.
@@ -108,10 +118,8 @@ fn path_fault(text: &str, schemes: &[&str]) -> Option<Fault> {
         let message = format!(" = `{}` is a URL without slashes", echo(text));
         return Some((message, format!("write `{scheme}://`")));
     }
-    if let Some(part) = parts.clone().find(|part| part.contains('{') && part.contains('}')) {
-        let message = format!(" = `{}` holds the pattern `{}`", echo(text), echo(part));
-        let fix = "give the folder, or its `index.lacuna`".to_string();
-        return Some((message, fix));
+    if let Some(fault) = pattern_fault(text, text) {
+        return Some(fault);
     }
     let of_shell = |part: &&str| *part == "~" || part.starts_with('$') || part.contains("${");
     let part = parts.find(of_shell)?;
