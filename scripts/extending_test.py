@@ -1,5 +1,5 @@
-"""Tests that an objective can live in a crate of its own: the one that docs/extending.md shows, with
-an example of this project as its source, outside of this workspace.
+"""Tests that an objective can live in a crate of its own, outside of this workspace: the one that
+docs/extending.md shows, with an example of this project as its source.
 
 Builds it, which takes minutes: with LACUNA_SLOW_TESTS=1 only.
 """
