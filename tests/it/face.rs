@@ -350,6 +350,7 @@ fn the_page_shows_checkpoints_and_its_buttons_save_stop_and_resume() {
         std::thread::yield_now();
     };
     assert!(!text.contains("/do/"), "a finished run has no buttons: {text}");
+    assert!(text.contains("forming generation 1: 2 workers"), "why groups formed: {text}");
     assert!(text.contains("href=\"/runs/pressed/diff/other\""), "{text}");
     let (code, text) = page("/runs/pressed/diff/other");
     assert!(code == 200 && text.contains("train.seed") && text.contains("maths"), "{text}");

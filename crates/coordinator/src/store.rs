@@ -321,7 +321,7 @@ impl SqliteStore {
         let list: Vec<String> = kinds.iter().map(|kind| format!("'{kind}'")).collect();
         let sql = format!(
             "SELECT body FROM updates WHERE run_id = ?1 AND NOT figures
-             AND json_extract(body, '$.kind') IN ({}) ORDER BY seq DESC LIMIT ?2",
+             AND json_extract(body, '$.event.kind') IN ({}) ORDER BY seq DESC LIMIT ?2",
             list.join(", ")
         );
         self.bodies(&sql, params![run.as_str(), signed(n)])

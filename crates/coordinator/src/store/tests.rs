@@ -42,6 +42,26 @@ fn many_runs_write_at_once() {
 }
 
 #[test]
+fn events_of_some_kinds_are_found_behind_many_others() {
+    let mut store = SqliteStore::in_memory().unwrap();
+    let id: RunId = "long".parse().unwrap();
+    let formed = Update::Event {
+        kind: "formed".into(),
+        warning: false,
+        text: "generation 1".into(),
+        at_ms: 1,
+    };
+    let entries = vec![Entry::Update(formed.clone())];
+    store.write(&[Batch { run: id.clone(), entries }]).unwrap();
+    for _ in 0..300 {
+        append(&mut store, &id, "saved");
+    }
+    assert!(!store.last_events(&id, 200).unwrap().contains(&formed));
+    assert_eq!(store.last_events_of(&id, &["lost", "formed"], 10).unwrap(), [formed]);
+    assert_eq!(store.last_events_of(&id, &["lost"], 10).unwrap(), []);
+}
+
+#[test]
 fn what_was_said_is_there_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("state.sqlite");
