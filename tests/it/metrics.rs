@@ -63,6 +63,11 @@ fn metrics_tell_what_groups_workers_and_checkpoints_did() {
     let again = of("lacuna_run_redone_steps_total").unwrap();
     assert_eq!(of("lacuna_samples_repeated_total"), Some(again * batch));
     assert!(again < 10.0, "a survivor goes on where it stood: {again}");
+    let spent = |state: &str| {
+        let key = format!("lacuna_run_time_seconds_total{{run=\"counted\",state=\"{state}\"}}");
+        metrics[&key]
+    };
+    assert!(spent("repeat") < 0.2 * spent("productive"), "{metrics:?}");
 
     let commits = seen.count("saved") as f64;
     assert!(commits >= 25.0, "{}", seen.text());

@@ -47,6 +47,9 @@ pub(crate) struct Account {
     pub again: u64,
     /// Steps behind the newest state that the run is known to have had.
     reached: Step,
+    /// The newest generation, and what was reached before it.
+    generation: Generation,
+    before: Step,
     /// Images of a step.
     batch: u32,
     /// Until when time was counted.
@@ -73,8 +76,11 @@ impl Account {
         *self.events.entry(kind.to_string()).or_default() += 1;
     }
 
-    /// Notes a step that somebody is known to have applied.
-    pub fn reach(&mut self, step: Step) {
+    /// Notes a step that a member of a generation is known to have applied.
+    pub fn reach(&mut self, generation: Generation, step: Step) {
+        if generation > self.generation {
+            (self.generation, self.before) = (generation, self.reached);
+        }
         self.reached = self.reached.max(step);
     }
 
@@ -85,13 +91,13 @@ impl Account {
         // Overflows are counted anew by each generation.
         let overflows = mark.redone.saturating_sub(same.map_or(0, |figures| figures.redone));
         let from = same.map(|figures| Step(figures.step)).or(started).unwrap_or(mark.step);
-        let known = self.reached;
+        self.reach(mark.generation, mark.step);
+        let known = self.before;
         let gone_back = mark.step.min(known).0.saturating_sub(from.min(known).0);
         let again = overflows + gone_back;
         self.again += again;
         self.times.repeat((again * u64::from(self.batch)) as f64 / mark.images_per_second);
         self.marked = self.marked.max(mark.step);
-        self.reach(mark.step);
     }
 
     /// Notes the checkpoints that commands of the machine begin.
@@ -156,10 +162,13 @@ mod tests {
             before = Some(figures(&mark));
         };
         mark(&mut account, 0, marked(1, 10, 1));
+        // Beats are ahead of marks.
+        account.reach(Generation(1), Step(19));
         mark(&mut account, 0, marked(1, 20, 3));
         assert_eq!(steps(&account), (20, 3), "three overflows");
         // Step 23 was applied and never marked; the next group goes back to step 12.
-        account.reach(Step(23));
+        account.reach(Generation(1), Step(23));
+        account.reach(Generation(2), Step(12));
         mark(&mut account, 12, marked(2, 18, 0));
         assert_eq!(steps(&account), (20, 3 + 6));
         mark(&mut account, 12, marked(2, 30, 1));

@@ -343,7 +343,7 @@ impl RunTask {
         let ended = self.machine.ended().is_some();
         let (status, before) = (self.machine.status(), self.view.borrow().status.state);
         self.account.pass(before, self.shared.now());
-        self.account.reach(status.step);
+        self.account.reach(status.generation, status.step);
         let ended_before = self.view.borrow().ending.is_some();
         let devices = self.sessions.iter().map(|(id, s)| (id.clone(), s.device.clone())).collect();
         self.view.send_replace(View {
