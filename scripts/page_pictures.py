@@ -4,8 +4,8 @@
     python3 scripts/page_pictures.py DATA [OUT]       # DATA: packed 28x28 images; OUT: docs
 
 Two workers train; one is killed and another joins, and headless Chromium takes a picture while they
-train, after the loss, after the join, in a narrow window, and with scripts off. It also notes every
-request that the browser makes: one that leaves this machine is an error.
+train, after the loss, after the join, and in a narrow window. It also notes every request that the
+browser makes: one that leaves this machine is an error.
 """
 
 import json
@@ -139,8 +139,6 @@ def main() -> int:
             stage.wait(640, 2)
             stage.picture(out / "page.png", 1160, 2600)
             stage.picture(out / "page-narrow.png", 420, 1500)
-            stage.picture(out / "page-no-scripts.png", 1160, 1500,
-                          "--blink-settings=scriptEnabled=false")
             until(lambda: stage.status()["state"] == "finished", "the end of the run")
         finally:
             stage.end()
