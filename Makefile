@@ -51,7 +51,7 @@ proto: ## generate the gRPC code from proto/ anew
 strace: ## break every system call on checkpoint files, in small processes and in whole runs (20 min)
 	@LACUNA_STRACE=all cargo test $(CRATES) $(FEATURES) --test it syscalls -- --nocapture
 bench: ## time a training step here and in PyTorch (BENCH="--python v/bin/python", "--help")
-	@python3 scripts/bench/step.py $(BENCH)
+	@python3 scripts/bench/step.py --compile --ddp --same-malloc $(BENCH)
 bench-data: ## images a second, here and in Python's loaders (BENCH="--python v/bin/python")
 	@python3 scripts/bench/images.py $(BENCH)
 bench-allreduce: ## all-reduce between two processes, here and over gloo (BENCH="--python v/bin/python")
