@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The demo in colour: pre-train on 1,700 textures without labels, look at what it fills in, and see
+"""The demo in colour: pre-train on 1,800 textures without labels, look at what it fills in, and see
 what its features know about materials.
 
 Standard library only. Run by `make demo-color`; ten to fifteen minutes on two cores after the
@@ -26,7 +26,7 @@ from common import EXIT_NO_DATA, EXIT_UNFIT, cache_dir, locked, say  # noqa: E40
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "demo-color-out"
 BIN = ROOT / "target" / "release"
-STEPS = int(os.environ.get("LACUNA_DEMO_STEPS", "0")) or 3000
+STEPS = int(os.environ.get("LACUNA_DEMO_STEPS", "0")) or 2000
 PROGRAM = "demo-color"
 PACKAGE = "ufoai-textures"
 ARCHIVE = "usr/share/games/ufoai/base/0textures.pk3"
@@ -52,6 +52,8 @@ channels = 3
 [data]
 shards = "all"
 crop_scale = [0.2, 1.0]
+mean = [0.485, 0.456, 0.406]
+std = [0.229, 0.224, 0.225]
 
 [train]
 duration = "{steps}step"
@@ -82,6 +84,8 @@ channels = 3
 [data]
 shards = "materials-train"
 crop_scale = [0.5, 1.0]
+mean = [0.485, 0.456, 0.406]
+std = [0.229, 0.224, 0.225]
 
 [train]
 duration = "40ep"
