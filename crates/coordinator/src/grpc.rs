@@ -371,7 +371,6 @@ impl RunService for Grpc {
     ) -> Result<Response<v1::ScaleRunResponse>, Status> {
         let v1::ScaleRunRequest { run_id, workers_min, workers_max } = request.into_inner();
         let id = parse_run(&run_id)?;
-        self.must_not_be_finished(&id)?;
         scale::scale(&self.0, &id, (workers_min, workers_max), None).await?;
         Ok(Response::new(v1::ScaleRunResponse { run: Some(self.run_message(&id)?) }))
     }
@@ -558,18 +557,6 @@ impl Grpc {
         let text =
             format!("run {id} is {}: it {so} (`lacuna resume {id}` lets it go on)", run.state);
         Err(status(Reason::WrongState, text))
-    }
-
-    /// Refuses what no finished run will ever do.
-    fn must_not_be_finished(&self, id: &RunId) -> Result<(), Status> {
-        let run = self.run_message(id)?;
-        if run.state != "finished" {
-            return Ok(());
-        }
-        Err(status(
-            Reason::WrongState,
-            format!("run {id} is finished: no worker trains it any more"),
-        ))
     }
 
     fn run_message(&self, id: &RunId) -> Result<v1::Run, Status> {

@@ -1,6 +1,7 @@
 //! Changing how many workers train a run that is on.
 
 use lacuna_api::error::{Reason, status};
+use lacuna_control::coordinator::Ending;
 use lacuna_spec::{SpecError, Workers};
 use lacuna_types::RunId;
 use tokio::sync::oneshot;
@@ -20,9 +21,12 @@ pub(super) async fn scale(
 ) -> Result<(), Status> {
     let found = {
         let runs = shared.runs();
-        runs.get(id).map(|handle| (handle.spec.clone(), handle.ends.input.clone()))
+        runs.get(id).map(|handle| {
+            let ending = handle.ends.view.borrow().ending.clone();
+            (handle.spec.clone(), handle.ends.input.clone(), ending)
+        })
     };
-    let (mut spec, input) = found.ok_or_else(|| not_found(id))?;
+    let (mut spec, input, ending) = found.ok_or_else(|| not_found(id))?;
     spec.elastic.workers = Workers { min, max };
     spec.check().map_err(|err| {
         let text = match &err {
@@ -31,6 +35,10 @@ pub(super) async fn scale(
         };
         status(Reason::InvalidSpec, text)
     })?;
+    if matches!(ending, Some(Ending::Finished { .. })) {
+        let text = format!("run {id} is finished: no worker trains it any more");
+        return Err(status(Reason::WrongState, text));
+    }
     let (done, told) = oneshot::channel();
     let workers = Workers { min, max };
     input.send(Input::Scale { workers, was, done }).await.map_err(|_| going_down())?;
