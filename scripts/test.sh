@@ -44,9 +44,8 @@ lane rust rust_lane
 if [ -z "${LACUNA_PEERS_PYTHON:-}" ] && [ -x third_party/peers/bin/python ]; then
     export LACUNA_PEERS_PYTHON=$PWD/third_party/peers/bin/python
 fi
-if [ ! -x target/release/lacuna-worker ]; then
-    export LACUNA_BIN=$PWD/target/debug
-fi
+# The programs that the other lane built, and not older ones.
+export LACUNA_BIN=${LACUNA_BIN:-$PWD/target/debug}
 # After the other: some of them run the programs that it built.
 lane scripts python3 -m unittest discover --start-directory scripts --pattern '*_test.py'
 if [ ${#crates[@]} -eq 1 ]; then
