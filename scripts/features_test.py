@@ -15,7 +15,7 @@ import unittest
 from common import say
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BIN = pathlib.Path(os.environ.get("LACUNA_BIN", ROOT / "target" / "release"))
+BIN = ROOT / os.environ.get("LACUNA_BIN", "target/release")
 PEER = ROOT / "scripts" / "features_peer.py"
 PYTHON = os.environ.get("LACUNA_PEERS_PYTHON", "")
 MODULES = "torch, timm, safetensors, numpy, PIL"

@@ -1,7 +1,7 @@
 """Tests that shards go from Lacuna to the Python packages and back, byte by byte.
 
-Needs `target/release/lacuna` and, in LACUNA_PEERS_PYTHON, a Python with webdataset,
-mosaicml-streaming and pillow; without them the tests are skipped with one line.
+Needs `lacuna` in LACUNA_BIN (default: target/release) and, in LACUNA_PEERS_PYTHON, a Python
+with webdataset, mosaicml-streaming and pillow; without them the tests are skipped with one line.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import unittest
 from common import say
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LACUNA = ROOT / "target" / "release" / "lacuna"
+LACUNA = ROOT / os.environ.get("LACUNA_BIN", "target/release") / "lacuna"
 PEER = ROOT / "scripts" / "interop_peer.py"
 PYTHON = os.environ.get("LACUNA_PEERS_PYTHON", "")
 # Importing streaming imports torch, which takes seconds where the disk is cold.
@@ -30,7 +30,7 @@ def unmet():
     if not PYTHON:
         return "LACUNA_PEERS_PYTHON is not set"
     if not LACUNA.is_file():
-        return "target/release/lacuna is missing (make build)"
+        return f"{LACUNA} is missing (make build)"
     try:
         found = subprocess.run([PYTHON, "-c", "import webdataset, streaming, PIL"],
                                capture_output=True, timeout=SECONDS_MAX, check=False)

@@ -1,7 +1,8 @@
 """Tests that weights go from Lacuna to transformers and timm and back, bit by bit.
 
-Needs `target/release/lacuna` and, in LACUNA_PEERS_PYTHON, a Python with torch, safetensors and
-transformers, for one test also timm; what cannot be tested is skipped with one line.
+Needs `lacuna` in LACUNA_BIN (default: target/release) and, in LACUNA_PEERS_PYTHON, a Python
+with torch, safetensors and transformers, for one test also timm; what cannot be tested is skipped
+with one line.
 """
 
 import json
@@ -14,7 +15,7 @@ import unittest
 from common import say
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LACUNA = ROOT / "target" / "release" / "lacuna"
+LACUNA = ROOT / os.environ.get("LACUNA_BIN", "target/release") / "lacuna"
 PEER = ROOT / "scripts" / "weights_peer.py"
 GOLDEN = ROOT / "tests" / "golden"
 PYTHON = os.environ.get("LACUNA_PEERS_PYTHON", "")
@@ -54,7 +55,7 @@ def unmet():
     if not PYTHON:
         return "LACUNA_PEERS_PYTHON is not set"
     if not LACUNA.is_file():
-        return "target/release/lacuna is missing (make build)"
+        return f"{LACUNA} is missing (make build)"
     try:
         if not can_import("torch, safetensors, transformers"):
             return f"{PYTHON} cannot import torch, safetensors and transformers"
