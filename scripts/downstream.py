@@ -25,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 from common import EXIT_UNFIT, Unfit, say  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BIN = ROOT / "target" / "release"
+BIN = ROOT / os.environ.get("LACUNA_BIN", "target/release")
 PROGRAM = "downstream"
 FEATURES = ("raw pixels", "random", "pre-trained")
 # Passes over the labelled images: fewer labels need more of them.

@@ -171,14 +171,13 @@ class Face(unittest.TestCase):
     @classmethod
     def train(cls):
         """Submits the run from Python, kills a worker and the coordinator on the way."""
-        plan = json.loads(run(LACUNA, "submit", cls.spec, "--dry-run"))
-        spec = cls.folder / "spec.json"
-        spec.write_text(json.dumps(plan["spec"]))
+        places = [f"data.shards={cls.folder}/data", f"checkpoint.to={cls.folder}/runs",
+                  f"track.tensorboard={cls.folder}/tb"]
         with open(cls.folder / "peer.jsonl", "wb") as out, \
                 open(cls.folder / "peer.log", "wb") as log:
             peer = subprocess.Popen(
-                [PYTHON, ROOT / "scripts" / "face_peer.py", ROOT / "proto", cls.address, spec,
-                 str(plan["n_samples"]), plan["fingerprint"]], stdout=out, stderr=log)
+                [PYTHON, ROOT / "scripts" / "face_peer.py", ROOT / "proto", cls.address, cls.spec,
+                 *places], stdout=out, stderr=log)
         cls.addClassCleanup(ends, peer)
         first = cls.worker("one")
         second = cls.worker("two")
@@ -192,7 +191,8 @@ class Face(unittest.TestCase):
         cls.start()
         cls.worker("three")
         until(lambda: cls.status()["state"] == "finished", "the end of the run")
-        ends(peer)
+        # It has seen the end too, over the restart.
+        peer.wait(timeout=SECONDS_MAX)
         ends(second)
         return (cls.folder / "peer.jsonl").read_text().splitlines()
 
@@ -207,7 +207,9 @@ class Face(unittest.TestCase):
         self.assertTrue(updates[0]["created"])
         self.assertEqual(updates[0]["run"]["run_id"], "face")
         steps = [int(u["figures"]["step"]) for u in updates if "figures" in u]
-        self.assertGreater(len(steps), 10)
+        self.assertEqual(steps[-1], 400)
+        seqs = [int(u["seq"]) for u in updates if "figures" in u or "event" in u]
+        self.assertEqual(seqs, sorted(set(seqs)), "each update once, over a restart")
         kinds = {u["event"]["kind"] for u in updates if "event" in u}
         self.assertTrue({"formed", "lost"} <= kinds, kinds)
 

@@ -20,7 +20,7 @@ import debian  # noqa: E402
 from common import say  # noqa: E402
 
 # What needs no tools, and what needs them.
-PLAIN = "--features lacuna-cli/parquet"
+PLAIN = "--features lacuna-cli/parquet,lacuna-cli/otlp"
 FEATURES = f"{PLAIN},lacuna-cli/turbo"
 
 

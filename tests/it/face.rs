@@ -71,7 +71,7 @@ fn pictures_come_once_over_a_lost_worker_and_a_lost_coordinator_and_change_no_bi
     assert_eq!(cluster.get("/runs/drawn/pictures/120/9").0, 404);
     assert_eq!(cluster.get("/runs/nobody/pictures/120/0").0, 404);
     // What TensorBoard reads, once the coordinator has gone in order.
-    drop(cluster);
+    cluster.end_coordinator();
     let lines = std::fs::read_to_string(fixture.path("tb/drawn/events.jsonl")).unwrap();
     let drawn = lines.lines().filter(|line| line.contains("reconstruction/02_sample_170"));
     assert!(drawn.count() >= 3, "{lines}");

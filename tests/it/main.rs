@@ -15,6 +15,7 @@ mod nccl;
 mod network;
 mod objects;
 mod remote;
+mod schema;
 mod slurm;
 mod syscalls;
 mod syscalls_run;

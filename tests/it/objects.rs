@@ -24,13 +24,9 @@ fn unreliable(fixture: &lacuna_tests::Fixture) -> Server {
     Server::start(fixture.dir.path(), Duration::from_millis(2), mixed(11, &shares)).unwrap()
 }
 
-/// A worker is killed, then everything; a coordinator without memory finds the checkpoints.
-#[test]
-fn a_run_is_resumed_from_a_store() {
-    let mut fixture = fixture();
-    let want = undisturbed(&fixture);
-    let server = unreliable(&fixture);
-    fixture.env = [
+/// What programs need to find a server that stands for S3.
+fn env_of(server: &Server) -> Vec<(String, String)> {
+    [
         ("AWS_ENDPOINT_URL", server.url().as_str()),
         ("AWS_ALLOW_HTTP", "true"),
         ("AWS_ACCESS_KEY_ID", "key"),
@@ -38,7 +34,16 @@ fn a_run_is_resumed_from_a_store() {
         ("AWS_REGION", "us-east-1"),
     ]
     .map(|(key, value)| (key.to_string(), value.to_string()))
-    .to_vec();
+    .to_vec()
+}
+
+/// A worker is killed, then everything; a coordinator without memory finds the checkpoints.
+#[test]
+fn a_run_is_resumed_from_a_store() {
+    let mut fixture = fixture();
+    let want = undisturbed(&fixture);
+    let server = unreliable(&fixture);
+    fixture.env = env_of(&server);
     let keys = [
         ("checkpoint.to", "\"s3://bucket/ckpts\""),
         ("checkpoint.every", "[\"20step\"]"),
@@ -91,4 +96,56 @@ fn tools_read_it(fixture: &lacuna_tests::Fixture) {
     assert_eq!(code, 2, "{err}");
     assert!(err.contains("plain HTTP cannot create"), "{err}");
     assert!(!fixture.path("s3:").exists(), "no folder was made of a URL");
+}
+
+/// The files that people's tools read are in the store as they are on the coordinator's disk, after
+/// it was killed on the way too.
+#[test]
+fn files_for_tensorboard_are_copied_to_a_store() {
+    let mut fixture = fixture();
+    std::fs::create_dir(fixture.path("bucket")).unwrap();
+    // No lost answers: a coordinator that ends does not wait for those.
+    let shares = [(10, Fault::Reset), (10, Fault::Status(503))];
+    let server = Server::start(fixture.dir.path(), Duration::ZERO, mixed(5, &shares)).unwrap();
+    fixture.env = env_of(&server);
+    let keys = [("track.tensorboard", "\"s3://bucket/tb\""), ("track.every", "\"5step\"")];
+    let mut cluster = Cluster::start(&fixture);
+    let run = cluster.submit(&fixture.spec("told", STEPS, &keys));
+    cluster.add("a", 1);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 20);
+    cluster.kill_coordinator();
+    cluster.start_coordinator();
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    // It ends in order, and copies what is left.
+    cluster.end_coordinator();
+    drop(cluster);
+    let files = |folder: &str| {
+        let entries = std::fs::read_dir(fixture.path(folder)).unwrap().map(|entry| entry.unwrap());
+        let content = |e: std::fs::DirEntry| (e.file_name(), std::fs::read(e.path()).unwrap());
+        entries.map(content).collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let (there, here) = (files("bucket/tb/told"), files("state/track/told"));
+    assert_eq!(there.keys().collect::<Vec<_>>(), here.keys().collect::<Vec<_>>());
+    for (name, content) in &here {
+        let copied = &there[name];
+        let bytes = (copied.len(), content.len());
+        assert!(copied == content, "{name:?}: {bytes:?}\n{}", seen.text());
+    }
+    let n_boards = there.keys().filter(|name| name.to_string_lossy().starts_with("events.out."));
+    assert!(n_boards.count() >= 1, "{:?}", there.keys());
+    let lines = String::from_utf8(there[std::ffi::OsStr::new("metrics.jsonl")].clone()).unwrap();
+    let steps = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let steps: Vec<u64> = steps.map(|line| line["step"].as_u64().unwrap()).collect();
+    assert!(steps.windows(2).all(|pair| pair[0] < pair[1]), "each once: {steps:?}");
+    assert_eq!(steps.last(), Some(&STEPS));
+    // Nothing of a run that other files lie beside is written over.
+    std::fs::remove_dir_all(fixture.path("state")).unwrap();
+    let mut cluster = Cluster::start(&fixture);
+    let run = cluster.submit(&fixture.spec("told", STEPS, &keys));
+    cluster.add("a", 1);
+    let seen = cluster.wait(&run, "a remark", |seen| {
+        seen.text().contains("which this coordinator did not write")
+    });
+    assert!(files("bucket/tb/told") == there, "{}", seen.text());
 }

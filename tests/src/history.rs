@@ -124,7 +124,8 @@ pub struct Formed {
 /// Reads `generation 3: 2 workers at step 41, …`.
 pub fn parse_formed(text: &str) -> Option<Formed> {
     let (head, rest) = text.strip_prefix("generation ")?.split_once(": ")?;
-    let (world, rest) = rest.split_once(" workers at step ")?;
+    let (world, rest) = rest.split_once(" worker")?;
+    let (_, rest) = rest.split_once(" at step ")?;
     let step = rest.split([',', ';']).next()?;
     Some(Formed {
         generation: head.parse().ok()?,

@@ -316,6 +316,14 @@ impl<'a> Cluster<'a> {
         self.coordinator = None;
     }
 
+    /// Ends the coordinator in order, with SIGTERM.
+    pub fn end_coordinator(&mut self) {
+        let coordinator = self.coordinator.take().expect("it runs");
+        coordinator.signal(Signal::TERM);
+        let limit = Duration::from_secs(30);
+        assert!(processes::wait_for_end(coordinator.pid(), limit), "the coordinator ends");
+    }
+
     /// Stops the coordinator for a while, as a laptop's lid or a stuck disk would.
     pub fn stall_coordinator(&self, time: Duration) {
         let coordinator = self.coordinator.as_ref().expect("it runs");

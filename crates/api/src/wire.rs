@@ -123,6 +123,8 @@ fn mark_to_wire(mark: StepMark) -> v1::StepMark {
         digest: mark.digest,
         skipped: mark.skipped,
         redone: mark.redone,
+        memory_bytes: mark.memory_bytes,
+        mfu: mark.mfu,
     }
 }
 
@@ -138,6 +140,8 @@ fn mark_from_wire(mark: v1::StepMark) -> StepMark {
         digest: mark.digest,
         skipped: mark.skipped,
         redone: mark.redone,
+        memory_bytes: mark.memory_bytes,
+        mfu: mark.mfu,
     }
 }
 
@@ -182,6 +186,7 @@ pub fn to_coordinator(message: ToCoordinator) -> v1::SessionRequest {
             in_op: beat.in_op,
             slot_us: beat.slot_us,
             data_us: beat.data_us,
+            memory_bytes: beat.memory_bytes,
         }),
         ToCoordinator::Warm { probe } => M::Warm(v1::Warm { probe }),
         ToCoordinator::Prepared { generation, state, trained, kept } => M::Prepared(v1::Prepared {
@@ -242,6 +247,7 @@ pub fn from_worker(request: v1::SessionRequest) -> Result<ToCoordinator, WireErr
             in_op: beat.in_op,
             slot_us: beat.slot_us,
             data_us: beat.data_us,
+            memory_bytes: beat.memory_bytes,
         }),
         M::Warm(warm) => ToCoordinator::Warm { probe: warm.probe },
         M::Prepared(m) => ToCoordinator::Prepared {

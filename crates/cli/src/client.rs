@@ -13,7 +13,7 @@ use lacuna_types::exit;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::connect::{Connect, parse_time};
-use crate::progress::{Progress, ProgressMode, run_json, short_duration};
+use crate::progress::{Progress, ProgressMode, run_json, short_bytes, short_duration};
 use crate::voice::talk;
 use crate::{Coded, runtime, spec};
 
@@ -296,13 +296,19 @@ fn print_run(run: &v1::Run) {
         println!("shares      {shares}");
     }
     println!(
-        "{:<28} {:>4} {:>5} {:<10} {:<10} {:>9}",
-        "WORKER", "RANK", "SLOTS", "STATE", "PHASE", "STEP"
+        "{:<28} {:>4} {:>5} {:<10} {:<10} {:>9} {:>6}",
+        "WORKER", "RANK", "SLOTS", "STATE", "PHASE", "STEP", "MEMORY"
     );
     for worker in &run.workers {
         let v1::RunWorker { worker_id, rank, slots, state, phase, step, .. } = worker;
+        let memory = match worker.memory_bytes {
+            0 => "-".to_string(),
+            bytes => short_bytes(bytes),
+        };
         let rank = rank.map_or("-".to_string(), |rank| rank.to_string());
-        println!("{worker_id:<28} {rank:>4} {slots:>5} {state:<10} {phase:<10} {step:>9}");
+        println!(
+            "{worker_id:<28} {rank:>4} {slots:>5} {state:<10} {phase:<10} {step:>9} {memory:>6}"
+        );
     }
 }
 

@@ -26,9 +26,17 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use lacuna_types::{BuildId, exit};
 
+/// What stands below the commands: those that compute are the other program's.
+const WORKER_HELP: &str = "\
+`lacuna-worker` has what computes: joining a coordinator as a worker, `features`, `eval knn`,
+`eval classify` and `reconstruct`; see `lacuna-worker --help`.";
+
+/// Commands that are `lacuna-worker`'s.
+const OF_WORKER: [&str; 3] = ["eval", "features", "reconstruct"];
+
 /// Elastic, exact pre-training of masked autoencoders.
 #[derive(Debug, Parser)]
-#[command(name = "lacuna", disable_version_flag = true)]
+#[command(name = "lacuna", disable_version_flag = true, after_help = WORKER_HELP)]
 struct Args {
     /// Print the version.
     #[arg(long, short = 'V')]
@@ -125,7 +133,7 @@ impl Coded {
 /// Runs the command line and returns the exit code.
 pub fn main() -> ExitCode {
     end_quietly_without_reader();
-    let args = Args::parse();
+    let args = Args::try_parse().unwrap_or_else(|err| refuse(&err));
     args.voice.set();
     if args.version {
         println!("{}", BuildId::this());
@@ -145,6 +153,20 @@ pub fn main() -> ExitCode {
             ExitCode::from(exit_code(&err))
         }
     }
+}
+
+/// Says what is wrong with a command line, and where a command is that this program has not.
+fn refuse(err: &clap::Error) -> ! {
+    use clap::error::{ContextKind, ContextValue};
+    if let Some(ContextValue::String(word)) = err.get(ContextKind::InvalidSubcommand)
+        && OF_WORKER.contains(&word.as_str())
+    {
+        eprintln!(
+            "error: `{word}` is a command of `lacuna-worker`; see `lacuna-worker {word} --help`"
+        );
+        std::process::exit(i32::from(exit::USAGE));
+    }
+    err.exit()
 }
 
 /// Lets `lacuna status | head` end as other commands do, where printing would panic otherwise.

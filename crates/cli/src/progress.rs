@@ -175,6 +175,12 @@ pub fn figures_line(run: &v1::Run, figures: &v1::Figures) -> String {
             100.0 * data_wait
         ),
     );
+    if figures.memory_bytes > 0 {
+        write_all(&mut text, format_args!(" mem {}", short_bytes(figures.memory_bytes)));
+    }
+    if let Some(mfu) = figures.mfu {
+        write_all(&mut text, format_args!(" mfu {:.0}%", 100.0 * mfu));
+    }
     if let Some(left) = eta(run, figures) {
         write_all(&mut text, format_args!(" eta {left}"));
     }
@@ -200,6 +206,14 @@ pub(crate) fn eta(run: &v1::Run, figures: &v1::Figures) -> Option<String> {
     seconds.is_finite().then(|| short_duration(Duration::from_secs_f64(seconds.min(1e9))))
 }
 
+/// Writes a number of bytes as top does: `12.4G`, in units of 1024.
+pub(crate) fn short_bytes(bytes: u64) -> String {
+    match bytes as f64 / (1u64 << 20) as f64 {
+        mib if mib < 999.5 => format!("{mib:.0}M"),
+        mib => format!("{:.1}G", mib / 1024.0),
+    }
+}
+
 /// Writes a span of time in two units at most.
 pub(crate) fn short_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
@@ -217,7 +231,8 @@ fn json_line(response: &v1::WatchRunResponse) -> Option<String> {
             "seq": response.seq, "step": f.step, "loss": f.loss, "lr": f.lr,
             "grad_norm": f.grad_norm, "images_per_second": f.images_per_second,
             "data_wait": f.data_wait, "generation": f.generation, "skipped": f.skipped,
-            "redone": f.redone, "digest": f.digest.map(|d| format!("{d:016x}")),
+            "redone": f.redone, "memory_bytes": f.memory_bytes, "mfu": f.mfu,
+            "digest": f.digest.map(|d| format!("{d:016x}")),
         }),
         Update::Event(e) => serde_json::json!({
             "seq": response.seq, "event": e.kind, "warning": e.warning, "text": e.text,
@@ -240,6 +255,7 @@ pub fn run_json(run: &v1::Run) -> serde_json::Value {
             serde_json::json!({
                 "worker": w.worker_id, "rank": w.rank, "slots": w.slots, "state": w.state,
                 "step": w.step, "phase": w.phase, "device": w.device,
+                "memory_bytes": w.memory_bytes,
             })
         })
         .collect();
@@ -273,12 +289,14 @@ mod tests {
             grad_norm: 0.41,
             images_per_second: 24_310.2,
             data_wait: 0.012,
+            memory_bytes: 13_314_398_618,
+            mfu: Some(0.384),
             ..Default::default()
         };
         assert_eq!(
             figures_line(&run, &figures),
             "step 1,240/249,600 ep 3.97/800 loss 0.9213 lr 2.4e-4 gnorm 0.41 img/s 24,310 \
-             data 1.2% eta 11h37m"
+             data 1.2% mem 12.4G mfu 38% eta 11h37m"
         );
     }
 
@@ -287,5 +305,6 @@ mod tests {
         assert_eq!(["0", "999", "1,000", "1,234,567"], [0, 999, 1000, 1_234_567].map(grouped));
         assert_eq!(short_duration(Duration::from_secs(3725)), "1h02m");
         assert_eq!(short_duration(Duration::from_secs(65)), "1m05s");
+        assert_eq!([0, 700 << 20, 1 << 30].map(short_bytes), ["0M", "700M", "1.0G"]);
     }
 }

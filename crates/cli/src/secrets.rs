@@ -84,6 +84,10 @@ pub fn token(args: TokenArgs) -> anyhow::Result<u8> {
     }
     let token = new_token();
     let line = TokenLine::of(&token, role, &name);
+    // First the file that may exist already: nobody has the token of a line without one.
+    if let Some(path) = &out {
+        write_secret(path, &format!("{token}\n"))?;
+    }
     match &add_to {
         Some(path) => {
             let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
@@ -92,9 +96,8 @@ pub fn token(args: TokenArgs) -> anyhow::Result<u8> {
         }
         None => eprintln!("add this line to the coordinator's `--token-file`:\n{line}"),
     }
-    match &out {
-        Some(path) => write_secret(path, &format!("{token}\n"))?,
-        None => println!("{token}"),
+    if out.is_none() {
+        println!("{token}");
     }
     Ok(exit::OK)
 }
@@ -102,6 +105,10 @@ pub fn token(args: TokenArgs) -> anyhow::Result<u8> {
 /// Writes a new file that only its owner may read.
 fn write_secret(path: &Path, text: &str) -> anyhow::Result<()> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    if file.as_ref().is_err_and(|err| err.kind() == std::io::ErrorKind::AlreadyExists) {
+        let text = format!("`{}` exists: choose another file, or remove it", path.display());
+        return Err(Coded::error(exit::USAGE, text));
+    }
     let written = file.and_then(|mut file| file.write_all(text.as_bytes()));
     written.with_context(|| format!("write `{}`", path.display()))
 }

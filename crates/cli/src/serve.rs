@@ -11,6 +11,7 @@ use lacuna_spec::units::parse_duration;
 use lacuna_types::exit;
 use tracing::info;
 
+use crate::connect::parse_time;
 use crate::{Coded, init_logs, runtime};
 
 /// Settings of the service.
@@ -37,6 +38,15 @@ pub struct CoordinatorArgs {
     /// Waits as on one machine: changes of the group come at once instead of being gathered.
     #[arg(long)]
     local: bool,
+
+    /// Collector of OpenTelemetry that metrics are pushed to over OTLP/gRPC, like
+    /// http://127.0.0.1:4317; headers and attributes come from the `OTEL_` variables.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
+    otlp: Option<String>,
+
+    /// How often metrics are pushed.
+    #[arg(long, default_value = "15s", value_name = "TIME", value_parser = parse_time)]
+    otlp_every: Duration,
 
     /// Change one wait of the protocol, like `lease=5s` or `failure_window=200ms`;
     /// docs/operations.md lists them.
@@ -90,6 +100,7 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
         let state = args.state.unwrap_or_else(default_state);
         let options = Options { state, timing, security };
         let service = Service::open(args.listen, options).await.map_err(coded)?;
+        let service = pushing(service, args.otlp.as_deref(), args.otlp_every)?;
         println!("listening on {}", service.url());
         let mut signals = StopSignals::new();
         service.serve(async move { signals.next().await }).await.map_err(coded)?;
@@ -99,6 +110,25 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
     // A thread that waits for a file system which does not answer does not keep the process.
     runtime.shutdown_timeout(Duration::from_secs(5));
     ended
+}
+
+/// Has a service push its metrics, where somebody wants them.
+#[cfg(feature = "otlp")]
+fn pushing(service: Service, to: Option<&str>, every: Duration) -> anyhow::Result<Service> {
+    let Some(endpoint) = to.filter(|endpoint| !endpoint.is_empty()) else { return Ok(service) };
+    let env = |name: &str| std::env::var(name).ok();
+    let otlp = lacuna_coordinator::Otlp::new(endpoint, every, env);
+    let otlp = otlp.map_err(|err| Coded::error(exit::USAGE, lacuna_checkpoint::chain(&err)))?;
+    Ok(service.with_otlp(otlp))
+}
+
+/// Says that nothing is pushed, where somebody wants metrics: this build cannot.
+#[cfg(not(feature = "otlp"))]
+fn pushing(service: Service, to: Option<&str>, _every: Duration) -> anyhow::Result<Service> {
+    if let Some(endpoint) = to {
+        tracing::warn!(endpoint, "no metrics are pushed: this build lacks the feature `otlp`");
+    }
+    Ok(service)
 }
 
 /// Gives a start error its exit code.

@@ -33,16 +33,8 @@ pub fn read(path: &Path, overrides: &[String]) -> anyhow::Result<RunSpec> {
 
 /// Refuses a task that its data or its encoder cannot serve: every worker would find that out.
 fn check_task(task: &TaskSpec, dataset: &Dataset) -> anyhow::Result<()> {
-    let n_classes = dataset.index().n_classes();
-    let usage = |text: String| Err(Coded::error(exit::USAGE, text));
-    if n_classes == 0 {
-        return usage("`task.kind` needs labels, and the data has none".to_string());
-    }
-    if n_classes > task.classes {
-        let classes = task.classes;
-        return usage(format!(
-            "`task.classes` = {classes}, and the data has labels of {n_classes}"
-        ));
+    if let Some(text) = task.labels_problem(dataset.index().n_classes()) {
+        return Err(Coded::error(exit::USAGE, text));
     }
     match &task.encoder {
         Some(place) if !place.contains("://") && !Path::new(place).exists() => {

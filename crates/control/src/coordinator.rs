@@ -26,6 +26,7 @@ mod returning;
 mod running;
 mod saving;
 mod status;
+mod told;
 mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -62,6 +63,8 @@ pub struct Coordinator {
     order: Vec<WorkerId>,
     /// When to form the next generation, and why.
     reform: Option<(Timestamp, Cause, String)>,
+    /// When a group that trained was broken off, until the next one starts.
+    broken_at: Option<Timestamp>,
     /// Groups formed since the machine was created.
     formed: BTreeMap<Cause, u64>,
     /// After a restart: members that have not come back, and until when to wait for them.
@@ -119,6 +122,7 @@ impl Coordinator {
             awaited: (order.iter().cloned().collect(), until),
             order,
             reform: None,
+            broken_at: None,
             formed: BTreeMap::new(),
             last_started,
             dispute: None,

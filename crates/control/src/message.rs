@@ -259,6 +259,8 @@ pub struct Beat {
     pub slot_us: u64,
     /// Time that it has waited for data since it started, in microseconds.
     pub data_us: u64,
+    /// Memory in use on the device it computes on, in bytes; 0 where that is not known.
+    pub memory_bytes: u64,
 }
 
 /// Figures of one applied step; everything but the rates is equal on every rank.
@@ -284,4 +286,8 @@ pub struct StepMark {
     pub skipped: u64,
     /// Steps computed again so far because a gradient overflowed.
     pub redone: u64,
+    /// Memory in use on the device of the worker that reports, in bytes; 0 where not known.
+    pub memory_bytes: u64,
+    /// Model FLOPs a second over what the group's devices reach in large matrix products.
+    pub mfu: Option<f64>,
 }

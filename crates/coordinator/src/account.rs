@@ -130,6 +130,8 @@ pub(crate) fn figures(mark: &StepMark) -> Figures {
         digest: mark.digest,
         skipped: mark.skipped,
         redone: mark.redone,
+        memory_bytes: mark.memory_bytes,
+        mfu: mark.mfu,
     }
 }
 
@@ -149,6 +151,8 @@ mod tests {
             digest: None,
             skipped: 0,
             redone,
+            memory_bytes: 0,
+            mfu: None,
         }
     }
 

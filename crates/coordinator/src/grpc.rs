@@ -2,6 +2,7 @@
 
 mod admin;
 mod checkpoints;
+mod facts;
 pub(crate) mod logs;
 pub(crate) mod messages;
 pub(crate) mod pictures;
@@ -219,11 +220,16 @@ impl RunService for Grpc {
     ) -> Result<Response<v1::CreateRunResponse>, Status> {
         let v1::CreateRunRequest { spec, resume, n_samples, fingerprint } = request.into_inner();
         let invalid = |text: String| status(Reason::InvalidSpec, text);
-        let spec = specs::read(&spec)?;
+        let mut spec = specs::read(&spec)?;
+        let (n_samples, fingerprint) = if n_samples == 0 && fingerprint.is_empty() {
+            let found = facts::look(&mut spec).await?;
+            (found.n_samples, found.fingerprint)
+        } else {
+            (n_samples, fingerprint)
+        };
         if spec.data.order == lacuna_spec::Order::Auto {
-            return Err(invalid(
-                "`data.order` must be pinned by the client that knows the data".to_string(),
-            ));
+            let text = "`data.order` must be pinned by the client that knows the data";
+            return Err(invalid(text.to_string()));
         }
         crate::run::run_config(&spec, n_samples).map_err(invalid)?;
         let id = spec.run_id();

@@ -26,7 +26,7 @@ use crate::store::{SqliteStore, StoreError};
 
 mod chart;
 mod deeds;
-mod metrics;
+pub(crate) mod metrics;
 mod page;
 mod shelf;
 

@@ -14,6 +14,8 @@ pub mod clock;
 pub mod door;
 mod grpc;
 mod http;
+#[cfg(feature = "otlp")]
+mod otlp;
 mod registry;
 pub mod run;
 mod scribe;
@@ -23,4 +25,6 @@ mod times;
 mod track;
 
 pub use door::Security;
+#[cfg(feature = "otlp")]
+pub use otlp::{Otlp, OtlpError};
 pub use service::{Options, Service, StartError};

@@ -28,6 +28,8 @@ use crate::track::Follower;
 
 /// Name of the state file in its folder.
 pub(crate) const STATE_FILE: &str = "coordinator.sqlite";
+/// Files for TensorBoard of runs that want copies of them in a store.
+const FILES_FOLDER: &str = "track";
 
 /// Folders for people's tools that are written at once.
 const TRACKING_MAX: usize = 8;
@@ -232,10 +234,17 @@ impl Shared {
             close.send_replace(true);
         }
         let Some(to) = &spec.track.tensorboard else { return };
+        let (folder, copies) = if lacuna_store::is_url(to) {
+            let url = format!("{}/{id}", to.trim_end_matches('/'));
+            (self.options.state.join(FILES_FOLDER).join(id.as_str()), Some(url))
+        } else {
+            (Path::new(to).join(id.as_str()), None)
+        };
         let follower = Follower {
             shared: self.clone(),
             run: id.clone(),
-            folder: Path::new(to).join(id.as_str()),
+            folder,
+            copies,
             spec: serde_json::to_string_pretty(&spec.to_json()).unwrap_or_default(),
             remarks: ends.input.clone(),
         };

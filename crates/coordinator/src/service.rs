@@ -18,13 +18,15 @@ use lacuna_control::timing::Timing;
 use lacuna_spec::RunSpec;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+#[cfg(feature = "otlp")]
+use tokio::sync::watch;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tracing::{info, warn};
 
 use crate::catalogue::Catalogue;
-use crate::door::{self, Door, DoorError, Security, guarded};
+use crate::door::{self, Door, DoorError, Places, Security, guarded};
 use crate::grpc::Grpc;
 use crate::http;
 use crate::registry::{STATE_FILE, Shared};
@@ -104,6 +106,8 @@ pub struct Service {
     listener: TcpListener,
     addr: SocketAddr,
     door: Door,
+    #[cfg(feature = "otlp")]
+    otlp: Option<crate::Otlp>,
     // Held for the life of the service; the lock goes with the process.
     _lock: File,
 }
@@ -137,7 +141,24 @@ impl Service {
         if door.is_locked() && !door.is_encrypted() && !addr.ip().is_loopback() {
             warn!("tokens travel in the clear: give a certificate with `--tls-dir`");
         }
-        Ok(Service { shared, failures, listener, addr, door, _lock: lock })
+        Ok(Service {
+            shared,
+            failures,
+            listener,
+            addr,
+            door,
+            #[cfg(feature = "otlp")]
+            otlp: None,
+            _lock: lock,
+        })
+    }
+
+    /// Has metrics pushed while it serves.
+    #[cfg(feature = "otlp")]
+    #[must_use]
+    pub fn with_otlp(mut self, otlp: crate::Otlp) -> Self {
+        self.otlp = Some(otlp);
+        self
     }
 
     /// Returns the URL that clients and workers connect to.
@@ -153,10 +174,19 @@ impl Service {
 
     /// Serves until `shutdown` completes or the store fails. Open streams are cut.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), StartError> {
+        #[cfg(feature = "otlp")]
+        let pushing = self.otlp.map(|otlp| {
+            let close = watch::Sender::new(false);
+            (tokio::spawn(otlp.run(self.shared.clone(), close.subscribe())), close)
+        });
         let Service { shared, mut failures, listener, door, .. } = self;
         // Set here: the server's own option is for listeners that it opens itself. Without it an
         // answer of several segments waits some 40 ms for the acknowledgement of the first.
-        let incoming = guarded(TcpIncoming::from(listener).with_nodelay(Some(true)), FIRST_WORDS);
+        let incoming = guarded(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            FIRST_WORDS,
+            Places::of_process(),
+        );
         let mut server = Server::builder()
             .accept_http1(true)
             .timeout(CALL_DEADLINE)
@@ -176,6 +206,12 @@ impl Service {
             () = shutdown => Ok(()),
         };
         shared.close(CLOSING).await;
+        #[cfg(feature = "otlp")]
+        if let Some((pushing, close)) = pushing {
+            close.send_replace(true);
+            // What could not be pushed by then is lost, as it is with any other collector.
+            let _ = tokio::time::timeout(CLOSING, pushing).await;
+        }
         end
     }
 }

@@ -3,6 +3,8 @@
 //! A follower reads from the state file what is written down already: it is never in a run's way,
 //! loses nothing when it was away, and writes nothing twice, since the files say how far they go.
 
+mod mirror;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,6 +13,7 @@ use lacuna_track::{Body, Record, TrackError, Tracker};
 use lacuna_types::RunId;
 use tokio::sync::{mpsc, watch};
 
+use self::mirror::{Mirror, MirrorError};
 use crate::grpc::pictures::size_of;
 use crate::registry::Shared;
 use crate::run::{Input, View};
@@ -30,6 +33,8 @@ enum FollowError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Track(#[from] TrackError),
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
     #[error(
         "`{}` has records up to {files}, the state file up to {state}: another run wrote there, or \
          the state file lost its newest updates with the machine; give `track.tensorboard` another \
@@ -44,6 +49,8 @@ pub(crate) struct Follower {
     pub shared: Arc<Shared>,
     pub run: RunId,
     pub folder: PathBuf,
+    /// URL of a folder that gets copies of the files.
+    pub copies: Option<String>,
     /// The spec, for people.
     pub spec: String,
     /// Where what goes wrong is told.
@@ -55,20 +62,32 @@ impl Follower {
     pub async fn run(self, mut view: watch::Receiver<View>, mut closing: watch::Receiver<bool>) {
         let follower = Arc::new(self);
         let mut open: Option<Open> = None;
+        let mut mirror: Option<Mirror> = None;
         let mut told = false;
         loop {
             let last = *closing.borrow_and_update();
-            view.mark_unchanged();
+            let ended = view.borrow_and_update().ending.is_some();
             let (worker, before) = (follower.clone(), open.take());
             let Ok(turn) = follower.shared.tracking.clone().acquire_owned().await else { return };
             let work = move || {
                 let _turn = turn;
                 worker.follow(before)
             };
-            let done = tokio::task::spawn_blocking(work).await;
+            let written = tokio::task::spawn_blocking(work).await;
+            let done = match written {
+                Ok(Ok(now)) => {
+                    open = Some(now);
+                    // Not in that turn: a store that does not answer holds nobody else up.
+                    let (worker, before) = (follower.clone(), mirror.take());
+                    let copy = move || worker.copy(before, last || ended);
+                    tokio::task::spawn_blocking(copy).await
+                }
+                Ok(Err(err)) => Ok(Err(err)),
+                Err(panic) => Err(panic),
+            };
             let pause = match done {
                 Ok(Ok(now)) => {
-                    (open, told) = (Some(now), false);
+                    (mirror, told) = (now, false);
                     LOOK_EVERY
                 }
                 Ok(Err(err)) => {
@@ -119,6 +138,17 @@ impl Follower {
                 open.tracker.take(&[record])?;
             }
         }
+    }
+
+    /// Copies files that have grown to where the run wants them, if that is due or `now`.
+    fn copy(&self, mirror: Option<Mirror>, now: bool) -> Result<Option<Mirror>, FollowError> {
+        let Some(url) = &self.copies else { return Ok(None) };
+        let mut mirror = match mirror {
+            Some(mirror) => mirror,
+            None => Mirror::open(url, &self.folder)?,
+        };
+        mirror.copy(now)?;
+        Ok(Some(mirror))
     }
 
     fn record(&self, store: &SqliteStore, seq: u64, update: Update) -> Result<Record, StoreError> {

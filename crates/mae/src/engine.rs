@@ -5,6 +5,7 @@ mod device;
 mod picture;
 mod slot;
 mod task;
+mod yardstick;
 
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
@@ -16,7 +17,7 @@ use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::{Normalize, SlotBatch};
 use lacuna_spec::Precision;
 use lacuna_worker::cpu_state::CpuState;
-use lacuna_worker::engine::{Engine, EngineError, Picture, UpdateScalars};
+use lacuna_worker::engine::{Engine, EngineError, Picture, UpdateScalars, Yardstick};
 use tch::Device;
 
 pub use device::{DevicePlace, DeviceTorchEngine};
@@ -214,6 +215,10 @@ impl Engine for TorchEngine {
             let weights = unsafe { Weights::view_of(&self.slot.layout, param) };
             picture::draw(&self.slot, &self.setup, &weights, pixels, ids_shuffle)
         })
+    }
+
+    fn yardstick(&mut self) -> Result<Option<Yardstick>, EngineError> {
+        self.slot.yardstick()
     }
 
     fn describe(&self) -> String {

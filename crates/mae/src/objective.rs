@@ -33,6 +33,12 @@ pub trait Objective: fmt::Debug + Send + Sync {
     /// its arguments alone.
     fn augment(&self, _image: &mut [u8], _size: [usize; 2], _draws: &Draws) {}
 
+    /// Returns the FLOPs of one image's forward and backward pass, a multiply-add counted as two;
+    /// where it says nothing, no utilisation (MFU) is shown.
+    fn train_flops(&self, _model: &ModelConfig) -> Option<f64> {
+        None
+    }
+
     /// Lists the tensors of `layout` in the order in which a backward pass finishes them; each
     /// once. It changes no bit: sums of tensors that come early leave early. Where it says nothing,
     /// a pass over two made-up samples shows the order.
@@ -108,6 +114,10 @@ impl Objective for MaeObjective {
 
     fn completion(&self, model: &ModelConfig, layout: &Layout) -> Option<Vec<usize>> {
         Some(completion_order(model, layout))
+    }
+
+    fn train_flops(&self, model: &ModelConfig) -> Option<f64> {
+        Some(model.train_flops())
     }
 }
 

@@ -278,6 +278,7 @@ impl World {
             in_op: step_loop.is_in_op(self.now),
             slot_us: step_loop.slot_us,
             data_us: 0,
+            memory_bytes: 0,
         }
     }
 

@@ -63,6 +63,8 @@ pub(crate) fn mark(generation: Generation, state: &State, due: bool) -> StepMark
         images_per_second: 1.0,
         data_wait: 0.0,
         digest: due.then_some(state.digest),
+        memory_bytes: 0,
+        mfu: None,
         skipped: 0,
         redone: 0,
     }

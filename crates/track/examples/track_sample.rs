@@ -80,6 +80,8 @@ fn figures(step: u64, generation: u64) -> Figures {
         skipped: 0,
         redone: 0,
         digest: step.is_multiple_of(10).then_some(step),
+        memory_bytes: 1 << 30,
+        mfu: None,
     }
 }
 

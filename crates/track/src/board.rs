@@ -20,6 +20,9 @@ use crate::record::{Figures, shortened};
 /// What the names of event files begin with.
 const PREFIX: &str = "events.out.tfevents.";
 
+/// A file with more than this is followed by another: what copies files copies whole ones.
+const FILE_BYTES: u64 = 4 << 20;
+
 /// The version of the format, by which TensorBoard decides that START counts.
 const FILE_VERSION: &str = "brain.Event:2";
 
@@ -43,8 +46,13 @@ pub(crate) struct Board {
     /// Of the file of this life, which is created when there is something to write.
     path: PathBuf,
     file: Option<File>,
+    /// Bytes of that file, and the numbers in its name that order it.
+    bytes: u64,
+    numbers: (u64, usize),
     /// Whether the file's first events were taken.
     begun: bool,
+    /// Whether the file follows on a full one of this life.
+    follows: bool,
     buffer: Vec<u8>,
     found: Found,
     spec: Option<String>,
@@ -81,13 +89,15 @@ impl Board {
         let found = look(folder)?;
         let after_newest = found.newest_seconds.map_or(0, |seconds| seconds.saturating_add(1));
         let seconds = after_newest.max(now_ms / 1000);
-        let (host, pid) = (host_name(), std::process::id());
-        let path = folder.join(format!("{PREFIX}{seconds:010}.{host}.{pid}.{}", found.n_files));
+        let numbers = (seconds, found.n_files);
         let last = found.seq;
         Ok(Board {
-            path,
+            path: folder.join(file_name(numbers)),
             file: None,
+            bytes: 0,
+            numbers,
             begun: false,
+            follows: false,
             buffer: Vec::new(),
             found,
             spec: None,
@@ -107,9 +117,11 @@ impl Board {
             return;
         }
         let stamp = Stamp { seq, at_ms, step: figures.step };
+        let goes_back = self.found.figures_step.is_some_and(|before| figures.step <= before);
         if !self.begun {
-            self.begin(stamp);
-        } else if self.found.figures_step.is_some_and(|before| figures.step <= before) {
+            let forgets = goes_back || !self.follows;
+            self.begin(if forgets { stamp } else { self.behind_all(stamp) });
+        } else if goes_back {
             self.start(stamp);
         }
         self.found.figures_step = Some(figures.step);
@@ -126,9 +138,7 @@ impl Board {
         }
         let stamp = Stamp { seq, at_ms, step: picture.step };
         if !self.begun {
-            // Behind everything: what is there stays, as nothing of it will be fed again.
-            let step = self.found.step_max.map_or(picture.step, |step| step.saturating_add(1));
-            self.begin(Stamp { step, ..stamp });
+            self.begin(self.behind_all(stamp));
         }
         let [width, height, channels] = picture.shape.map(|n| i32::try_from(n).unwrap_or(i32::MAX));
         let image = Image {
@@ -159,9 +169,28 @@ impl Board {
             }
         };
         file.write_all(&self.buffer).map_err(at("write", &self.path))?;
+        self.bytes += self.buffer.len() as u64;
         self.buffer.clear();
         self.buffer.shrink_to(keep_bytes);
+        if self.bytes > FILE_BYTES {
+            self.go_on_in_another();
+        }
         Ok(())
+    }
+
+    /// Has the next events begin a file of their own.
+    fn go_on_in_another(&mut self) {
+        self.numbers = (self.numbers.0 + 1, self.numbers.1 + 1);
+        self.path.set_file_name(file_name(self.numbers));
+        (self.file, self.bytes) = (None, 0);
+        (self.begun, self.follows) = (false, true);
+    }
+
+    /// Returns a stamp behind everything: what is there stays when readers forget from there on, as
+    /// nothing of it will be fed again.
+    fn behind_all(&self, stamp: Stamp) -> Stamp {
+        let step = self.found.step_max.map_or(stamp.step, |step| step.saturating_add(1));
+        Stamp { step, ..stamp }
     }
 
     /// Takes the first events of a file; figures or a picture follow.
@@ -199,6 +228,12 @@ impl Board {
     }
 }
 
+/// Names a file by what orders it: a time in seconds, and how many there were before.
+fn file_name((seconds, n_before): (u64, usize)) -> String {
+    let (host, pid) = (host_name(), std::process::id());
+    format!("{PREFIX}{seconds:010}.{host}.{pid}.{n_before}")
+}
+
 fn scalars(figures: &Figures) -> Vec<Value> {
     let values = [
         ("loss/train", figures.loss),
@@ -213,7 +248,11 @@ fn scalars(figures: &Figures) -> Vec<Value> {
         simple_value: Some(value as f32),
         ..Value::default()
     };
-    values.into_iter().map(scalar).collect()
+    let memory =
+        (figures.memory_bytes > 0).then_some(figures.memory_bytes as f64 / (1 << 30) as f64);
+    let known = [("speed/memory_gib", memory), ("speed/mfu", figures.mfu)];
+    let known = known.into_iter().filter_map(|(tag, value)| Some((tag, value?)));
+    values.into_iter().chain(known).map(scalar).collect()
 }
 
 /// Returns a text for TensorBoard's page of texts, which is Markdown: indented, it is shown as is.

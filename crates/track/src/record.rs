@@ -69,6 +69,12 @@ pub struct Figures {
     pub redone: u64,
     /// Digest of the state, where it was computed.
     pub digest: Option<u64>,
+    /// Memory in use on the device of the worker that reports, in bytes; 0 where not known.
+    #[serde(default)]
+    pub memory_bytes: u64,
+    /// Model FLOPs a second over what the group's devices reach in large matrix products.
+    #[serde(default)]
+    pub mfu: Option<f64>,
 }
 
 /// Longest text that is kept: an event is a sentence and a spec a page, and lines must stay short

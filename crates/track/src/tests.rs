@@ -31,6 +31,8 @@ fn figures(seq: u64, step: u64, generation: u64) -> Record {
         skipped: 0,
         redone: 0,
         digest: None,
+        memory_bytes: 3 << 30,
+        mfu: Some(0.5),
     };
     Record { seq, at_ms: NOW + seq, body: Body::Figures(figures) }
 }
@@ -190,13 +192,13 @@ fn a_life_in_all_three_files() {
         expect![[r#"
             {"seq":2,"at_ms":1700000000502,"step":5,"generation":1,
              "loss":0.5,"lr":0.25,"grad_norm":2.0,"images_per_second":100.0,"data_wait":0.125,
-             "skipped":0,"redone":0}
+             "skipped":0,"redone":0,"memory_bytes":3221225472,"mfu":0.5}
             {"seq":3,"at_ms":1700000000503,"step":10,"generation":1,
              "loss":null,"lr":0.25,"grad_norm":2.0,"images_per_second":100.0,"data_wait":0.125,
-             "skipped":7,"redone":0,"digest":"00000000000000ab"}
+             "skipped":7,"redone":0,"memory_bytes":3221225472,"mfu":0.5,"digest":"00000000000000ab"}
             {"seq":7,"after":4,"at_ms":1700000000507,"step":15,"generation":1,
              "loss":0.5,"lr":0.25,"grad_norm":2.0,"images_per_second":100.0,"data_wait":0.125,
-             "skipped":0,"redone":0}
+             "skipped":0,"redone":0,"memory_bytes":3221225472,"mfu":0.5}
         "#]],
     );
     check(
@@ -308,6 +310,59 @@ fn event_files_sort_by_their_lives() {
     let found: Vec<String> = expected.iter().map(seconds).collect();
     assert_eq!(found, ["1700000000", "1700000001", "1700000002", "1700000060"]);
     assert!(name(&expected[3]).ends_with(&format!(".{}.3", std::process::id())));
+}
+
+/// Returns what TensorBoard shows: pictures and losses by step, without what it is to forget.
+fn shown(folder: &Path) -> (Vec<i64>, Vec<i64>) {
+    let (mut pictures, mut losses): (Vec<i64>, Vec<i64>) = (Vec::new(), Vec::new());
+    let mut n_starts = 0;
+    for event in event_files(folder).iter().flat_map(|path| read_events(path).unwrap()) {
+        if event.session_log.is_some() {
+            n_starts += 1;
+            if n_starts > 1 {
+                pictures.retain(|step| *step < event.step);
+                losses.retain(|step| *step < event.step);
+            }
+        }
+        for value in event.summary.iter().flat_map(|summary| &summary.value) {
+            if value.image.is_some() {
+                pictures.push(event.step);
+            } else if value.tag == "loss/train" {
+                losses.push(event.step);
+            }
+        }
+    }
+    (pictures, losses)
+}
+
+#[test]
+fn a_full_file_is_followed_by_another_and_nothing_is_forgotten() {
+    let dir = folder();
+    let mut tracker = open(dir.path());
+    let mut seq = 0;
+    let mut next = || {
+        seq += 1;
+        seq
+    };
+    for step in 1..=12 {
+        // The picture of a step comes before its figures, and half a mebibyte of it.
+        let mut picture = image(next(), step);
+        if let Body::Image { png, .. } = &mut picture.body {
+            png.resize(512 << 10, 0);
+        }
+        tracker.take(&[picture, figures(next(), step, 1)]).unwrap();
+        tracker.flush().unwrap();
+    }
+    assert_eq!(event_files(dir.path()).len(), 2);
+    let all: Vec<i64> = (1..=12).collect();
+    assert_eq!(shown(dir.path()), (all.clone(), all.clone()));
+    // Steps that go back are forgotten, over files too.
+    tracker.take(&[figures(next(), 6, 2)]).unwrap();
+    tracker.flush().unwrap();
+    let (_, losses) = shown(dir.path());
+    assert_eq!(losses, [1, 2, 3, 4, 5, 6]);
+    drop(tracker);
+    assert_eq!(open(dir.path()).last_seq(), seq);
 }
 
 #[test]

@@ -189,6 +189,9 @@ struct FiguresLine {
     data_wait: f64,
     skipped: u64,
     redone: u64,
+    memory_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mfu: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     digest: Option<Hex>,
 }
@@ -205,6 +208,8 @@ impl From<&Figures> for FiguresLine {
             data_wait: figures.data_wait,
             skipped: figures.skipped,
             redone: figures.redone,
+            memory_bytes: figures.memory_bytes,
+            mfu: figures.mfu,
             digest: figures.digest.map(Hex),
         }
     }

@@ -128,8 +128,31 @@ pub trait Engine: Send {
         None
     }
 
+    /// Measures what the device reaches in large matrix products of the run's precision, beside
+    /// what an image costs: the two sides of MFU. Nothing where nobody knows what an image costs.
+    ///
+    /// A worker asks once, before it is warm; it takes some tenths of a second.
+    fn yardstick(&mut self) -> Result<Option<Yardstick>, EngineError> {
+        Ok(None)
+    }
+
+    /// Returns the memory in use on the device, of all processes, in bytes; nothing where the
+    /// device is the host, whose processes the kernel counts.
+    fn device_memory(&self) -> Option<u64> {
+        None
+    }
+
     /// Describes device and library for people: `cpu (libtorch 2.11.0, avx2, 1 thread)`.
     fn describe(&self) -> String;
+}
+
+/// What model FLOPs utilisation (MFU) is measured by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Yardstick {
+    /// FLOPs of one image's forward and backward pass, nothing left out for work that is skipped.
+    pub flops_per_image: f64,
+    /// FLOPs a second of large matrix products on this worker's device.
+    pub peak: f64,
 }
 
 /// A picture for people.

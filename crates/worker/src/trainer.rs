@@ -3,6 +3,7 @@
 pub mod bad_samples;
 pub mod gallery;
 pub mod job;
+mod meter;
 pub mod metrics;
 pub mod save_meter;
 pub mod saver;

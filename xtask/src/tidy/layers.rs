@@ -50,7 +50,14 @@ const CRATES: &[Crate] = &[
     row(
         "lacuna-coordinator",
         2,
-        &["lacuna-api", "lacuna-checkpoint", "lacuna-telemetry", "lacuna-track"],
+        &[
+            "lacuna-api",
+            "lacuna-checkpoint",
+            "lacuna-data",
+            "lacuna-store",
+            "lacuna-telemetry",
+            "lacuna-track",
+        ],
     ),
     Crate {
         name: "lacuna-worker",

@@ -98,6 +98,9 @@ pub struct RunWorker {
     pub phase: ::prost::alloc::string::String,
     #[prost(string, tag = "7")]
     pub device: ::prost::alloc::string::String,
+    /// Memory in use on its device, in bytes; 0 where not known.
+    #[prost(uint64, tag = "8")]
+    pub memory_bytes: u64,
 }
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct Figures {
@@ -121,6 +124,12 @@ pub struct Figures {
     pub generation: u64,
     #[prost(fixed64, optional, tag = "10")]
     pub digest: ::core::option::Option<u64>,
+    /// Memory in use by the worker that reports, on the device it computes on; 0 where not known.
+    #[prost(uint64, tag = "11")]
+    pub memory_bytes: u64,
+    /// Model FLOPs a second over what the group's devices reach in large matrix products.
+    #[prost(double, optional, tag = "12")]
+    pub mfu: ::core::option::Option<f64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetRunRequest {
@@ -3253,6 +3262,9 @@ pub struct Beat {
     /// Time that it has waited for data since it started, in microseconds.
     #[prost(uint64, tag = "8")]
     pub data_us: u64,
+    /// Memory that its process has in use, of the device it computes on, in bytes; 0 where that is not known.
+    #[prost(uint64, tag = "9")]
+    pub memory_bytes: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Warm {
@@ -3323,6 +3335,12 @@ pub struct StepMark {
     pub skipped: u64,
     #[prost(uint64, tag = "10")]
     pub redone: u64,
+    /// As in a beat.
+    #[prost(uint64, tag = "11")]
+    pub memory_bytes: u64,
+    /// Model FLOPs a second over what the group's devices reach in large matrix products.
+    #[prost(double, optional, tag = "12")]
+    pub mfu: ::core::option::Option<f64>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Held {

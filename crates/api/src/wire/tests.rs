@@ -66,6 +66,8 @@ fn every_message_to_the_coordinator_survives_the_wire() {
         digest: Some(9),
         skipped: 1,
         redone: 2,
+        memory_bytes: 71,
+        mfu: Some(0.25),
     };
     let beat = Beat {
         generation,
@@ -76,6 +78,7 @@ fn every_message_to_the_coordinator_survives_the_wire() {
         in_op: true,
         slot_us: 41,
         data_us: 43,
+        memory_bytes: 47,
     };
     let all = [
         ToCoordinator::Beat(beat),

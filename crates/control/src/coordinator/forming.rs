@@ -8,7 +8,7 @@ use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId, exit};
 use super::members::Worker;
 use super::returning::LastStarted;
 use super::saving::Attempt;
-use super::{Cause, Command, Coordinator, Ending};
+use super::{Cause, Command, Coordinator, Ending, told};
 use crate::journal::{Record, Saved};
 use crate::message::ToWorker;
 use crate::plan::{
@@ -138,6 +138,9 @@ impl Coordinator {
         let Some(group) = self.group.take() else {
             return;
         };
+        if group.stage == Stage::Running {
+            self.broken_at = Some(now);
+        }
         let generation = group.plan.generation;
         self.broadcast(&group, &ToWorker::Revoke { generation, why: why.to_string() });
         for worker in self.workers.values_mut() {
@@ -293,7 +296,8 @@ impl Coordinator {
 
     fn describe_forming(&self, plan: &Plan, n_spares: usize, why: &str) -> String {
         let (size, n_slots) = (plan.world(), self.config.n_slots);
-        let mut text = format!("forming generation {}: {size} workers ({why})", plan.generation);
+        let members = told::workers(size);
+        let mut text = format!("forming generation {}: {members} ({why})", plan.generation);
         if n_spares > 0 {
             let all = size + n_spares;
             text += &if size >= self.config.workers_max {
@@ -505,12 +509,13 @@ impl Coordinator {
         }
         let generation = group.plan.generation;
         self.record(Record::Started { generation, resume_step });
+        let broken = self.broken_at.take().map(|at| (at, self.progress));
         // May go back: when everybody who had a newer state is gone, its steps are done again.
         self.progress = resume_step;
         self.checkpoint_base.0 = self.checkpoint_base.0.min(resume_step);
         self.last_started = Some(LastStarted::of(&group, resume_step, now));
         self.broadcast(&group, &ToWorker::Start { generation, resume_step });
-        self.note("formed", false, started(&group));
+        self.note("formed", false, told::started(&group, broken, now));
         self.last_change = Some(now);
     }
 
@@ -553,28 +558,4 @@ pub(super) fn differ(said: &BTreeMap<usize, u64>) -> bool {
     let mut all = said.values();
     let first = all.next();
     all.any(|other| Some(other) != first)
-}
-
-/// Describes a started generation for people.
-fn started(group: &Group) -> String {
-    let sync = group.sync.as_ref().expect("a started group is synchronised");
-    let from = match &sync.origin {
-        Origin::Seed => "from the seed".to_string(),
-        Origin::Checkpoint { .. } => "from the newest checkpoint".to_string(),
-        Origin::Memory { healed, .. } if healed.is_empty() => "state in memory".to_string(),
-        Origin::Memory { source, healed } => {
-            let names: Vec<&str> =
-                healed.iter().map(|&rank| group.plan.members[rank].worker.as_str()).collect();
-            format!("{} healed from {}", names.join(", "), group.plan.members[*source].worker)
-        }
-    };
-    let slots: Vec<String> =
-        group.plan.members.iter().map(|m| format!("{} {}", m.worker, m.slots.len())).collect();
-    format!(
-        "generation {}: {} workers at step {}, {from}; slots: {}",
-        group.plan.generation,
-        group.plan.world(),
-        sync.resume_step,
-        slots.join(", ")
-    )
 }

@@ -53,6 +53,7 @@ impl Coordinator {
             last_seen: worker.last_seen,
             slot_us: worker.slot_us,
             data_us: worker.beat.as_ref().map_or(0, |b| b.data_us),
+            memory_bytes: worker.beat.as_ref().map_or(0, |b| b.memory_bytes),
         }
     }
 }

@@ -198,6 +198,7 @@ fn beat(c: &mut Coordinator, ms: u64, step: u64) -> Vec<Command> {
         in_op: false,
         slot_us: 0,
         data_us: 0,
+        memory_bytes: 0,
     };
     say(c, ms, ToCoordinator::Beat(beat))
 }

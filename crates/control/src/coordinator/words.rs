@@ -380,4 +380,6 @@ pub struct WorkerStatus {
     pub slot_us: u64,
     /// Time that it has waited for data since it started, in microseconds.
     pub data_us: u64,
+    /// Memory in use on its device, in bytes; 0 where that is not known.
+    pub memory_bytes: u64,
 }

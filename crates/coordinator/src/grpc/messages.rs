@@ -35,6 +35,7 @@ pub(crate) fn run_of_view(id: &RunId, handle: &RunHandle, view: View) -> v1::Run
         state: w.state.to_string(),
         step: w.step.0,
         phase: w.phase.to_string(),
+        memory_bytes: w.memory_bytes,
     };
     v1::Run {
         run_id: id.to_string(),
@@ -75,6 +76,8 @@ pub(super) fn figures_message(figures: Figures) -> v1::Figures {
         skipped,
         redone,
         digest,
+        memory_bytes,
+        mfu,
     } = figures;
     v1::Figures {
         step,
@@ -87,6 +90,8 @@ pub(super) fn figures_message(figures: Figures) -> v1::Figures {
         redone,
         generation,
         digest,
+        memory_bytes,
+        mfu,
     }
 }
 

@@ -91,6 +91,7 @@ struct Families {
     grad_norm: Family<RunLabel, Float>,
     images_per_second: Family<RunLabel, Float>,
     data_wait: Family<RunLabel, Float>,
+    mfu: Family<RunLabel, Float>,
     checkpoint_step: Family<RunLabel, Gauge>,
     skipped: Family<RunLabel, Counter>,
     redone: Family<RunLabel, Counter>,
@@ -100,6 +101,7 @@ struct Families {
     worker_step: Family<WorkerLabel, Float>,
     worker_data: Family<WorkerLabel, Seconds>,
     worker_beat: Family<WorkerLabel, Float>,
+    worker_memory: Family<WorkerLabel, Gauge>,
     state: Family<StateLabel, Gauge>,
     workers: Family<StateLabel, Gauge>,
     time: Family<StateLabel, Seconds>,
@@ -134,6 +136,11 @@ impl Families {
             "lacuna_run_data_wait_ratio",
             "Share of a step that the group waits for data",
             &self.data_wait,
+        );
+        float(
+            "lacuna_run_mfu_ratio",
+            "Model FLOPs a second over what the devices reach in large matrix products",
+            &self.mfu,
         );
         registry.register(
             "lacuna_run_skipped_steps",
@@ -175,6 +182,11 @@ impl Families {
             self.worker_beat.clone(),
         );
         registry.register(
+            "lacuna_worker_memory_bytes",
+            "Memory in use on the worker's device, or by its process where that is the host",
+            self.worker_memory.clone(),
+        );
+        registry.register(
             "lacuna_run_state",
             "1 for the state that the run is in",
             self.state.clone(),
@@ -213,6 +225,9 @@ impl Families {
             self.grad_norm.get_or_create(&label).set(figures.grad_norm);
             self.images_per_second.get_or_create(&label).set(figures.images_per_second);
             self.data_wait.get_or_create(&label).set(figures.data_wait);
+            if let Some(mfu) = figures.mfu {
+                self.mfu.get_or_create(&label).set(mfu);
+            }
             self.skipped.get_or_create(&label).inc_by(figures.skipped);
         }
         let of_state = |state: &str| StateLabel { run: id.to_string(), state: state.to_string() };
@@ -253,12 +268,15 @@ impl Families {
             self.worker_step.get_or_create(&label).set(step);
         }
         self.worker_data.get_or_create(&label).inc_by(seconds(worker.data_us));
+        if worker.memory_bytes > 0 {
+            self.worker_memory.get_or_create(&label).set(signed(worker.memory_bytes));
+        }
         self.worker_beat.get_or_create(&label).set(now.since(worker.last_seen).as_secs_f64());
     }
 }
 
 /// Renders everything as it is now.
-pub(super) fn render(shared: &Shared) -> Result<String, fmt::Error> {
+pub(crate) fn render(shared: &Shared) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
     let families = Families::default();
     families.register(&mut registry);

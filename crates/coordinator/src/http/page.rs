@@ -180,6 +180,7 @@ struct WorkerRow {
     state: String,
     phase: String,
     step: String,
+    memory: String,
     device: String,
 }
 
@@ -299,6 +300,9 @@ fn facts(run: &v1::Run) -> Vec<Fact> {
     }
     if let Some(figures) = &run.figures {
         out.push(fact("images/s", grouped(figures.images_per_second as u64)));
+        if let Some(mfu) = figures.mfu {
+            out.push(fact("of the peak (MFU)", format!("{:.0} %", 100.0 * mfu)));
+        }
         out.push(fact("waiting for data", format!("{:.1} %", 100.0 * figures.data_wait)));
         out.push(fact("steps skipped", grouped(figures.skipped)));
         out.push(fact("steps computed again", grouped(figures.redone)));
@@ -435,6 +439,10 @@ fn worker_row(worker: &v1::RunWorker) -> WorkerRow {
         state: worker.state.clone(),
         phase: worker.phase.clone(),
         step: grouped(worker.step),
+        memory: match worker.memory_bytes {
+            0 => "–".to_string(),
+            bytes => size(bytes),
+        },
         device: worker.device.clone(),
     }
 }

@@ -177,6 +177,8 @@ fn figures(step: u64, loss: f64) -> Figures {
         skipped: 0,
         redone: 3,
         digest: None,
+        memory_bytes: 0,
+        mfu: None,
     }
 }
 

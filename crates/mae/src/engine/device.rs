@@ -9,14 +9,14 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use lacuna_cuda::{Compiler, Driver};
+use lacuna_cuda::{Compiler, Device as CudaDevice, Driver};
 use lacuna_device::{DeviceState, Kernels, Pixels, Shape};
 use lacuna_recipe::init;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::{Normalize, SlotBatch};
 use lacuna_spec::Precision;
-use lacuna_worker::engine::{DeviceEngine, Engine, EngineError, Picture, UpdateScalars};
+use lacuna_worker::engine::{DeviceEngine, Engine, EngineError, Picture, UpdateScalars, Yardstick};
 use tch::{Device, Tensor};
 
 use super::slot::{SlotInput, SlotProgram, draws_of};
@@ -54,6 +54,7 @@ pub struct DeviceTorchEngine {
     /// In a cell because reading it moves bytes through a buffer of its own.
     state: RefCell<DeviceState>,
     pixels: Pixels,
+    device: CudaDevice,
     card: String,
     probe: Option<u64>,
 }
@@ -112,7 +113,8 @@ impl DeviceTorchEngine {
         let normalize = Normalize::new(&setup.mean, &setup.std);
         let pixels = Pixels::new(&kernels, normalize.tables(), shape)?;
         let state = RefCell::new(state);
-        Ok(Self { setup, place, slot, views, leaves: None, state, pixels, card, probe: None })
+        let (leaves, probe) = (None, None);
+        Ok(Self { setup, place, slot, views, leaves, state, pixels, device, card, probe })
     }
 
     /// Computes a slot; loss and gradients stay on the device, and may be on their way.
@@ -215,6 +217,15 @@ impl Engine for DeviceTorchEngine {
 
     fn on_device(&mut self) -> Option<&mut dyn DeviceEngine> {
         Some(self)
+    }
+
+    fn yardstick(&mut self) -> Result<Option<Yardstick>, EngineError> {
+        self.slot.yardstick()
+    }
+
+    fn device_memory(&self) -> Option<u64> {
+        let (free, total) = self.device.memory().ok()?;
+        Some((total - free) as u64)
     }
 
     fn describe(&self) -> String {

@@ -13,9 +13,10 @@ use lacuna_recipe::state::Layout;
 use lacuna_recipe::step::SlotBatch;
 use lacuna_spec::Precision;
 use lacuna_types::SampleId;
-use lacuna_worker::engine::EngineError;
+use lacuna_worker::engine::{EngineError, Yardstick};
 use tch::{Device, Kind, Tensor};
 
+use super::{guarded, yardstick};
 use crate::autograd::{self, Pieces, Recorded};
 use crate::objective::{Objective, Slot, SlotLoss};
 use crate::runtime;
@@ -109,6 +110,17 @@ impl SlotProgram {
             Some(pieces) => pieces.order(),
             None => (0..self.layout.n_blocks()).rev().collect(),
         }
+    }
+
+    /// Measures what images a second are compared with, where an image's FLOPs are known.
+    pub fn yardstick(&self) -> Result<Option<Yardstick>, EngineError> {
+        let Some(flops_per_image) = self.objective.train_flops(&self.model) else {
+            return Ok(None);
+        };
+        let peak = guarded("multiply large matrices", || {
+            yardstick::products_per_second(self.device, self.precision)
+        })?;
+        Ok(Some(Yardstick { flops_per_image, peak }))
     }
 
     /// Leaves the backward pass whole.

@@ -349,9 +349,10 @@ pub(super) const FIELDS: &[Field] = &[
     ),
     display(
         "track.tensorboard",
-        Kind::Place(&[]),
+        Kind::Place(&CHECKPOINT_SCHEMES),
         "\"runs/tb\"",
-        "folder for files of TensorBoard, metrics.jsonl and events.jsonl; the coordinator writes",
+        "folder for files of TensorBoard, metrics.jsonl and events.jsonl, which the coordinator \
+         writes; behind a URL, copies of them",
     ),
     display(
         "track.reconstructions.every",

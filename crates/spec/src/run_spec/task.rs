@@ -57,3 +57,18 @@ pub struct TaskSpec {
     pub random_erasing: f64,
     pub rand_augment: f64,
 }
+
+impl TaskSpec {
+    /// Says what is wrong with learning this from data whose labels are below `n_classes`, 0 for
+    /// data without any.
+    pub fn labels_problem(&self, n_classes: u32) -> Option<String> {
+        let classes = self.classes;
+        match n_classes {
+            0 => Some("`task.kind` needs labels, and the data has none".to_string()),
+            n if n > classes => {
+                Some(format!("`task.classes` = {classes}, and the data has labels of {n_classes}"))
+            }
+            _ => None,
+        }
+    }
+}

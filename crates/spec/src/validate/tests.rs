@@ -40,7 +40,7 @@ fn misspelt_keys() {
 #[test]
 fn what_this_build_lacks() {
     let cases = [
-        "[track]\ntensorboard = \"s3://b/tb\"\nreconstructions = { every = \"1ep\" }",
+        "[track]\ntensorboard = \"https://b/tb\"\nreconstructions = { every = \"1ep\" }",
         "data.cache = { dir = \"/nvme\", size = \"500 gigs\" }",
         "data.cache = { size = \"500GB\" }",
         "data.cache = \"/nvme\"",

@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 
 use super::gallery::Gallery;
 use super::job::Job;
+use super::meter::memory_in_use;
 use super::metrics::MetricsFile;
 use super::save_meter::SaveMeter;
 use super::saver::Saver;
@@ -447,6 +448,8 @@ impl Start {
         let engine_spec = self.job.engine_spec(&self.args.device);
         let mut engine = self.backend.engine(&engine_spec).map_err(|err| local(&err))?;
         let probe = whole_probe(engine.as_mut()).map_err(|err| local(&err))?;
+        let yardstick = engine.yardstick().map_err(|err| local(&err))?;
+        self.shared.uses_memory(memory_in_use(engine.as_ref()));
         info!(device = engine.describe(), probe = format!("{probe:016x}"), "engine ready");
         let saver =
             Saver::start(self.job.dir.clone(), self.job.write_rate(), self.reports.clone(), meter);
@@ -466,6 +469,7 @@ impl Start {
             raised_save: 0,
             metrics,
             gallery,
+            yardstick,
         })
     }
 }

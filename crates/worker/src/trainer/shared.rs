@@ -80,6 +80,7 @@ struct Progress {
     slot: Duration,
     /// Time that was waited for data.
     data: Duration,
+    memory_bytes: u64,
 }
 
 impl Default for Shared {
@@ -92,6 +93,7 @@ impl Default for Shared {
             ledger: OpLedger::default(),
             slot: Duration::ZERO,
             data: Duration::ZERO,
+            memory_bytes: 0,
         };
         Shared {
             stop: AtomicU64::new(0),
@@ -155,6 +157,11 @@ impl Shared {
         self.progress().data += time;
     }
 
+    /// Notes the memory in use.
+    pub fn uses_memory(&self, bytes: u64) {
+        self.progress().memory_bytes = bytes;
+    }
+
     /// Notes what the loop does from here on.
     pub fn enter(&self, step: u64, phase: Phase) {
         let mut progress = self.progress();
@@ -176,6 +183,7 @@ impl Shared {
             in_op: op.in_progress,
             slot_us: progress.slot.as_micros() as u64,
             data_us: progress.data.as_micros() as u64,
+            memory_bytes: progress.memory_bytes,
         }
     }
 }

@@ -20,22 +20,17 @@ use tracing::{info, warn};
 
 use super::gallery::Gallery;
 use super::job::Job;
+use super::meter::{Meter, memory_in_use, mfu};
 use super::metrics::MetricsFile;
 use super::saver::Saver;
 use super::shared::{Order, SharedHandle};
 use super::step_math::{MathError, StepMath};
 use super::sync::{SyncError, synchronise};
-use crate::engine::{Engine, EngineError, whole_probe};
+use crate::engine::{Engine, EngineError, Yardstick, whole_probe};
 use crate::transport::Peers;
 
 /// Longest wait for one slot of data: far above any healthy read, below anybody's patience.
 const DATA_DEADLINE: Duration = Duration::from_secs(120);
-/// Shortest step deadline.
-const STEP_DEADLINE_MIN: Duration = Duration::from_secs(30);
-/// First steps of a generation, which may warm caches up and get ten times as long.
-const WARM_STEPS: u64 = 5;
-/// Steps whose slowest sets the deadline.
-const DEADLINE_WINDOW: usize = 100;
 
 /// The loop's own state.
 pub struct StepLoop {
@@ -63,6 +58,8 @@ pub struct StepLoop {
     pub metrics: Option<MetricsFile>,
     /// What is drawn now and then.
     pub gallery: Option<Gallery>,
+    /// What its speed is measured by.
+    pub yardstick: Option<Yardstick>,
 }
 
 /// A generation this worker is in.
@@ -108,37 +105,6 @@ impl StepError {
             StepError::Data(_) => FaultKind::Storage,
             StepError::NonFinite { .. } => FaultKind::Run,
         }
-    }
-}
-
-/// Sums since the last mark.
-struct Meter {
-    since: Instant,
-    steps: u64,
-    data_wait: Duration,
-    slowest: std::collections::VecDeque<Duration>,
-    redone: u64,
-}
-
-impl Meter {
-    fn new(redone: u64) -> Self {
-        let slowest = std::collections::VecDeque::with_capacity(DEADLINE_WINDOW);
-        Meter { since: Instant::now(), steps: 0, data_wait: Duration::ZERO, slowest, redone }
-    }
-
-    fn step_done(&mut self, took: Duration) {
-        self.steps += 1;
-        if self.slowest.len() == DEADLINE_WINDOW {
-            self.slowest.pop_front();
-        }
-        self.slowest.push_back(took);
-    }
-
-    /// Five times the slowest of the last steps, and ten times that while warming up.
-    fn deadline(&self, steps_here: u64) -> Duration {
-        let slowest = self.slowest.iter().max().copied().unwrap_or_default();
-        let deadline = STEP_DEADLINE_MIN.max(5 * slowest);
-        if steps_here < WARM_STEPS { 10 * deadline } else { deadline }
     }
 }
 
@@ -513,17 +479,22 @@ impl StepLoop {
         let counters = self.counters.as_ref().expect("there is a state");
         let seconds = meter.since.elapsed().as_secs_f64().max(1e-9);
         let images = meter.steps * u64::from(spec.train.batch);
+        let images_per_second = images as f64 / seconds;
+        let memory_bytes = memory_in_use(self.engine.as_ref());
+        self.shared.uses_memory(memory_bytes);
         let mark = StepMark {
             generation: group.plan.generation,
             step: Step(step),
             loss: summary.loss,
             lr: self.job.resolved.schedule.lr(step - 1),
             grad_norm: summary.grad_norm,
-            images_per_second: images as f64 / seconds,
+            images_per_second,
             data_wait: meter.data_wait.as_secs_f64() / seconds,
             digest,
             skipped: counters.non_finite,
             redone: meter.redone,
+            memory_bytes,
+            mfu: self.yardstick.map(|y| mfu(&y, images_per_second, group.plan.members.len())),
         };
         (meter.since, meter.steps, meter.data_wait) = (Instant::now(), 0, Duration::ZERO);
         self.report(Report::Mark(mark));

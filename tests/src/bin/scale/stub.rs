@@ -317,6 +317,8 @@ impl Stub {
             digest: Some(digest(training.marked)),
             skipped: 0,
             redone: 0,
+            memory_bytes: 8 << 30,
+            mfu: Some(0.5),
         })
     }
 
@@ -333,6 +335,7 @@ impl Stub {
                 in_op: false,
                 slot_us: 0,
                 data_us: 0,
+                memory_bytes: 0,
             };
         };
         let step = self.step_of(training);
@@ -348,6 +351,7 @@ impl Stub {
             in_op: reduces,
             slot_us: 20_000,
             data_us: 0,
+            memory_bytes: 8 << 30,
         }
     }
 }

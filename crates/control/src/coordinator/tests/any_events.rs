@@ -48,6 +48,7 @@ fn message() -> impl Strategy<Value = ToCoordinator> {
             let (phase, phase_ms, slot_us) = (Phase::Reduce, 9000, op_seq * 100);
             ToCoordinator::Beat(Beat {
                 generation, step, phase, phase_ms, op_seq, in_op, slot_us, data_us: 0,
+                memory_bytes: 0,
             })
         }),
         1 => (numbers.clone(), kind()).prop_map(|((g, rank, _), kind)| ToCoordinator::Fault {

@@ -45,6 +45,8 @@ fn mark(step: u64) -> ToCoordinator {
         images_per_second: 1.0,
         data_wait: 0.0,
         digest: None,
+        memory_bytes: 0,
+        mfu: None,
         skipped: 0,
         redone: 0,
     })

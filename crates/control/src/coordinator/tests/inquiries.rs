@@ -51,7 +51,7 @@ fn one_that_is_damaged_is_set_aside_for_the_one_before() {
             persist: checkpoint of step 20 (m20) is set aside for that of step 10 (m10)
             note set-aside: the checkpoint of step 20 is damaged and set aside: other bytes; going back to that of step 10
             persist: generation 2: slots a:0 8 (new communicator; a:0 reports: part-0 is damaged)
-            note forming: forming generation 2: 1 workers (a:0 reports: part-0 is damaged)
+            note forming: forming generation 2: 1 worker (a:0 reports: part-0 is damaged)
             to a:0: prepare 2
             draw an id for generation 2
         a: Prepared { generation: Generation(2), state: None, trained: Generation(1), kept: false }
@@ -60,7 +60,7 @@ fn one_that_is_damaged_is_set_aside_for_the_one_before() {
         a: Synced { generation: Generation(2), step: Step(10), digest: 5 }
             persist: generation 2 trains from step 10
             to a:0: start 2 at step 10
-            note formed: generation 2: 1 workers at step 10, from the newest checkpoint; slots: a:0 8
+            note formed: generation 2: 1 worker at step 10, from the newest checkpoint; slots: a:0 8
     "#]]);
 }
 
@@ -113,7 +113,7 @@ fn where_it_cannot_be_known_the_group_is_formed_again() {
             note unexamined: the checkpoint of step 20 could not be examined: the store is away
         after 500 ms
             persist: generation 2: slots a:0 8 (new communicator; a:0 reports: part-0 is damaged)
-            note forming: forming generation 2: 1 workers (a:0 reports: part-0 is damaged)
+            note forming: forming generation 2: 1 worker (a:0 reports: part-0 is damaged)
             to a:0: prepare 2
             draw an id for generation 2
     "#]]);
@@ -137,7 +137,7 @@ fn nobody_waits_for_an_answer_for_ever() {
         after 0 ms
             note unexamined: reading the checkpoint of step 20 took longer than 600s
             persist: generation 2: slots a:0 8 (new communicator; a:0 reports: part-0 is damaged)
-            note forming: forming generation 2: 1 workers (a:0 reports: part-0 is damaged)
+            note forming: forming generation 2: 1 worker (a:0 reports: part-0 is damaged)
             to a:0: prepare 2
             draw an id for generation 2
         the checkpoint was examined
@@ -159,7 +159,7 @@ fn one_that_a_person_removed_is_gone_on_without() {
             note set-aside: the checkpoint of step 20 was removed; beginning again from the seed
         after 500 ms
             persist: generation 2: slots a:0 8 (new communicator; a:0 reports: part-0 is damaged)
-            note forming: forming generation 2: 1 workers (a:0 reports: part-0 is damaged)
+            note forming: forming generation 2: 1 worker (a:0 reports: part-0 is damaged)
             to a:0: prepare 2
             draw an id for generation 2
     "#]]);

@@ -69,6 +69,7 @@ impl Told {
             in_op,
             slot_us: 1000,
             data_us: 0,
+            memory_bytes: 0,
         };
         self.say(name, ToCoordinator::Beat(beat));
     }
@@ -174,7 +175,7 @@ fn a_member_that_does_not_come_back_to_a_restarted_coordinator_is_left_out() {
             to b:0: revoke 1
         after 200 ms
             persist: generation 2: slots a:0 8 (new communicator; worker b:0 lost at step 31 (it did not come back to the restarted coordinator; last phase idle))
-            note forming: forming generation 2: 1 workers (worker b:0 lost at step 31 (it did not come back to the restarted coordinator; last phase idle))
+            note forming: forming generation 2: 1 worker (worker b:0 lost at step 31 (it did not come back to the restarted coordinator; last phase idle))
             to a:0: prepare 2
             draw an id for generation 2
     "#]]);
@@ -199,7 +200,7 @@ fn a_plan_that_was_not_started_is_said_again_after_a_restart() {
         a: Synced { generation: Generation(1), step: Step(0), digest: 5 }
             persist: generation 1 trains from step 0
             to a:0: start 1 at step 0
-            note formed: generation 1: 1 workers at step 0, from the seed; slots: a:0 8
+            note formed: generation 1: 1 worker at step 0, from the seed; slots: a:0 8
     "#]]);
 }
 
@@ -298,7 +299,7 @@ fn most_members_outvote_one_and_the_run_goes_back_to_its_checkpoint() {
             to a:0: start 2 at step 8
             to b:0: start 2 at step 8
             to c:0: start 2 at step 8
-            note formed: generation 2: 3 workers at step 8, from the newest checkpoint; slots: a:0 2, b:0 3, c:0 3
+            note formed: generation 2: 3 workers at step 8, from the newest checkpoint; slots: a:0 2, b:0 3, c:0 3; steps 9 to 11 computed anew, 0 samples skipped, 0.2 s
     "#]]);
 }
 
@@ -356,7 +357,7 @@ fn members_that_fell_silent_together_may_be_training_on() {
             persist: a member is gone for certain: the group is over
         after 500 ms
             persist: generation 2: slots z:0 8 (new communicator; workers are ready)
-            note forming: forming generation 2: 1 workers (workers are ready)
+            note forming: forming generation 2: 1 worker (workers are ready)
             to z:0: prepare 2
             draw an id for generation 2
     "#]]);

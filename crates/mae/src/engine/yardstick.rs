@@ -1,0 +1,44 @@
+//! How fast a device multiplies large matrices: what a step's FLOPs are compared with.
+
+use std::time::Instant;
+
+use lacuna_spec::Precision;
+use tch::{Device, Kind, Tensor};
+
+/// Sides of the square matrices. On one core of a CPU a product takes some 30 ms, on a GPU one or
+/// two.
+const SIDE_CPU: i64 = 1024;
+const SIDE_CUDA: i64 = 8192;
+/// The fastest of so many products counts: what else the machine does is not the device's fault.
+const TRIES: usize = 5;
+
+/// Returns FLOPs a second of large matrix products, a multiply-add counted as two.
+pub(super) fn products_per_second(device: Device, precision: Precision) -> f64 {
+    let side = if device.is_cuda() { SIDE_CUDA } else { SIDE_CPU };
+    let kind = match precision {
+        Precision::Bf16 => Kind::BFloat16,
+        Precision::F32 | Precision::Tf32 => Kind::Float,
+    };
+    let matrix = Tensor::ones([side, side], (kind, device));
+    let product = || {
+        let began = Instant::now();
+        // Reading a value waits for the device.
+        let corner = matrix.matmul(&matrix).double_value(&[0, 0]);
+        assert!(corner > 0.0, "a product of ones");
+        began.elapsed().as_secs_f64()
+    };
+    // The first one loads kernels.
+    let fastest = (0..=TRIES).map(|_| product()).skip(1).fold(f64::INFINITY, f64::min);
+    2.0 * (side as f64).powi(3) / fastest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_processor_has_a_rate() {
+        let rate = products_per_second(Device::Cpu, Precision::F32);
+        assert!((1e8..1e14).contains(&rate), "{rate:e} FLOPs a second");
+    }
+}
