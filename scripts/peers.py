@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Makes the Python environment in which the tests of other people's tools run: grpcurl, buf, a gRPC
-client, TensorBoard. It is `third_party/peers`, of the packages that scripts/peers.txt pins.
+client, TensorBoard. It is `third_party/peers`, of the packages that scripts/peers.txt pins. etcd,
+for the tests of several coordinators, is Debian's, in third_party/tools.
 
     python3 scripts/peers.py        # `make peers`
 
@@ -13,13 +14,16 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-from common import EXIT_UNFIT, say  # noqa: E402  (the folder above is put on the path first)
+import debian  # noqa: E402  (the folder above is put on the path first)
+from common import EXIT_UNFIT, cache_dir, say  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PLACE = ROOT / "third_party" / "peers"
+TOOLS = ROOT / "third_party" / "tools"
 WANTED = ROOT / "scripts" / "peers.txt"
 PROGRAM = "peers"
 # Some hundred megabytes.
@@ -43,17 +47,33 @@ def make() -> None:
     (PLACE / "made-of.txt").write_text(WANTED.read_text())
 
 
+def add_etcd() -> None:
+    """Unpacks etcd, unless there is one."""
+    if (TOOLS / "bin" / "etcd").exists() or shutil.which("etcd"):
+        return
+    (TOOLS / "bin").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".etcd-", dir=TOOLS) as text:
+        files = debian.unpack("etcd-server", pathlib.Path(text), cache_dir() / "apt")
+        shutil.copy2(files / "usr" / "bin" / "etcd", TOOLS / "bin" / "etcd")
+    say(PROGRAM, f"put etcd into {TOOLS.relative_to(ROOT)}")
+
+
 def main() -> int:
     """Runs the program and returns its exit code."""
-    if is_there():
-        return 0
+    code = 0
     try:
-        make()
+        if not is_there():
+            make()
+            say(PROGRAM, f"made {PLACE.relative_to(ROOT)}")
     except (OSError, subprocess.SubprocessError) as error:
         say(PROGRAM, f"the environment cannot be made: {error}")
-        return EXIT_UNFIT
-    say(PROGRAM, f"made {PLACE.relative_to(ROOT)}")
-    return 0
+        code = EXIT_UNFIT
+    try:
+        add_etcd()
+    except (OSError, debian.NoPackage) as error:
+        say(PROGRAM, f"tests of several coordinators are skipped: {error}")
+        code = EXIT_UNFIT
+    return code
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ mod cache;
 mod chaos;
 mod claim;
 mod damage;
+mod ensemble;
 mod face;
 mod faults;
 mod metrics;

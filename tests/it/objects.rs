@@ -145,7 +145,7 @@ fn files_for_tensorboard_are_copied_to_a_store() {
     let run = cluster.submit(&fixture.spec("told", STEPS, &keys));
     cluster.add("a", 1);
     let seen = cluster.wait(&run, "a remark", |seen| {
-        seen.text().contains("which this coordinator did not write")
+        seen.text().contains("another run wrote there, or the state file lost")
     });
     assert!(files("bucket/tb/told") == there, "{}", seen.text());
 }

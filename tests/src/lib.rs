@@ -290,6 +290,20 @@ impl<'a> Cluster<'a> {
         cluster
     }
 
+    /// Agents and a client of coordinators at `url` that somebody else starts.
+    pub fn of(fixture: &'a Fixture, url: &str) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        Cluster {
+            fixture,
+            url: url.to_string(),
+            coordinator: None,
+            agents: BTreeMap::new(),
+            runtime: runtime.expect("a runtime"),
+            listen: String::new(),
+            waits: Vec::new(),
+        }
+    }
+
     /// Starts the coordinator again on the state and port of the one before.
     pub fn start_coordinator(&mut self) {
         let state = self.fixture.path("state");
@@ -486,7 +500,8 @@ impl<'a> Cluster<'a> {
         trainer_pid(worker, &self.url).unwrap_or_else(|| panic!("no trainer {worker}"))
     }
 
-    fn logs(&self) -> String {
+    /// Returns what agents and the coordinator logged.
+    pub fn logs(&self) -> String {
         let mut out = String::new();
         for name in self.agents.keys().map(String::as_str).chain(["coordinator"]) {
             let path = self.fixture.path(&format!("{name}.log"));

@@ -65,6 +65,12 @@ pub enum ClientError {
         /// The library's word for it.
         why: String,
     },
+    /// None of several coordinators leads.
+    #[error("none of the coordinators {urls} leads; an election takes some seconds")]
+    NoLeader {
+        /// Their addresses.
+        urls: String,
+    },
     /// Nobody answers there.
     #[error("no coordinator answers at {url}")]
     Unreachable {
@@ -99,6 +105,9 @@ fn alert_in(error: &(dyn std::error::Error + 'static)) -> Option<String> {
 /// How often an idle stream is checked, and how long an answer may take.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(20));
 
+/// The service that only a leader has.
+const RUN_SERVICE: &str = "lacuna.v1.RunService";
+
 /// A connection that shows its token with every call.
 pub type Connection = InterceptedService<Channel, Bearer>;
 
@@ -131,11 +140,59 @@ impl Interceptor for Bearer {
     }
 }
 
-/// Opens a channel to `url` within `timeout`; streams on it are kept alive and checked.
+/// Opens a channel to the coordinator within `timeout`; streams on it are kept alive and checked.
 ///
-/// `https://` is spoken with the authority of `credentials`; with TLS files, `http://` is refused,
-/// since a token would travel in the clear.
+/// `urls` is an address, or those of an ensemble with commas between them: then it is the one that
+/// leads. `https://` is spoken with the authority of `credentials`; with TLS files, `http://` is
+/// refused, since a token would travel in the clear.
+///
+/// # Errors
+/// [`ClientError`]; of several addresses, where none leads, what the last one said.
 pub async fn connect(
+    urls: &str,
+    timeout: Duration,
+    credentials: &Credentials,
+) -> Result<Connection, ClientError> {
+    let all: Vec<&str> = urls.split(',').map(str::trim).filter(|url| !url.is_empty()).collect();
+    let [first, others @ ..] = &all[..] else {
+        return connect_to(urls, timeout, credentials).await;
+    };
+    if others.is_empty() {
+        return connect_to(first, timeout, credentials).await;
+    }
+    let mut last: Option<ClientError> = None;
+    for url in all {
+        match leader_at(url, timeout, credentials).await {
+            Ok(Some(connection)) => return Ok(connection),
+            Ok(None) => {}
+            // One that is away; what is wrong with addresses and files is said at once.
+            Err(err @ (ClientError::Unreachable { .. } | ClientError::Refused(_))) => {
+                last = Some(err);
+            }
+            Err(err) => return Err(err),
+        }
+    }
+    Err(last.unwrap_or_else(|| ClientError::NoLeader { urls: urls.to_string() }))
+}
+
+/// Connects to one coordinator of an ensemble, if it leads.
+async fn leader_at(
+    url: &str,
+    timeout: Duration,
+    credentials: &Credentials,
+) -> Result<Option<Connection>, ClientError> {
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_check_response::ServingStatus;
+    use tonic_health::pb::health_client::HealthClient;
+    let connection = connect_to(url, timeout, credentials).await?;
+    let mut asked = Request::new(HealthCheckRequest { service: RUN_SERVICE.to_string() });
+    asked.set_timeout(timeout);
+    let answer = HealthClient::new(connection.clone()).check(asked).await?.into_inner();
+    let leads = answer.status == i32::from(ServingStatus::Serving);
+    Ok(leads.then_some(connection))
+}
+
+async fn connect_to(
     url: &str,
     timeout: Duration,
     credentials: &Credentials,

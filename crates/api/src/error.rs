@@ -46,6 +46,8 @@ pub enum Reason {
     Storage,
     /// The run is in no state for it.
     WrongState,
+    /// Another coordinator leads.
+    NotLeader,
     /// It was not done in time.
     TimedOut,
     /// The service is going down.
@@ -55,7 +57,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Reason; 19] = [
+    const ALL: [Reason; 20] = [
         Reason::InvalidSpec,
         Reason::RunNotFound,
         Reason::RunExists,
@@ -72,6 +74,7 @@ impl Reason {
         Reason::RateLimited,
         Reason::Storage,
         Reason::WrongState,
+        Reason::NotLeader,
         Reason::TimedOut,
         Reason::ShuttingDown,
         Reason::Internal,
@@ -96,6 +99,7 @@ impl Reason {
             Reason::RateLimited => "RATE_LIMITED",
             Reason::Storage => "STORAGE",
             Reason::WrongState => "WRONG_STATE",
+            Reason::NotLeader => "NOT_LEADER",
             Reason::TimedOut => "TIMED_OUT",
             Reason::ShuttingDown => "SHUTTING_DOWN",
             Reason::Internal => "INTERNAL",
@@ -118,15 +122,18 @@ impl Reason {
             Reason::TimedOut => Code::DeadlineExceeded,
             Reason::Unauthenticated => Code::Unauthenticated,
             Reason::RoleMissing => Code::PermissionDenied,
-            Reason::ShuttingDown => Code::Unavailable,
+            Reason::ShuttingDown | Reason::NotLeader => Code::Unavailable,
             Reason::Internal => Code::Internal,
         }
     }
 
     /// Tells whether the same call may succeed later.
     pub fn retry_helps(self) -> bool {
-        use Reason::{NodeBanned, RateLimited, ShuttingDown, TimedOut, WorkerExists};
-        matches!(self, ShuttingDown | TimedOut | WorkerExists | NodeBanned | RateLimited)
+        use Reason::{NodeBanned, NotLeader, RateLimited, ShuttingDown, TimedOut, WorkerExists};
+        matches!(
+            self,
+            ShuttingDown | NotLeader | TimedOut | WorkerExists | NodeBanned | RateLimited
+        )
     }
 }
 
@@ -138,6 +145,20 @@ pub fn status(reason: Reason, message: impl Into<String>) -> Status {
         details.set_retry_info(Some(RETRY_AFTER));
     }
     Status::with_error_details(reason.code(), message, details)
+}
+
+/// Makes the refusal of a coordinator that does not lead, with the leader's address, empty where
+/// nobody leads.
+pub fn not_leader(leader: &str) -> Status {
+    let reason = Reason::NotLeader;
+    let metadata = [("leader".to_string(), leader.to_string())];
+    let mut details = ErrorDetails::with_error_info(reason.word(), DOMAIN, metadata);
+    details.set_retry_info(Some(RETRY_AFTER));
+    let text = match leader {
+        "" => "this coordinator does not lead, and nobody does yet".to_string(),
+        leader => format!("this coordinator does not lead; {leader} does"),
+    };
+    Status::with_error_details(reason.code(), text, details)
 }
 
 /// Makes the refusal of a specification: `violations` are keys and what is wrong with each.

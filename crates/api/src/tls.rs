@@ -147,7 +147,8 @@ impl Credentials {
         self.token.as_deref()
     }
 
-    pub(crate) fn tls_config(&self) -> Option<ClientTlsConfig> {
+    /// Returns what a channel needs to speak TLS, where there are files for it.
+    pub fn tls_config(&self) -> Option<ClientTlsConfig> {
         let files = self.tls.as_ref()?;
         let ca = files.ca.as_ref().map(Certificate::from_pem);
         let config =

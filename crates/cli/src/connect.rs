@@ -28,7 +28,8 @@ const SETTINGS_BYTES_MAX: u64 = 1 << 20;
 /// How to reach the coordinator.
 #[derive(Args, Clone, Debug)]
 pub struct Connect {
-    /// Address of the coordinator [default: that of the context, else LACUNA_COORDINATOR, else
+    /// Address of the coordinator; of several that share their state, all of them with commas
+    /// [default: that of the context, else LACUNA_COORDINATOR, else
     /// http://127.0.0.1:7070].
     #[arg(long, short, value_name = "URL", conflicts_with = "context")]
     coordinator: Option<String>,

@@ -242,13 +242,13 @@ fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
         | ClientError::Scheme { .. }
         | ClientError::Settings { .. }
         | ClientError::Credentials(_) => exit::USAGE,
-        ClientError::Unreachable { .. } => exit::UNREACHABLE,
+        ClientError::Unreachable { .. } | ClientError::NoLeader { .. } => exit::UNREACHABLE,
         ClientError::Refused(status) => match reason(status) {
             Some(Reason::InvalidSpec | Reason::RunExists | Reason::Malformed) => exit::USAGE,
             Some(Reason::VersionSkew) => exit::VERSION,
             Some(Reason::Unauthenticated | Reason::RoleMissing) => exit::UNAUTHORISED,
             Some(Reason::Storage | Reason::CheckpointCorrupt) => exit::IO,
-            Some(Reason::ShuttingDown) => exit::UNREACHABLE,
+            Some(Reason::ShuttingDown | Reason::NotLeader) => exit::UNREACHABLE,
             // Not the coordinator's words: what is between did not let the call through.
             None if is_of_transport(status.code()) => exit::UNREACHABLE,
             _ => exit::FAILED,

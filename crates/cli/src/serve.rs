@@ -1,11 +1,13 @@
 //! `lacuna coordinator`.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use lacuna_control::timing::Timing;
+use lacuna_coordinator::ensemble::{self, Ensemble, Part};
 use lacuna_coordinator::{Options, Security, Service, StartError};
 use lacuna_spec::units::parse_duration;
 use lacuna_types::exit;
@@ -38,6 +40,34 @@ pub struct CoordinatorArgs {
     /// Waits as on one machine: changes of the group come at once instead of being gathered.
     #[arg(long)]
     local: bool,
+
+    /// Endpoints of etcd, with commas: several coordinators share their state there, and one of
+    /// them leads.
+    #[arg(long, value_name = "URLS", value_delimiter = ',')]
+    etcd: Vec<String>,
+
+    /// What the keys of these coordinators begin with.
+    #[arg(long, value_name = "PREFIX", default_value = "/lacuna", requires = "etcd")]
+    etcd_prefix: String,
+
+    /// Folder with `ca.pem`, and with `cert.pem` and `key.pem` where etcd wants a certificate.
+    #[arg(long, value_name = "FOLDER", requires = "etcd")]
+    etcd_tls_dir: Option<PathBuf>,
+
+    /// How long nobody leads when the leader is gone without a word.
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "10s",
+        value_parser = parse_time,
+        requires = "etcd"
+    )]
+    etcd_lease: Duration,
+
+    /// Address that clients and workers reach this coordinator at, where it is not the one that it
+    /// listens on.
+    #[arg(long, value_name = "URL", requires = "etcd")]
+    advertise_url: Option<String>,
 
     /// Collector of OpenTelemetry that metrics are pushed to over OTLP/gRPC, like
     /// http://127.0.0.1:4317; headers and attributes come from the `OTEL_` variables.
@@ -99,10 +129,28 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
         let security = Security { tokens: args.token_file, tls: args.tls_dir };
         let state = args.state.unwrap_or_else(default_state);
         let options = Options { state, timing, security };
+        let mut signals = StopSignals::new();
+        if !args.etcd.is_empty() {
+            let ensemble = Ensemble {
+                endpoints: args.etcd,
+                tls: args.etcd_tls_dir,
+                prefix: args.etcd_prefix,
+                url: args.advertise_url,
+                lease: args.etcd_lease,
+            };
+            let news = |part| match part {
+                Part::Follows(url) => println!("listening on {url}"),
+                // Whoever started it may have read the first line only.
+                Part::Leads(url) => drop(writeln!(std::io::stdout(), "leading at {url}")),
+            };
+            let stop = async move { signals.next().await };
+            ensemble::serve(args.listen, options, ensemble, stop, news).await.map_err(coded)?;
+            info!("stopped; another coordinator leads, or will");
+            return Ok(exit::OK);
+        }
         let service = Service::open(args.listen, options).await.map_err(coded)?;
         let service = pushing(service, args.otlp.as_deref(), args.otlp_every)?;
         println!("listening on {}", service.url());
-        let mut signals = StopSignals::new();
         service.serve(async move { signals.next().await }).await.map_err(coded)?;
         info!("stopped; runs and workers go on when a coordinator is back");
         Ok(exit::OK)
@@ -136,6 +184,8 @@ pub fn coded(err: StartError) -> anyhow::Error {
     let code = match &err {
         StartError::Door(_) | StartError::Timing(_) => exit::USAGE,
         StartError::State { .. } | StartError::Store(_) => exit::IO,
+        // A supervisor starts it again, as one of the others.
+        StartError::LostLead => exit::DRAINED,
         StartError::Bind { .. } | StartError::InUse { .. } | StartError::Serve(_) => exit::FAILED,
     };
     Coded::error(code, lacuna_checkpoint::chain(&err))

@@ -12,6 +12,8 @@ mod bans;
 pub mod catalogue;
 pub mod clock;
 pub mod door;
+pub mod ensemble;
+mod etcd;
 mod grpc;
 mod http;
 #[cfg(feature = "otlp")]

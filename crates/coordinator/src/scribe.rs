@@ -64,6 +64,23 @@ impl Drop for Scribe {
     }
 }
 
+/// Writes batches part by part.
+fn write(
+    store: &Mutex<Box<dyn Store>>,
+    mut batches: &[Batch],
+) -> Result<Vec<Vec<u64>>, StoreError> {
+    let mut written = Vec::with_capacity(batches.len());
+    while !batches.is_empty() {
+        let part = lock(store).prepare(batches)?;
+        // The store is not locked meanwhile.
+        part.elsewhere.map_or(Ok(()), |keep| keep())?;
+        let (now, later) = batches.split_at(part.n);
+        written.extend(lock(store).write(now)?);
+        batches = later;
+    }
+    Ok(written)
+}
+
 fn write_all(
     store: &Mutex<Box<dyn Store>>,
     mut queue: mpsc::Receiver<Job>,
@@ -75,8 +92,7 @@ fn write_all(
             batches.push(batch);
             waiting.push(done);
         }
-        let written = lock(store).write(&batches);
-        match written {
+        match write(store, &batches) {
             Ok(numbers) => {
                 for (done, numbers) in waiting.into_iter().zip(numbers) {
                     // Nobody waits any more where the run's task is gone.

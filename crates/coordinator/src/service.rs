@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::future::Future;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ use crate::door::{self, Door, DoorError, Places, Security, guarded};
 use crate::grpc::Grpc;
 use crate::http;
 use crate::registry::{STATE_FILE, Shared};
-use crate::store::{SqliteStore, Store as _, StoreError, StoredRun};
+use crate::store::{SqliteStore, Store, StoreError, StoredRun};
 
 /// How long a call may take whose caller sets no deadline; a stream has answered by then.
 const CALL_DEADLINE: Duration = Duration::from_secs(120);
@@ -94,6 +94,9 @@ pub enum StartError {
     /// The wait limits contradict each other.
     #[error("timing: {0}")]
     Timing(String),
+    /// Another coordinator of the ensemble leads, or may soon.
+    #[error("this coordinator leads no longer: its key in etcd is gone or may be soon")]
+    LostLead,
     /// The server failed.
     #[error("failed to serve")]
     Serve(#[source] tonic::transport::Error),
@@ -119,22 +122,44 @@ impl Service {
     /// # Errors
     /// An address that nothing protects, a port or a state folder in use, unreadable files.
     pub async fn open(addr: SocketAddr, options: Options) -> Result<Self, StartError> {
-        let door = Door::new(addr, &options.security)?;
+        // Before the address is taken: nothing listens that must not.
+        Door::new(addr, &options.security)?;
         let listener =
             TcpListener::bind(addr).await.map_err(|source| StartError::Bind { addr, source })?;
+        let open_store = |folder: &Path| -> Result<Box<dyn Store>, StoreError> {
+            Ok(Box::new(SqliteStore::open(&folder.join(STATE_FILE))?))
+        };
+        Service::open_on(listener, options, open_store).await
+    }
+
+    /// The same for an address that is taken already, and a store that `open_store` opens, in the
+    /// folder of the state.
+    pub(crate) async fn open_on(
+        listener: TcpListener,
+        options: Options,
+        open_store: impl FnOnce(&Path) -> Result<Box<dyn Store>, StoreError> + Send + 'static,
+    ) -> Result<Self, StartError> {
         if let Some(problem) = options.timing.problems().into_iter().next() {
             return Err(StartError::Timing(problem));
         }
         let path = options.state.display().to_string();
         let state = |source| StartError::State { path: path.clone(), source };
         let addr = listener.local_addr().map_err(state)?;
+        let door = Door::new(addr, &options.security)?;
         std::fs::create_dir_all(&options.state).map_err(state)?;
         let lock = take_lock(&options, addr)?;
-        let mut store = SqliteStore::open(&options.state.join(STATE_FILE))?;
-        let stored = parse_runs(store.runs()?)?;
-        let epoch = store.next_epoch()?;
+        let folder = options.state.clone();
+        let open = move || {
+            let mut store = open_store(&folder)?;
+            let stored = parse_runs(store.runs()?)?;
+            let epoch = store.next_epoch()?;
+            Ok::<_, StoreError>((store, stored, epoch))
+        };
+        let opened = tokio::task::spawn_blocking(open).await;
+        let (store, stored, epoch) =
+            opened.map_err(|err| state(std::io::Error::other(err.to_string())))??;
         info!(%addr, %epoch, runs = stored.len(), "coordinator started");
-        let (shared, failures) = Shared::new(options, Box::new(store), epoch).map_err(state)?;
+        let (shared, failures) = Shared::new(options, store, epoch).map_err(state)?;
         for (run, spec) in stored {
             open_run(&shared, run, spec);
         }
@@ -180,30 +205,14 @@ impl Service {
             (tokio::spawn(otlp.run(self.shared.clone(), close.subscribe())), close)
         });
         let Service { shared, mut failures, listener, door, .. } = self;
-        // Set here: the server's own option is for listeners that it opens itself. Without it an
-        // answer of several segments waits some 40 ms for the acknowledgement of the first.
-        let incoming = guarded(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            FIRST_WORDS,
-            Places::of_process(),
-        );
-        let mut server = Server::builder()
-            .accept_http1(true)
-            .timeout(CALL_DEADLINE)
-            .http2_keepalive_interval(Some(KEEP_ALIVE.0))
-            .http2_keepalive_timeout(Some(KEEP_ALIVE.1));
-        if let Some(tls) = door.tls_config()? {
-            server = server.tls_config(tls.timeout(HANDSHAKE)).map_err(StartError::Serve)?;
-        }
-        let routes = routes(shared.clone(), Arc::new(door)).await;
-        let server = server.add_routes(routes).serve_with_incoming(incoming);
+        let door = Arc::new(door);
+        let routes = routes(shared.clone(), door.clone()).await;
         let end = tokio::select! {
-            served = server => served.map_err(StartError::Serve),
+            served = serve_routes(listener, &door, routes, shutdown) => served,
             failure = failures.recv() => match failure {
                 Some(error) => Err(StartError::Store(error)),
                 None => Ok(()),
             },
-            () = shutdown => Ok(()),
         };
         shared.close(CLOSING).await;
         #[cfg(feature = "otlp")]
@@ -213,6 +222,36 @@ impl Service {
             let _ = tokio::time::timeout(CLOSING, pushing).await;
         }
         end
+    }
+}
+
+/// Answers on a listener until `shutdown` completes. Open streams are cut.
+pub(crate) async fn serve_routes(
+    listener: TcpListener,
+    door: &Door,
+    routes: Routes,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), StartError> {
+    // Set here: the server's own option is for listeners that it opens itself. Without it an
+    // answer of several segments waits some 40 ms for the acknowledgement of the first.
+    let incoming = guarded(
+        TcpIncoming::from(listener).with_nodelay(Some(true)),
+        FIRST_WORDS,
+        Places::of_process(),
+    );
+    let mut server = Server::builder()
+        .accept_http1(true)
+        .timeout(CALL_DEADLINE)
+        .http2_keepalive_interval(Some(KEEP_ALIVE.0))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE.1));
+    if let Some(tls) = door.tls_config()? {
+        server = server.tls_config(tls.timeout(HANDSHAKE)).map_err(StartError::Serve)?;
+    }
+    tokio::select! {
+        served = server.add_routes(routes).serve_with_incoming(incoming) => {
+            served.map_err(StartError::Serve)
+        }
+        () = shutdown => Ok(()),
     }
 }
 

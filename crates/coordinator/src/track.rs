@@ -181,6 +181,9 @@ impl Follower {
 
     fn open(&self) -> Result<Open, FollowError> {
         let store = SqliteStore::open_to_read(&self.shared.state_file())?;
+        if let Some(url) = &self.copies {
+            Mirror::restore(url, &self.folder)?;
+        }
         let tracker = Tracker::open(&self.folder, now_ms())?.with_spec(&self.spec);
         let (files, state) = (tracker.last_seq(), store.last_seq(&self.run)?);
         if files > state {

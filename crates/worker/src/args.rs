@@ -45,7 +45,8 @@ pub enum OnDrain {
 /// Settings of an agent.
 #[derive(Args, Clone, Debug)]
 pub struct AgentArgs {
-    /// Address of the coordinator, like http://127.0.0.1:7070.
+    /// Address of the coordinator, like http://127.0.0.1:7070; of several that share their state,
+    /// all of them with commas.
     #[arg(long, short, env = "LACUNA_COORDINATOR", default_value = "http://127.0.0.1:7070")]
     pub coordinator: String,
 

@@ -2,7 +2,8 @@
 
 use rusqlite::params;
 
-use super::{SqliteStore, StoreError, query, signed, unsigned};
+use super::StoreError;
+use super::sqlite::{SqliteStore, query, signed, unsigned};
 
 /// A machine that is kept out of every run.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,7 +4,8 @@ use lacuna_types::RunId;
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde::{Deserialize, Serialize};
 
-use super::{SqliteStore, StoreError, query, signed, unsigned};
+use super::StoreError;
+use super::sqlite::{SqliteStore, query, signed, unsigned};
 
 /// Steps whose pictures stay beside the first one's. Files of TensorBoard have all.
 const STEPS_KEPT: u32 = 15;
@@ -42,6 +43,16 @@ pub(super) fn insert(
 }
 
 impl SqliteStore {
+    /// Writes a picture that was kept elsewhere.
+    pub(super) fn restore_picture(
+        &self,
+        run: &RunId,
+        place: PicturePlace,
+        png: &[u8],
+    ) -> Result<(), StoreError> {
+        insert(&self.db, run, place, png).map(|_| ()).map_err(query("restore a picture"))
+    }
+
     /// Lists a run's pictures by step and place.
     pub fn pictures(&self, run: &RunId) -> Result<Vec<PicturePlace>, StoreError> {
         let failed = query("list pictures");

@@ -134,7 +134,7 @@ fn facts() -> Vec<Record> {
 fn a_file_of_another_layout_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("state.sqlite");
-    let db = Connection::open(&path).unwrap();
+    let db = rusqlite::Connection::open(&path).unwrap();
     db.execute_batch("CREATE TABLE runs (run_id TEXT)").unwrap();
     drop(db);
     let err = SqliteStore::open(&path).unwrap_err().to_string();

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lacuna_store::{Limits, Stop, Store, StoreError};
@@ -27,6 +28,15 @@ pub(super) enum MirrorError {
     /// The files here.
     #[error("failed to read `{}`", path.display())]
     Read {
+        /// File or folder.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The files here.
+    #[error("failed to write `{}`", path.display())]
+    Write {
         /// File or folder.
         path: PathBuf,
         /// What the system said.
@@ -64,6 +74,32 @@ impl Mirror {
     /// ones.
     pub fn open(url: &str, folder: &Path) -> Result<Self, MirrorError> {
         Mirror::of(Store::open(url, Limits::default().within(DEADLINE))?, folder)
+    }
+
+    /// Fetches the files where this machine has none: another coordinator wrote them.
+    ///
+    /// # Errors
+    /// A store that does not answer, a folder that cannot be written.
+    pub fn restore(url: &str, folder: &Path) -> Result<(), MirrorError> {
+        let failed = |path: &Path| {
+            let path = path.to_path_buf();
+            move |source| MirrorError::Write { path, source }
+        };
+        std::fs::create_dir_all(folder).map_err(failed(folder))?;
+        if !sizes(folder)?.is_empty() {
+            return Ok(());
+        }
+        let store = Arc::new(Store::open(url, Limits::default().within(DEADLINE))?);
+        let stop = Stop::default();
+        // All or none of them: half of a run's files would be taken for all.
+        let mut all = Vec::new();
+        for object in store.list(&stop)? {
+            all.push((folder.join(&object.name), store.read_long(&object.name, &stop)?));
+        }
+        for (path, content) in all {
+            std::fs::write(&path, content).map_err(failed(&path))?;
+        }
+        Ok(())
     }
 
     fn of(store: Store, folder: &Path) -> Result<Self, MirrorError> {

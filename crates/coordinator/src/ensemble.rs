@@ -1,0 +1,258 @@
+//! Several coordinators of which one leads: elected in etcd, with the state there.
+//!
+//! Each listens. Who does not lead answers `NOT_LEADER` with the leader's address, and tries to
+//! become leader once the leader's lease ends. Who leads writes with its key as a condition, so one
+//! that was cut off can write nothing more, whatever it believes; it ends when it has not renewed
+//! its lease for three quarters of its time, and a supervisor starts it again as one of the others.
+//! Training does not wait for any of this: workers go on, and connect to whoever leads.
+
+use std::future::Future;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::Request;
+use axum::http::{StatusCode, header};
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse as _, Response};
+use lacuna_api::error::not_leader;
+use lacuna_api::tls::{Credentials, TlsError};
+use lacuna_api::v1::admin_service_server::AdminServiceServer;
+use lacuna_api::v1::checkpoint_service_server::CheckpointServiceServer;
+use lacuna_api::v1::run_service_server::RunServiceServer;
+use lacuna_api::v1::worker_service_server::WorkerServiceServer;
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+use tonic::service::Routes;
+use tracing::{info, warn};
+
+use crate::door::{self, Door};
+use crate::etcd::{Election, Etcd, EtcdError, Leadership};
+use crate::grpc::Grpc;
+use crate::registry::STATE_FILE;
+use crate::service::{self, Options, Service, StartError};
+use crate::store::{EtcdStore, StoreError};
+
+/// How often one that does not lead looks whether it may.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long followers' calls may take to end.
+const ENDING: Duration = Duration::from_secs(2);
+
+/// An ensemble of coordinators, and this one's place in it.
+#[derive(Clone, Debug)]
+pub struct Ensemble {
+    /// Endpoints of etcd, like `http://127.0.0.1:2379`.
+    pub endpoints: Vec<String>,
+    /// Folder with `ca.pem`, and with `cert.pem` and `key.pem` where etcd wants a certificate.
+    pub tls: Option<PathBuf>,
+    /// What the ensemble's keys begin with; another ensemble has another.
+    pub prefix: String,
+    /// Where clients and workers reach this coordinator; by default the address that it listens on.
+    pub url: Option<String>,
+    /// How long nobody leads when the leader is gone without a word.
+    pub lease: Duration,
+}
+
+/// What becomes of a coordinator of an ensemble.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// It listens at this address, and somebody else may lead.
+    Follows(String),
+    /// It leads from here on.
+    Leads(String),
+}
+
+/// Serves as one of an ensemble until `shutdown` completes; says to `news` what it is.
+///
+/// # Errors
+/// As [`Service::open`] and [`Service::serve`]; [`StartError::LostLead`] where another one leads by
+/// now, or may soon.
+pub async fn serve(
+    addr: SocketAddr,
+    options: Options,
+    ensemble: Ensemble,
+    shutdown: impl Future<Output = ()> + Send,
+    mut news: impl FnMut(Part),
+) -> Result<(), StartError> {
+    let door = Arc::new(Door::new(addr, &options.security)?);
+    let bind = |source| StartError::Bind { addr, source };
+    let listener = StdListener::bind(addr).map_err(bind)?;
+    listener.set_nonblocking(true).map_err(bind)?;
+    let here = listener.local_addr().map_err(bind)?;
+    let scheme = if door.is_encrypted() { "https" } else { "http" };
+    let url = ensemble.url.clone().unwrap_or_else(|| format!("{scheme}://{here}"));
+    let etcd = Etcd::new(&ensemble.endpoints, tls_of(&ensemble)?.as_ref())?;
+    news(Part::Follows(url.clone()));
+    let mut shutdown = std::pin::pin!(shutdown);
+
+    let (leader, known) = watch::channel(String::new());
+    let (stop, stopped) = oneshot::channel::<()>();
+    let incoming = again(&listener).map_err(bind)?;
+    let following = tokio::spawn(follow(incoming, door.clone(), known, async {
+        // Dropped or sent: it is over.
+        let _ = stopped.await;
+    }));
+    let key = format!("{}/leader", ensemble.prefix.trim_end_matches('/'));
+    let won = tokio::select! {
+        lead = win(&etcd, &key, &url, ensemble.lease, &leader) => Some(lead),
+        () = &mut shutdown => None,
+    };
+    drop(stop);
+    // What is still open there is cut.
+    let _ = tokio::time::timeout(ENDING, following).await;
+    let Some(lead) = won else { return Ok(()) };
+
+    info!(url, etcd = ?ensemble.endpoints, "elected: this coordinator leads");
+    let (lost, gone) = oneshot::channel::<()>();
+    let keeper = tokio::spawn(keep(etcd.clone(), lead.clone(), ensemble.lease, lost));
+    let service = open(&listener, options, &etcd, &ensemble, &lead).await;
+    let ended = match service {
+        Ok(service) => {
+            news(Part::Leads(url));
+            tokio::select! {
+                ended = service.serve(shutdown) => ended,
+                _ = gone => Err(StartError::LostLead),
+            }
+        }
+        Err(err) => Err(err),
+    };
+    keeper.abort();
+    // Whoever is next need not wait for the lease to end; where this fails, it does.
+    let _ = etcd.revoke(lead.lease).await;
+    match ended {
+        // A write was refused before the lease was missed: the same.
+        Err(StartError::Store(StoreError::Etcd(EtcdError::NotLeader))) => Err(StartError::LostLead),
+        ended => ended,
+    }
+}
+
+fn tls_of(ensemble: &Ensemble) -> Result<Option<tonic::transport::ClientTlsConfig>, StartError> {
+    let read = |dir: &PathBuf| Credentials::read(None, Some(dir));
+    let credentials: Result<Option<Credentials>, TlsError> =
+        ensemble.tls.as_ref().map(read).transpose();
+    let credentials = credentials.map_err(door::DoorError::from)?;
+    Ok(credentials.and_then(|credentials| credentials.tls_config()))
+}
+
+/// Returns the same socket for another server.
+fn again(listener: &StdListener) -> std::io::Result<TcpListener> {
+    TcpListener::from_std(listener.try_clone()?)
+}
+
+/// Tries to become leader until it is one; tells followers who leads meanwhile.
+async fn win(
+    etcd: &Etcd,
+    key: &str,
+    url: &str,
+    lease: Duration,
+    leader: &watch::Sender<String>,
+) -> Leadership {
+    let mut failing = false;
+    loop {
+        match etcd.campaign(key, url, lease).await {
+            Ok(Election::Won(lead)) => return lead,
+            Ok(Election::Lost(who)) => {
+                failing = false;
+                if leader.send_if_modified(|known| std::mem::replace(known, who.clone()) != who) {
+                    info!(leader = who, "this coordinator follows");
+                }
+            }
+            Err(error) => {
+                if !failing {
+                    warn!(%error, "no election; trying on");
+                }
+                failing = true;
+                leader.send_replace(String::new());
+            }
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Keeps the lease; `lost` is dropped when it may be gone, and before anybody else can have it.
+async fn keep(etcd: Etcd, lead: Leadership, lease: Duration, _lost: oneshot::Sender<()>) {
+    let mut renewed = Instant::now();
+    loop {
+        tokio::time::sleep(lease / 4).await;
+        let asked = Instant::now();
+        // A call that hangs must not hide that time is up.
+        let call = tokio::time::timeout_at(renewed + lease * 3 / 4, etcd.keep(lead.lease));
+        match call.await {
+            Ok(Ok(true)) => renewed = asked,
+            Ok(Ok(false)) => {
+                warn!("the lease is gone: another coordinator may lead");
+                return;
+            }
+            Ok(Err(error)) => warn!(%error, "the lease was not renewed; trying again"),
+            Err(_) => {
+                warn!(?lease, "the lease was not renewed in time: another coordinator may lead");
+                return;
+            }
+        }
+    }
+}
+
+/// Takes the state over and opens the service on it.
+async fn open(
+    listener: &StdListener,
+    mut options: Options,
+    etcd: &Etcd,
+    ensemble: &Ensemble,
+    lead: &Leadership,
+) -> Result<Service, StartError> {
+    // A folder of its own: what lies there is made anew, and no state of a coordinator alone.
+    options.state = options.state.join("of-etcd");
+    let addr = listener.local_addr();
+    let bind = |source| StartError::Bind { addr: SocketAddr::from(([0, 0, 0, 0], 0)), source };
+    let addr = addr.map_err(bind)?;
+    let listener = again(listener).map_err(|source| StartError::Bind { addr, source })?;
+    let (etcd, prefix, lead) = (etcd.clone(), ensemble.prefix.clone(), lead.clone());
+    Service::open_on(listener, options, move |folder| {
+        let store = EtcdStore::open(&folder.join(STATE_FILE), etcd, &prefix, lead)?;
+        Ok(Box::new(store))
+    })
+    .await
+}
+
+/// Answers on a coordinator's port while another one leads.
+async fn follow(
+    listener: TcpListener,
+    door: Arc<Door>,
+    leader: watch::Receiver<String>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), StartError> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    // The process is well (the empty name); its services are somebody else's.
+    health.set_not_serving::<WorkerServiceServer<Grpc>>().await;
+    health.set_not_serving::<RunServiceServer<Grpc>>().await;
+    health.set_not_serving::<AdminServiceServer<Grpc>>().await;
+    health.set_not_serving::<CheckpointServiceServer<Grpc>>().await;
+    let others = move |request: Request| async move { answer(&leader.borrow(), &request) };
+    let all = Routes::new(health_service).into_axum_router().fallback(others);
+    let routes = Routes::from(all.layer(from_fn_with_state(door.clone(), door::check)));
+    service::serve_routes(listener, &door, routes, stop).await
+}
+
+/// Says who leads, in the caller's protocol.
+fn answer(leader: &str, request: &Request) -> Response {
+    let kind = request.headers().get(header::CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
+        return not_leader(leader).into_http();
+    }
+    let who = if leader.is_empty() { "nobody leads yet" } else { leader };
+    match request.uri().path() {
+        "/healthz" => "ok\n".into_response(),
+        _ => {
+            let text = format!("this coordinator does not lead; the leader: {who}\n");
+            (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+        }
+    }
+}
+
+impl From<EtcdError> for StartError {
+    fn from(err: EtcdError) -> Self {
+        StartError::Store(err.into())
+    }
+}
