@@ -11,7 +11,7 @@ mod weights;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use lacuna_recipe::keymap::{self, HfNames};
+use lacuna_recipe::keymap::{self, AVERAGE, HfNames};
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::pos_embed::sincos_2d;
 use lacuna_recipe::state::{Layout, Section};
@@ -42,6 +42,8 @@ pub enum ExportLayout {
     /// One file with every parameter of a fine-tuned model, whose names are timm's: the encoder,
     /// its position table, the norm behind the mean (`fc_norm`) and the head.
     Classifier,
+    /// The same of the average of its weights that the run keeps, under the same names.
+    ClassifierAverage,
 }
 
 impl ExportLayout {
@@ -178,11 +180,12 @@ pub fn export(
         return Err(ExportError::NotSquare { height, width });
     }
     let items = match options.layout {
-        ExportLayout::Classifier => every_parameter(manifest),
+        ExportLayout::Classifier => every_parameter(manifest, false),
+        ExportLayout::ClassifierAverage => every_parameter(manifest, true),
         layout => plan_items(config, layout),
     };
     let differences = match options.layout {
-        ExportLayout::Classifier => Vec::new(),
+        ExportLayout::Classifier | ExportLayout::ClassifierAverage => Vec::new(),
         ExportLayout::Timm | ExportLayout::HfEncoder => {
             encoder_differences(manifest, config, &items)
         }
@@ -231,12 +234,18 @@ pub fn export(
 }
 
 /// Lists every parameter of a checkpoint under its own name.
-fn every_parameter(manifest: &Manifest) -> Vec<Item> {
+/// Lists the parameters, or averages of them in their place.
+fn every_parameter(manifest: &Manifest, averages: bool) -> Vec<Item> {
     let prefix = format!("{}/", Section::Param.prefix());
     let item = |(name, entry): (&String, &TensorEntry)| {
-        let name = name.strip_prefix(&prefix)?.to_string();
+        let ours = name.strip_prefix(&prefix)?.to_string();
+        let name = match (ours.strip_prefix(AVERAGE), averages) {
+            (Some(name), true) => name.to_string(),
+            (None, false) => ours.clone(),
+            _ => return None,
+        };
         let (shape, n) = (entry.shape.clone(), entry.shape.iter().product());
-        Some(Item { ours: name.clone(), name, shape, elements: 0..n, source: Source::Checkpoint })
+        Some(Item { ours, name, shape, elements: 0..n, source: Source::Checkpoint })
     };
     manifest.tensors.iter().filter_map(item).collect()
 }
@@ -286,7 +295,9 @@ fn targets(ours: &str, layout: ExportLayout) -> Vec<(String, keymap::Part)> {
             let mapped = keymap::hf_encoder(ours).unwrap_or_default();
             mapped.into_iter().map(|target| (target.name, target.part)).collect()
         }
-        ExportLayout::Classifier => unreachable!("a classifier's tensors keep their names"),
+        ExportLayout::Classifier | ExportLayout::ClassifierAverage => {
+            unreachable!("a classifier's tensors keep their names")
+        }
     }
 }
 

@@ -78,6 +78,21 @@ pub fn classifier_params(task: &TaskSpec, model: &ModelConfig) -> Vec<ParamSpec>
     out
 }
 
+/// Lists the tensors of a run's state: a classifier's, and their averages where it keeps some.
+pub fn state_params(task: &TaskSpec, model: &ModelConfig) -> Vec<ParamSpec> {
+    let mut out = classifier_params(task, model);
+    if task.ema.is_some() {
+        let average = |p: &ParamSpec| ParamSpec { name: averaged(&p.name), ..p.clone() };
+        out.extend(out.iter().map(average).collect::<Vec<ParamSpec>>());
+    }
+    out
+}
+
+/// Returns the name of a tensor's average.
+pub fn averaged(name: &str) -> String {
+    format!("{}{name}", keymap::AVERAGE)
+}
+
 /// Returns the number of values that a head reads.
 pub fn feature_width(task: &TaskSpec, model: &ModelConfig) -> usize {
     match task.pool {

@@ -79,6 +79,7 @@ pub enum BuildEngineError {
 #[derive(Debug)]
 pub struct TorchEngine {
     setup: EngineSetup,
+    /// Its first tensors are the objective's; a task may keep more behind them.
     state: CpuState,
     slot: SlotProgram,
     normalize: Normalize,
@@ -152,7 +153,7 @@ impl Engine for TorchEngine {
         let draws = draws_of(self.setup.seed, batch);
         let pixels = self.slot.augmented(batch, &draws);
         self.normalize.apply(&pixels, (height * width) as usize, &mut self.images);
-        let param = self.state.section(Section::Param);
+        let param = &self.state.section(Section::Param)[..self.slot.layout.numel()];
         guarded("compute a slot", || {
             // SAFETY: state and images are borrowed until this closure returns, and the graph is
             // gone by then.
@@ -208,7 +209,7 @@ impl Engine for TorchEngine {
         pixels: &[u8],
         ids_shuffle: &[u32],
     ) -> Result<Option<Vec<Picture>>, EngineError> {
-        let param = self.state.section(Section::Param);
+        let param = &self.state.section(Section::Param)[..self.slot.layout.numel()];
         guarded("draw pictures", || {
             // SAFETY: the state is borrowed until this closure returns, and nothing of the
             // prediction is left by then.

@@ -158,6 +158,59 @@ fn judged(fixture: &Fixture, run: &str) {
     );
 }
 
+/// An average of the weights is part of the state: equal digests over a kill, and it is judged and
+/// exported by itself.
+#[test]
+fn an_average_of_the_weights_is_kept_over_a_kill() {
+    let fixture = fixture();
+    pretrain(&fixture);
+    let with_average = |workers: &str| {
+        let mut keys = keys("finetune", workers);
+        keys.push(("task.ema", "0.9".to_string()));
+        keys
+    };
+    let alone = run(&fixture, "kept-1", &with_average("1:1"), |cluster, _| cluster.add("a", 1));
+    let seen = run(&fixture, "kept-2", &with_average("1:2"), |cluster, run| {
+        cluster.add("a", 2);
+        cluster.wait(run, "some steps", |seen| {
+            seen.step() >= 10 && seen.run.workers.iter().filter(|w| w.rank.is_some()).count() == 2
+        });
+        send_signal(cluster.pid("a:cpu1"), Signal::KILL);
+    });
+    assert_eq!(seen.run.final_digest, alone.run.final_digest, "{}", seen.text());
+    let judge = |run: &str, more: &[&str]| {
+        let out = fixture.path("judged.json");
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
+        command
+            .args(["eval", "classify", &format!("ckpt/{run}"), "--val", "data", "--out"])
+            .arg(&out)
+            .args(more)
+            .current_dir(fixture.dir.path())
+            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied());
+        let (code, text, err) = said(&command.output().expect("it starts"));
+        (code, text + &err, std::fs::read_to_string(out).unwrap_or_default())
+    };
+    let (code, text, last) = judge("kept-1", &[]);
+    assert_eq!(code, 0, "{text}");
+    let (code, text, average) = judge("kept-1", &["--ema"]);
+    assert_eq!(code, 0, "{text}");
+    assert!(last.contains("\"weights\":\"last\"") && average.contains("\"weights\":\"ema\""));
+    let export = |name: &str, more: &[&str]| {
+        let to = format!("{name}.safetensors");
+        let words = [&["ckpt", "export", "ckpt/kept-1", "--layout", "timm", "--to", &to], more];
+        let (code, out, err) = said(&fixture.run(&words.concat()));
+        assert_eq!(code, 0, "{out}{err}");
+        std::fs::read(fixture.path(&to)).expect("the file")
+    };
+    let (last, average) = (export("last", &[]), export("average", &["--ema"]));
+    assert_eq!(last.len(), average.len(), "the same tensors");
+    assert_ne!(last, average);
+    let plain = run(&fixture, "plain", &keys("finetune", "1:1"), |cluster, _| cluster.add("a", 1));
+    assert_eq!(plain.figures[&STEPS].loss, alone.figures[&STEPS].loss, "it changes no step");
+    let (code, text, _) = judge("plain", &["--ema"]);
+    assert!(code == 2 && text.contains("task.ema"), "{text}");
+}
+
 #[test]
 fn a_task_that_cannot_start_says_why() {
     let fixture = fixture();

@@ -8,6 +8,10 @@ use std::ops::Range;
 
 pub mod import;
 
+/// What the names of tensors begin with that hold an average of others over the updates: those
+/// without it. They come behind all others by name.
+pub const AVERAGE: &str = "weights_ema.";
+
 /// Which rows of our tensor a foreign tensor holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {

@@ -91,6 +91,7 @@ impl Field {
             | "track.reconstructions.every"
             | "task.kind"
             | "task.encoder"
+            | "task.ema"
             | "task.classes" => DefaultValue::Unset,
             "track.reconstructions.images" => DefaultValue::Value(RECONSTRUCTIONS.into()),
             path if path.starts_with("task.") => DefaultValue::Follows("`task.kind`"),

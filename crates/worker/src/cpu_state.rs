@@ -46,13 +46,27 @@ impl CpuState {
 
     /// Applies one AdamW update with the mean gradient `mean`, flat.
     pub fn apply(&mut self, mean: &[f32], update: &UpdateScalars) {
-        self.apply_with(mean, update, |_| 1.0);
+        self.apply_with(mean, update, |_| Some(1.0));
     }
 
-    /// The same with a learning rate by tensor: `scales` has a factor for each.
+    /// The same with a learning rate by tensor: `scales` has a factor for each of the first ones;
+    /// those behind them stay as they are.
     pub fn apply_scaled(&mut self, mean: &[f32], update: &UpdateScalars, scales: &[f64]) {
-        assert_eq!(scales.len(), self.layout.n_blocks(), "one factor per tensor");
-        self.apply_with(mean, update, |block| scales[block]);
+        assert!(scales.len() <= self.layout.n_blocks(), "a factor for a tensor that there is");
+        self.apply_with(mean, update, |block| scales.get(block).copied());
+    }
+
+    /// Moves the average `to` of the tensor `of` towards it: it keeps `share` of what it was.
+    ///
+    /// Source: Polyak and Juditsky (1992); with a constant share as `timm.utils.ModelEmaV2`.
+    pub fn average(&mut self, of: usize, to: usize, share: f64) {
+        let (of, to) = (self.layout.range(of), self.layout.range(to));
+        assert!(of.end <= to.start && of.len() == to.len(), "an average lies behind its tensor");
+        let (before, behind) = self.sections[Section::Param as usize].split_at_mut(to.start);
+        let (share, rest) = (share as f32, (1.0 - share) as f32);
+        for (average, value) in behind[..to.len()].iter_mut().zip(&before[of]) {
+            *average = share * *average + rest * value;
+        }
     }
 
     /// Returns the parameters and first moments of a range, for optimizers with one moment.
@@ -61,12 +75,18 @@ impl CpuState {
         (&mut param[range.clone()], &mut momentum[range])
     }
 
-    fn apply_with(&mut self, mean: &[f32], update: &UpdateScalars, scale: impl Fn(usize) -> f64) {
+    fn apply_with(
+        &mut self,
+        mean: &[f32],
+        update: &UpdateScalars,
+        scale: impl Fn(usize) -> Option<f64>,
+    ) {
         assert_eq!(mean.len(), self.layout.numel(), "one gradient per element");
         let [param, exp_avg, exp_avg_sq] = &mut self.sections;
         for (block, spec) in self.layout.params().iter().enumerate() {
             let decays = spec.decays(update.decay_tokens);
-            let lr = update.lr * scale(block);
+            let Some(scale) = scale(block) else { continue };
+            let lr = update.lr * scale;
             let scalars = update.adamw.update_f32(lr, update.t, decays);
             let range: Range<usize> = self.layout.range(block);
             adamw::apply_f32(

@@ -24,6 +24,9 @@ pub struct ExportArgs {
     /// Step of the checkpoint [default: the newest usable one].
     #[arg(long)]
     step: Option<u64>,
+    /// Of a fine-tuned model the average of its weights (`task.ema`).
+    #[arg(long)]
+    ema: bool,
     /// Leave the decoder out; with `timm` it always is, with `hf` the folder is for `ViTMAEModel`.
     #[arg(long)]
     encoder_only: bool,
@@ -88,7 +91,8 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
     let manifest = pick(&dir, args.step)?;
     let spec = stored_spec(&manifest)?;
     let layout = match &spec.task {
-        Some(task) => layout_of_task(task, args.layout)?,
+        Some(task) => layout_of_task(task, args)?,
+        None if args.ema => return Err(usage("--ema: only runs that fine-tune keep an average")),
         None => layout,
     };
     let options = ExportOptions {
@@ -115,16 +119,20 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
 }
 
 /// Finds out how a run of a task is exported.
-fn layout_of_task(task: &TaskSpec, wanted: Layout) -> anyhow::Result<ExportLayout> {
+fn layout_of_task(task: &TaskSpec, args: &ExportArgs) -> anyhow::Result<ExportLayout> {
     if task.kind == TaskKind::Linear {
         return Err(usage(
             "the run is a linear probe: a head behind an encoder that is exported by itself",
         ));
     }
-    if wanted != Layout::Timm {
+    if args.layout != Layout::Timm {
         return Err(usage("the run fine-tuned a classifier, which has the layout `timm` only"));
     }
-    Ok(ExportLayout::Classifier)
+    match (args.ema, task.ema) {
+        (false, _) => Ok(ExportLayout::Classifier),
+        (true, Some(_)) => Ok(ExportLayout::ClassifierAverage),
+        (true, None) => Err(usage("--ema: the run keeps no average of its weights (`task.ema`)")),
+    }
 }
 
 /// Tells how timm loads a fine-tuned model.
@@ -183,7 +191,9 @@ fn load_hint(layout: ExportLayout, model: &ModelConfig, out: &Path) -> String {
             "  from transformers import ViTMAEModel\n  \
              model = ViTMAEModel.from_pretrained({path})\n"
         ),
-        ExportLayout::Classifier => unreachable!("it has a hint of its own"),
+        ExportLayout::Classifier | ExportLayout::ClassifierAverage => {
+            unreachable!("it has a hint of its own")
+        }
         ExportLayout::Timm => {
             format!("  import safetensors.torch, timm\n  model = {}\n  model.{load}\n", timm(model))
         }

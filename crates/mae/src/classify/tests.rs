@@ -29,6 +29,7 @@ fn task(kind: TaskKind, pool: Pool) -> TaskSpec {
         label_smoothing: on(0.1),
         random_erasing: on(0.25),
         rand_augment: on(9.0),
+        ema: None,
     }
 }
 
@@ -239,6 +240,47 @@ fn a_probe_learns_what_a_line_can_tell() {
     }
     let last = gradient(&mut engine, &batch).0;
     assert!(first > 1.2 && last < 0.1, "from {first} to {last}");
+}
+
+/// The average is that of its definition, and keeping it changes nothing else.
+#[test]
+fn an_average_follows_the_weights_and_changes_none() {
+    let share = 0.75;
+    let plain = spec(task(TaskKind::Finetune, Pool::Avg));
+    let kept = spec(TaskSpec { ema: Some(share), ..task(TaskKind::Finetune, Pool::Avg) });
+    let (mut plain, mut kept) = (engine(&plain), engine(&kept));
+    let n = plain.layout().numel();
+    assert_eq!(kept.layout().numel(), 2 * n);
+    let names = kept.layout().params()[plain.layout().n_blocks()..].iter().map(|p| p.name.clone());
+    let of = plain.layout().params().iter().map(|p| averaged(&p.name));
+    assert!(names.eq(of), "averages lie behind their tensors, in the same order");
+    let all = |engine: &TaskEngine| {
+        let mut out = vec![0f32; engine.layout().numel()];
+        engine.read(Section::Param, 0..out.len(), &mut out).unwrap();
+        out
+    };
+    let mut want = all(&plain);
+    assert_eq!(all(&kept), [&want[..], &want[..]].concat(), "it begins as the weights");
+    let adamw = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.05 };
+    let batch = batch();
+    for t in 1..=3 {
+        let (_, mean) = gradient(&mut plain, &batch);
+        let (_, mean_kept) = gradient(&mut kept, &batch);
+        assert_eq!(mean_kept[..n], mean[..]);
+        assert!(mean_kept[n..].iter().all(|value| *value == 0.0));
+        let update = UpdateScalars { lr: 1e-2, t, adamw: adamw.clone(), decay_tokens: false };
+        plain.apply(&mean, &update).unwrap();
+        kept.apply(&mean_kept, &update).unwrap();
+        let now = all(&plain);
+        for (average, value) in want.iter_mut().zip(&now) {
+            *average = share as f32 * *average + (1.0 - share) as f32 * value;
+        }
+        assert_eq!(all(&kept), [&now[..], &want[..]].concat(), "after {t}");
+    }
+    let mut order = kept.completion();
+    order.sort_unstable();
+    assert!(order.into_iter().eq(0..kept.layout().n_blocks()));
+    assert_eq!(plain.probe().unwrap(), kept.probe().unwrap());
 }
 
 #[test]

@@ -10,7 +10,7 @@ use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::load::{find_step, load_params};
 use lacuna_checkpoint::manifest::Manifest;
 use lacuna_data::{Dataset, ImageShape};
-use lacuna_mae::classify::{EncoderWeights, Head, classifier_params};
+use lacuna_mae::classify::{EncoderWeights, Head, averaged, classifier_params};
 use lacuna_recipe::eval::metrics::Tally;
 use lacuna_recipe::state::Layout;
 use lacuna_spec::{RunSpec, TaskSpec, parse_text};
@@ -35,6 +35,9 @@ pub struct ClassifyArgs {
     /// Step of the checkpoint [default: the newest].
     #[arg(long, conflicts_with = "all")]
     step: Option<u64>,
+    /// Classify with the average of the weights that the run keeps (`task.ema`).
+    #[arg(long)]
+    ema: bool,
     /// Classify with every checkpoint, and say which is best.
     #[arg(long)]
     all: bool,
@@ -136,6 +139,7 @@ fn report(args: &ClassifyArgs, results: &[Judged], best: u64, n_classes: u32) ->
         "schema": SCHEMA,
         "run": args.run,
         "val": args.val,
+        "weights": if args.ema { "ema" } else { "last" },
         "classes": n_classes,
         "best_step": best,
         "results": results.iter().map(one).collect::<Vec<Value>>(),
@@ -175,7 +179,14 @@ fn load(
     task: &TaskSpec,
     args: &ClassifyArgs,
 ) -> anyhow::Result<Head> {
-    let layout = Layout::new(classifier_params(task, &spec.model));
+    if args.ema && task.ema.is_none() {
+        return Err(usage("--ema: the run keeps no average of its weights (`task.ema`)"));
+    }
+    let mut wanted = classifier_params(task, &spec.model);
+    if args.ema {
+        wanted.iter_mut().for_each(|param| param.name = averaged(&param.name));
+    }
+    let layout = Layout::new(wanted);
     let params = load_params(dir, manifest, &layout, |_| true).map_err(|err| io(chain(&err)))?;
     let encoder = EncoderWeights::of_task(task, &spec.model, spec.train.seed);
     let encoder = encoder.map_err(|err| io(chain(&err)))?;

@@ -5,14 +5,16 @@ use std::sync::Arc;
 
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::lars::Lars;
+use lacuna_recipe::model::ParamSpec;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::SlotBatch;
 use lacuna_spec::{Optimizer, TaskSpec};
+use lacuna_worker::cpu_state::CpuState;
 use lacuna_worker::engine::{Engine, EngineError, UpdateScalars};
 
 use super::{BuildEngineError, EngineSetup, TorchEngine};
-use crate::classify::{Classification, EncoderWeights};
+use crate::classify::{Classification, EncoderWeights, state_params};
 use crate::objective::Objective;
 
 /// Decay of the momentum of probes.
@@ -26,8 +28,10 @@ pub struct TaskEngine {
     inner: TorchEngine,
     task: TaskSpec,
     encoder: Arc<EncoderWeights>,
-    /// What the learning rate of each tensor is multiplied by.
+    /// What the learning rate of each tensor is multiplied by that learns.
     scales: Vec<f64>,
+    /// The gradient of averages: as many zeros as the largest tensor has elements.
+    zeros: Vec<f32>,
 }
 
 impl TaskEngine {
@@ -44,21 +48,33 @@ impl TaskEngine {
         };
         let objective: Arc<dyn Objective> = Arc::new(learns.clone());
         let mut inner = TorchEngine::with_objective(setup, &objective)?;
-        let layout = inner.layout().clone();
-        for (block, spec) in layout.params().iter().enumerate() {
-            if let Some(values) = encoder.initial(task.pool, &spec.name) {
-                inner.state.section_mut(Section::Param)[layout.range(block)]
-                    .copy_from_slice(values);
-            }
+        let scales = scales(inner.layout());
+        let layout = Layout::new(state_params(task, &model));
+        inner.state = CpuState::fresh(layout.clone(), inner.setup.seed);
+        let sizes = layout.params().iter().map(ParamSpec::numel);
+        let zeros = vec![0.0; if task.ema.is_some() { sizes.max().unwrap_or(0) } else { 0 }];
+        let mut engine = TaskEngine { scales, inner, task: task.clone(), encoder, zeros };
+        for block in 0..layout.n_blocks() {
+            let mut values = vec![0.0; layout.range(block).len()];
+            engine.initial(block, engine.inner.setup.seed, &mut values);
+            let param = engine.inner.state.section_mut(Section::Param);
+            param[layout.range(block)].copy_from_slice(&values);
         }
-        Ok(TaskEngine { scales: scales(&layout), inner, task: task.clone(), encoder })
+        Ok(engine)
+    }
+
+    /// Lists the averages with the tensors that they are of.
+    fn averages(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let n = self.scales.len();
+        let n_averages = self.layout().n_blocks() - n;
+        (0..n_averages).map(move |block| (n + block, block))
     }
 
     /// Applies momentum with or without a rate by layer.
     fn apply_momentum(&mut self, mean: &[f32], update: &UpdateScalars, trust: f64) {
         let rule = Lars { momentum: MOMENTUM, trust, weight_decay: update.adamw.weight_decay };
         let layout = self.inner.layout().clone();
-        for (block, spec) in layout.params().iter().enumerate() {
+        for (block, spec) in layout.params().iter().enumerate().take(self.scales.len()) {
             let range = layout.range(block);
             let (param, momentum) = self.inner.state.param_and_momentum(range.clone());
             let lr = update.lr * self.scales[block];
@@ -73,7 +89,8 @@ impl Engine for TaskEngine {
     }
 
     fn completion(&self) -> Vec<usize> {
-        self.inner.completion()
+        let averages = self.averages().map(|(average, _)| average);
+        self.inner.completion().into_iter().chain(averages).collect()
     }
 
     fn slot(
@@ -86,7 +103,12 @@ impl Engine for TaskEngine {
             let (step, index) = (batch.slot.step.0, batch.slot.index);
             return Err(EngineError::Batch { step, index, what });
         }
-        self.inner.slot(batch, sink)
+        let loss = self.inner.slot(batch, sink)?;
+        // Averages follow weights and no gradient.
+        for (block, _) in self.averages() {
+            sink(SlotGrad { block, values: &self.zeros[..self.layout().range(block).len()] });
+        }
+        Ok(loss)
     }
 
     fn apply(&mut self, mean: &[f32], update: &UpdateScalars) -> Result<(), EngineError> {
@@ -94,6 +116,11 @@ impl Engine for TaskEngine {
             Optimizer::AdamW => self.inner.state.apply_scaled(mean, update, &self.scales),
             Optimizer::Sgd => self.apply_momentum(mean, update, 0.0),
             Optimizer::Lars => self.apply_momentum(mean, update, TRUST),
+        }
+        if let Some(share) = self.task.ema {
+            for (average, block) in self.averages() {
+                self.inner.state.average(block, average, share);
+            }
         }
         Ok(())
     }
@@ -112,6 +139,8 @@ impl Engine for TaskEngine {
     }
 
     fn initial(&self, block: usize, seed: u64, out: &mut [f32]) {
+        // An average begins as what it is of.
+        let block = block % self.scales.len();
         let spec = &self.layout().params()[block];
         match self.encoder.initial(self.task.pool, &spec.name) {
             Some(values) => out.copy_from_slice(values),

@@ -429,4 +429,11 @@ pub(super) const FIELDS: &[Field] = &[
         "9.0",
         "fine-tuning: magnitude of two random changes of colours or geometry, 0 off",
     ),
+    maths(
+        "task.ema",
+        Kind::Number(Interval::between(0.0, 1.0)),
+        "0.9999",
+        "fine-tuning: share that an average of the weights keeps at each update; without it none \
+         is kept",
+    ),
 ];

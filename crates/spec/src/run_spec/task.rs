@@ -56,6 +56,8 @@ pub struct TaskSpec {
     pub label_smoothing: f64,
     pub random_erasing: f64,
     pub rand_augment: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema: Option<f64>,
 }
 
 impl TaskSpec {

@@ -49,6 +49,10 @@ impl Reader<'_> {
         let numbers: [Option<f64>; 7] = std::array::from_fn(&mut number);
         let [layer_decay, drop_path, mixup, cutmix, label_smoothing, random_erasing, rand_augment] =
             numbers;
+        let ema = match find(self.root, "task.ema") {
+            Some(_) => self.float("task.ema").map(Some),
+            None => Some(None),
+        };
         Some(Some(TaskSpec {
             kind: kind?,
             encoder: encoder?,
@@ -62,6 +66,7 @@ impl Reader<'_> {
             label_smoothing: label_smoothing?,
             random_erasing: random_erasing?,
             rand_augment: rand_augment?,
+            ema: ema?,
         }))
     }
 
@@ -83,6 +88,10 @@ impl Reader<'_> {
     /// A probe shows images as they are: keys of fine-tuning would promise something else, unless
     /// they say that nothing is done, as a printed spec does.
     fn refuse_of_finetuning(&mut self) {
+        if let Some(node) = find(self.root, "task.ema") {
+            let message = "`task.ema` has no meaning where `task.kind` = \"linear\"".to_string();
+            self.problem(node.at, "task.ema", message, Some("remove it".to_string()));
+        }
         for (path, nothing) in OF_FINETUNING.into_iter().zip(NOTHING) {
             let Some(node) = find(self.root, path) else { continue };
             let is_nothing = match node.value {
