@@ -32,6 +32,7 @@ fn the_table_and_the_structs_agree() {
         "track.reconstructions.every=1ep",
         "task.kind=finetune",
         "task.encoder=runs/mine",
+        "task.ema=0.9999",
         "task.classes=10",
     ];
     leaves(&mut found, "", &spec(&optional).to_json());
