@@ -31,7 +31,7 @@ BIN = ROOT / os.environ.get("LACUNA_BIN", "target/release")
 PROGRAM = "downstream"
 FEATURES = ("raw pixels", "random", "pre-trained")
 # Passes over the labelled images: fewer labels need more of them.
-EPOCHS = {"linear": {0.01: 60, 0.1: 8, 1.0: 1}, "finetune": {0.01: 40, 0.1: 5, 1.0: 1}}
+EPOCHS = {"linear": {0.01: 60, 0.1: 20, 1.0: 3}, "finetune": {0.01: 40, 0.1: 5, 1.0: 1}}
 # What `--full` stands for.
 FULL = {"seeds": 3, "fractions": [0.01, 0.1, 1.0], "steps": 8000}
 
@@ -134,12 +134,14 @@ checkpoint = {{ to = "runs", every = ["1000step"] }}
         # One or two epochs, and not more than a fifth of a short run.
         warmup = min((1 if case.protocol == "linear" else 2) * per_epoch, epochs * per_epoch // 5)
         encoder = f'encoder = "runs/mae-{case.seed}"\n' if case.features == "pre-trained" else ""
+        # What a layer knows already it shall keep; one of random weights knows nothing.
+        decay = 0.75 if case.features == "pre-trained" else 1.0
         pool = 'pool = "pixels"\n' if case.features == "raw pixels" else ""
         if case.protocol == "linear":
             task = f'kind = "linear"\noptimizer = "sgd"\n{pool}'
             optim = 'base_lr = 0.1\nweight_decay = 0.0'
         else:
-            task = ('kind = "finetune"\nmixup = 0.0\ncutmix = 0.0\nrandom_erasing = 0.0\n'
+            task = (f'kind = "finetune"\nlayer_decay = {decay}\nmixup = 0.0\ncutmix = 0.0\nrandom_erasing = 0.0\n'
                     'rand_augment = 0.0\n')
             optim = 'base_lr = 2e-3\nbetas = [0.9, 0.999]\ndecay_tokens = false'
         self.train(case.name, f"""schema = 1
@@ -253,7 +255,7 @@ def fractions(text: str) -> list[float]:
 def main() -> int:
     """Runs the program and returns its exit code."""
     parser = argparse.ArgumentParser(description="k-NN, linear probe and fine-tuning.")
-    parser.add_argument("--work", default=ROOT / "downstream-out")
+    parser.add_argument("--work", help="folder [default: downstream-out/STEPS-steps]")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--fractions", type=fractions, default=[0.01, 0.1])
     parser.add_argument("--steps", type=int, default=2000, help="steps of pre-training")
@@ -261,6 +263,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.full:
         vars(args).update(FULL)
+    # Results of longer pre-training are others.
+    args.work = args.work or ROOT / "downstream-out" / f"{args.steps}-steps"
     began = time.monotonic()
     try:
         if not (BIN / "lacuna-worker").exists():

@@ -20,7 +20,7 @@ PYTHON = os.environ.get("LACUNA_PEERS_PYTHON", "")
 # The first call builds the sample.
 SECONDS_MAX = 600
 TAGS = ["loss/train", "optim/grad_norm", "optim/lr", "run/generation", "speed/data_wait",
-        "speed/images_per_second"]
+        "speed/images_per_second", "speed/memory_gib"]
 # The first generation's records, and all.
 FIRST, ALL = 24, 43
 

@@ -238,7 +238,7 @@ fn leaders_are_killed_and_no_bit_changes() {
     let last = coordinators.leader(None);
     let (code, _) = coordinators.get_bytes(last, &path).expect("an answer");
     assert_eq!(code, 200, "{path}");
-    assert!(seen.count("saved") >= 2, "{}", seen.text());
+    assert!(seen.count("saved") >= 1, "{}", seen.text());
 }
 
 /// A leader that is stopped for longer than its lease finds itself replaced, and ends.

@@ -139,6 +139,23 @@ impl RunDir {
         Ok(RunDir::on(Arc::new(storage), root, run))
     }
 
+    /// Finds the run whose folder or URL `place` is; `None` for what is something else.
+    ///
+    /// # Errors
+    /// A place that is not there, or a URL that names no run.
+    pub fn find(place: &str) -> Result<Option<Self>, FsError> {
+        if let Some(dir) = RunDir::open_url(place) {
+            return dir.map(Some);
+        }
+        let path = Path::new(place);
+        let full =
+            std::fs::canonicalize(path).map_err(|source| FsError::new("find", path, source))?;
+        let name = full.file_name().and_then(|name| name.to_str()?.parse().ok());
+        let (Some(name), Some(root)) = (name, full.parent()) else { return Ok(None) };
+        let dir = RunDir::new(root, name);
+        Ok(dir.checkpoints().is_dir().then_some(dir))
+    }
+
     /// Names the directory of a run by its own URL, `<root>/<run>`; `None` for what is no URL.
     pub fn open_url(url: &str) -> Option<Result<Self, FsError>> {
         if !lacuna_store::is_url(url) {

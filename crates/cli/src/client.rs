@@ -377,12 +377,10 @@ async fn follow(
         match result {
             Ok(Some(run)) => break Ok(Some(run)),
             Ok(None) => alone = None,
-            Err(ClientError::Refused(status)) if lacuna_api::error::reason(&status).is_some() => {
-                break Err(ClientError::Refused(status).into());
-            }
+            Err(err) if crate::look::is_final(&err) => break Err(err.into()),
             Err(err) => {
                 let since = *alone.get_or_insert_with(Instant::now);
-                if since.elapsed() > connect.timeout {
+                if since.elapsed() > connect.patience() {
                     break Err(err.into());
                 }
             }

@@ -22,6 +22,8 @@ use serde::Deserialize;
 
 /// Where a coordinator is looked for that nothing names.
 const LOCAL: &str = "http://127.0.0.1:7070";
+/// How long an election may take for those who wait for its end.
+const ELECTION: Duration = Duration::from_secs(60);
 /// Longest file of settings that is read.
 const SETTINGS_BYTES_MAX: u64 = 1 << 20;
 
@@ -95,6 +97,13 @@ impl Connect {
         let credentials =
             Credentials::read(target.token_file.as_deref(), target.tls_dir.as_deref())?;
         Client::connect_as(target.url(), self.timeout, &credentials).await
+    }
+
+    /// Returns how long who follows a run waits for its coordinator to come back: of several,
+    /// another one has to be elected first.
+    pub fn patience(&self) -> Duration {
+        let several = self.target().is_ok_and(|target| target.url().contains(','));
+        if several { self.timeout.max(ELECTION) } else { self.timeout }
     }
 
     /// Finds out who is meant: `--coordinator`, then `--context`, then the environment's address,

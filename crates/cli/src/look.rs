@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, CommandFactory as _};
 use clap_complete::Shell;
 use lacuna_api::client::{Client, ClientError};
+use lacuna_api::error::Reason;
 use lacuna_api::v1;
 use lacuna_api::v1::watch_run_response::Update;
 use lacuna_spec::RunSpec;
@@ -111,8 +112,11 @@ async fn print_events(args: &EventsArgs) -> anyhow::Result<u8> {
 /// Tells whether the coordinator has answered, and will answer the same again.
 pub(crate) fn is_final(err: &ClientError) -> bool {
     match err {
-        ClientError::Unreachable { .. } => false,
-        ClientError::Refused(status) => lacuna_api::error::reason(status).is_some(),
+        ClientError::Unreachable { .. } | ClientError::NoLeader { .. } => false,
+        ClientError::Refused(status) => match lacuna_api::error::reason(status) {
+            Some(Reason::NotLeader | Reason::ShuttingDown) | None => false,
+            Some(_) => true,
+        },
         _ => true,
     }
 }

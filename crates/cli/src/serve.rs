@@ -129,8 +129,9 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
         let security = Security { tokens: args.token_file, tls: args.tls_dir };
         let state = args.state.unwrap_or_else(default_state);
         let options = Options { state, timing, security };
-        let mut signals = StopSignals::new();
+        let push = pushing(args.otlp.as_deref(), args.otlp_every)?;
         if !args.etcd.is_empty() {
+            let mut signals = StopSignals::new();
             let ensemble = Ensemble {
                 endpoints: args.etcd,
                 tls: args.etcd_tls_dir,
@@ -144,13 +145,15 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
                 Part::Leads(url) => drop(writeln!(std::io::stdout(), "leading at {url}")),
             };
             let stop = async move { signals.next().await };
-            ensemble::serve(args.listen, options, ensemble, stop, news).await.map_err(coded)?;
+            let served = ensemble::serve(args.listen, options, ensemble, stop, news, push);
+            served.await.map_err(coded)?;
             info!("stopped; another coordinator leads, or will");
             return Ok(exit::OK);
         }
         let service = Service::open(args.listen, options).await.map_err(coded)?;
-        let service = pushing(service, args.otlp.as_deref(), args.otlp_every)?;
+        let service = push(service);
         println!("listening on {}", service.url());
+        let mut signals = StopSignals::new();
         service.serve(async move { signals.next().await }).await.map_err(coded)?;
         info!("stopped; runs and workers go on when a coordinator is back");
         Ok(exit::OK)
@@ -160,29 +163,40 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
     ended
 }
 
-/// Has a service push its metrics, where somebody wants them.
+/// Makes what has a service push its metrics, where somebody wants them.
 #[cfg(feature = "otlp")]
-fn pushing(service: Service, to: Option<&str>, every: Duration) -> anyhow::Result<Service> {
-    let Some(endpoint) = to.filter(|endpoint| !endpoint.is_empty()) else { return Ok(service) };
+fn pushing(
+    to: Option<&str>,
+    every: Duration,
+) -> anyhow::Result<impl FnOnce(Service) -> Service + use<>> {
     let env = |name: &str| std::env::var(name).ok();
-    let otlp = lacuna_coordinator::Otlp::new(endpoint, every, env);
-    let otlp = otlp.map_err(|err| Coded::error(exit::USAGE, lacuna_checkpoint::chain(&err)))?;
-    Ok(service.with_otlp(otlp))
+    let otlp = to
+        .filter(|endpoint| !endpoint.is_empty())
+        .map(|endpoint| lacuna_coordinator::Otlp::new(endpoint, every, env))
+        .transpose()
+        .map_err(|err| Coded::error(exit::USAGE, lacuna_checkpoint::chain(&err)))?;
+    Ok(|service: Service| match otlp {
+        Some(otlp) => service.with_otlp(otlp),
+        None => service,
+    })
 }
 
 /// Says that nothing is pushed, where somebody wants metrics: this build cannot.
 #[cfg(not(feature = "otlp"))]
-fn pushing(service: Service, to: Option<&str>, _every: Duration) -> anyhow::Result<Service> {
-    if let Some(endpoint) = to {
-        tracing::warn!(endpoint, "no metrics are pushed: this build lacks the feature `otlp`");
+fn pushing(
+    to: Option<&str>,
+    _every: Duration,
+) -> anyhow::Result<impl FnOnce(Service) -> Service + use<>> {
+    if to.is_some() {
+        tracing::warn!("no metrics are pushed: this build lacks the feature `otlp`");
     }
-    Ok(service)
+    Ok(|service: Service| service)
 }
 
 /// Gives a start error its exit code.
 pub fn coded(err: StartError) -> anyhow::Error {
     let code = match &err {
-        StartError::Door(_) | StartError::Timing(_) => exit::USAGE,
+        StartError::Door(_) | StartError::Timing(_) | StartError::Ensemble(_) => exit::USAGE,
         StartError::State { .. } | StartError::Store(_) => exit::IO,
         // A supervisor starts it again, as one of the others.
         StartError::LostLead => exit::DRAINED,

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use lacuna_api::v1;
 use lacuna_data::Dataset;
-use lacuna_spec::{RunSpec, SpecError, TaskSpec, parse_file};
+use lacuna_spec::{RunSpec, SpecError, TaskSpec, encoder_at, parse_file};
 use lacuna_types::exit;
 
 use crate::Coded;
@@ -32,16 +32,17 @@ pub fn read(path: &Path, overrides: &[String]) -> anyhow::Result<RunSpec> {
 }
 
 /// Refuses a task that its data or its encoder cannot serve: every worker would find that out.
-fn check_task(task: &TaskSpec, dataset: &Dataset) -> anyhow::Result<()> {
+fn check_task(task: &TaskSpec, dataset: &Dataset, has_checkpoints: bool) -> anyhow::Result<()> {
     if let Some(text) = task.labels_problem(dataset.index().n_classes()) {
         return Err(Coded::error(exit::USAGE, text));
     }
-    match &task.encoder {
-        Some(place) if !place.contains("://") && !Path::new(place).exists() => {
-            Err(Coded::error(exit::IO, format!("`task.encoder` = `{place}` does not exist")))
-        }
-        _ => Ok(()),
+    let Some(place) = &task.encoder else { return Ok(()) };
+    let (run, _) = encoder_at(place);
+    // A run that has checkpoints of its own has what it needs of it, or says what it lacks.
+    if run.contains("://") || Path::new(run).exists() || has_checkpoints {
+        return Ok(());
     }
+    Err(Coded::error(exit::IO, format!("`task.encoder` = `{place}` does not exist")))
 }
 
 /// Opens the spec's data, pins what depends on it, and makes the request that creates the run.
@@ -52,7 +53,8 @@ pub fn request(spec: &mut RunSpec, resume: bool) -> anyhow::Result<v1::CreateRun
         Coded::error(exit::IO, format!("failed to open data set `{}`: {why}", path.display()))
     })?;
     if let Some(task) = &spec.task {
-        check_task(task, &dataset)?;
+        let own = Path::new(&spec.checkpoint.to).join(spec.run_id().as_str()).join("ckpt");
+        check_task(task, &dataset, own.is_dir())?;
     }
     let n_samples = dataset.n_samples();
     spec.pin(n_samples, dataset.index().n_chunks());

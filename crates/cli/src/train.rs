@@ -66,6 +66,7 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
         let options = Options { state, timing, security: Security::default() };
         let service = Service::open(addr, options).await.map_err(coded)?;
         let url = format!("http://{}", service.addr());
+        talk!("page: {url}/runs/{}", spec.run_id());
         let (close, closed) = tokio::sync::oneshot::channel::<()>();
         // It ends as well where nobody is left to close it.
         let mut serving = tokio::spawn(service.serve(async { drop(closed.await) }));

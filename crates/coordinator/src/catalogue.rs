@@ -91,7 +91,7 @@ fn examine_place(dir: &RunDir, spec: &RunSpec) -> Result<(), CatalogueError> {
         )));
     }
     // Parameters and both moments, f32, of the built-in objective; others may have more or less.
-    let bytes = 12 * Layout::new(spec.model.params()).numel() as u64;
+    let bytes = 12 * Layout::new(spec.params()).numel() as u64;
     let wanted = doctor::room_for(bytes);
     if found.lacks(wanted) {
         let (to, free) = (&spec.checkpoint.to, found.free_bytes.unwrap_or_default());

@@ -23,7 +23,7 @@ mod guard;
 mod role;
 mod tokens;
 
-pub(crate) use guard::{GuardInfo, Places, guarded};
+pub(crate) use guard::{GuardInfo, Guarded, Places, guarded};
 pub use role::{NotARole, Role};
 use tokens::TokenFile;
 pub use tokens::{Bearer, TokenLine, Tokens, TokensError, new_token};

@@ -31,12 +31,14 @@ use tracing::{info, warn};
 use crate::door::{self, Door};
 use crate::etcd::{Election, Etcd, EtcdError, Leadership};
 use crate::grpc::Grpc;
-use crate::registry::STATE_FILE;
+use crate::registry::{FILES_FOLDER, STATE_FILE};
 use crate::service::{self, Options, Service, StartError};
 use crate::store::{EtcdStore, StoreError};
 
 /// How often one that does not lead looks whether it may.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Shortest lease: elections inside etcd take about a second.
+const LEASE_MIN: Duration = Duration::from_secs(2);
 /// How long followers' calls may take to end.
 const ENDING: Duration = Duration::from_secs(2);
 
@@ -55,6 +57,48 @@ pub struct Ensemble {
     pub lease: Duration,
 }
 
+impl Ensemble {
+    /// Refuses settings that cannot work.
+    fn check(&self, addr: SocketAddr) -> Result<(), StartError> {
+        let wrong = |text: String| Err(StartError::Ensemble(text));
+        let is_url = |text: &str| text.starts_with("http://") || text.starts_with("https://");
+        for endpoint in &self.endpoints {
+            let shown = endpoint.rsplit('@').next().unwrap_or_default();
+            if !is_url(endpoint) {
+                return wrong(format!(
+                    "`--etcd`: `{shown}` begins with neither http:// nor https://"
+                ));
+            }
+            if endpoint.contains('@') {
+                let text = format!("`--etcd`: `{shown}` holds a user or a password: remove it");
+                return wrong(text);
+            }
+            match (endpoint.starts_with("https://"), &self.tls) {
+                (true, None) => {
+                    return wrong(format!("`--etcd`: `{shown}` needs `--etcd-tls-dir`"));
+                }
+                (false, Some(_)) => {
+                    let text = format!("`--etcd-tls-dir`: `{shown}` is spoken to without TLS");
+                    return wrong(text);
+                }
+                _ => {}
+            }
+        }
+        match &self.url {
+            Some(url) if !is_url(url) => wrong(format!(
+                "`--advertise-url`: `{url}` begins with neither http:// nor https://"
+            )),
+            None if addr.ip().is_unspecified() => {
+                wrong(format!("`--listen {addr}` is no address to reach: give `--advertise-url`"))
+            }
+            _ if self.lease < LEASE_MIN => {
+                wrong(format!("`--etcd-lease` must be at least {LEASE_MIN:?}"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// What becomes of a coordinator of an ensemble.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
@@ -64,7 +108,8 @@ pub enum Part {
     Leads(String),
 }
 
-/// Serves as one of an ensemble until `shutdown` completes; says to `news` what it is.
+/// Serves as one of an ensemble until `shutdown` completes; says to `news` what it is. `adorn` adds
+/// to the service what a leader has.
 ///
 /// # Errors
 /// As [`Service::open`] and [`Service::serve`]; [`StartError::LostLead`] where another one leads by
@@ -75,7 +120,9 @@ pub async fn serve(
     ensemble: Ensemble,
     shutdown: impl Future<Output = ()> + Send,
     mut news: impl FnMut(Part),
+    adorn: impl FnOnce(Service) -> Service,
 ) -> Result<(), StartError> {
+    ensemble.check(addr)?;
     let door = Arc::new(Door::new(addr, &options.security)?);
     let bind = |source| StartError::Bind { addr, source };
     let listener = StdListener::bind(addr).map_err(bind)?;
@@ -105,25 +152,32 @@ pub async fn serve(
     let Some(lead) = won else { return Ok(()) };
 
     info!(url, etcd = ?ensemble.endpoints, "elected: this coordinator leads");
-    let (lost, gone) = oneshot::channel::<()>();
-    let keeper = tokio::spawn(keep(etcd.clone(), lead.clone(), ensemble.lease, lost));
-    let service = open(&listener, options, &etcd, &ensemble, &lead).await;
-    let ended = match service {
-        Ok(service) => {
+    let (keeper, mut gone) = Keeper::start(&etcd, &lead)?;
+    let opened = tokio::select! {
+        opened = open(&listener, options, &etcd, &ensemble, &lead) => Some(opened),
+        () = &mut shutdown => None,
+        _ = &mut gone => Some(Err(StartError::LostLead)),
+    };
+    let ended = match opened {
+        Some(Ok(service)) => {
             news(Part::Leads(url));
             tokio::select! {
-                ended = service.serve(shutdown) => ended,
+                ended = adorn(service).serve(shutdown) => ended,
                 _ = gone => Err(StartError::LostLead),
             }
         }
-        Err(err) => Err(err),
+        Some(Err(err)) => Err(err),
+        None => Ok(()),
     };
-    keeper.abort();
+    drop(keeper);
     // Whoever is next need not wait for the lease to end; where this fails, it does.
     let _ = etcd.revoke(lead.lease).await;
     match ended {
-        // A write was refused before the lease was missed: the same.
-        Err(StartError::Store(StoreError::Etcd(EtcdError::NotLeader))) => Err(StartError::LostLead),
+        // A write was refused, or not done in time, before the lease was missed: the same.
+        Err(StartError::Store(StoreError::Etcd(error))) => {
+            warn!(%error, "this coordinator cannot lead on");
+            Err(StartError::LostLead)
+        }
         ended => ended,
     }
 }
@@ -171,9 +225,39 @@ async fn win(
     }
 }
 
+/// Keeps the lease until dropped, on a thread of its own: whatever holds the service up, the lease
+/// is renewed, or its end noticed.
+struct Keeper(Option<tokio::runtime::Runtime>);
+
+impl Keeper {
+    /// Begins; what comes back completes when the lease may be gone.
+    fn start(etcd: &Etcd, lead: &Leadership) -> Result<(Self, oneshot::Receiver<()>), StartError> {
+        let made = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("lease")
+            .enable_all()
+            .build();
+        let runtime =
+            made.map_err(|err| EtcdError::Call { what: "get a thread", why: err.to_string() })?;
+        let (lost, gone) = oneshot::channel();
+        let etcd = etcd.on(runtime.handle())?;
+        runtime.spawn(keep(etcd, lead.clone(), lost));
+        Ok((Keeper(Some(runtime)), gone))
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
 /// Keeps the lease; `lost` is dropped when it may be gone, and before anybody else can have it.
-async fn keep(etcd: Etcd, lead: Leadership, lease: Duration, _lost: oneshot::Sender<()>) {
-    let mut renewed = Instant::now();
+async fn keep(etcd: Etcd, lead: Leadership, _lost: oneshot::Sender<()>) {
+    let lease = lead.ttl;
+    let mut renewed = Instant::from_std(lead.since);
     loop {
         tokio::time::sleep(lease / 4).await;
         let asked = Instant::now();
@@ -204,6 +288,8 @@ async fn open(
 ) -> Result<Service, StartError> {
     // A folder of its own: what lies there is made anew, and no state of a coordinator alone.
     options.state = options.state.join("of-etcd");
+    // Copies of files that another leader may have written on; they are fetched anew.
+    let _ = std::fs::remove_dir_all(options.state.join(FILES_FOLDER));
     let addr = listener.local_addr();
     let bind = |source| StartError::Bind { addr: SocketAddr::from(([0, 0, 0, 0], 0)), source };
     let addr = addr.map_err(bind)?;
@@ -232,7 +318,7 @@ async fn follow(
     let others = move |request: Request| async move { answer(&leader.borrow(), &request) };
     let all = Routes::new(health_service).into_axum_router().fallback(others);
     let routes = Routes::from(all.layer(from_fn_with_state(door.clone(), door::check)));
-    service::serve_routes(listener, &door, routes, stop).await
+    service::serve_until(listener, &door, routes, stop).await
 }
 
 /// Says who leads, in the caller's protocol.

@@ -9,7 +9,7 @@ mod message;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prost::Message;
 use tonic::client::Grpc;
@@ -24,6 +24,8 @@ use self::message as m;
 const CALL_DEADLINE: Duration = Duration::from_secs(3);
 /// How long it may take to renew a lease, which another endpoint can do as well.
 const KEEP_DEADLINE: Duration = Duration::from_millis(500);
+/// Pause before a write is tried again.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// Largest answer that is read: a page of keys.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// Keys of a page.
@@ -89,6 +91,10 @@ pub(crate) struct Leadership {
     /// The revision that made the key.
     pub revision: i64,
     pub lease: i64,
+    /// From when on the lease counts, at the latest.
+    pub since: Instant,
+    /// How long it lasts after each renewal.
+    pub ttl: Duration,
 }
 
 /// What came of a candidacy.
@@ -102,6 +108,8 @@ pub(crate) enum Election {
 /// A connection to an ensemble of etcd.
 #[derive(Clone, Debug)]
 pub(crate) struct Etcd {
+    endpoints: Arc<[String]>,
+    tls: Option<ClientTlsConfig>,
     channels: Arc<[Channel]>,
     first: Arc<AtomicUsize>,
 }
@@ -122,7 +130,18 @@ impl Etcd {
             Ok(made.connect_lazy())
         };
         let channels = endpoints.iter().map(open).collect::<Result<Vec<Channel>, EtcdError>>()?;
-        Ok(Etcd { channels: channels.into(), first: Arc::default() })
+        Ok(Etcd {
+            endpoints: endpoints.into(),
+            tls: tls.cloned(),
+            channels: channels.into(),
+            first: Arc::default(),
+        })
+    }
+
+    /// Prepares connections to the same servers that another runtime serves.
+    pub fn on(&self, runtime: &tokio::runtime::Handle) -> Result<Self, EtcdError> {
+        let _there = runtime.enter();
+        Etcd::new(&self.endpoints, self.tls.as_ref())
     }
 
     /// Returns a key's value.
@@ -179,6 +198,24 @@ impl Etcd {
         if done.succeeded { Ok(()) } else { Err(EtcdError::NotLeader) }
     }
 
+    /// The same, tried again until a leader has to give up: what was written already is written
+    /// again, with the same values.
+    pub async fn change_in_time(
+        &self,
+        as_of: &Leadership,
+        changes: &[Change],
+    ) -> Result<(), EtcdError> {
+        let until = Instant::now() + as_of.ttl * 3 / 4;
+        loop {
+            match self.change(as_of, changes).await {
+                Err(EtcdError::Call { .. }) if Instant::now() + RETRY_AFTER < until => {
+                    tokio::time::sleep(RETRY_AFTER).await;
+                }
+                done => return done,
+            }
+        }
+    }
+
     /// Takes `key` with `value` for as long as a lease of `ttl` is kept, if nobody has it.
     pub async fn campaign(
         &self,
@@ -192,6 +229,7 @@ impl Etcd {
         if let Some(kv) = found.kvs.first() {
             return Ok(Election::Lost(whose(kv)));
         }
+        let since = Instant::now();
         let grant = m::LeaseGrantRequest { ttl: ttl.as_secs().max(1) as i64 };
         let granted: m::LeaseGrantResponse = self.call("grant a lease", GRANT, grant).await?;
         let lease = granted.id;
@@ -204,7 +242,8 @@ impl Etcd {
         let done: m::TxnResponse = self.call("elect a leader", TXN, txn).await?;
         if done.succeeded {
             let revision = done.header.map_or(0, |header| header.revision);
-            return Ok(Election::Won(Leadership { key: key.to_string(), revision, lease }));
+            let key = key.to_string();
+            return Ok(Election::Won(Leadership { key, revision, lease, since, ttl }));
         }
         // The lease would go by itself.
         let _ = self.revoke(lease).await;

@@ -2,6 +2,7 @@
 
 mod admin;
 mod checkpoints;
+mod encoder;
 mod facts;
 pub(crate) mod logs;
 pub(crate) mod messages;
@@ -221,8 +222,10 @@ impl RunService for Grpc {
         let v1::CreateRunRequest { spec, resume, n_samples, fingerprint } = request.into_inner();
         let invalid = |text: String| status(Reason::InvalidSpec, text);
         let mut spec = specs::read(&spec)?;
+        let known = self.0.runs().get(&spec.run_id()).map(|handle| handle.spec.clone());
+        encoder::pin(&mut spec, known.as_ref()).await?;
         let (n_samples, fingerprint) = if n_samples == 0 && fingerprint.is_empty() {
-            let found = facts::look(&mut spec).await?;
+            let found = facts::look(&mut spec, &self.0.looking).await?;
             (found.n_samples, found.fingerprint)
         } else {
             (n_samples, fingerprint)

@@ -33,6 +33,18 @@ pub enum OtlpError {
         #[source]
         source: tonic::transport::Error,
     },
+    /// An address without a scheme.
+    #[error("`{endpoint}` begins with neither http:// nor https://")]
+    Scheme {
+        /// What was given.
+        endpoint: String,
+    },
+    /// Another protocol than is spoken.
+    #[error("OTEL_EXPORTER_OTLP_PROTOCOL = `{protocol}`: only `grpc` is spoken")]
+    Protocol {
+        /// What was given.
+        protocol: String,
+    },
     /// The authority of the collector's certificate.
     #[error("failed to read OTEL_EXPORTER_OTLP_CERTIFICATE `{}`", path.display())]
     Certificate {
@@ -77,7 +89,15 @@ impl Otlp {
         every: Duration,
         env: impl Fn(&str) -> Option<String>,
     ) -> Result<Self, OtlpError> {
-        let bad = |source| OtlpError::Endpoint { endpoint: endpoint.to_string(), source };
+        let shown = without_user(endpoint);
+        if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
+            return Err(OtlpError::Scheme { endpoint: shown });
+        }
+        let protocol = env("OTEL_EXPORTER_OTLP_PROTOCOL").unwrap_or_default();
+        if !["", "grpc"].contains(&protocol.as_str()) {
+            return Err(OtlpError::Protocol { protocol });
+        }
+        let bad = |source| OtlpError::Endpoint { endpoint: without_user(endpoint), source };
         let mut channel = Endpoint::from_shared(endpoint.to_string())
             .map_err(bad)?
             .connect_timeout(DEADLINE)
@@ -95,7 +115,7 @@ impl Otlp {
         let header = |(at, pair): (usize, &str)| {
             let found = pair.split_once('=').and_then(|(name, value)| {
                 let name = name.trim().to_ascii_lowercase().parse().ok()?;
-                let mut value: MetadataValue<Ascii> = value.trim().parse().ok()?;
+                let mut value: MetadataValue<Ascii> = decoded(value.trim()).parse().ok()?;
                 value.set_sensitive(true);
                 Some((name, value))
             });
@@ -108,14 +128,14 @@ impl Otlp {
         for pair in words(&env("OTEL_RESOURCE_ATTRIBUTES").unwrap_or_default()) {
             let (name, value) =
                 pair.split_once('=').ok_or_else(|| OtlpError::Attribute { text: pair.into() })?;
-            attributes.push((name.trim().to_string(), value.trim().to_string()));
+            attributes.push((name.trim().to_string(), decoded(value.trim())));
         }
         if let Some(name) = env("OTEL_SERVICE_NAME").filter(|name| !name.is_empty()) {
             attributes.push(("service.name".to_string(), name));
         }
         Ok(Otlp {
             endpoint: channel,
-            shown: endpoint.to_string(),
+            shown,
             every,
             headers: words(&headers).enumerate().map(header).collect::<Result<_, _>>()?,
             attributes: last_of_each(attributes),
@@ -186,6 +206,37 @@ impl Otlp {
             _ => Ok(()),
         }
     }
+}
+
+/// Leaves a user and a password out of an address.
+fn without_user(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_string() };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = authority.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}://{host}{path}")
+}
+
+/// Puts bytes in for `%20` and the like, as the specification has values of lists written.
+fn decoded(text: &str) -> String {
+    let mut out: Vec<u8> = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, behind)) = rest.split_first() {
+        let byte = behind
+            .get(..2)
+            .filter(|_| first == b'%')
+            .and_then(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok());
+        match byte {
+            Some(byte) => {
+                out.push(byte);
+                rest = &behind[2..];
+            }
+            None => {
+                out.push(first);
+                rest = behind;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
 }
 
 /// Splits a list at commas.

@@ -28,8 +28,12 @@ use crate::track::Follower;
 
 /// Name of the state file in its folder.
 pub(crate) const STATE_FILE: &str = "coordinator.sqlite";
+/// Data sets that are opened for callers at a time.
+const LOOKING_MAX: usize = 4;
+/// Runs whose files are copied to stores at a time.
+const COPYING_MAX: usize = 16;
 /// Files for TensorBoard of runs that want copies of them in a store.
-const FILES_FOLDER: &str = "track";
+pub(crate) const FILES_FOLDER: &str = "track";
 
 /// Folders for people's tools that are written at once.
 const TRACKING_MAX: usize = 8;
@@ -81,6 +85,10 @@ pub(crate) struct Shared {
     pub drawing: Arc<Semaphore>,
     /// Checkpoints that callers may have read at a time.
     pub verifying: Arc<Semaphore>,
+    /// Data sets that may be opened for callers at a time.
+    pub looking: Arc<Semaphore>,
+    /// Runs whose files may be copied to a store at a time.
+    pub copying: Arc<Semaphore>,
     /// Callers that may read files at a time, beside pages.
     pub reading: Arc<Semaphore>,
     /// Readers of logs.
@@ -134,6 +142,8 @@ impl Shared {
             tracking: Arc::new(Semaphore::new(TRACKING_MAX)),
             drawing: Arc::new(Semaphore::new(DRAWING_MAX)),
             verifying: Arc::new(Semaphore::new(VERIFYING_MAX)),
+            looking: Arc::new(Semaphore::new(LOOKING_MAX)),
+            copying: Arc::new(Semaphore::new(COPYING_MAX)),
             reading: Arc::new(Semaphore::new(READING_MAX)),
             log_readers: Arc::new(Semaphore::new(LOG_READERS_MAX)),
             logs: Arc::default(),

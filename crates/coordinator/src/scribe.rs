@@ -75,7 +75,7 @@ fn write(
         // The store is not locked meanwhile.
         part.elsewhere.map_or(Ok(()), |keep| keep())?;
         let (now, later) = batches.split_at(part.n);
-        written.extend(lock(store).write(now)?);
+        written.extend(lock(store).finish(now, part.ticket)?);
         batches = later;
     }
     Ok(written)

@@ -20,13 +20,14 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 #[cfg(feature = "otlp")]
 use tokio::sync::watch;
+use tokio_stream::Stream;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tracing::{info, warn};
 
 use crate::catalogue::Catalogue;
-use crate::door::{self, Door, DoorError, Places, Security, guarded};
+use crate::door::{self, Door, DoorError, Guarded, Places, Security, guarded};
 use crate::grpc::Grpc;
 use crate::http;
 use crate::registry::{STATE_FILE, Shared};
@@ -94,6 +95,9 @@ pub enum StartError {
     /// The wait limits contradict each other.
     #[error("timing: {0}")]
     Timing(String),
+    /// Settings of an ensemble cannot work.
+    #[error("{0}")]
+    Ensemble(String),
     /// Another coordinator of the ensemble leads, or may soon.
     #[error("this coordinator leads no longer: its key in etcd is gone or may be soon")]
     LostLead,
@@ -232,26 +236,44 @@ pub(crate) async fn serve_routes(
     routes: Routes,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), StartError> {
+    let mut server = server(door)?;
+    tokio::select! {
+        served = server.add_routes(routes).serve_with_incoming(incoming(listener)) => {
+            served.map_err(StartError::Serve)
+        }
+        () = shutdown => Ok(()),
+    }
+}
+
+/// The same, and tells connections that are open to end: what a caller asks next is asked on
+/// another one.
+pub(crate) async fn serve_until(
+    listener: TcpListener,
+    door: &Door,
+    routes: Routes,
+    stop: impl Future<Output = ()>,
+) -> Result<(), StartError> {
+    let server = server(door)?.add_routes(routes);
+    let served = server.serve_with_incoming_shutdown(incoming(listener), stop);
+    served.await.map_err(StartError::Serve)
+}
+
+fn incoming(listener: TcpListener) -> impl Stream<Item = std::io::Result<Guarded>> {
     // Set here: the server's own option is for listeners that it opens itself. Without it an
     // answer of several segments waits some 40 ms for the acknowledgement of the first.
-    let incoming = guarded(
-        TcpIncoming::from(listener).with_nodelay(Some(true)),
-        FIRST_WORDS,
-        Places::of_process(),
-    );
-    let mut server = Server::builder()
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    guarded(incoming, FIRST_WORDS, Places::of_process())
+}
+
+fn server(door: &Door) -> Result<Server, StartError> {
+    let server = Server::builder()
         .accept_http1(true)
         .timeout(CALL_DEADLINE)
         .http2_keepalive_interval(Some(KEEP_ALIVE.0))
         .http2_keepalive_timeout(Some(KEEP_ALIVE.1));
-    if let Some(tls) = door.tls_config()? {
-        server = server.tls_config(tls.timeout(HANDSHAKE)).map_err(StartError::Serve)?;
-    }
-    tokio::select! {
-        served = server.add_routes(routes).serve_with_incoming(incoming) => {
-            served.map_err(StartError::Serve)
-        }
-        () = shutdown => Ok(()),
+    match door.tls_config()? {
+        Some(tls) => server.tls_config(tls.timeout(HANDSHAKE)).map_err(StartError::Serve),
+        None => Ok(server),
     }
 }
 

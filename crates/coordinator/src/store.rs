@@ -144,6 +144,15 @@ pub struct Part {
     pub n: usize,
     /// What keeps them elsewhere. Where it fails they are not written.
     pub elsewhere: Option<Elsewhere>,
+    /// What [`Store::finish`] needs to know of them.
+    pub ticket: Option<Ticket>,
+}
+
+/// Batches as they are kept elsewhere.
+#[derive(Debug)]
+pub struct Ticket {
+    at_ms: u64,
+    batches: Vec<Batch>,
 }
 
 /// Keeps something elsewhere, and waits until it is kept.
@@ -168,7 +177,16 @@ pub trait Store: Send {
     /// Prepares [`write`](Store::write) for the first of some batches: what may take long is done
     /// by what comes back, without holding anybody up who reads.
     fn prepare(&mut self, batches: &[Batch]) -> Result<Part, StoreError> {
-        Ok(Part { n: batches.len(), elsewhere: None })
+        Ok(Part { n: batches.len(), elsewhere: None, ticket: None })
+    }
+
+    /// Writes batches that were prepared together, with the ticket that they got.
+    fn finish(
+        &mut self,
+        batches: &[Batch],
+        _ticket: Option<Ticket>,
+    ) -> Result<Vec<Vec<u64>>, StoreError> {
+        self.write(batches)
     }
 
     /// Appends facts to a run's journal, all or none.

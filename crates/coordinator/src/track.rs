@@ -79,7 +79,13 @@ impl Follower {
                     open = Some(now);
                     // Not in that turn: a store that does not answer holds nobody else up.
                     let (worker, before) = (follower.clone(), mirror.take());
-                    let copy = move || worker.copy(before, last || ended);
+                    let Ok(turn) = follower.shared.copying.clone().acquire_owned().await else {
+                        return;
+                    };
+                    let copy = move || {
+                        let _turn = turn;
+                        worker.copy(before, last || ended)
+                    };
                     tokio::task::spawn_blocking(copy).await
                 }
                 Ok(Err(err)) => Ok(Err(err)),

@@ -314,6 +314,12 @@ fn recognise(out: &Path, input: &str) -> Option<PackReport> {
     Some(report(outcome, dataset.index(), record.classes, skipped))
 }
 
+/// Returns the names of a packed data set's classes, by label; none where it has no names, or where
+/// it was not packed here.
+pub fn class_names(folder: &Path) -> Vec<String> {
+    read_record(folder).map_or(Vec::new(), |record| record.classes)
+}
+
 fn read_record(out: &Path) -> Option<PackRecord> {
     let text = fs::read(out.join(PACK_NAME)).ok()?;
     serde_json::from_slice(&text).ok()

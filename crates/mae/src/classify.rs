@@ -15,10 +15,12 @@ use std::sync::Arc;
 use lacuna_recipe::classify::{
     Mix, Mixing, drop_rates, drop_scale, erase, layer_scale, own_shares, soft_targets,
 };
-use lacuna_recipe::keymap;
-use lacuna_recipe::model::{Init, ModelConfig, ParamSpec};
+use lacuna_recipe::model::{ModelConfig, ParamSpec};
 use lacuna_recipe::philox::{Draws, Tag};
 use lacuna_recipe::randaugment;
+pub use lacuna_spec::classifier::{
+    averaged, classifier_params, feature_width, own_name, state_params,
+};
 use lacuna_spec::{Pool, TaskKind, TaskSpec};
 use tch::{Device, Kind, Tensor};
 
@@ -51,62 +53,6 @@ impl Classification {
             TaskKind::Finetune => layer_scale(name, model.depth, self.task.layer_decay),
             TaskKind::Linear => 1.0,
         }
-    }
-}
-
-/// Lists the tensors of a classifier: the encoder's under timm's names, and a head.
-pub fn classifier_params(task: &TaskSpec, model: &ModelConfig) -> Vec<ParamSpec> {
-    let (n_classes, width) = (task.classes as usize, feature_width(task, model));
-    // Deviations of the reference: 2e-5 in fine-tuning, 0.01 in a probe.
-    let deviation = match task.kind {
-        TaskKind::Finetune => 2e-5,
-        TaskKind::Linear => 0.01,
-    };
-    let param =
-        |name: &str, shape: Vec<usize>, init: Init| ParamSpec { name: name.into(), shape, init };
-    let mut out = vec![
-        param("head.bias", vec![n_classes], Init::Zeros),
-        param("head.weight", vec![n_classes, width], Init::Normal { deviation }),
-    ];
-    if task.kind == TaskKind::Finetune {
-        let encoder = model.params().into_iter().filter(|p| keymap::timm(&p.name).is_some());
-        out.extend(encoder.map(|p| ParamSpec { name: own_name(task.pool, &p.name), ..p }));
-        let positions = vec![1, 1 + model.n_patches(), model.width as usize];
-        out.push(param("pos_embed", positions, Init::Zeros));
-    }
-    out.sort_by(|a, b| a.name.cmp(&b.name));
-    out
-}
-
-/// Lists the tensors of a run's state: a classifier's, and their averages where it keeps some.
-pub fn state_params(task: &TaskSpec, model: &ModelConfig) -> Vec<ParamSpec> {
-    let mut out = classifier_params(task, model);
-    if task.ema.is_some() {
-        let average = |p: &ParamSpec| ParamSpec { name: averaged(&p.name), ..p.clone() };
-        out.extend(out.iter().map(average).collect::<Vec<ParamSpec>>());
-    }
-    out
-}
-
-/// Returns the name of a tensor's average.
-pub fn averaged(name: &str) -> String {
-    format!("{}{name}", keymap::AVERAGE)
-}
-
-/// Returns the number of values that a head reads.
-pub fn feature_width(task: &TaskSpec, model: &ModelConfig) -> usize {
-    match task.pool {
-        Pool::Avg | Pool::Cls => model.width as usize,
-        Pool::Pixels => (model.channels * model.img_size[0] * model.img_size[1]) as usize,
-    }
-}
-
-/// Returns the name of an encoder's tensor in a classifier: where the head reads the mean, the last
-/// norm comes behind it and is called so.
-pub fn own_name(pool: Pool, name: &str) -> String {
-    match (pool, name.strip_prefix("norm.")) {
-        (Pool::Avg, Some(rest)) => format!("fc_norm.{rest}"),
-        _ => name.to_string(),
     }
 }
 

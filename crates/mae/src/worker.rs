@@ -134,7 +134,8 @@ fn task_engine(
     if cuda_number(device).is_some() {
         return Err(failed("tasks train on CPUs only so far: `--devices cpu:N`".into()));
     }
-    let encoder = EncoderWeights::of_task(task, &setup.model, setup.seed);
+    let encoder =
+        EncoderWeights::of_task(task, &setup.model, setup.seed, (&setup.mean, &setup.std));
     let encoder = Arc::new(encoder.map_err(|err| failed(err.into()))?);
     let engine = TaskEngine::new(setup, task, encoder).map_err(|err| failed(err.into()))?;
     Ok(Box::new(engine))

@@ -172,12 +172,16 @@ fn an_average_of_the_weights_is_kept_over_a_kill() {
     let alone = run(&fixture, "kept-1", &with_average("1:1"), |cluster, _| cluster.add("a", 1));
     let seen = run(&fixture, "kept-2", &with_average("1:2"), |cluster, run| {
         cluster.add("a", 2);
-        cluster.wait(run, "some steps", |seen| {
-            seen.step() >= 10 && seen.run.workers.iter().filter(|w| w.rank.is_some()).count() == 2
+        cluster.wait(run, "a checkpoint", |seen| {
+            seen.run.checkpoint_step.is_some()
+                && seen.run.workers.iter().filter(|w| w.rank.is_some()).count() == 2
         });
-        send_signal(cluster.pid("a:cpu1"), Signal::KILL);
+        // All of them: nobody has the state in memory any more.
+        let pids = ["a:cpu0", "a:cpu1"].map(|worker| cluster.pid(worker));
+        pids.into_iter().for_each(|pid| send_signal(pid, Signal::KILL));
     });
     assert_eq!(seen.run.final_digest, alone.run.final_digest, "{}", seen.text());
+    assert!(seen.text().contains("from the newest checkpoint"), "{}", seen.text());
     let judge = |run: &str, more: &[&str]| {
         let out = fixture.path("judged.json");
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
@@ -192,8 +196,17 @@ fn an_average_of_the_weights_is_kept_over_a_kill() {
     };
     let (code, text, last) = judge("kept-1", &[]);
     assert_eq!(code, 0, "{text}");
-    let (code, text, average) = judge("kept-1", &["--ema"]);
+    let more = ["--ema", "--all", "--hold-best", "--tensorboard", "tb"];
+    let (code, text, average) = judge("kept-1", &more);
     assert_eq!(code, 0, "{text}");
+    assert!(text.contains("is held by best-ema"), "{text}");
+    let (code, held, _) = said(&fixture.run(&["ckpt", "hold", "ckpt/kept-1"]));
+    assert!(code == 0 && held.contains("is held by best-ema: top-1"), "{held}");
+    // Again: the pin moves, and TensorBoard's folder has another file.
+    let (code, text, _) = judge("kept-1", &more);
+    assert_eq!(code, 0, "{text}");
+    let boards = std::fs::read_dir(fixture.path("tb")).expect("a folder");
+    assert_eq!(boards.count(), 2, "{text}");
     assert!(last.contains("\"weights\":\"last\"") && average.contains("\"weights\":\"ema\""));
     let export = |name: &str, more: &[&str]| {
         let to = format!("{name}.safetensors");

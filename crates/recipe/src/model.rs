@@ -256,6 +256,17 @@ impl ModelConfig {
         2.0 * (2.0 * patch + 3.0 * rest)
     }
 
+    /// Returns the FLOPs of the encoder on one whole image: of a forward pass, and of the backward
+    /// pass too where it `learns`.
+    pub fn encoder_flops(&self, learns: bool) -> f64 {
+        let (d, l) = (f64::from(self.width), self.n_patches() as f64);
+        let n = l + 1.0;
+        let block = (4.0 + 2.0 * f64::from(self.mlp_ratio)) * n * d * d + 2.0 * n * n * d;
+        let (patch, blocks) = (l * self.patch_values() as f64 * d, f64::from(self.depth) * block);
+        let passes = if learns { (2.0, 3.0) } else { (1.0, 1.0) };
+        2.0 * (passes.0 * patch + passes.1 * blocks)
+    }
+
     /// Looks a preset up by name; [`PRESETS`] lists them.
     pub fn preset(name: &str) -> Option<ModelConfig> {
         let (_, sizes) = PRESETS.iter().find(|(known, _)| *known == name)?;

@@ -12,6 +12,7 @@
 //! [`fields`] (what each key means, and whether it changes the result of a run).
 #![forbid(unsafe_code)]
 
+pub mod classifier;
 pub mod fields;
 mod load;
 mod node;
@@ -38,6 +39,6 @@ pub use run_spec::{
     CacheSpec, CheckpointSpec, DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec,
     OptimSpec, Optimizer, Order, Pool, Precision, RECONSTRUCTIONS, RECONSTRUCTIONS_MAX,
     ReconstructionsSpec, Reduce, ResolveError, Resolved, Resume, RunSpec, SLOTS_MAX, TaskKind,
-    TaskSpec, TrackSpec, TrainSpec, WhenBusy, Workers,
+    TaskSpec, TrackSpec, TrainSpec, WhenBusy, Workers, encoder_at,
 };
 pub use units::{Cadence, Length};

@@ -64,7 +64,7 @@ pub struct PlanReport {
 
 /// Works out what `spec` means for `n_samples` of data, or for data that is not known yet.
 pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
-    let layout = Layout::new(spec.model.params());
+    let layout = Layout::new(spec.params());
     let (n_params, n_tensors) = (layout.numel() as u64, layout.n_blocks());
     let n_exponents = spec.train.reduce.reduction().n_exponents(&layout) as u64;
     let n_slots = spec.n_slots();
@@ -76,7 +76,7 @@ pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
     PlanReport {
         n_params,
         n_tensors,
-        flops_per_image: spec.model.train_flops(),
+        flops_per_image: spec.train_flops(),
         peak_lr: spec.peak_lr(),
         n_slots,
         checkpoint_bytes: n_params * STATE_BYTES + n_exponents * EXPONENT_BYTES,
@@ -146,11 +146,14 @@ impl PlanReport {
         writeln!(f, "maths        {}", spec.maths_digest().to_hex())?;
         writeln!(
             f,
-            "images       {height}x{width}x{} in patches of {}: {} patches, the encoder sees {}",
+            "images       {height}x{width}x{} in patches of {}: {} patches, {}",
             model.channels,
             model.patch_size,
             grouped(model.n_patches() as u64),
-            grouped(model.len_keep() as u64),
+            match &spec.task {
+                None => format!("the encoder sees {}", grouped(model.len_keep() as u64)),
+                Some(_) => "all of them are seen".to_string(),
+            },
         )?;
         writeln!(f, "parameters   {} in {} tensors", grouped(self.n_params), self.n_tensors)?;
         let per_step = self.flops_per_image * f64::from(spec.train.batch);

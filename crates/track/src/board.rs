@@ -228,6 +228,34 @@ impl Board {
     }
 }
 
+/// Writes numbers as a file of their own that TensorBoard reads after those that are there:
+/// `scalars` are steps, names and values, ascending by step. Earlier files keep what they say. `now_ms` is the time in milliseconds since the Unix epoch. Returns the file.
+///
+/// # Errors
+/// [`TrackError`] where the folder or the file cannot be written.
+pub fn write_scalars(
+    folder: &Path,
+    now_ms: u64,
+    scalars: &[(u64, String, f64)],
+) -> Result<PathBuf, TrackError> {
+    std::fs::create_dir_all(folder).map_err(at("create", folder))?;
+    let mut board = Board::open(folder, now_ms)?;
+    for (step, tag, value) in scalars {
+        let stamp = Stamp { seq: 0, at_ms: now_ms, step: *step };
+        if !board.begun {
+            board.begun = true;
+            let file_version = Some(FILE_VERSION.to_string());
+            board.push(Stamp { step: 0, ..stamp }, Event { file_version, ..Event::default() });
+        }
+        let simple_value = Some(*value as f32);
+        let value = Value { tag: tag.clone(), simple_value, ..Value::default() };
+        let summary = Some(Summary { value: vec![value] });
+        board.push(stamp, Event { summary, ..Event::default() });
+    }
+    board.write(0)?;
+    Ok(board.path)
+}
+
 /// Names a file by what orders it: a time in seconds, and how many there were before.
 fn file_name((seconds, n_before): (u64, usize)) -> String {
     let (host, pid) = (host_name(), std::process::id());

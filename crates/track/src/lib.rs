@@ -28,6 +28,7 @@ mod message;
 mod record;
 mod tracker;
 
+pub use board::write_scalars;
 pub use error::TrackError;
 pub use frame::{EventReader, read_events};
 pub use message::{

@@ -366,6 +366,25 @@ fn a_full_file_is_followed_by_another_and_nothing_is_forgotten() {
 }
 
 #[test]
+fn numbers_of_an_evaluation_are_a_file_of_their_own() {
+    let dir = folder();
+    let scalar = |step: u64, value: f64| (step, "eval/top1".to_string(), value);
+    write_scalars(dir.path(), NOW, &[scalar(10, 0.5), scalar(20, 0.625)]).unwrap();
+    write_scalars(dir.path(), NOW, &[scalar(20, 0.75)]).unwrap();
+    check(
+        &transcript(dir.path()),
+        expect![[r#"
+            step 0 version brain.Event:2
+            step 10 eval/top1=0.5
+            step 20 eval/top1=0.625
+
+            step 0 version brain.Event:2
+            step 20 eval/top1=0.75
+        "#]],
+    );
+}
+
+#[test]
 fn feeding_again_changes_nothing() {
     let folder = folder();
     let records = [event(1, "a"), figures(2, 1, 1), image(3, 1), figures(4, 2, 1)];

@@ -82,7 +82,7 @@ pub(crate) fn try_place(text: &str) -> anyhow::Result<()> {
 fn place(path: &Path) -> anyhow::Result<(RunDir, Option<u64>)> {
     if path.is_file() {
         let spec = crate::spec::read(path, &[])?;
-        let n_params = Layout::new(spec.model.params()).numel() as u64;
+        let n_params = Layout::new(spec.params()).numel() as u64;
         // Parameters and both moments, f32.
         return Ok((run_dir(path)?, Some(n_params * 12)));
     }

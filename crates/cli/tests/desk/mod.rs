@@ -32,7 +32,13 @@ impl Desk {
     /// Runs a command in the folder.
     pub fn output(&self, args: &[&str]) -> Output {
         let lacuna = env!("CARGO_BIN_EXE_lacuna");
-        Command::new(lacuna).args(args).current_dir(self.0.path()).output().unwrap()
+        Command::new(lacuna)
+            .args(args)
+            .current_dir(self.0.path())
+            .env("COLUMNS", "100")
+            .env("NO_COLOR", "1")
+            .output()
+            .unwrap()
     }
 
     /// Runs a command that must end with `code`; returns stdout, and stderr after it.

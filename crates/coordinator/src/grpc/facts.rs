@@ -1,11 +1,13 @@
 //! What a run's data is, where the client that creates the run did not look.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use lacuna_api::error::{Reason, invalid_spec, status};
 use lacuna_data::Dataset;
 use lacuna_spec::RunSpec;
+use tokio::sync::Semaphore;
 use tonic::Status;
 
 /// How long opening a data set may take: behind a URL its index is fetched.
@@ -19,7 +21,7 @@ pub(super) struct Facts {
 }
 
 /// Opens the data of `spec`, pins what depends on it, and returns what a run keeps of it.
-pub(super) async fn look(spec: &mut RunSpec) -> Result<Facts, Status> {
+pub(super) async fn look(spec: &mut RunSpec, turn: &Arc<Semaphore>) -> Result<Facts, Status> {
     for (key, place) in [("data.shards", &spec.data.shards), ("checkpoint.to", &spec.checkpoint.to)]
     {
         if !place.contains("://") && !Path::new(place).is_absolute() {
@@ -27,9 +29,17 @@ pub(super) async fn look(spec: &mut RunSpec) -> Result<Facts, Status> {
             return Err(invalid_spec(text.clone(), vec![(key.to_string(), text)]));
         }
     }
+    // Taken along: data that does not open keeps its turn, so that they cannot pile up.
+    let Ok(turn) = turn.clone().try_acquire_owned() else {
+        let text = "the coordinator opens enough data sets already; try again";
+        return Err(status(Reason::RateLimited, text));
+    };
     let path = PathBuf::from(&spec.data.shards);
     let shown = path.display().to_string();
-    let open = tokio::task::spawn_blocking(move || Dataset::open(&path));
+    let open = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        Dataset::open(&path)
+    });
     let opened = tokio::time::timeout(OPEN_DEADLINE, open).await.map_err(|_| {
         let seconds = OPEN_DEADLINE.as_secs();
         let text = format!("data set `{shown}` did not open within {seconds} s");

@@ -45,7 +45,7 @@ async fn collector(addr: SocketAddr) -> (SocketAddr, mpsc::Receiver<ExportMetric
 
 fn env(name: &str) -> Option<String> {
     match name {
-        "OTEL_EXPORTER_OTLP_HEADERS" => Some("Api-Key=secret".to_string()),
+        "OTEL_EXPORTER_OTLP_HEADERS" => Some("Api-Key=se%63ret".to_string()),
         "OTEL_RESOURCE_ATTRIBUTES" => Some("cluster=lab, service.name=lacuna-lab".to_string()),
         _ => None,
     }
@@ -101,5 +101,11 @@ fn settings_that_cannot_be_used_are_named_and_secrets_are_not() {
     assert!(header.contains("header 2") && !header.contains("hush"), "{header}");
     let attribute = refused(&with("OTEL_RESOURCE_ATTRIBUTES", "cluster"));
     assert!(attribute.contains("`cluster`"), "{attribute}");
-    assert!(Otlp::new("not an address", every, |_| None).is_err());
+    for bad in ["not an address", "127.0.0.1:4317"] {
+        assert!(Otlp::new(bad, every, |_| None).unwrap_err().to_string().contains("http://"));
+    }
+    let other = refused(&with("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"));
+    assert!(other.contains("`grpc`"), "{other}");
+    assert_eq!(without_user("http://me:pw@host:1/x"), "http://host:1/x");
+    assert_eq!((decoded("a%20b%2"), decoded("100%")), ("a b%2".to_string(), "100%".to_string()));
 }

@@ -24,10 +24,11 @@ use lacuna_track::Figures;
 use lacuna_types::{CoordEpoch, RunId};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
+use tracing::warn;
 
 use super::{
     Ban, Batch, Elsewhere, Entry, JournalLine, Part, PicturePlace, SqliteStore, Store, StoreError,
-    StoredRun, Update, now_ms, text,
+    StoredRun, Ticket, Update, now_ms, text,
 };
 use crate::etcd::{BYTES_MAX, Change, Etcd, EtcdError, Leadership, OPS_MAX, Pair};
 
@@ -37,6 +38,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const TOLD_KEPT: u64 = 20_000;
 /// So many are deleted at a time.
 const TOLD_CUT: u64 = 1000;
+/// Largest picture that is kept: a transaction has room for it.
+const PICTURE_BYTES_MAX: usize = BYTES_MAX - (64 << 10);
 /// Most changes of a batch that are not an entry of it.
 const CHANGES_MORE: usize = 3;
 
@@ -50,14 +53,6 @@ pub struct EtcdStore {
     prefix: String,
     lead: Leadership,
     ends: BTreeMap<RunId, Ends>,
-    prepared: Option<Prepared>,
-}
-
-/// What is written here once etcd has it.
-#[derive(Debug)]
-struct Prepared {
-    at_ms: u64,
-    batches: Vec<Batch>,
 }
 
 /// The keys of a run.
@@ -121,8 +116,10 @@ impl EtcdStore {
         let mut inner = SqliteStore::open(path)?;
         inner.is_a_copy()?;
         let prefix = format!("{}/state", prefix.trim_end_matches('/'));
+        // Its connections are served by this runtime too: nobody who waits here holds them up.
+        let etcd = etcd.on(runtime.handle())?;
         let (runtime, ends) = (Some(runtime), BTreeMap::new());
-        let mut store = EtcdStore { inner, etcd, runtime, prefix, lead, ends, prepared: None };
+        let mut store = EtcdStore { inner, etcd, runtime, prefix, lead, ends };
         let (etcd, range) = (store.etcd.clone(), format!("{}/", store.prefix));
         let pairs = store.call(async move { etcd.all(&range).await })()?;
         store.fill(pairs)?;
@@ -151,7 +148,7 @@ impl EtcdStore {
     /// Begins changes; what comes back waits for them.
     fn changing(&self, changes: Vec<Change>) -> Elsewhere {
         let (etcd, lead) = (self.etcd.clone(), self.lead.clone());
-        Box::new(self.call(async move { etcd.change(&lead, &changes).await }))
+        Box::new(self.call(async move { etcd.change_in_time(&lead, &changes).await }))
     }
 
     fn change(&self, changes: Vec<Change>) -> Result<(), StoreError> {
@@ -319,8 +316,9 @@ impl Store for EtcdStore {
     fn prepare(&mut self, batches: &[Batch]) -> Result<Part, StoreError> {
         let (at_ms, mut some, mut changes, mut bytes) = (now_ms(), Vec::new(), Vec::new(), 0);
         let mut told: BTreeMap<RunId, u64> = BTreeMap::new();
+        let mut here: BTreeSet<(RunId, PicturePlace)> = BTreeSet::new();
         for batch in batches {
-            let batch = self.without_known_pictures(batch)?;
+            let batch = self.with_new_pictures(batch, &mut here)?;
             let size: usize = batch.entries.iter().map(size_of).sum();
             let n_changes = changes.len() + batch.entries.len() + CHANGES_MORE;
             if (n_changes > OPS_MAX || bytes + size > BYTES_MAX) && !some.is_empty() {
@@ -336,29 +334,32 @@ impl Store for EtcdStore {
             some.push(batch);
         }
         let n = some.len();
-        self.prepared = Some(Prepared { at_ms, batches: some });
         let elsewhere = (!changes.is_empty()).then(|| self.changing(changes));
-        Ok(Part { n, elsewhere })
+        Ok(Part { n, elsewhere, ticket: Some(Ticket { at_ms, batches: some }) })
     }
 
-    /// Writes what [`prepare`](Store::prepare) was told, or all of it where nothing was prepared.
-    fn write(&mut self, batches: &[Batch]) -> Result<Vec<Vec<u64>>, StoreError> {
-        if self.prepared.is_none() {
-            let mut written = Vec::with_capacity(batches.len());
-            let mut rest = batches;
-            while !rest.is_empty() {
-                let part = self.prepare(rest)?;
-                part.elsewhere.map_or(Ok(()), |keep| keep())?;
-                let (now, later) = rest.split_at(part.n);
-                written.extend(self.write(now)?);
-                rest = later;
-            }
-            return Ok(written);
-        }
-        let Some(Prepared { at_ms, batches }) = self.prepared.take() else { return Ok(Vec::new()) };
+    fn finish(
+        &mut self,
+        batches: &[Batch],
+        ticket: Option<Ticket>,
+    ) -> Result<Vec<Vec<u64>>, StoreError> {
+        let Some(Ticket { at_ms, batches }) = ticket else { return self.write(batches) };
         let written = self.inner.write_at(&batches, at_ms, self.inner.epoch)?;
         for batch in batches.iter().filter(|batch| batch.entries.iter().any(is_picture)) {
             self.forget_pictures(&batch.run)?;
+        }
+        Ok(written)
+    }
+
+    fn write(&mut self, batches: &[Batch]) -> Result<Vec<Vec<u64>>, StoreError> {
+        let mut written = Vec::with_capacity(batches.len());
+        let mut rest = batches;
+        while !rest.is_empty() {
+            let part = self.prepare(rest)?;
+            part.elsewhere.map_or(Ok(()), |keep| keep())?;
+            let (now, later) = rest.split_at(part.n);
+            written.extend(self.finish(now, part.ticket)?);
+            rest = later;
         }
         Ok(written)
     }
@@ -401,17 +402,28 @@ impl Store for EtcdStore {
 }
 
 impl EtcdStore {
-    /// Leaves pictures out that are there: two may have been under way at a time.
-    fn without_known_pictures(&self, batch: &Batch) -> Result<Batch, StoreError> {
+    /// Leaves pictures out that are there, or `here` in the same transaction, or too large for one.
+    /// Two may have been under way at a time.
+    fn with_new_pictures(
+        &self,
+        batch: &Batch,
+        here: &mut BTreeSet<(RunId, PicturePlace)>,
+    ) -> Result<Batch, StoreError> {
         let mut entries = Vec::with_capacity(batch.entries.len());
         for entry in &batch.entries {
-            let is_known = match entry {
-                Entry::Picture(Update::Picture { place, .. }, _) => {
-                    self.inner.has_picture(&batch.run, *place)?
+            let stays = match entry {
+                Entry::Picture(Update::Picture { place, .. }, png) => {
+                    let fits = png.len() <= PICTURE_BYTES_MAX;
+                    if !fits {
+                        let run = &batch.run;
+                        warn!(%run, bytes = png.len(), "a picture is too large for etcd");
+                    }
+                    fits && !self.inner.has_picture(&batch.run, *place)?
+                        && here.insert((batch.run.clone(), *place))
                 }
-                _ => false,
+                _ => true,
             };
-            if !is_known {
+            if stays {
                 entries.push(entry.clone());
             }
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lacuna_checkpoint::import::{self, Given};
 use lacuna_checkpoint::layout::RunDir;
-use lacuna_checkpoint::load::load_params;
+use lacuna_checkpoint::load::{find_step, load_params};
 use lacuna_checkpoint::{catalog, chain};
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::init;
@@ -14,7 +14,8 @@ use lacuna_recipe::model::{ModelConfig, ParamSpec};
 use lacuna_recipe::pos_embed::sincos_2d;
 use lacuna_recipe::state::Layout;
 use lacuna_recipe::step::Normalize;
-use lacuna_spec::{Pool, TaskKind, TaskSpec, parse_text};
+use lacuna_spec::{Pool, RunSpec, TaskKind, TaskSpec, encoder_at, parse_text};
+use lacuna_types::Step;
 use tch::Tensor;
 
 use super::{Encoder, batch_normed, classifier_params, feature_width, finetuned_logits, own_name};
@@ -39,20 +40,28 @@ pub struct EncoderWeights {
 }
 
 impl EncoderWeights {
-    /// Reads the encoder of `model` from a run's newest checkpoint, or from weights of another
-    /// library.
-    pub fn read(place: &str, model: &ModelConfig) -> Result<Self, EncoderError> {
+    /// Reads the encoder of `model` from a checkpoint of a run, `RUN@STEP` or its newest one, or
+    /// from weights of another library. `scale` is that of the images that it will be shown.
+    pub fn read(place: &str, model: &ModelConfig, scale: Scale<'_>) -> Result<Self, EncoderError> {
         let failed = |why: String| EncoderError { place: place.to_string(), why };
         let table = || sincos_2d(model.width as usize, model.grid());
-        let (source, params, table) = match run_dir(place).map_err(failed)? {
+        let (run, step) = encoder_at(place);
+        let found = RunDir::find(run).map_err(|err| failed(chain(&err)))?;
+        let (source, params, table) = match found {
             Some(dir) => {
-                let (source, params) = of_run(&dir).map_err(failed)?;
-                (source, params, table())
+                let (spec, params) = of_run(&dir, step).map_err(failed)?;
+                check_scale(&spec, scale).map_err(failed)?;
+                (spec.model, params, table())
             }
             None => {
                 let weights = import::Weights::open(Path::new(place));
                 let weights = weights.map_err(|err| failed(chain(&err)))?;
-                let given = Given { heads: Some(model.heads), ..Given::default() };
+                let given = Given {
+                    heads: Some(model.heads),
+                    img_size: Some(model.img_size),
+                    encoder_alone: true,
+                    ..Given::default()
+                };
                 let described = import::describe(&weights, &given);
                 let source = described.map_err(|err| failed(chain(&err)))?.config;
                 let read = import::read_model(&weights, &source);
@@ -65,9 +74,14 @@ impl EncoderWeights {
     }
 
     /// Reads or draws the encoder that a task starts from.
-    pub fn of_task(task: &TaskSpec, model: &ModelConfig, seed: u64) -> Result<Self, EncoderError> {
+    pub fn of_task(
+        task: &TaskSpec,
+        model: &ModelConfig,
+        seed: u64,
+        scale: Scale<'_>,
+    ) -> Result<Self, EncoderError> {
         match &task.encoder {
-            Some(place) => EncoderWeights::read(place, model),
+            Some(place) => EncoderWeights::read(place, model, scale),
             None => Ok(EncoderWeights::fresh(model, seed)),
         }
     }
@@ -131,30 +145,40 @@ fn encoder_params(model: &ModelConfig) -> Vec<ParamSpec> {
     model.params().into_iter().filter(|p| keymap::timm(&p.name).is_some()).collect()
 }
 
-/// Returns the run whose folder or URL a place is.
-fn run_dir(place: &str) -> Result<Option<RunDir>, String> {
-    if let Some(dir) = RunDir::open_url(place) {
-        return dir.map(Some).map_err(|err| chain(&err));
-    }
-    let full = std::fs::canonicalize(place).map_err(|err| err.to_string())?;
-    let name = full.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-    let (Some(name), Some(root)) = (name, full.parent()) else { return Ok(None) };
-    let dir = RunDir::new(root, name);
-    Ok(dir.checkpoints().is_dir().then_some(dir))
-}
+/// Mean and deviation of each channel, in units of full brightness.
+pub type Scale<'a> = (&'a [f64], &'a [f64]);
 
-fn of_run(dir: &RunDir) -> Result<(ModelConfig, Vec<f32>), String> {
-    let entries = catalog::list(dir).map_err(|err| chain(&err))?;
-    let newest = catalog::newest_good(&entries).ok_or("the run has no usable checkpoint")?;
-    let spec = parse_text("the checkpoint's spec", &newest.spec, &[]);
+fn of_run(dir: &RunDir, step: Option<u64>) -> Result<(RunSpec, Vec<f32>), String> {
+    let manifest = match step {
+        Some(step) => find_step(dir, Step(step)).map_err(|err| chain(&err))?,
+        None => {
+            let entries = catalog::list(dir).map_err(|err| chain(&err))?;
+            let newest = catalog::newest_good(&entries).cloned();
+            newest.ok_or("the run has no usable checkpoint")?
+        }
+    };
+    let spec = parse_text("the checkpoint's spec", &manifest.spec, &[]);
     let spec = spec.map_err(|err| chain(&err))?.spec;
     if spec.task.is_some() {
         return Err("it is a run of a task, and not one that trained an encoder".to_string());
     }
     let layout = Layout::new(spec.model.params());
     let wanted = |param: &ParamSpec| keymap::timm(&param.name).is_some();
-    let params = load_params(dir, newest, &layout, wanted).map_err(|err| chain(&err))?;
-    Ok((spec.model, params))
+    let params = load_params(dir, &manifest, &layout, wanted).map_err(|err| chain(&err))?;
+    Ok((spec, params))
+}
+
+/// Refuses images that are shown in other units than the encoder has seen.
+fn check_scale(spec: &RunSpec, (mean, std): Scale<'_>) -> Result<(), String> {
+    let theirs = (&spec.data.mean[..], &spec.data.std[..]);
+    if theirs == (mean, std) {
+        return Ok(());
+    }
+    Err(format!(
+        "it has seen images with `data.mean` {:?} and `data.std` {:?}, and here they are {mean:?} \
+         and {std:?}",
+        theirs.0, theirs.1
+    ))
 }
 
 /// Refuses an encoder of other sizes.

@@ -242,6 +242,23 @@ fn a_probe_learns_what_a_line_can_tell() {
     assert!(first > 1.2 && last < 0.1, "from {first} to {last}");
 }
 
+/// Images are planes for RandAugment and pixels for everybody else: channels stay what they are.
+#[test]
+fn colours_are_augmented_channel_by_channel() {
+    let augmenting = TaskSpec { rand_augment: 9.0, ..task(TaskKind::Finetune, Pool::Avg) };
+    let engine = engine(&spec(augmenting));
+    // One channel is a picture, the other two are one grey each.
+    let mut batch = batch();
+    for (i, pixel) in batch.pixels.chunks_exact_mut(3).enumerate() {
+        pixel.copy_from_slice(&[(i * 5 % 251) as u8, 90, 90]);
+    }
+    let draws: Vec<Draws> = (0..4).map(|i| Draws::new(3, Tag::User, 7, i)).collect();
+    let shown = engine.augmented(&batch, &draws);
+    assert_ne!(shown, batch.pixels);
+    let mixed = |pixel: &[u8]| pixel[1] != pixel[2];
+    assert!(!shown.chunks_exact(3).any(mixed), "equal channels stay equal");
+}
+
 /// The average is that of its definition, and keeping it changes nothing else.
 #[test]
 fn an_average_follows_the_weights_and_changes_none() {

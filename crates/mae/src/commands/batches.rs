@@ -1,5 +1,6 @@
 //! Images of a data set in batches, computed on by several threads and handed over in order.
 
+use std::path::Path;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,11 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::Args;
 use lacuna_checkpoint::chain;
+use lacuna_data::pack::class_names;
 use lacuna_data::{Dataset, ImageShape, SampleReader};
 use lacuna_spec::units::grouped;
 use lacuna_types::SampleId;
 
-use super::io;
+use super::{io, usage};
 
 /// Time between two lines of progress: a log stays readable.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -45,10 +47,33 @@ impl ComputeArgs {
 }
 
 /// Opens a packed data set.
-pub fn open(path: &std::path::Path) -> anyhow::Result<Dataset> {
+pub fn open(path: &Path) -> anyhow::Result<Dataset> {
     let opened = Dataset::open(path);
     opened
         .map_err(|error| io(format!("failed to open data `{}`: {}", path.display(), chain(&error))))
+}
+
+/// Refuses two data sets whose labels mean other classes.
+pub fn same_classes(one: &Path, other: &Path) -> anyhow::Result<()> {
+    let (of_one, of_other) = (class_names(one), class_names(other));
+    if of_one.is_empty() || of_other.is_empty() {
+        return Ok(());
+    }
+    let n = of_one.len().max(of_other.len());
+    let name = |names: &[String], label: usize| {
+        names.get(label).map_or("no class".to_string(), |name| format!("`{name}`"))
+    };
+    match (0..n).find(|label| of_one.get(*label) != of_other.get(*label)) {
+        None => Ok(()),
+        Some(label) => Err(usage(format!(
+            "labels mean other classes: {label} is {} in `{}` and {} in `{}`; pack both from \
+             folders of the same classes",
+            name(&of_one, label),
+            one.display(),
+            name(&of_other, label),
+            other.display()
+        ))),
+    }
 }
 
 /// Samples of a data set in a given order.

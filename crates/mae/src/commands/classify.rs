@@ -2,25 +2,27 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use clap::Args;
 use lacuna_checkpoint::catalog::{self, Entry};
 use lacuna_checkpoint::chain;
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::load::{find_step, load_params};
 use lacuna_checkpoint::manifest::Manifest;
+use lacuna_checkpoint::retain::{self, Hold};
+use lacuna_checkpoint::storage::Published;
 use lacuna_data::{Dataset, ImageShape};
 use lacuna_mae::classify::{EncoderWeights, Head, averaged, classifier_params};
 use lacuna_recipe::eval::metrics::Tally;
 use lacuna_recipe::state::Layout;
-use lacuna_spec::{RunSpec, TaskSpec, parse_text};
+use lacuna_spec::{RunSpec, TaskKind, TaskSpec, parse_text};
 use lacuna_types::{SampleId, Step, exit};
 use serde_json::{Value, json};
 
 use super::batches::{self, ComputeArgs, Images};
 use super::feature_file::Partial;
 use super::page::{Mistake, Page, Pictures};
-use super::report::result_json;
+use super::report::{self, result_json};
 use super::source::{run_dir, shape_of};
 use super::{io, usage};
 
@@ -46,6 +48,14 @@ pub struct ClassifyArgs {
     /// Where the report goes, JSON.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Folder for a file of TensorBoard with `eval/top1`, `eval/top5` and `eval/top1_per_class` by
+    /// step; another than the run's own.
+    #[arg(long, value_name = "DIR")]
+    tensorboard: Option<PathBuf>,
+    /// Pin the best checkpoint under the name `best` (`best-ema` with --ema), and release the one
+    /// that had the name before.
+    #[arg(long, requires = "all")]
+    hold_best: bool,
     /// A page to look at: confusion matrix, and the mistakes that the best checkpoint was surest
     /// of.
     #[arg(long, value_name = "FILE.html")]
@@ -64,6 +74,10 @@ struct Judged {
     shape: ImageShape,
 }
 
+/// How many images, and sums and sums of squares of what a head reads: the same for all
+/// checkpoints of a probe.
+type Statistics = (u64, Vec<f64>, Vec<f64>);
+
 /// Format of the report.
 const SCHEMA: &str = "lacuna-eval-classify/1";
 
@@ -79,10 +93,12 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     }
     let mut results: Vec<Judged> = Vec::new();
     let mut n_classes = 0;
+    let mut statistics: Option<Statistics> = None;
     for manifest in manifests(&dir, args)? {
         let (spec, task) = task_of(&manifest)?;
+        batches::same_classes(Path::new(&spec.data.shards), &args.val)?;
         n_classes = task.classes.max(val.index().n_classes());
-        let head = load(&dir, &manifest, &spec, &task, args)?;
+        let head = load(&dir, &manifest, &spec, &task, args, &mut statistics)?;
         let (tally, mistakes) = judge(&head, &spec, (&val, &ids), args)?;
         println!(
             "step {:>8}  top-1 {:6.2}%  top-5 {:6.2}%  per class {:6.2}%",
@@ -104,12 +120,57 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     if let Some(path) = &args.page {
         write_page(path, args, best, n_classes, &val)?;
     }
+    if let Some(folder) = &args.tensorboard {
+        let values = |one: &Judged| {
+            let Judged { step, tally, .. } = one;
+            let value = |name: &str, value: f64| (*step, format!("eval/{name}"), value);
+            [
+                value("top1", tally.top1()),
+                value("top5", tally.top5()),
+                value("top1_per_class", tally.mean_per_class()),
+            ]
+        };
+        let scalars: Vec<_> = results.iter().flat_map(values).collect();
+        report::write_scalars(folder, &scalars)?;
+    }
+    if args.hold_best {
+        hold(&dir, args, best)?;
+    }
     let report = report(args, &results, best.step, n_classes);
     let mut file = Partial::create(&args.out)?;
     file.write(format!("{report}\n").as_bytes())?;
     file.publish()?;
     println!("{}: the report, with classes and confusion matrices", args.out.display());
     Ok(exit::OK)
+}
+
+/// Pins the best checkpoint, so that nothing removes it.
+fn hold(dir: &RunDir, args: &ClassifyArgs, best: &Judged) -> anyhow::Result<()> {
+    let name = if args.ema { "best-ema" } else { "best" }.to_string();
+    let failed = |err: &dyn std::error::Error| io(chain(err));
+    let why = format!("top-1 {:.2}% of {}", 100.0 * best.tally.top1(), args.val.display());
+    let pin = |name: &str| {
+        let (name, step, why) = (name.to_string(), Step(best.step), why.clone());
+        retain::hold(dir, &Hold { name, step, why, until: None }).map_err(|err| failed(&err))
+    };
+    let release = |name: &str| retain::release(dir, name).map_err(|err| failed(&err));
+    let held = retain::holds(dir).map_err(|err| failed(&err))?;
+    let has = |name: &str| held.iter().any(|hold| hold.name == name);
+    // Held by another name while this one is given anew, so that it is held all the time.
+    let meanwhile = format!("{name}-next");
+    if has(&meanwhile) {
+        release(&meanwhile)?;
+    }
+    pin(&meanwhile)?;
+    if has(&name) {
+        release(&name)?;
+    }
+    if pin(&name)? == Published::Exists {
+        return Err(usage(format!("somebody else makes the pin `{name}`")));
+    }
+    release(&meanwhile)?;
+    println!("step {} is held by {name}", best.step);
+    Ok(())
 }
 
 fn write_page(
@@ -178,6 +239,7 @@ fn load(
     spec: &RunSpec,
     task: &TaskSpec,
     args: &ClassifyArgs,
+    statistics: &mut Option<Statistics>,
 ) -> anyhow::Result<Head> {
     if args.ema && task.ema.is_none() {
         return Err(usage("--ema: the run keeps no average of its weights (`task.ema`)"));
@@ -188,13 +250,22 @@ fn load(
     }
     let layout = Layout::new(wanted);
     let params = load_params(dir, manifest, &layout, |_| true).map_err(|err| io(chain(&err)))?;
-    let encoder = EncoderWeights::of_task(task, &spec.model, spec.train.seed);
-    let encoder = encoder.map_err(|err| io(chain(&err)))?;
     let scale = (&spec.data.mean[..], &spec.data.std[..]);
-    let mut head = Head::new(task, &spec.model, scale, Some(&encoder), &params);
+    // What was fine-tuned stands for itself; only a probe reads the encoder that it began with.
+    let encoder = (task.kind == TaskKind::Linear)
+        .then(|| EncoderWeights::of_task(task, &spec.model, spec.train.seed, scale))
+        .transpose()
+        .map_err(|err| io(chain(&err)))?;
+    let mut head = Head::new(task, &spec.model, scale, encoder.as_ref(), &params);
     if head.wants_statistics() {
-        let train = batches::open(Path::new(&spec.data.shards))?;
-        take_statistics(&mut head, spec, &train, args)?;
+        let (n, sums, squares) = match statistics {
+            Some(known) => known,
+            none => {
+                let train = batches::open(Path::new(&spec.data.shards))?;
+                none.insert(take_statistics(&head, spec, &train, args)?)
+            }
+        };
+        head.set_statistics(*n, sums, squares);
     }
     Ok(head)
 }
@@ -202,11 +273,11 @@ fn load(
 /// Computes what a probe's batch norm divides by over the whole training set, so that it does not
 /// depend on batches.
 fn take_statistics(
-    head: &mut Head,
+    head: &Head,
     spec: &RunSpec,
     train: &Dataset,
     args: &ClassifyArgs,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Statistics> {
     let ids: Vec<u64> = (0..train.n_samples()).collect();
     let (mut sums, mut squares): (Vec<f64>, Vec<f64>) = (Vec::new(), Vec::new());
     let images = Images {
@@ -229,8 +300,7 @@ fn take_statistics(
         }
         Ok(())
     })?;
-    head.set_statistics(ids.len() as u64, &sums, &squares);
-    Ok(())
+    Ok((ids.len() as u64, sums, squares))
 }
 
 fn threads(args: &ClassifyArgs, ids: &[u64]) -> std::ops::Range<usize> {
@@ -253,6 +323,7 @@ fn judge(
     let mut mistakes: Vec<Mistake> = Vec::new();
     images.for_each("val", workers, work, |at, logits| {
         for (row, id) in logits.chunks_exact(n_classes).zip(&ids[at..]) {
+            ensure!(row.iter().all(|x| x.is_finite()), "image {id}: a logit is not finite");
             let mut ranked: Vec<u32> = (0..n_classes as u32).collect();
             // Of equal logits the smaller class first.
             ranked.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b)));

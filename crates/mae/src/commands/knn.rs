@@ -20,7 +20,7 @@ use tch::{Kind, Tensor};
 
 use super::batches::{self, ComputeArgs, Images};
 use super::page::{Neighbours, Page, Pictures};
-use super::report::{KnnReport, Row, Side};
+use super::report::{self, KnnReport, Row, Side};
 use super::source::{Need, SizeArgs, SourceArgs, shape_of};
 use super::{random_params, usage};
 
@@ -67,6 +67,9 @@ pub struct KnnArgs {
     /// Where the report goes, JSON.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Folder for a file of TensorBoard with `eval_knn/FEATURES_kK` at the checkpoint's step.
+    #[arg(long, value_name = "DIR")]
+    tensorboard: Option<PathBuf>,
     /// A page to look at: confusion matrix, and images with their nearest neighbours.
     #[arg(long, value_name = "FILE.html")]
     page: Option<PathBuf>,
@@ -145,6 +148,7 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     let loaded = args.source.load(Need::Encoder, args.size.hints())?;
     let (encoder, table) = loaded.build(&args.size)?;
     let (train, val) = (batches::open(&args.train)?, batches::open(&args.val)?);
+    batches::same_classes(&args.train, &args.val)?;
     let train_ids = chosen(&train, args.label_fraction, args.seed, "--train", &args.train)?;
     let val_ids = chosen(&val, 1.0, args.seed, "--val", &args.val)?;
     let ks = neighbors_asked(args, train_ids.len())?;
@@ -212,6 +216,16 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
         rows: rows.collect(),
     };
     report.write(&args.out)?;
+    if let Some(folder) = &args.tensorboard {
+        let step = loaded.origin.step.unwrap_or(0);
+        let value = |row: &Row, (k, tally): &(u32, Tally)| {
+            let name = format!("eval_knn/{}_k{k}", row.features.replace(' ', "_"));
+            (step, name, tally.top1())
+        };
+        let of_row = |row: &Row| row.results.iter().map(|of| value(row, of)).collect::<Vec<_>>();
+        let scalars: Vec<_> = report.rows.iter().flat_map(of_row).collect();
+        report::write_scalars(folder, &scalars)?;
+    }
     print!("{}", report.table());
     println!("{}: the report, with classes and confusion matrices", args.out.display());
     Ok(exit::OK)

@@ -1,6 +1,7 @@
 //! Reports of evaluations: a table for people, JSON for programs.
 
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use lacuna_data::{DECODER_ID, Dataset};
 use lacuna_recipe::eval::metrics::{ClassTally, Tally};
@@ -9,6 +10,21 @@ use serde_json::{Value, json};
 
 use super::feature_file::Partial;
 use super::source::Origin;
+use super::{io, usage};
+
+/// Writes numbers for TensorBoard: steps, names and values, by step.
+pub fn write_scalars(folder: &Path, scalars: &[(u64, String, f64)]) -> anyhow::Result<()> {
+    // A reader leaves a run's file for a newer one for good.
+    if folder.join(lacuna_track::METRICS_FILE).exists() {
+        let shown = folder.display();
+        return Err(usage(format!("--tensorboard `{shown}` is a run's own folder: give another")));
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis());
+    let written = lacuna_track::write_scalars(folder, now as u64, scalars);
+    let file = written.map_err(|err| io(lacuna_checkpoint::chain(&err)))?;
+    println!("{}: for TensorBoard", file.display());
+    Ok(())
+}
 
 /// Format of the reports.
 const SCHEMA: &str = "lacuna-eval-knn/1";

@@ -167,6 +167,13 @@ impl SourceArgs {
         let spec = parse_text("the checkpoint's spec", &manifest.spec, &[])
             .context("read the spec stored in the checkpoint")?
             .spec;
+        if spec.task.is_some() {
+            let what = match need {
+                Need::Decoder => "no decoder, which pictures need",
+                Need::Encoder => "no encoder by itself: `lacuna-worker eval classify` judges it",
+            };
+            return Err(usage(format!("the run `{shown}` learns classes and has {what}")));
+        }
         let wanted = |param: &ParamSpec| need == Need::Decoder || timm(&param.name).is_some();
         let layout = Layout::new(spec.model.params());
         let params = load_params(dir, &manifest, &layout, wanted).map_err(|e| io(chain(&e)))?;

@@ -61,6 +61,24 @@ pub(super) fn draws_of(seed: u64, batch: &SlotBatch) -> Vec<Draws> {
     batch.samples.iter().map(draws).collect()
 }
 
+/// Takes an image `[h, w, c]` apart into planes `[c, h, w]`.
+fn to_planes(image: &[u8], channels: usize, planes: &mut [u8]) {
+    for (c, plane) in planes.chunks_exact_mut(image.len() / channels).enumerate() {
+        for (to, pixel) in plane.iter_mut().zip(image.chunks_exact(channels)) {
+            *to = pixel[c];
+        }
+    }
+}
+
+/// Puts planes together again.
+fn from_planes(planes: &[u8], channels: usize, image: &mut [u8]) {
+    for (c, plane) in planes.chunks_exact(image.len() / channels).enumerate() {
+        for (pixel, from) in image.chunks_exact_mut(channels).zip(plane) {
+            pixel[c] = *from;
+        }
+    }
+}
+
 impl SlotProgram {
     pub fn new(
         objective: &Arc<dyn Objective>,
@@ -179,9 +197,12 @@ impl SlotProgram {
         }
         let mut pixels = batch.pixels.clone();
         let [height, width] = self.model.img_size.map(|side| side as usize);
-        let images = pixels.chunks_exact_mut(self.n_pixels() / self.batch);
-        for (image, draws) in images.zip(draws) {
-            self.objective.augment(image, [height, width], draws);
+        let channels = self.model.channels as usize;
+        let mut planes = vec![0; self.n_pixels() / self.batch];
+        for (image, draws) in pixels.chunks_exact_mut(planes.len()).zip(draws) {
+            to_planes(image, channels, &mut planes);
+            self.objective.augment(&mut planes, [height, width], draws);
+            from_planes(&planes, channels, image);
         }
         Cow::Owned(pixels)
     }

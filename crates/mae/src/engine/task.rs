@@ -6,6 +6,8 @@ use std::sync::Arc;
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::lars::Lars;
 use lacuna_recipe::model::ParamSpec;
+#[cfg(test)]
+use lacuna_recipe::philox::Draws;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 use lacuna_recipe::step::SlotBatch;
@@ -61,6 +63,12 @@ impl TaskEngine {
             param[layout.range(block)].copy_from_slice(&values);
         }
         Ok(engine)
+    }
+
+    /// Returns a slot's images as they are shown.
+    #[cfg(test)]
+    pub fn augmented(&self, batch: &SlotBatch, draws: &[Draws]) -> Vec<u8> {
+        self.inner.slot.augmented(batch, draws).into_owned()
     }
 
     /// Lists the averages with the tensors that they are of.

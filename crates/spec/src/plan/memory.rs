@@ -2,7 +2,7 @@
 
 use lacuna_recipe::model::ModelConfig;
 
-use crate::run_spec::{Precision, Reduce, RunSpec};
+use crate::run_spec::{Pool, Precision, Reduce, RunSpec, TaskKind, TaskSpec};
 
 /// Parameter and two moments, in f32.
 const STATE: u64 = 12;
@@ -39,7 +39,11 @@ impl Memory {
         let images = u64::from(spec.train.slot_batch);
         Memory {
             state: n_params.saturating_mul(STATE + GRADIENTS + sums + copies),
-            slot: activations(&spec.model).saturating_mul(images * value),
+            slot: match &spec.task {
+                None => activations(&spec.model),
+                Some(task) => of_task(task, &spec.model),
+            }
+            .saturating_mul(images * value),
             libraries: LIBRARIES,
         }
     }
@@ -48,6 +52,19 @@ impl Memory {
     pub fn total(&self) -> u64 {
         self.state.saturating_add(self.slot).saturating_add(self.libraries)
     }
+}
+
+/// The same for a task: a pass over all patches, of which a probe keeps one block at a time.
+fn of_task(task: &TaskSpec, model: &ModelConfig) -> u64 {
+    let tokens = 1 + model.n_patches() as u64;
+    let block = tokens.saturating_mul(u64::from(model.width) * u64::from(8 + 2 * model.mlp_ratio));
+    let depth = match (task.kind, task.pool) {
+        (TaskKind::Finetune, _) => u64::from(model.depth),
+        (TaskKind::Linear, Pool::Pixels) => 0,
+        (TaskKind::Linear, _) => 1,
+    };
+    let pixels = 2 * (model.n_patches() as u64).saturating_mul(model.patch_values() as u64);
+    block.saturating_mul(depth).saturating_add(pixels)
 }
 
 /// Counts the values of one image that a forward pass keeps for the pass back. A block keeps, for

@@ -60,6 +60,12 @@ pub struct TaskSpec {
     pub ema: Option<f64>,
 }
 
+/// Splits an encoder's place into that of its run, or weights, and the step that `RUN@STEP` names.
+pub fn encoder_at(place: &str) -> (&str, Option<u64>) {
+    let at = place.rsplit_once('@').and_then(|(run, step)| Some((run, step.parse().ok()?)));
+    at.map_or((place, None), |(run, step)| (run, Some(step)))
+}
+
 impl TaskSpec {
     /// Says what is wrong with learning this from data whose labels are below `n_classes`, 0 for
     /// data without any.

@@ -41,6 +41,7 @@ impl Reader<'_> {
         };
         let pool = self.word_or("task.pool", Pool::ALL, pool);
         self.pixels_are_for_probes(kind?, pool?);
+        self.probes_need_two(kind?);
         let optimizer = self.word_or("task.optimizer", Optimizer::ALL, optimizer);
         let mut number = |key: usize| match find(self.root, OF_FINETUNING[key]) {
             Some(_) => self.float(OF_FINETUNING[key]),
@@ -75,6 +76,19 @@ impl Reader<'_> {
             let message = "`task.pool` = \"pixels\" leaves nothing to fine-tune".to_string();
             let fix = "use \"avg\" or \"cls\", or `task.kind` = \"linear\"".to_string();
             self.problem_among(&["task.pool", "task.kind"], message, Some(fix));
+        }
+    }
+
+    /// A probe's batch norm has the statistics of a slot: of one image they say nothing.
+    fn probes_need_two(&mut self, kind: TaskKind) {
+        let slot = find(self.root, "train.slot_batch").map(|node| &node.value);
+        if kind == TaskKind::Linear && matches!(slot, Some(Value::Integer(1))) {
+            let message =
+                "`train.slot_batch` = 1 leaves the batch norm of `task.kind` = \"linear\" \
+                           nothing to compare"
+                    .to_string();
+            let fix = Some("use `train.slot_batch` = 2 or more".to_string());
+            self.problem_among(&["train.slot_batch", "task.kind"], message, fix);
         }
     }
 

@@ -448,7 +448,11 @@ impl Start {
         let engine_spec = self.job.engine_spec(&self.args.device);
         let mut engine = self.backend.engine(&engine_spec).map_err(|err| local(&err))?;
         let probe = whole_probe(engine.as_mut()).map_err(|err| local(&err))?;
-        let yardstick = engine.yardstick().map_err(|err| local(&err))?;
+        // It is for people: a device without room for it can train all the same.
+        let yardstick = engine.yardstick().unwrap_or_else(|err| {
+            warn!(error = lacuna_checkpoint::chain(&err), "no MFU: the device's rate is not known");
+            None
+        });
         self.shared.uses_memory(memory_in_use(engine.as_ref()));
         info!(device = engine.describe(), probe = format!("{probe:016x}"), "engine ready");
         let saver =

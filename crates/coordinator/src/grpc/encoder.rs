@@ -1,0 +1,54 @@
+//! Which checkpoint a task's encoder is: a run that trains on has another newest one tomorrow, and a
+//! task must mean the same as long as it lives.
+
+use std::time::Duration;
+
+use lacuna_api::error::{Reason, invalid_spec, status};
+use lacuna_checkpoint::layout::RunDir;
+use lacuna_checkpoint::{catalog, chain};
+use lacuna_spec::{RunSpec, encoder_at};
+use tonic::Status;
+
+/// How long a run's checkpoints may take to be listed.
+const LIST_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Writes the step of the encoder's checkpoint into `spec`, `RUN@STEP`, where it names a run and no
+/// step: that of `known`, the same run's specification as it was created with, or the newest one.
+pub(super) async fn pin(spec: &mut RunSpec, known: Option<&RunSpec>) -> Result<(), Status> {
+    let Some(place) = spec.task.as_ref().and_then(|task| task.encoder.clone()) else {
+        return Ok(());
+    };
+    if encoder_at(&place).1.is_some() {
+        return Ok(());
+    }
+    let before = known.and_then(|known| known.task.as_ref()?.encoder.clone());
+    let pinned = match before {
+        Some(before) if encoder_at(&before).0 == place => Some(before),
+        _ => newest(&place).await?,
+    };
+    if let (Some(pinned), Some(task)) = (pinned, &mut spec.task) {
+        task.encoder = Some(pinned);
+    }
+    Ok(())
+}
+
+/// Names a run's newest checkpoint; nothing where the place is no run's.
+async fn newest(place: &str) -> Result<Option<String>, Status> {
+    let asked = place.to_string();
+    let look = tokio::task::spawn_blocking(move || {
+        let Some(dir) = RunDir::find(&asked).map_err(|err| chain(&err))? else { return Ok(None) };
+        let entries = catalog::list(&dir).map_err(|err| chain(&err))?;
+        let newest = catalog::newest_good(&entries).ok_or("the run has no usable checkpoint")?;
+        Ok::<_, String>(Some(format!("{asked}@{}", newest.step)))
+    });
+    let found = tokio::time::timeout(LIST_DEADLINE, look).await.map_err(|_| {
+        let seconds = LIST_DEADLINE.as_secs();
+        let text = format!("encoder `{place}` was not found within {seconds} s");
+        status(Reason::TimedOut, text)
+    })?;
+    let found = found.map_err(|err| status(Reason::Internal, err.to_string()))?;
+    found.map_err(|why| {
+        let text = format!("`task.encoder` = `{place}`: {why}");
+        invalid_spec(text.clone(), vec![("task.encoder".to_string(), text)])
+    })
+}
