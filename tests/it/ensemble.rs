@@ -266,6 +266,29 @@ fn a_leader_that_slept_is_replaced_and_writes_nothing() {
     assert_eq!(seen.run.final_digest, Some(want), "{}\n{}", seen.text(), coordinators.logs());
 }
 
+/// Asks for metrics on a connection that stays open; nothing where it was closed.
+fn ask_on(stream: &mut TcpStream) -> Option<u16> {
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").ok()?;
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    reader.read_line(&mut line).ok()?;
+    let code = line.split(' ').nth(1)?.parse().ok()?;
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        if let Some(n) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = n.trim().parse().ok()?;
+        }
+        if line.trim().is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    Some(code)
+}
+
 #[test]
 fn one_that_follows_says_who_leads() {
     let fixture = fixture();
@@ -293,11 +316,17 @@ fn one_that_follows_says_who_leads() {
     // With all addresses a command finds the leader, whatever their order.
     let both = format!("{url},{leads}");
     assert_eq!(said(&fixture.run(&["runs", "-c", &both])).0, 0);
+    // A connection that is kept open over the change, as a scraper's is.
+    let mut kept = TcpStream::connect(("127.0.0.1", coordinators.ports[follower])).unwrap();
+    kept.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    assert_eq!(ask_on(&mut kept), Some(503));
     // One that ends in order gives its lease back: nobody waits for it to run out.
     let process = coordinators.running[leader].take().unwrap();
     process.signal(Signal::TERM);
     assert!(wait_for_end(process.pid(), DEADLINE), "{}", coordinators.logs());
     assert_eq!(coordinators.leader(None), follower);
+    // It was told to end, or asks the leader now; it does not stay with one that follows.
+    assert!(matches!(ask_on(&mut kept), None | Some(200)));
     let ended = Instant::now();
     assert_eq!(said(&fixture.run(&["runs", "-c", &both])).0, 0, "{:?}", ended.elapsed());
 }

@@ -78,6 +78,9 @@ fn tasks_have_the_same_bits_for_any_workers_and_over_a_kill() {
         let alone =
             train(&fixture, &format!("{kind}-1"), kind, "1:1", |cluster, _| cluster.add("a", 1));
         let want = alone.run.final_digest.expect("a finished run has a digest");
+        let spec: serde_json::Value = serde_json::from_str(&alone.run.spec).expect("JSON");
+        let encoder = spec["task"]["encoder"].as_str().expect("a place");
+        assert!(encoder.ends_with("ckpt/pre@60"), "pinned to what was newest: {encoder}");
         let mut fresh = keys(kind, "1:1");
         fresh.retain(|(key, _)| *key != "task.encoder");
         let fresh =
@@ -98,8 +101,10 @@ fn tasks_have_the_same_bits_for_any_workers_and_over_a_kill() {
         assert_eq!(seen.count("lost"), 1, "{kind}: {}", seen.text());
     }
     exported(&fixture);
-    judged(&fixture, "finetune-1");
     judged(&fixture, "linear-1");
+    // What was fine-tuned stands for itself.
+    std::fs::rename(fixture.path("ckpt/pre"), fixture.path("elsewhere")).expect("a move");
+    judged(&fixture, "finetune-1");
 }
 
 /// A fine-tuned model goes to timm, a probe and other layouts are refused.
