@@ -141,8 +141,8 @@ checkpoint = {{ to = "runs", every = ["1000step"] }}
             task = f'kind = "linear"\noptimizer = "sgd"\n{pool}'
             optim = 'base_lr = 0.1\nweight_decay = 0.0'
         else:
-            task = (f'kind = "finetune"\nlayer_decay = {decay}\nmixup = 0.0\ncutmix = 0.0\nrandom_erasing = 0.0\n'
-                    'rand_augment = 0.0\n')
+            task = (f'kind = "finetune"\nlayer_decay = {decay}\nmixup = 0.0\ncutmix = 0.0\n'
+                    'random_erasing = 0.0\nrand_augment = 0.0\n')
             optim = 'base_lr = 2e-3\nbetas = [0.9, 0.999]\ndecay_tokens = false'
         self.train(case.name, f"""schema = 1
 name = "{case.name}"

@@ -229,6 +229,26 @@ fn an_average_of_the_weights_is_kept_over_a_kill() {
     assert!(code == 2 && text.contains("task.ema"), "{text}");
 }
 
+/// An encoder of 8 x 8 pixels goes on with 12 x 12: more patches, and a table for them.
+#[test]
+fn fine_tuning_shows_images_of_another_size() {
+    let fixture = fixture();
+    pretrain(&fixture);
+    let mut larger = keys("finetune", "1:1");
+    larger.push(("model.img_size", "[12, 12]".to_string()));
+    let seen = run(&fixture, "larger", &larger, |cluster, _| cluster.add("a", 1));
+    let (first, last) = (&seen.figures[&1], &seen.figures[&STEPS]);
+    assert!(last.loss < first.loss, "it learns: {} to {}", first.loss, last.loss);
+    let mut other = keys("finetune", "1:1");
+    other.push(("model.patch_size", "4".to_string()));
+    let other: Vec<(&str, &str)> =
+        other.iter().map(|(key, value)| (*key, value.as_str())).collect();
+    let spec = fixture.spec("patches", STEPS, &other);
+    let (code, out, err) = said(&fixture.run(&["train", spec.to_str().expect("UTF-8")]));
+    let told = out + &err;
+    assert!(code != 0 && told.contains("`model.patch_size` is 2 there and 4 here"), "{told}");
+}
+
 #[test]
 fn a_task_that_cannot_start_says_why() {
     let fixture = fixture();

@@ -229,7 +229,8 @@ impl Board {
 }
 
 /// Writes numbers as a file of their own that TensorBoard reads after those that are there:
-/// `scalars` are steps, names and values, ascending by step. Earlier files keep what they say. `now_ms` is the time in milliseconds since the Unix epoch. Returns the file.
+/// `scalars` are steps, names and values, ascending by step. Earlier files keep what they say.
+/// `now_ms` is the time in milliseconds since the Unix epoch. Returns the file.
 ///
 /// # Errors
 /// [`TrackError`] where the folder or the file cannot be written.

@@ -1,5 +1,5 @@
-//! Which checkpoint a task's encoder is: a run that trains on has another newest one tomorrow, and a
-//! task must mean the same as long as it lives.
+//! Which checkpoint a task's encoder is: a run that trains on has another newest one tomorrow, and
+//! a task must mean the same as long as it lives.
 
 use std::time::Duration;
 

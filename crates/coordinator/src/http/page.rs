@@ -118,6 +118,8 @@ pub(super) struct Now {
     id: RunId,
     run: v1::Run,
     times: Times,
+    /// Steps that were computed again, as the metrics have it.
+    again: u64,
     /// Other runs, the newest first.
     others: Vec<String>,
 }
@@ -134,12 +136,12 @@ pub(super) fn look(shared: &Shared, id: &RunId) -> Option<Now> {
     let runs = shared.runs();
     let handle = runs.get(id)?;
     let view = handle.ends.view.borrow().clone();
-    let times = view.account.times.clone();
+    let (times, again) = (view.account.times.clone(), view.account.again);
     let mut others: Vec<(usize, String)> =
         runs.iter().filter(|(k, _)| *k != id).map(|(k, h)| (h.order, k.to_string())).collect();
     others.sort_by_key(|(order, _)| std::cmp::Reverse(*order));
     let others = others.into_iter().map(|(_, id)| id).take(OTHERS_MAX).collect();
-    Some(Now { id: id.clone(), run: run_of_view(id, handle, view), times, others })
+    Some(Now { id: id.clone(), run: run_of_view(id, handle, view), times, again, others })
 }
 
 /// What is written down of a run.
@@ -255,7 +257,7 @@ pub(super) fn run(
     saved: &Seen,
     may_act: bool,
 ) -> Result<String, askama::Error> {
-    let Now { id: _, run, times, others } = now;
+    let Now { id: _, run, times, again, others } = now;
     let spec: serde_json::Value = serde_json::from_str(&run.spec).unwrap_or_default();
     let shares: Vec<(&str, f64)> =
         Share::ALL.iter().map(|share| (share.word(), times.seconds(*share))).collect();
@@ -264,7 +266,7 @@ pub(super) fn run(
         why: run.why.clone(),
         steps_max: run.total_steps.max(1),
         steps_done: run.step,
-        facts: facts(run),
+        facts: facts(run, *again),
         charts: charts(past),
         time_bar: chart::bar(&shares),
         times: time_rows(times),
@@ -285,7 +287,7 @@ pub(super) fn run(
     .render()
 }
 
-fn facts(run: &v1::Run) -> Vec<Fact> {
+fn facts(run: &v1::Run, again: u64) -> Vec<Fact> {
     let fact = |name, value| Fact { name, value };
     let mut out = vec![
         fact("step", format!("{} of {}", grouped(run.step), grouped(run.total_steps))),
@@ -305,7 +307,7 @@ fn facts(run: &v1::Run) -> Vec<Fact> {
         }
         out.push(fact("waiting for data", format!("{:.1} %", 100.0 * figures.data_wait)));
         out.push(fact("steps skipped", grouped(figures.skipped)));
-        out.push(fact("steps computed again", grouped(figures.redone)));
+        out.push(fact("steps computed again", grouped(again)));
     }
     out.extend(eta(run).map(|left| fact("to go", left)));
     let saved =

@@ -10,6 +10,7 @@ use lacuna_checkpoint::{catalog, chain};
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::init;
 use lacuna_recipe::keymap;
+use lacuna_recipe::keymap::import::Form;
 use lacuna_recipe::model::{ModelConfig, ParamSpec};
 use lacuna_recipe::pos_embed::sincos_2d;
 use lacuna_recipe::state::Layout;
@@ -17,8 +18,10 @@ use lacuna_recipe::step::Normalize;
 use lacuna_spec::{Pool, RunSpec, TaskKind, TaskSpec, encoder_at, parse_text};
 use lacuna_types::Step;
 use tch::Tensor;
+use tracing::info;
 
 use super::{Encoder, batch_normed, classifier_params, feature_width, finetuned_logits, own_name};
+use crate::pos_resize::{Resample, resize_table};
 use crate::runtime;
 use crate::weights::{Weights, values};
 
@@ -56,20 +59,15 @@ impl EncoderWeights {
             None => {
                 let weights = import::Weights::open(Path::new(place));
                 let weights = weights.map_err(|err| failed(chain(&err)))?;
-                let given = Given {
-                    heads: Some(model.heads),
-                    img_size: Some(model.img_size),
-                    encoder_alone: true,
-                    ..Given::default()
-                };
-                let described = import::describe(&weights, &given);
-                let source = described.map_err(|err| failed(chain(&err)))?.config;
-                let read = import::read_model(&weights, &source);
-                let read = read.map_err(|err| failed(chain(&err)))?;
-                (source, read.params, read.encoder_table.unwrap_or_else(table))
+                let of_weights = of_weights(&weights, model, table);
+                of_weights.map_err(failed)?
             }
         };
         check_sizes(&source, model).map_err(failed)?;
+        if source.img_size != model.img_size {
+            let (from, to) = (source.img_size, model.img_size);
+            info!(?from, ?to, "the encoder's position table is made for images of another size");
+        }
         Ok(EncoderWeights::of(&source, &params, table))
     }
 
@@ -145,6 +143,36 @@ fn encoder_params(model: &ModelConfig) -> Vec<ParamSpec> {
     model.params().into_iter().filter(|p| keymap::timm(&p.name).is_some()).collect()
 }
 
+/// Reads an encoder from weights of another library, with a position table for `model`'s grid:
+/// that of the file, resampled as its library does where the grid is another one, or `sincos`.
+fn of_weights(
+    weights: &import::Weights,
+    model: &ModelConfig,
+    sincos: impl Fn() -> Vec<f32>,
+) -> Result<(ModelConfig, Vec<f32>, Vec<f32>), String> {
+    let given = |img_size| Given {
+        heads: Some(model.heads),
+        img_size,
+        encoder_alone: true,
+        ..Given::default()
+    };
+    // The size of images is asked for where the table is for no square.
+    let described = import::describe(weights, &given(None))
+        .or_else(|_| import::describe(weights, &given(Some(model.img_size))));
+    let described = described.map_err(|err| chain(&err))?;
+    let (form, source) = (described.form, described.config);
+    let read = import::read_model(weights, &source).map_err(|err| chain(&err))?;
+    let table = match read.encoder_table {
+        None => sincos(),
+        Some(stored) => {
+            let (from, to) = (source.grid(), model.grid());
+            let resample = if form == Form::Timm { Resample::Antialias } else { Resample::Plain };
+            resize_table(&stored, source.width as usize, from, to, resample)
+        }
+    };
+    Ok((source, read.params, table))
+}
+
 /// Mean and deviation of each channel, in units of full brightness.
 pub type Scale<'a> = (&'a [f64], &'a [f64]);
 
@@ -181,12 +209,10 @@ fn check_scale(spec: &RunSpec, (mean, std): Scale<'_>) -> Result<(), String> {
     ))
 }
 
-/// Refuses an encoder of other sizes.
+/// Refuses an encoder of other sizes. Images may have another one: the position table follows.
 fn check_sizes(source: &ModelConfig, model: &ModelConfig) -> Result<(), String> {
     let sizes = |m: &ModelConfig| {
         [
-            ("model.img_size[0]", m.img_size[0]),
-            ("model.img_size[1]", m.img_size[1]),
             ("model.patch_size", m.patch_size),
             ("model.channels", m.channels),
             ("model.width", m.width),
