@@ -297,8 +297,16 @@ impl Coordinator {
             if kind == FaultKind::Communicator {
                 self.suspect(now, suspects);
             }
-            self.disturb(now, Cause::Fault, &format!("{worker} reports: {detail}"));
+            let names = self.names_of(suspects);
+            self.disturb(now, Cause::Fault, &format!("{worker} reports: {detail}{names}"));
         }
+    }
+
+    /// Says who the ranks are that a member speaks of.
+    fn names_of(&self, ranks: &[usize]) -> String {
+        let Some(group) = &self.group else { return String::new() };
+        let named = ranks.iter().filter_map(|rank| Some((rank, group.plan.members.get(*rank)?)));
+        named.map(|(rank, member)| format!("; rank {rank} is {}", member.worker)).collect()
     }
 
     /// Takes a worker for unfit, and tells people once; returns whether it is news.
