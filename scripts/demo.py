@@ -69,6 +69,7 @@ def pack_images():
 
 def trainer_pids(worker):
     """Finds the processes that train as `worker` under this demo's agent."""
+    own = str(BIN.resolve()).encode()
     pids = []
     for entry in pathlib.Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -77,7 +78,7 @@ def trainer_pids(worker):
             args = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"trainer" in args and worker.encode() in args and args[0].startswith(str(BIN).encode()):
+        if b"trainer" in args and worker.encode() in args and args[0].startswith(own):
             pids.append(int(entry.name))
     return pids
 
