@@ -63,6 +63,10 @@ fi
 if [ -z "${LACUNA_PEERS_PYTHON:-}" ]; then
     skip peers "tests of grpcurl, buf, a Python client, TensorBoard: no environment (make peers)"
 fi
+etcd=${LACUNA_ETCD:-third_party/tools/bin/etcd}
+if [ ! -x "$etcd" ] && ! command -v etcd > /dev/null; then
+    skip etcd "tests of several coordinators: no etcd (make peers)"
+fi
 if [ "${LACUNA_GPU_TESTS:-}" = 1 ]; then
     skip gpu "its tests ran inside the other lanes (LACUNA_GPU_TESTS=1)"
 else

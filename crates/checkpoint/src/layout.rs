@@ -149,11 +149,11 @@ impl RunDir {
         }
         let path = Path::new(place);
         let full =
-            std::fs::canonicalize(path).map_err(|source| FsError::new("find", path, source))?;
+            std::fs::canonicalize(path).map_err(|source| FsError::new("open", path, source))?;
         let name = full.file_name().and_then(|name| name.to_str()?.parse().ok());
         let (Some(name), Some(root)) = (name, full.parent()) else { return Ok(None) };
         let dir = RunDir::new(root, name);
-        Ok(dir.checkpoints().is_dir().then_some(dir))
+        Ok((dir.checkpoints().is_dir() || dir.run_file().is_file()).then_some(dir))
     }
 
     /// Names the directory of a run by its own URL, `<root>/<run>`; `None` for what is no URL.

@@ -29,7 +29,7 @@ use tonic::service::Routes;
 use tracing::{info, warn};
 
 use crate::door::{self, Door};
-use crate::etcd::{Election, Etcd, EtcdError, Leadership};
+use crate::etcd::{Election, Etcd, EtcdError, Leadership, OwnThread};
 use crate::grpc::Grpc;
 use crate::registry::{FILES_FOLDER, STATE_FILE};
 use crate::service::{self, Options, Service, StartError};
@@ -152,7 +152,10 @@ pub async fn serve(
     let Some(lead) = won else { return Ok(()) };
 
     info!(url, etcd = ?ensemble.endpoints, "elected: this coordinator leads");
-    let (keeper, mut gone) = Keeper::start(&etcd, &lead)?;
+    // On a thread of its own, until dropped: whatever holds the service up, the lease is renewed.
+    let keeper = OwnThread::start("lease")?;
+    let (lost, mut gone) = oneshot::channel();
+    keeper.handle().spawn(keep(etcd.on(&keeper)?, lead.clone(), lost));
     let opened = tokio::select! {
         opened = open(&listener, options, &etcd, &ensemble, &lead) => Some(opened),
         () = &mut shutdown => None,
@@ -222,35 +225,6 @@ async fn win(
             }
         }
         tokio::time::sleep(LOOK_EVERY).await;
-    }
-}
-
-/// Keeps the lease until dropped, on a thread of its own: whatever holds the service up, the lease
-/// is renewed, or its end noticed.
-struct Keeper(Option<tokio::runtime::Runtime>);
-
-impl Keeper {
-    /// Begins; what comes back completes when the lease may be gone.
-    fn start(etcd: &Etcd, lead: &Leadership) -> Result<(Self, oneshot::Receiver<()>), StartError> {
-        let made = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("lease")
-            .enable_all()
-            .build();
-        let runtime =
-            made.map_err(|err| EtcdError::Call { what: "get a thread", why: err.to_string() })?;
-        let (lost, gone) = oneshot::channel();
-        let etcd = etcd.on(runtime.handle())?;
-        runtime.spawn(keep(etcd, lead.clone(), lost));
-        Ok((Keeper(Some(runtime)), gone))
-    }
-}
-
-impl Drop for Keeper {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
-        }
     }
 }
 

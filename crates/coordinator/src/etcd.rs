@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use prost::Message;
+use tokio::runtime::{Handle, Runtime};
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
@@ -105,6 +106,35 @@ pub(crate) enum Election {
     Lost(String),
 }
 
+/// A thread that serves connections to etcd, whatever holds other threads up.
+#[derive(Debug)]
+pub(crate) struct OwnThread(Option<Runtime>);
+
+impl OwnThread {
+    /// Starts it under a name.
+    pub fn start(name: &str) -> Result<Self, EtcdError> {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let made = builder.worker_threads(1).thread_name(name).enable_all().build();
+        let failed =
+            |err: std::io::Error| EtcdError::Call { what: "get a thread", why: err.to_string() };
+        Ok(OwnThread(Some(made.map_err(failed)?)))
+    }
+
+    /// Returns where its tasks are spawned.
+    pub fn handle(&self) -> &Handle {
+        self.0.as_ref().expect("there until dropped").handle()
+    }
+}
+
+impl Drop for OwnThread {
+    fn drop(&mut self) {
+        // Not waited for: this may be a thread that serves others.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
 /// A connection to an ensemble of etcd.
 #[derive(Clone, Debug)]
 pub(crate) struct Etcd {
@@ -138,9 +168,9 @@ impl Etcd {
         })
     }
 
-    /// Prepares connections to the same servers that another runtime serves.
-    pub fn on(&self, runtime: &tokio::runtime::Handle) -> Result<Self, EtcdError> {
-        let _there = runtime.enter();
+    /// Prepares connections to the same servers that another thread serves.
+    pub fn on(&self, thread: &OwnThread) -> Result<Self, EtcdError> {
+        let _there = thread.handle().enter();
         Etcd::new(&self.endpoints, self.tls.as_ref())
     }
 

@@ -23,14 +23,13 @@ use lacuna_control::journal::Record;
 use lacuna_track::Figures;
 use lacuna_types::{CoordEpoch, RunId};
 use serde::{Deserialize, Serialize};
-use tokio::runtime::Runtime;
 use tracing::warn;
 
 use super::{
     Ban, Batch, Elsewhere, Entry, JournalLine, Part, PicturePlace, SqliteStore, Store, StoreError,
     StoredRun, Ticket, Update, now_ms, text,
 };
-use crate::etcd::{BYTES_MAX, Change, Etcd, EtcdError, Leadership, OPS_MAX, Pair};
+use crate::etcd::{BYTES_MAX, Change, Etcd, EtcdError, Leadership, OPS_MAX, OwnThread, Pair};
 
 /// How long a write or the reading of the whole state may take.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -49,7 +48,7 @@ pub struct EtcdStore {
     inner: SqliteStore,
     etcd: Etcd,
     /// Calls of etcd run here: those of the store come from threads with a runtime and without.
-    runtime: Option<Runtime>,
+    thread: OwnThread,
     prefix: String,
     lead: Leadership,
     ends: BTreeMap<RunId, Ends>,
@@ -100,13 +99,7 @@ impl EtcdStore {
         prefix: &str,
         lead: Leadership,
     ) -> Result<Self, StoreError> {
-        let made = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("etcd")
-            .enable_all()
-            .build();
-        let runtime =
-            made.map_err(|err| EtcdError::Call { what: "get a thread", why: err.to_string() })?;
+        let thread = OwnThread::start("etcd")?;
         for suffix in ["", "-wal", "-shm"] {
             let mut name = path.as_os_str().to_owned();
             name.push(suffix);
@@ -116,10 +109,8 @@ impl EtcdStore {
         let mut inner = SqliteStore::open(path)?;
         inner.is_a_copy()?;
         let prefix = format!("{}/state", prefix.trim_end_matches('/'));
-        // Its connections are served by this runtime too: nobody who waits here holds them up.
-        let etcd = etcd.on(runtime.handle())?;
-        let (runtime, ends) = (Some(runtime), BTreeMap::new());
-        let mut store = EtcdStore { inner, etcd, runtime, prefix, lead, ends };
+        let (etcd, ends) = (etcd.on(&thread)?, BTreeMap::new());
+        let mut store = EtcdStore { inner, etcd, thread, prefix, lead, ends };
         let (etcd, range) = (store.etcd.clone(), format!("{}/", store.prefix));
         let pairs = store.call(async move { etcd.all(&range).await })()?;
         store.fill(pairs)?;
@@ -133,8 +124,7 @@ impl EtcdStore {
         F: Future<Output = Result<T, EtcdError>> + Send + 'static,
     {
         let (done, answer) = mpsc::sync_channel(1);
-        let runtime = self.runtime.as_ref().expect("there until dropped");
-        runtime.spawn(async move {
+        self.thread.handle().spawn(async move {
             // Nobody waits any more where this fails.
             let _ = done.send(call.await);
         });
@@ -275,14 +265,6 @@ impl EtcdStore {
         };
         let changes: Vec<Change> = gone.iter().map(delete).collect();
         changes.chunks(OPS_MAX).try_for_each(|some| self.change(some.to_vec()))
-    }
-}
-
-impl Drop for EtcdStore {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
     }
 }
 

@@ -277,15 +277,8 @@ impl SourceArgs {
 
 /// Returns the run whose folder or URL `path` is; nothing if it is something else.
 pub fn run_dir(path: &Path) -> anyhow::Result<Option<RunDir>> {
-    if let Some(dir) = path.to_str().and_then(RunDir::open_url) {
-        return dir.map(Some).map_err(|e| io(chain(&e)));
-    }
-    let full = std::fs::canonicalize(path)
-        .map_err(|error| io(format!("failed to open `{}`: {error}", path.display())))?;
-    let name = full.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-    let (Some(name), Some(root)) = (name, full.parent()) else { return Ok(None) };
-    let dir = RunDir::new(root, name);
-    Ok((dir.checkpoints().is_dir() || dir.run_file().is_file()).then_some(dir))
+    let place = path.to_str().ok_or_else(|| usage(format!("{path:?} is not UTF-8")))?;
+    RunDir::find(place).map_err(|e| io(chain(&e)))
 }
 
 /// Tells files that are something else from disks that do not read.
