@@ -108,6 +108,17 @@ fn a_cancelled_run_frees_its_workers_at_once_and_can_go_on() {
     assert_eq!(code, i32::from(exit::WAIT_CANCELLED));
     let (code, out, _) = lacuna(&["cancel", "unwanted"]);
     assert!(code == 0 && out.contains("is cancelled already"), "{out}");
+    // Programs get the run; where a coordinator is may be said before the command, too.
+    let told = |args: &[&str]| -> serde_json::Value {
+        let (_, out, err) = said(&fixture.run(&[&["-c", &url, "--timeout", "9s"], args].concat()));
+        serde_json::from_str(&out).unwrap_or_else(|_| panic!("{args:?}: {out}{err}"))
+    };
+    for args in [&["cancel", "unwanted", "-y"], &["wait", "unwanted", "-q"]] {
+        let run = told(&[&args[..], &["-o", "json"]].concat());
+        assert_eq!((&run["run"], &run["state"]), (&"unwanted".into(), &"cancelled".into()));
+    }
+    let away = told(&["ban", "elsewhere", "--for", "1h", "-o", "json"]);
+    assert_eq!((&away["seconds"], &away["leaving"]), (&3600.into(), &serde_json::json!([])));
     let time = String::from_utf8(cluster.get("/metrics").1).unwrap();
     assert!(time.contains("lacuna_run_time_seconds_total"), "{time}");
     // Its workers take the next run, and then it again.
@@ -117,8 +128,8 @@ fn a_cancelled_run_frees_its_workers_at_once_and_can_go_on() {
     let (code, out, err) = lacuna(&["resume", "unwanted"]);
     assert_eq!(code, 0, "{out}{err}");
     // One that was stopped can be cancelled, too.
-    let (code, out, err) = lacuna(&["stop", "unwanted", "--progress", "off"]);
-    assert_eq!(code, 0, "{out}{err}");
+    let stopped = told(&["stop", "unwanted", "--progress", "off", "-o", "json"]);
+    assert_eq!(stopped["state"], "stopped", "{stopped}");
     let (code, out, _) = lacuna(&["cancel", "unwanted"]);
     assert!(code == 0 && out.contains("was cancelled at step"), "{out}");
     assert_eq!(lacuna(&["wait", "unwanted"]).0, i32::from(exit::WAIT_CANCELLED));

@@ -48,16 +48,22 @@ pub enum Reason {
     WrongState,
     /// Another coordinator leads.
     NotLeader,
+    /// The coordinator is reading its state.
+    Starting,
     /// It was not done in time.
     TimedOut,
     /// The service is going down.
     ShuttingDown,
+    /// There is no such method here; an older or newer build may have it.
+    UnknownMethod,
+    /// A message is larger than any may be.
+    TooLarge,
     /// A bug.
     Internal,
 }
 
 impl Reason {
-    const ALL: [Reason; 20] = [
+    const ALL: [Reason; 23] = [
         Reason::InvalidSpec,
         Reason::RunNotFound,
         Reason::RunExists,
@@ -75,8 +81,11 @@ impl Reason {
         Reason::Storage,
         Reason::WrongState,
         Reason::NotLeader,
+        Reason::Starting,
         Reason::TimedOut,
         Reason::ShuttingDown,
+        Reason::UnknownMethod,
+        Reason::TooLarge,
         Reason::Internal,
     ];
 
@@ -100,8 +109,11 @@ impl Reason {
             Reason::Storage => "STORAGE",
             Reason::WrongState => "WRONG_STATE",
             Reason::NotLeader => "NOT_LEADER",
+            Reason::Starting => "STARTING",
             Reason::TimedOut => "TIMED_OUT",
             Reason::ShuttingDown => "SHUTTING_DOWN",
+            Reason::UnknownMethod => "UNKNOWN_METHOD",
+            Reason::TooLarge => "MESSAGE_TOO_LARGE",
             Reason::Internal => "INTERNAL",
         }
     }
@@ -114,7 +126,8 @@ impl Reason {
             }
             Reason::Conflict => Code::Aborted,
             Reason::CheckpointCorrupt => Code::DataLoss,
-            Reason::RateLimited => Code::ResourceExhausted,
+            Reason::RateLimited | Reason::TooLarge => Code::ResourceExhausted,
+            Reason::UnknownMethod => Code::Unimplemented,
             Reason::RunExists | Reason::WorkerExists => Code::AlreadyExists,
             Reason::VersionSkew | Reason::Storage | Reason::NodeBanned | Reason::WrongState => {
                 Code::FailedPrecondition
@@ -122,18 +135,19 @@ impl Reason {
             Reason::TimedOut => Code::DeadlineExceeded,
             Reason::Unauthenticated => Code::Unauthenticated,
             Reason::RoleMissing => Code::PermissionDenied,
-            Reason::ShuttingDown | Reason::NotLeader => Code::Unavailable,
+            Reason::ShuttingDown | Reason::NotLeader | Reason::Starting => Code::Unavailable,
             Reason::Internal => Code::Internal,
         }
     }
 
     /// Tells whether the same call may succeed later.
     pub fn retry_helps(self) -> bool {
-        use Reason::{NodeBanned, NotLeader, RateLimited, ShuttingDown, TimedOut, WorkerExists};
-        matches!(
-            self,
-            ShuttingDown | NotLeader | TimedOut | WorkerExists | NodeBanned | RateLimited
-        )
+        use Reason::{NodeBanned, NotLeader, RateLimited, ShuttingDown, Starting, TimedOut};
+        self == Reason::WorkerExists
+            || matches!(
+                self,
+                ShuttingDown | NotLeader | Starting | TimedOut | NodeBanned | RateLimited
+            )
     }
 }
 
@@ -172,6 +186,30 @@ pub fn invalid_spec(message: String, violations: Vec<(String, String)>) -> Statu
     Status::with_error_details(reason.code(), message, details)
 }
 
+/// Gives a refusal a reason that a library made, before any service saw the call: messages that
+/// are none or too large, and methods that nobody has. `None` where there is nothing to add.
+///
+/// Codes stay those of <https://grpc.github.io/grpc/core/md_doc_statuscodes.html>, but for a message
+/// that is too large: `RESOURCE_EXHAUSTED` as other servers say, where tonic says `OUT_OF_RANGE`.
+pub fn explained(refusal: &Status) -> Option<Status> {
+    if !refusal.details().is_empty() {
+        return None;
+    }
+    let (reason, code) = match refusal.code() {
+        Code::Unimplemented => (Reason::UnknownMethod, Code::Unimplemented),
+        Code::OutOfRange => (Reason::TooLarge, Code::ResourceExhausted),
+        code @ (Code::Internal | Code::InvalidArgument) => (Reason::Malformed, code),
+        _ => return None,
+    };
+    let text = match refusal.message() {
+        "" => "there is no such method here",
+        text => text,
+    };
+    let no_metadata: [(String, String); 0] = [];
+    let details = ErrorDetails::with_error_info(reason.word(), DOMAIN, no_metadata);
+    Some(Status::with_error_details(code, text, details))
+}
+
 /// Reads the reason of a status that [`status`] made, possibly by an older or newer build.
 pub fn reason(status: &Status) -> Option<Reason> {
     let info = status.get_details_error_info()?;
@@ -190,5 +228,21 @@ mod tests {
             assert_eq!(status.message(), "run `x`: no");
         }
         assert_eq!(reason(&Status::internal("plain")), None);
+    }
+
+    #[test]
+    fn what_libraries_refuse_gets_a_reason() {
+        for (bare, want, code) in [
+            (Status::unimplemented(""), Reason::UnknownMethod, Code::Unimplemented),
+            (Status::out_of_range("5 MB"), Reason::TooLarge, Code::ResourceExhausted),
+            (Status::internal("no field"), Reason::Malformed, Code::Internal),
+        ] {
+            let full = explained(&bare).unwrap();
+            assert_eq!((reason(&full), full.code()), (Some(want), code));
+            assert!(!full.message().is_empty());
+            assert!(explained(&full).is_none());
+        }
+        assert!(explained(&Status::not_found("x")).is_none());
+        assert!(explained(&status(Reason::Internal, "x")).is_none());
     }
 }

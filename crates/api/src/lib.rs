@@ -25,3 +25,10 @@ pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
 /// Largest picture that a worker sends: three images of a thousand pixels a side.
 pub const PICTURE_BYTES_MAX: usize = 8 << 20;
+
+/// Makes a `request_id` that nobody else has: 128 random bits.
+pub fn new_request_id() -> String {
+    let mut bytes = [0u8; 16];
+    getrandom::fill(&mut bytes).expect("the system has a random source");
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,21 +1,19 @@
 //! Commands that talk to a coordinator.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lacuna_api::client::ClientError;
 use lacuna_api::v1;
-use lacuna_coordinator::clock::rfc3339;
-use lacuna_spec::RunSpec;
+use lacuna_spec::{RunSpec, WorkerRow};
 use lacuna_types::exit;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::connect::{Connect, parse_time};
-use crate::progress::{Progress, ProgressMode, run_json, short_bytes, short_duration};
+use crate::progress::{Progress, ProgressMode, run_json, short_bytes};
 use crate::voice::talk;
-use crate::{Coded, runtime, spec};
+use crate::{runtime, spec};
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -46,13 +44,16 @@ pub struct SubmitArgs {
     /// How progress is shown.
     #[arg(long, value_enum, default_value = "auto")]
     progress: ProgressMode,
+    /// How the result is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
     #[command(flatten)]
     connect: Connect,
 }
 
-/// A command about one run.
+/// `lacuna watch`.
 #[derive(Args, Debug)]
-pub struct RunArgs {
+pub struct WatchArgs {
     /// Name of the run.
     run: String,
     /// How progress is shown.
@@ -102,59 +103,9 @@ pub struct WaitArgs {
     /// Give up after this time, with exit code 124.
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     limit: Option<Duration>,
-    #[command(flatten)]
-    connect: Connect,
-}
-
-/// `lacuna cancel`.
-#[derive(Args, Debug)]
-pub struct CancelArgs {
-    /// Name of the run.
-    run: String,
-    /// Why, for those who look at it later.
-    #[arg(long, default_value = "cancelled by `lacuna cancel`")]
-    why: String,
-    #[command(flatten)]
-    connect: Connect,
-}
-
-/// `lacuna ban`.
-#[derive(Args, Debug)]
-pub struct BanArgs {
-    /// Name of the machine, as `lacuna workers` shows it before the colon; without one, lists those
-    /// that are kept out.
-    node: Option<String>,
-    /// How long: 90s, 15min, 24h or 7d.
-    #[arg(long = "for", value_name = "TIME", default_value = "24h", value_parser = parse_time)]
-    #[arg(requires = "node")]
-    time: Duration,
-    /// Why, for those who look at it later.
-    #[arg(long, default_value = "", requires = "node")]
-    why: String,
-    /// Let the machine back in now.
-    #[arg(long, conflicts_with = "time", requires = "node")]
-    lift: bool,
-    /// How a list is printed.
-    #[arg(long, short, value_enum, default_value = "table", conflicts_with = "node")]
+    /// How the result is printed.
+    #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
-    #[command(flatten)]
-    connect: Connect,
-}
-
-/// `lacuna drain`.
-#[derive(Args, Debug)]
-pub struct DrainArgs {
-    /// Name of the worker, `node:device`.
-    worker: String,
-    #[command(flatten)]
-    connect: Connect,
-}
-
-/// Settings of `lacuna release`.
-#[derive(Args, Debug)]
-pub struct ReleaseArgs {
-    /// Name of the worker, `node:device`.
-    worker: String,
     #[command(flatten)]
     connect: Connect,
 }
@@ -164,30 +115,57 @@ pub fn submit(args: SubmitArgs) -> anyhow::Result<u8> {
     let mut spec = spec::read(&args.file, &args.overrides)?;
     let request = spec::request(&mut spec, true)?;
     if args.dry_run {
-        let v1::CreateRunRequest { resume, n_samples, fingerprint, .. } = request;
+        let v1::CreateRunRequest { resume, n_samples, fingerprint, request_id, .. } = request;
         let request = serde_json::json!({
             "spec": spec.to_json(), "resume": resume, "n_samples": n_samples,
-            "fingerprint": fingerprint,
+            "fingerprint": fingerprint, "request_id": request_id,
         });
         println!("{request}");
         return Ok(exit::OK);
     }
     runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        let (run, created) = client.create_run(request).await?;
+        let (run, created) = create(&args.connect, request).await?;
         let what = if created { "created" } else { "is there already" };
-        println!("run {} {what}: {} at step {}", run.run_id, run.state, run.step);
+        let line = format!("run {} {what}: {} at step {}", run.run_id, run.state, run.step);
+        match args.output {
+            Output::Table => println!("{line}"),
+            // Whoever waits gets the run as it ended, and one object only.
+            Output::Json if args.wait => {}
+            Output::Json => {
+                let mut told = run_json(&run);
+                told["created"] = created.into();
+                println!("{told}");
+            }
+        }
         tell_kept(&run, &spec);
         if args.watch {
             let run = follow(&args.connect, &run.run_id, Progress::new(args.progress)).await?;
             return Ok(run.map_or(exit::OK, |run| ending_code(&run)));
         }
         if args.wait {
-            return wait_for(&args.connect, &run.run_id, None).await;
+            return wait_for(&args.connect, &run.run_id, None, args.output).await;
         }
         talk!("follow it with: lacuna watch {}", run.run_id);
         Ok(exit::OK)
     })
+}
+
+/// Sends a request until it is answered, for as long as a call may take: it is carried out once,
+/// however often it comes.
+async fn create(
+    connect: &Connect,
+    request: v1::CreateRunRequest,
+) -> Result<(v1::Run, bool), ClientError> {
+    let since = Instant::now();
+    loop {
+        let once = async { connect.client().await?.create_run(request.clone()).await };
+        match once.await {
+            Err(err) if !crate::look::is_final(&err) && since.elapsed() < connect.patience() => {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            answer => return answer,
+        }
+    }
 }
 
 /// Says what of a specification a run that is on does not take over.
@@ -266,14 +244,19 @@ pub fn status(args: StatusArgs) -> anyhow::Result<u8> {
         let mut client = args.connect.client().await?;
         client.get_run(&args.run).await
     })?;
-    match args.output {
-        Output::Json => println!("{}", run_json(&run)),
-        Output::Table => print_run(&run),
-    }
+    put_run(args.output, &run);
     Ok(exit::OK)
 }
 
-fn print_run(run: &v1::Run) {
+/// Prints a run as a command's result.
+pub(crate) fn put_run(output: Output, run: &v1::Run) {
+    match output {
+        Output::Json => println!("{}", run_json(run)),
+        Output::Table => print_run(run),
+    }
+}
+
+pub(crate) fn print_run(run: &v1::Run) {
     let saved = run.checkpoint_step.map_or("none".to_string(), |step| format!("step {step}"));
     println!("run         {}", run.run_id);
     println!("state       {}", run.state);
@@ -294,6 +277,9 @@ fn print_run(run: &v1::Run) {
     }
     if let Some(shares) = shares(run) {
         println!("shares      {shares}");
+    }
+    if let Some(uses) = uses(run) {
+        println!("of use      {uses}");
     }
     println!(
         "{:<28} {:>4} {:>5} {:<10} {:<10} {:>9} {:>6}",
@@ -324,8 +310,23 @@ fn shares(run: &v1::Run) -> Option<String> {
     ))
 }
 
+/// Says how much of the workers' time would be of use with as many as the run may have: what
+/// `lacuna plan` calls efficiency. The largest numbers only, where there are many.
+fn uses(run: &v1::Run) -> Option<String> {
+    let spec: RunSpec = serde_json::from_str(&run.spec).ok()?;
+    let rows = lacuna_spec::plan::worker_rows(run.n_slots, spec.elastic.workers);
+    let percent = |row: &WorkerRow| (100.0 * row.efficiency).round();
+    let shown = &rows[rows.len().saturating_sub(USES_MAX)..];
+    let texts: Vec<String> =
+        shown.iter().map(|row| format!("{} % with {}", percent(row), row.n_workers)).collect();
+    (rows.len() > 1).then(|| texts.join(", "))
+}
+
+/// Most numbers of workers that [`uses`] speaks of.
+const USES_MAX: usize = 8;
+
 /// Follows a run until it ends or the user quits.
-pub fn watch(args: RunArgs) -> anyhow::Result<u8> {
+pub fn watch(args: WatchArgs) -> anyhow::Result<u8> {
     runtime()?.block_on(async {
         match follow(&args.connect, &args.run, Progress::to_watch(args.progress)).await? {
             Some(run) => {
@@ -344,7 +345,7 @@ pub fn watch(args: RunArgs) -> anyhow::Result<u8> {
 ///
 /// What happened before is shown as far as somebody who looks now wants it: all of it on a screen
 /// or for a program, the newest lines in a log, nothing where nothing is shown.
-async fn follow(
+pub(crate) async fn follow(
     connect: &Connect,
     run: &str,
     mut progress: Progress,
@@ -429,140 +430,24 @@ fn ending_code(run: &v1::Run) -> u8 {
 
 /// Waits until a run has ended.
 pub fn wait(args: WaitArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(wait_for(&args.connect, &args.run, args.limit))
+    runtime()?.block_on(wait_for(&args.connect, &args.run, args.limit, args.output))
 }
 
-async fn wait_for(connect: &Connect, run: &str, limit: Option<Duration>) -> anyhow::Result<u8> {
+async fn wait_for(
+    connect: &Connect,
+    run: &str,
+    limit: Option<Duration>,
+    output: Output,
+) -> anyhow::Result<u8> {
     let waited = follow(connect, run, Progress::new(ProgressMode::Off));
     let Ok(run) = tokio::time::timeout(limit.unwrap_or(Duration::MAX), waited).await else {
         return Ok(exit::WAIT_TIMED_OUT);
     };
     let Some(run) = run? else { return Ok(exit::INTERRUPTED) };
-    print_run(&run);
+    put_run(output, &run);
     Ok(match run.state.as_str() {
         "finished" => exit::OK,
         "cancelled" => exit::WAIT_CANCELLED,
         _ => exit::WAIT_FAILED,
-    })
-}
-
-/// Stops a run at its next boundary.
-pub fn stop(args: RunArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        client.stop_run(&args.run, "stopped by `lacuna stop`").await?;
-        let run = follow(&args.connect, &args.run, Progress::new(args.progress)).await?;
-        let run = run.context("quit before the run had stopped")?;
-        print_run(&run);
-        match run.state.as_str() {
-            "stopped" | "finished" => Ok(exit::OK),
-            _ => Err(Coded::error(exit::FAILED, format!("the run is {}: {}", run.state, run.why))),
-        }
-    })
-}
-
-/// Ends a run now.
-pub fn cancel(args: CancelArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        let before = client.get_run(&args.run).await?;
-        let run = client.cancel_run(&args.run, &args.why).await?;
-        if run.state != "cancelled" || before.state == "cancelled" {
-            println!("run {} is {} already", run.run_id, run.state);
-            return Ok(exit::OK);
-        }
-        let from = match run.checkpoint_step {
-            Some(step) => format!("its checkpoint of step {step}"),
-            None => "the beginning: it has no checkpoint".to_string(),
-        };
-        println!(
-            "run {} was cancelled at step {}; `lacuna resume {}` lets it go on from {from}",
-            run.run_id, before.step, run.run_id
-        );
-        Ok(exit::OK)
-    })
-}
-
-/// Keeps a machine out, or lets it back in; without a name, lists those that are kept out.
-pub fn ban(args: BanArgs) -> anyhow::Result<u8> {
-    let Some(node) = &args.node else { return list_bans(&args) };
-    let time = if args.lift { Duration::ZERO } else { args.time };
-    runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        let leaving = client.ban_node(node, time.as_secs(), &args.why).await?;
-        if args.lift {
-            println!("node {node} may join again");
-            return Ok(exit::OK);
-        }
-        println!("node {node} is kept out for {}", short_duration(time));
-        for worker in leaving {
-            println!("worker {worker} leaves at the next boundary");
-        }
-        Ok(exit::OK)
-    })
-}
-
-fn list_bans(args: &BanArgs) -> anyhow::Result<u8> {
-    let bans = runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        client.list_bans().await
-    })?;
-    let until = |ban: &v1::Ban| rfc3339(UNIX_EPOCH + Duration::from_millis(ban.until_ms));
-    match args.output {
-        Output::Json => {
-            let of = |ban: &v1::Ban| {
-                let (node, why) = (&ban.node, &ban.why);
-                serde_json::json!({ "node": node, "until": until(ban), "why": why })
-            };
-            println!("{}", serde_json::Value::from(bans.iter().map(of).collect::<Vec<_>>()));
-        }
-        Output::Table if bans.is_empty() => talk!("no machine is kept out"),
-        Output::Table => {
-            println!("{:<28} {:<20} WHY", "NODE", "UNTIL");
-            for ban in &bans {
-                println!("{:<28} {:<20} {}", ban.node, until(ban), ban.why);
-            }
-        }
-    }
-    Ok(exit::OK)
-}
-
-/// Asks for a checkpoint.
-pub fn checkpoint(args: RunArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        client.request_checkpoint(&args.run).await?;
-        println!("run {} will checkpoint at its next boundary", args.run);
-        Ok(exit::OK)
-    })
-}
-
-/// Takes a worker out.
-pub fn drain(args: DrainArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        client.drain_worker(&args.worker, "drained by an operator").await?;
-        println!("worker {} leaves at the next boundary", args.worker);
-        Ok(exit::OK)
-    })
-}
-
-/// Lets a worker back in that was kept out because it did harm.
-pub fn release(args: ReleaseArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        client.release_worker(&args.worker).await?;
-        println!("worker {} may join again", args.worker);
-        Ok(exit::OK)
-    })
-}
-
-/// Gives members up that fell silent, so that others can begin without them.
-pub fn force(args: RunArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        client.force_run(&args.run).await?;
-        println!("run {}: silent members are given up", args.run);
-        Ok(exit::OK)
     })
 }

@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use clap::Args;
@@ -22,6 +23,8 @@ use serde::Deserialize;
 
 /// Where a coordinator is looked for that nothing names.
 const LOCAL: &str = "http://127.0.0.1:7070";
+/// How long a call may take where nobody says.
+const CALL: Duration = Duration::from_secs(10);
 /// How long an election may take for those who wait for its end.
 const ELECTION: Duration = Duration::from_secs(60);
 /// Longest file of settings that is read.
@@ -44,9 +47,9 @@ pub struct Connect {
     #[arg(skip = std::env::var("LACUNA_COORDINATOR").ok().filter(|url| !url.is_empty()))]
     address: Option<String>,
 
-    /// How long a call may take.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
-    pub timeout: Duration,
+    /// How long a call may take [default: 10s].
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    timeout: Option<Duration>,
 
     /// File with a token (`lacuna token new`).
     #[arg(long, env = "LACUNA_TOKEN_FILE", value_name = "FILE")]
@@ -57,6 +60,9 @@ pub struct Connect {
     #[arg(long, env = "LACUNA_TLS_DIR", value_name = "FOLDER")]
     tls_dir: Option<PathBuf>,
 }
+
+/// What stands before the command: `lacuna -c URL runs` is `lacuna runs -c URL`.
+static BEFORE: OnceLock<Connect> = OnceLock::new();
 
 /// A coordinator, and how to prove who one is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -91,25 +97,55 @@ struct Settings {
 }
 
 impl Connect {
+    /// Has these settings hold where a command has none of its own, once.
+    pub fn stand_before(self) {
+        // It is set once, at the start.
+        let _ = BEFORE.set(self);
+    }
+
+    /// Returns these settings over those that stand before the command.
+    fn over(&self, before: Option<&Connect>) -> Connect {
+        let Some(before) = before else { return self.clone() };
+        let mut whole = self.clone();
+        // Whoever names one of the two here does not mean the other one there.
+        if whole.coordinator.is_none() && whole.context.is_none() {
+            whole.coordinator.clone_from(&before.coordinator);
+            whole.context.clone_from(&before.context);
+        }
+        whole.timeout = whole.timeout.or(before.timeout);
+        whole.token_file = whole.token_file.or_else(|| before.token_file.clone());
+        whole.tls_dir = whole.tls_dir.or_else(|| before.tls_dir.clone());
+        whole
+    }
+
     /// Connects.
     pub async fn client(&self) -> Result<Client, ClientError> {
         let target = self.target()?;
         let credentials =
             Credentials::read(target.token_file.as_deref(), target.tls_dir.as_deref())?;
-        Client::connect_as(target.url(), self.timeout, &credentials).await
+        Client::connect_as(target.url(), self.timeout(), &credentials).await
+    }
+
+    /// Returns how long a call may take.
+    pub fn timeout(&self) -> Duration {
+        self.over(BEFORE.get()).timeout.unwrap_or(CALL)
     }
 
     /// Returns how long who follows a run waits for its coordinator to come back: of several,
     /// another one has to be elected first.
     pub fn patience(&self) -> Duration {
         let several = self.target().is_ok_and(|target| target.url().contains(','));
-        if several { self.timeout.max(ELECTION) } else { self.timeout }
+        if several { self.timeout().max(ELECTION) } else { self.timeout() }
     }
 
     /// Finds out who is meant: `--coordinator`, then `--context`, then the environment's address,
     /// then the context that the settings name. Who names an address is not given the token of a
     /// context: that goes to its own coordinator only.
     pub fn target(&self) -> Result<Target, ClientError> {
+        self.over(BEFORE.get()).whole_target()
+    }
+
+    fn whole_target(&self) -> Result<Target, ClientError> {
         let by_hand = |coordinator: Option<String>| Target {
             coordinator,
             token_file: self.token_file.clone(),
@@ -213,7 +249,7 @@ mod tests {
             coordinator: coordinator.map(str::to_string),
             context: None,
             address: address.map(str::to_string),
-            timeout: Duration::from_secs(10),
+            timeout: None,
             token_file: Some("mine".into()),
             tls_dir: None,
         };
@@ -226,6 +262,25 @@ mod tests {
             assert_eq!((target.url(), target.tls_dir.as_ref()), (want, None));
             assert_eq!(target.token_file, Some("mine".into()));
         }
+    }
+
+    #[test]
+    fn what_stands_behind_the_command_counts_more() {
+        let of = |coordinator: Option<&str>, context: Option<&str>, timeout| Connect {
+            coordinator: coordinator.map(str::to_string),
+            context: context.map(str::to_string),
+            address: None,
+            timeout,
+            token_file: None,
+            tls_dir: None,
+        };
+        let (short, long) = (Some(Duration::from_secs(1)), Some(Duration::from_secs(9)));
+        let before = of(Some("http://a"), None, long);
+        let whole = of(None, None, None).over(Some(&before));
+        assert_eq!((whole.coordinator.as_deref(), whole.timeout), (Some("http://a"), long));
+        let whole = of(None, Some("lab"), short).over(Some(&before));
+        assert_eq!((whole.coordinator, whole.context.as_deref()), (None, Some("lab")));
+        assert_eq!(whole.timeout, short);
     }
 
     const TWO: &str = "context = \"lab\"\n[contexts.lab]\ncoordinator = \"https://gpu-01:7070\"\n\

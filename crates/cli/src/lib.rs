@@ -4,6 +4,7 @@
 //! [`lacuna_types::exit`]. Start reading at [`main`].
 #![forbid(unsafe_code)]
 
+mod act;
 mod ckpt;
 mod client;
 mod connect;
@@ -41,6 +42,8 @@ struct Args {
     /// Print the version.
     #[arg(long, short = 'V')]
     version: bool,
+    #[command(flatten, next_help_heading = "Coordinator")]
+    connect: connect::Connect,
     #[command(flatten)]
     voice: voice::Voice,
     #[command(subcommand)]
@@ -66,7 +69,7 @@ enum Command {
     /// Show one run.
     Status(client::StatusArgs),
     /// Follow a run; quitting does not stop it.
-    Watch(client::RunArgs),
+    Watch(client::WatchArgs),
     /// Wait until a run has ended.
     Wait(client::WaitArgs),
     /// Show what happened to a run.
@@ -75,27 +78,27 @@ enum Command {
     Logs(logs::LogsArgs),
     /// Stop a run at its next boundary, with a checkpoint; `lacuna resume` lets it go on.
     #[command(visible_alias = "pause")]
-    Stop(client::RunArgs),
+    Stop(act::StopArgs),
     /// End a run now, without a checkpoint; `lacuna resume` lets it go on from its newest one.
-    Cancel(client::CancelArgs),
+    Cancel(act::CancelArgs),
     /// Let a stopped, cancelled, paused or failed run go on.
-    Resume(look::ResumeArgs),
+    Resume(act::ResumeArgs),
     /// Change how many workers train a run, from its next boundary on.
-    Scale(look::ScaleArgs),
+    Scale(act::ScaleArgs),
     /// Compare two specifications, of files or of runs.
     Diff(look::DiffArgs),
     /// Checkpoint a run at its next boundary.
-    Checkpoint(client::RunArgs),
+    Checkpoint(act::CheckpointArgs),
     /// List workers: those of runs, and those that wait for one.
     Workers(client::WorkersArgs),
     /// Take a worker out at the next boundary.
-    Drain(client::DrainArgs),
+    Drain(act::WorkerArgs),
     /// Let a worker back in that was kept out because it did harm.
-    Release(client::ReleaseArgs),
+    Release(act::WorkerArgs),
     /// Keep a machine out of every run for some time.
-    Ban(client::BanArgs),
+    Ban(act::BanArgs),
     /// Give silent members of a run up, so that others begin without them.
-    Force(client::RunArgs),
+    Force(act::ForceArgs),
     /// Show what a coordinator has written down of its runs, also while it runs.
     Journal(journal::JournalArgs),
     /// List, check and export checkpoints.
@@ -135,6 +138,7 @@ pub fn main() -> ExitCode {
     end_quietly_without_reader();
     let args = Args::try_parse().unwrap_or_else(|err| refuse(&err));
     args.voice.set();
+    args.connect.stand_before();
     if args.version {
         println!("{}", BuildId::this());
         return ExitCode::SUCCESS;
@@ -194,21 +198,21 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Watch(args) => client::watch(args),
         Command::Wait(args) => client::wait(args),
         Command::Events(args) => look::events(args),
-        Command::Cancel(args) => client::cancel(args),
+        Command::Cancel(args) => act::cancel(args),
         Command::Logs(args) => logs::logs(args),
-        Command::Ban(args) => client::ban(args),
-        Command::Resume(args) => look::resume(args),
-        Command::Scale(args) => look::scale(args),
+        Command::Ban(args) => act::ban(args),
+        Command::Resume(args) => act::resume(args),
+        Command::Scale(args) => act::scale(args),
         Command::Diff(args) => look::diff(args),
         Command::Doctor(args) => doctor::doctor(args),
         Command::Completions(args) => look::completions(args),
         Command::Man(args) => look::man(args),
-        Command::Stop(args) => client::stop(args),
-        Command::Checkpoint(args) => client::checkpoint(args),
+        Command::Stop(args) => act::stop(args),
+        Command::Checkpoint(args) => act::checkpoint(args),
         Command::Workers(args) => client::workers(args),
-        Command::Drain(args) => client::drain(args),
-        Command::Release(args) => client::release(args),
-        Command::Force(args) => client::force(args),
+        Command::Drain(args) => act::drain(args),
+        Command::Release(args) => act::release(args),
+        Command::Force(args) => act::force(args),
         Command::Journal(args) => journal::journal(args),
         Command::Ckpt(args) => ckpt::ckpt(args),
         Command::Token(args) => secrets::token(args),
@@ -244,11 +248,12 @@ fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
         | ClientError::Credentials(_) => exit::USAGE,
         ClientError::Unreachable { .. } | ClientError::NoLeader { .. } => exit::UNREACHABLE,
         ClientError::Refused(status) => match reason(status) {
-            Some(Reason::InvalidSpec | Reason::RunExists | Reason::Malformed) => exit::USAGE,
-            Some(Reason::VersionSkew) => exit::VERSION,
+            Some(Reason::InvalidSpec | Reason::RunExists) => exit::USAGE,
+            Some(Reason::Malformed | Reason::TooLarge) => exit::USAGE,
+            Some(Reason::VersionSkew | Reason::UnknownMethod) => exit::VERSION,
             Some(Reason::Unauthenticated | Reason::RoleMissing) => exit::UNAUTHORISED,
             Some(Reason::Storage | Reason::CheckpointCorrupt) => exit::IO,
-            Some(Reason::ShuttingDown | Reason::NotLeader) => exit::UNREACHABLE,
+            Some(Reason::ShuttingDown | Reason::NotLeader | Reason::Starting) => exit::UNREACHABLE,
             // Not the coordinator's words: what is between did not let the call through.
             None if is_of_transport(status.code()) => exit::UNREACHABLE,
             _ => exit::FAILED,

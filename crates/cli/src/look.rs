@@ -35,26 +35,6 @@ pub struct EventsArgs {
     connect: Connect,
 }
 
-/// `lacuna resume`.
-#[derive(Args, Debug)]
-pub struct ResumeArgs {
-    /// Name of the run.
-    run: String,
-    #[command(flatten)]
-    connect: Connect,
-}
-
-/// `lacuna scale`.
-#[derive(Args, Debug)]
-pub struct ScaleArgs {
-    /// Name of the run.
-    run: String,
-    /// Fewest and most workers, `2:8`, or one number for both.
-    workers: String,
-    #[command(flatten)]
-    connect: Connect,
-}
-
 /// `lacuna diff`.
 #[derive(Args, Debug)]
 pub struct DiffArgs {
@@ -114,7 +94,7 @@ pub(crate) fn is_final(err: &ClientError) -> bool {
     match err {
         ClientError::Unreachable { .. } | ClientError::NoLeader { .. } => false,
         ClientError::Refused(status) => match lacuna_api::error::reason(status) {
-            Some(Reason::NotLeader | Reason::ShuttingDown) | None => false,
+            Some(Reason::NotLeader | Reason::ShuttingDown | Reason::Starting) | None => false,
             Some(_) => true,
         },
         _ => true,
@@ -155,38 +135,6 @@ fn print_event(output: Output, seq: u64, event: &v1::RunEvent) {
             println!("{date} {h:02}:{m:02}:{s:02}Z {mark} {kind:<12} {text}");
         }
     }
-}
-
-/// Lets a stopped, paused or failed run go on with the spec that it has.
-pub fn resume(args: ResumeArgs) -> anyhow::Result<u8> {
-    runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        let run = client.get_run(&args.run).await?;
-        if run.exit_code.is_none() {
-            println!("run {} is {} already", run.run_id, run.state);
-            return Ok(exit::OK);
-        }
-        let v1::Run { spec, n_samples, fingerprint, .. } = run;
-        let request = v1::CreateRunRequest { spec, resume: true, n_samples, fingerprint };
-        let (run, _) = client.create_run(request).await?;
-        println!("run {} is {} at step {}", run.run_id, run.state, run.step);
-        Ok(exit::OK)
-    })
-}
-
-/// Changes how many workers train a run.
-pub fn scale(args: ScaleArgs) -> anyhow::Result<u8> {
-    let (min, max) = args.workers.split_once(':').unwrap_or((&args.workers, &args.workers));
-    let (Ok(min), Ok(max)) = (min.parse(), max.parse()) else {
-        let text = format!("`{}` is not MIN:MAX, like 2:8", args.workers);
-        return Err(Coded::error(exit::USAGE, text));
-    };
-    runtime()?.block_on(async {
-        let mut client = args.connect.client().await?;
-        let run = client.scale_run(&args.run, min, max).await?;
-        println!("run {} takes {min} to {max} workers from its next boundary on", run.run_id);
-        Ok(exit::OK)
-    })
 }
 
 /// Compares two specifications, with what each difference means.

@@ -60,5 +60,6 @@ pub fn request(spec: &mut RunSpec, resume: bool) -> anyhow::Result<v1::CreateRun
     spec.pin(n_samples, dataset.index().n_chunks());
     spec.resolve(n_samples).map_err(|err| Coded::error(exit::USAGE, err.to_string()))?;
     let fingerprint = dataset.fingerprint().to_string();
-    Ok(v1::CreateRunRequest { spec: spec.to_json().to_string(), resume, n_samples, fingerprint })
+    let (spec, request_id) = (spec.to_json().to_string(), lacuna_api::new_request_id());
+    Ok(v1::CreateRunRequest { spec, resume, n_samples, fingerprint, request_id })
 }

@@ -3,6 +3,9 @@
 use std::sync::OnceLock;
 
 use clap::Args;
+use lacuna_types::exit;
+
+use crate::Coded;
 
 /// How much is said on stderr. Errors always are.
 #[derive(Args, Clone, Copy, Debug, Default)]
@@ -13,6 +16,9 @@ pub struct Voice {
     /// Say more: what is going on inside; twice for all of it.
     #[arg(long, short, global = true, help_heading = "Talk", action = clap::ArgAction::Count)]
     verbose: u8,
+    /// Do not ask before what cannot be undone; elsewhere than on a terminal nothing is asked.
+    #[arg(long, short = 'y', global = true, help_heading = "Talk")]
+    yes: bool,
 }
 
 static VOICE: OnceLock<Voice> = OnceLock::new();
@@ -23,6 +29,30 @@ impl Voice {
         // It is set once, at the start.
         let _ = VOICE.set(self);
     }
+}
+
+/// Asks a person whether to go on, where one sits at a terminal and has not said `--yes`.
+///
+/// # Errors
+/// With the exit code of bad usage where the answer is anything but yes.
+pub fn confirm(question: &str) -> anyhow::Result<()> {
+    use std::io::{IsTerminal as _, Write as _};
+    let sits_there = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
+    if !sits_there || VOICE.get().is_some_and(|voice| voice.yes) {
+        return Ok(());
+    }
+    eprint!("{question} [y/N] ");
+    std::io::stderr().flush()?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    if means_yes(&answer) {
+        return Ok(());
+    }
+    Err(Coded::error(exit::USAGE, "nothing was done; `--yes` does not ask"))
+}
+
+fn means_yes(answer: &str) -> bool {
+    matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes")
 }
 
 /// Tells whether only results and errors are wanted.
@@ -54,3 +84,14 @@ macro_rules! talk {
     };
 }
 pub(crate) use talk;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_yes_is_yes() {
+        assert!(["y\n", "Yes", " YES "].into_iter().all(means_yes));
+        assert!(!["", "\n", "no", "yep", "ja"].into_iter().any(means_yes));
+    }
+}

@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use lacuna_api::client::Client;
+use lacuna_api::error::{Reason, reason};
 use lacuna_api::v1;
 use prost::Message as _;
 use tokio_stream::StreamExt as _;
@@ -154,6 +155,7 @@ async fn damaged_messages_are_refused() {
         resume: true,
         n_samples: 7,
         fingerprint: "blake3:00".to_string(),
+        request_id: "a".to_string(),
     };
     let hello = v1::Hello { worker_id: "a:cpu0".to_string(), ..Default::default() };
     let message = Some(v1::session_request::Message::Hello(hello));
@@ -188,6 +190,8 @@ async fn damaged_messages_are_refused() {
                     | Code::AlreadyExists
             );
             assert!(is_known, "{path}, message {i}: {code:?} {}", status.message());
+            let explained = reason(&status).is_some() || !path.starts_with("/lacuna.");
+            assert!(explained, "{path}, message {i}: {code:?} without a reason");
         }
     }
     assert!(refused > 200, "most are no message or name nobody: {refused}");
@@ -203,9 +207,69 @@ async fn large_messages_are_refused() {
     };
     let error = coordinator.client().await.create_run(request).await.unwrap_err();
     let lacuna_api::client::ClientError::Refused(status) = &error else { panic!("{error}") };
-    assert_eq!(status.code(), Code::OutOfRange, "{error}");
+    assert_eq!(status.code(), Code::ResourceExhausted, "{error}");
+    assert_eq!(reason(status), Some(Reason::TooLarge));
     assert!(error.to_string().contains("message length too large"), "{error}");
     coordinator.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn methods_that_nobody_has_are_refused_with_a_reason() {
+    let mut coordinator = Coordinator::start();
+    let endpoint = tonic::transport::Endpoint::from_shared(coordinator.url.clone()).unwrap();
+    let channel = endpoint.connect().await.unwrap();
+    for path in ["/lacuna.v1.RunService/Paint", "/lacuna.v9.PaintService/Paint"] {
+        let refusal = call(&channel, path, Vec::new()).await.unwrap_err();
+        assert_eq!(refusal.code(), Code::Unimplemented, "{path}");
+        assert_eq!(reason(&refusal), Some(Reason::UnknownMethod), "{path}");
+    }
+    coordinator.is_well().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_name_is_one_run_and_a_request_counts_once() {
+    let coordinator = Coordinator::start();
+    let folder = tempfile::tempdir().unwrap();
+    let spec = |seed: u32| {
+        let text = format!(
+            "schema = 1\nname = \"once\"\nbase = \"preset:demo\"\ndata.shards = \"/data\"\n\
+             data.order = \"global\"\ntrain.seed = {seed}\ncheckpoint.to = \"{}\"\n",
+            folder.path().display()
+        );
+        lacuna_spec::parse_text("spec", &text, &[]).unwrap().spec.to_json().to_string()
+    };
+    let wish = |seed, id: &str| v1::CreateRunRequest {
+        spec: spec(seed),
+        resume: true,
+        n_samples: 6000,
+        fingerprint: "blake3:00".to_string(),
+        request_id: id.to_string(),
+    };
+    // Eight at once: one of them is the first.
+    let mut all = tokio::task::JoinSet::new();
+    for n in 0..8 {
+        let (mut client, wish) = (coordinator.client().await, wish(0, &format!("wish-{n}")));
+        all.spawn(async move { client.create_run(wish).await.unwrap().1 });
+    }
+    let created = all.join_all().await;
+    assert_eq!(created.iter().filter(|created| **created).count(), 1, "{created:?}");
+
+    let mut client = coordinator.client().await;
+    let answers = |n: usize| wish(0, &format!("wish-{n}"));
+    let mut again = Vec::new();
+    for n in 0..8 {
+        again.push(client.create_run(answers(n)).await.unwrap().1);
+    }
+    assert_eq!(again.iter().filter(|created| **created).count(), 1);
+
+    // One that comes late does not undo what was asked for since; a new one does.
+    client.cancel_run("once", "enough").await.unwrap();
+    let (run, _) = client.create_run(answers(0)).await.unwrap();
+    assert_eq!(run.state, "cancelled");
+    let (run, _) = client.create_run(wish(0, "wish-new")).await.unwrap();
+    assert_ne!(run.state, "cancelled");
+    let refused = client.create_run(wish(1, "wish-0")).await.unwrap_err();
+    assert!(refused.to_string().contains("another request had"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

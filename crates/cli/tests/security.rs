@@ -10,12 +10,16 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use lacuna_types::exit;
 
+/// What a collector of metrics is shown.
+const OTLP_SECRET: &str = "otlp-secret-3141";
+
 /// How long anything here may take.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lacuna"));
     command.args(args).env_remove("LACUNA_TOKEN_FILE").env_remove("LACUNA_TLS_DIR");
+    command.env("OTEL_EXPORTER_OTLP_HEADERS", format!("authorization=Bearer {OTLP_SECRET}"));
     command
 }
 
@@ -247,6 +251,11 @@ fn certificates_let_in_whom_they_name() {
     assert!(said.contains("no certificate: give one with `--tls-dir`"), "{said}");
     let said = with("expired", &["runs"], exit::UNAUTHORISED);
     assert!(said.contains("expired/cert.pem` is valid from"), "{said}");
+    // Nor does the coordinator rely on what clients look at first.
+    let shown = |name: &str| bare_call(url, &tls.join(name));
+    shown("view").unwrap();
+    let refused = shown("expired").unwrap_err();
+    assert!(refused.contains("CertificateExpired") || refused.contains("closed"), "{refused}");
     // The other side's word may come, or its closing of the connection.
     let code = lacuna(&["runs", "-c", url, "--tls-dir", &dir("other")]).status.code();
     let codes = [exit::UNAUTHORISED, exit::UNREACHABLE].map(i32::from);
@@ -258,6 +267,26 @@ fn certificates_let_in_whom_they_name() {
     // Again with the same folder, the authority stays, and old and new get along.
     expect(exit::OK, &["tls", "init", text(&tls), "--host", "127.0.0.1"]);
     with("submit", &["runs"], exit::OK);
+}
+
+/// Asks for the runs, and shows the certificate in a folder whatever it is; returns the refusal with
+/// its causes.
+fn bare_call(url: &str, dir: &Path) -> Result<(), String> {
+    use lacuna_api::v1::ListRunsRequest;
+    use lacuna_api::v1::run_service_client::RunServiceClient;
+    use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+    let read = |name: &str| std::fs::read(dir.join(name)).unwrap();
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(read("ca.pem")))
+        .identity(Identity::from_pem(read("cert.pem"), read("key.pem")));
+    let endpoint = Endpoint::from_shared(url.to_string()).unwrap().timeout(DEADLINE);
+    let endpoint = endpoint.tls_config(tls).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let channel = endpoint.connect().await.map_err(|err| format!("{err:?}"))?;
+        let asked = RunServiceClient::new(channel).list_runs(ListRunsRequest::default()).await;
+        asked.map(drop).map_err(|refusal| format!("{refusal:?}"))
+    })
 }
 
 /// Makes a certificate of the role `view` that ran out yesterday.
@@ -285,7 +314,12 @@ fn no_secret_is_left_lying_about() {
     let folder = tempfile::tempdir().unwrap();
     let [view, submit] = ["view", "submit"].map(|role| token(folder.path(), role));
     let tokens = folder.path().join("tokens");
-    let coordinator = Coordinator::start(folder.path(), &["--token-file", text(&tokens)]);
+    let mut args = vec!["--token-file", text(&tokens)];
+    if cfg!(feature = "otlp") {
+        // Nobody collects there: each push fails, and is told.
+        args.extend(["--otlp", "http://127.0.0.1:1"]);
+    }
+    let coordinator = Coordinator::start(folder.path(), &args);
     let url = &coordinator.url;
     let wrong = folder.path().join("wrong");
     std::fs::write(&wrong, "lacuna_a_wrong_one").unwrap();
@@ -301,8 +335,8 @@ fn no_secret_is_left_lying_about() {
         seen.push((path.display().to_string(), std::fs::read(&path).unwrap()));
     }
     assert!(seen.len() > 4, "the state was looked at");
-    for token in [&view, &submit, &wrong] {
-        let secret = std::fs::read_to_string(token).unwrap().trim().to_string();
+    let given = [&view, &submit, &wrong].map(|token| std::fs::read_to_string(token).unwrap());
+    for secret in given.iter().map(|secret| secret.trim()).chain([OTLP_SECRET]) {
         for (what, bytes) in &seen {
             let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
             assert!(!found, "{secret} stands in {what}");

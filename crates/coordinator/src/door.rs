@@ -13,7 +13,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
-use lacuna_api::error::{Reason, status};
+use lacuna_api::error::{Reason, explained, status};
 use lacuna_api::tls;
 use tonic::transport::server::TlsConnectInfo;
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
@@ -322,7 +322,7 @@ pub(crate) async fn check(
                 let peer = peer_of(guard);
                 tracing::info!(path, request_id = ?id, %role, name, ?peer, "asked");
             }
-            next.run(request).await
+            with_reason(next.run(request).await)
         }
         Err(refusal) => {
             let shown: String = path.chars().take(SHOWN_MAX).collect();
@@ -333,6 +333,16 @@ pub(crate) async fn check(
     };
     tracing::debug!(path, request_id = ?id, status = response.status().as_u16(), "answered");
     response.headers_mut().insert(REQUEST_ID, id);
+    response
+}
+
+/// Gives a refusal in gRPC a reason that came about before a service saw the call.
+fn with_reason(mut response: Response) -> Response {
+    let refusal = tonic::Status::from_header_map(response.headers());
+    if let Some(status) = refusal.as_ref().and_then(explained) {
+        // Fails only for text that is no header, and tonic encodes it.
+        let _ = status.add_header(response.headers_mut());
+    }
     response
 }
 

@@ -12,35 +12,22 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::Request;
-use axum::http::{StatusCode, header};
-use axum::middleware::from_fn_with_state;
-use axum::response::{IntoResponse as _, Response};
-use lacuna_api::error::not_leader;
 use lacuna_api::tls::{Credentials, TlsError};
-use lacuna_api::v1::admin_service_server::AdminServiceServer;
-use lacuna_api::v1::checkpoint_service_server::CheckpointServiceServer;
-use lacuna_api::v1::run_service_server::RunServiceServer;
-use lacuna_api::v1::worker_service_server::WorkerServiceServer;
-use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
-use tonic::service::Routes;
 use tracing::{info, warn};
 
 use crate::door::{self, Door};
 use crate::etcd::{Election, Etcd, EtcdError, Leadership, OwnThread};
-use crate::grpc::Grpc;
 use crate::registry::{FILES_FOLDER, STATE_FILE};
-use crate::service::{self, Options, Service, StartError};
+use crate::service::{Options, Service, StartError};
 use crate::store::{EtcdStore, StoreError};
+use crate::waiting::{self, Standing, Waiting};
 
 /// How often one that does not lead looks whether it may.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Shortest lease: elections inside etcd take about a second.
 const LEASE_MIN: Duration = Duration::from_secs(2);
-/// How long followers' calls may take to end.
-const ENDING: Duration = Duration::from_secs(2);
 
 /// An ensemble of coordinators, and this one's place in it.
 #[derive(Clone, Debug)]
@@ -134,23 +121,16 @@ pub async fn serve(
     news(Part::Follows(url.clone()));
     let mut shutdown = std::pin::pin!(shutdown);
 
-    let (leader, known) = watch::channel(String::new());
-    let (stop, stopped) = oneshot::channel::<()>();
-    let incoming = again(&listener).map_err(bind)?;
-    let following = tokio::spawn(follow(incoming, door.clone(), known, async {
-        // Dropped or sent: it is over.
-        let _ = stopped.await;
-    }));
+    let (leader, known) = watch::channel(Standing::Follows(String::new()));
+    let waiting = Waiting::start(waiting::same(&listener).map_err(bind)?, door, known);
     let key = format!("{}/leader", ensemble.prefix.trim_end_matches('/'));
     let won = tokio::select! {
         lead = win(&etcd, &key, &url, ensemble.lease, &leader) => Some(lead),
         () = &mut shutdown => None,
     };
-    drop(stop);
-    // What is still open there is cut.
-    let _ = tokio::time::timeout(ENDING, following).await;
     let Some(lead) = won else { return Ok(()) };
 
+    leader.send_replace(Standing::Starting);
     info!(url, etcd = ?ensemble.endpoints, "elected: this coordinator leads");
     // On a thread of its own, until dropped: whatever holds the service up, the lease is renewed.
     let keeper = OwnThread::start("lease")?;
@@ -161,6 +141,7 @@ pub async fn serve(
         () = &mut shutdown => None,
         _ = &mut gone => Some(Err(StartError::LostLead)),
     };
+    waiting.end().await;
     let ended = match opened {
         Some(Ok(service)) => {
             news(Part::Leads(url));
@@ -193,18 +174,13 @@ fn tls_of(ensemble: &Ensemble) -> Result<Option<tonic::transport::ClientTlsConfi
     Ok(credentials.and_then(|credentials| credentials.tls_config()))
 }
 
-/// Returns the same socket for another server.
-fn again(listener: &StdListener) -> std::io::Result<TcpListener> {
-    TcpListener::from_std(listener.try_clone()?)
-}
-
 /// Tries to become leader until it is one; tells followers who leads meanwhile.
 async fn win(
     etcd: &Etcd,
     key: &str,
     url: &str,
     lease: Duration,
-    leader: &watch::Sender<String>,
+    leader: &watch::Sender<Standing>,
 ) -> Leadership {
     let mut failing = false;
     loop {
@@ -212,7 +188,8 @@ async fn win(
             Ok(Election::Won(lead)) => return lead,
             Ok(Election::Lost(who)) => {
                 failing = false;
-                if leader.send_if_modified(|known| std::mem::replace(known, who.clone()) != who) {
+                let now = Standing::Follows(who.clone());
+                if leader.send_if_modified(|known| std::mem::replace(known, now.clone()) != now) {
                     info!(leader = who, "this coordinator follows");
                 }
             }
@@ -221,7 +198,7 @@ async fn win(
                     warn!(%error, "no election; trying on");
                 }
                 failing = true;
-                leader.send_replace(String::new());
+                leader.send_replace(Standing::Follows(String::new()));
             }
         }
         tokio::time::sleep(LOOK_EVERY).await;
@@ -267,48 +244,13 @@ async fn open(
     let addr = listener.local_addr();
     let bind = |source| StartError::Bind { addr: SocketAddr::from(([0, 0, 0, 0], 0)), source };
     let addr = addr.map_err(bind)?;
-    let listener = again(listener).map_err(|source| StartError::Bind { addr, source })?;
+    let listener = waiting::same(listener).map_err(|source| StartError::Bind { addr, source })?;
     let (etcd, prefix, lead) = (etcd.clone(), ensemble.prefix.clone(), lead.clone());
     Service::open_on(listener, options, move |folder| {
         let store = EtcdStore::open(&folder.join(STATE_FILE), etcd, &prefix, lead)?;
         Ok(Box::new(store))
     })
     .await
-}
-
-/// Answers on a coordinator's port while another one leads.
-async fn follow(
-    listener: TcpListener,
-    door: Arc<Door>,
-    leader: watch::Receiver<String>,
-    stop: impl Future<Output = ()>,
-) -> Result<(), StartError> {
-    let (health, health_service) = tonic_health::server::health_reporter();
-    // The process is well (the empty name); its services are somebody else's.
-    health.set_not_serving::<WorkerServiceServer<Grpc>>().await;
-    health.set_not_serving::<RunServiceServer<Grpc>>().await;
-    health.set_not_serving::<AdminServiceServer<Grpc>>().await;
-    health.set_not_serving::<CheckpointServiceServer<Grpc>>().await;
-    let others = move |request: Request| async move { answer(&leader.borrow(), &request) };
-    let all = Routes::new(health_service).into_axum_router().fallback(others);
-    let routes = Routes::from(all.layer(from_fn_with_state(door.clone(), door::check)));
-    service::serve_until(listener, &door, routes, stop).await
-}
-
-/// Says who leads, in the caller's protocol.
-fn answer(leader: &str, request: &Request) -> Response {
-    let kind = request.headers().get(header::CONTENT_TYPE);
-    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
-        return not_leader(leader).into_http();
-    }
-    let who = if leader.is_empty() { "nobody leads yet" } else { leader };
-    match request.uri().path() {
-        "/healthz" => "ok\n".into_response(),
-        _ => {
-            let text = format!("this coordinator does not lead; the leader: {who}\n");
-            (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
-        }
-    }
 }
 
 impl From<EtcdError> for StartError {

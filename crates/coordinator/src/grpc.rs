@@ -2,10 +2,12 @@
 
 mod admin;
 mod checkpoints;
+pub(crate) mod create;
 mod encoder;
 mod facts;
 pub(crate) mod logs;
 pub(crate) mod messages;
+pub(crate) mod once;
 pub(crate) mod pictures;
 mod scale;
 mod session;
@@ -20,9 +22,7 @@ use lacuna_api::error::{Reason, status};
 use lacuna_api::v1::run_service_server::RunService;
 use lacuna_api::v1::worker_service_server::WorkerService;
 use lacuna_api::{v1, wire};
-use lacuna_control::coordinator::{Ending, Event, Hello};
-use lacuna_control::journal::{Record, Saved};
-use lacuna_spec::RunSpec;
+use lacuna_control::coordinator::{Event, Hello};
 use lacuna_types::{BuildId, Incarnation, RunId, WorkerId};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::Stream;
@@ -33,10 +33,9 @@ use tracing::{debug, info, warn};
 use self::messages::run_message;
 use self::session::Session;
 use self::watch::watch_loop;
-use crate::catalogue::Catalogue;
 use crate::registry::Shared;
 use crate::run::{Input, SESSION_QUEUE, WATCH_QUEUE};
-use crate::store::{SqliteStore, StoreError, StoredRun};
+use crate::store::{SqliteStore, StoreError};
 
 /// Longest piece of a process's last line that goes into an event.
 const LAST_WORDS_MAX: usize = 200;
@@ -219,34 +218,11 @@ impl RunService for Grpc {
         &self,
         request: Request<v1::CreateRunRequest>,
     ) -> Result<Response<v1::CreateRunResponse>, Status> {
-        let v1::CreateRunRequest { spec, resume, n_samples, fingerprint } = request.into_inner();
-        let invalid = |text: String| status(Reason::InvalidSpec, text);
-        let mut spec = specs::read(&spec)?;
-        let known = self.0.runs().get(&spec.run_id()).map(|handle| handle.spec.clone());
-        encoder::pin(&mut spec, known.as_ref()).await?;
-        let (n_samples, fingerprint) = if n_samples == 0 && fingerprint.is_empty() {
-            let found = facts::look(&mut spec, &self.0.looking).await?;
-            (found.n_samples, found.fingerprint)
-        } else {
-            (n_samples, fingerprint)
-        };
-        if spec.data.order == lacuna_spec::Order::Auto {
-            let text = "`data.order` must be pinned by the client that knows the data";
-            return Err(invalid(text.to_string()));
-        }
-        crate::run::run_config(&spec, n_samples).map_err(invalid)?;
-        let id = spec.run_id();
-        let created = match self.existing(&id, &spec, n_samples, &fingerprint)? {
-            Some(input) => {
-                if resume {
-                    self.resume(&id, input, spec).await?;
-                }
-                false
-            }
-            None => {
-                self.create(&id, spec, n_samples, fingerprint).await?;
-                true
-            }
+        let request = request.into_inner();
+        let mut turn = self.0.once.turn(&request).await?;
+        let (id, created) = match turn.answer() {
+            Some(answer) => answer,
+            None => turn.keep(self.create_or_resume(request).await?),
         };
         let run = Some(self.run_message(&id)?);
         Ok(Response::new(v1::CreateRunResponse { run, created }))
@@ -432,129 +408,6 @@ fn going_down() -> Status {
 impl Grpc {
     async fn tell(&self, id: &RunId, event: Event) -> Result<bool, Status> {
         ask(self.0.input_of(id).ok_or_else(|| not_found(id))?, event).await
-    }
-
-    /// Returns the queue of the run of this name, if there is one and `spec` means the same run.
-    fn existing(
-        &self,
-        id: &RunId,
-        spec: &RunSpec,
-        n_samples: u64,
-        fingerprint: &str,
-    ) -> Result<Option<mpsc::Sender<Input>>, Status> {
-        let Some(input) = self.0.input_of(id) else { return Ok(None) };
-        let mut differences = self.0.differences(id, spec);
-        if let Some(handle) = self.0.runs().get(id)
-            && (handle.n_samples != n_samples || handle.fingerprint != fingerprint)
-        {
-            differences.push(format!(
-                "data: {} samples ({}) -> {n_samples} samples ({fingerprint}) [maths]",
-                handle.n_samples, handle.fingerprint
-            ));
-        }
-        if let Some(handle) = self.0.runs().get(id)
-            && handle.spec.checkpoint.to != spec.checkpoint.to
-        {
-            let (old, new) = (&handle.spec.checkpoint.to, &spec.checkpoint.to);
-            differences.push(format!("checkpoint.to: {old} -> {new} [fixed while the run exists]"));
-        }
-        if differences.is_empty() {
-            return Ok(Some(input));
-        }
-        let text = format!(
-            "run `{id}` exists and differs:\n  {}\n\
-             give the changed run another name",
-            differences.join("\n  ")
-        );
-        Err(status(Reason::RunExists, text))
-    }
-
-    async fn resume(
-        &self,
-        id: &RunId,
-        input: mpsc::Sender<Input>,
-        spec: RunSpec,
-    ) -> Result<(), Status> {
-        let view = match self.0.runs().get_mut(id) {
-            // A run that is on keeps its spec: what may change of it has calls of its own.
-            Some(handle) if handle.ends.view.borrow().ending.is_none() => handle.ends.view.clone(),
-            Some(handle) => {
-                if handle.spec.track.tensorboard != spec.track.tensorboard {
-                    self.0.follow(id, &spec, &handle.ends);
-                }
-                handle.spec = spec.clone();
-                handle.spec_json = spec.to_json().to_string();
-                handle.ends.view.clone()
-            }
-            None => return Err(not_found(id)),
-        };
-        let ending = view.borrow().ending.clone();
-        match ending {
-            Some(Ending::Finished { .. }) => Ok(()),
-            _ => {
-                input.send(Input::Resume(Box::new(spec))).await.map_err(|_| going_down())?;
-                let mut view = view;
-                let awake = view.wait_for(|view| view.ending.is_none());
-                match tokio::time::timeout(HELLO_DEADLINE, awake).await {
-                    Ok(Ok(_)) => Ok(()),
-                    _ => Err(status(Reason::TimedOut, "the run did not wake up in time")),
-                }
-            }
-        }
-    }
-
-    async fn create(
-        &self,
-        id: &RunId,
-        spec: RunSpec,
-        n_samples: u64,
-        fingerprint: String,
-    ) -> Result<(), Status> {
-        let (wanted, print, epoch) = (spec.clone(), fingerprint.clone(), self.0.epoch);
-        let open = move || Catalogue::open(wanted, n_samples, print, epoch);
-        let (catalogue, found) = tokio::task::spawn_blocking(open)
-            .await
-            .map_err(|err| status(Reason::Internal, err.to_string()))?
-            .map_err(|err| {
-                let to = &spec.checkpoint.to;
-                status(Reason::Storage, format!("checkpoints at `{to}` cannot be used: {err}"))
-            })?;
-        for damaged in &found.damaged {
-            warn!(run_id = %id, "{damaged}");
-        }
-        if spec.checkpoint.resume == lacuna_spec::Resume::Never && found.newest.is_some() {
-            let text = format!(
-                "run `{id}` has checkpoints at `{}` and `checkpoint.resume` is \"never\"",
-                spec.checkpoint.to
-            );
-            return Err(status(Reason::RunExists, text));
-        }
-        // A run that was left alone at the start has a journal: its numbers are not used again.
-        let internal = |err: StoreError| status(Reason::Internal, err.to_string());
-        let journal = self.0.store().journal(id).map_err(internal)?;
-        let mut saved = Saved::replay(journal.iter().map(|line| &line.record));
-        let mut news = found.news(&saved);
-        if saved.ending.is_some() {
-            news.push(Record::Resumed);
-        }
-        news.iter().for_each(|record| saved.apply(record));
-        let stored = StoredRun {
-            run_id: id.clone(),
-            spec: spec.to_json().to_string(),
-            n_samples,
-            fingerprint,
-            saved,
-        };
-        let written = {
-            let mut store = self.0.store();
-            store.put_run(&stored).and_then(|()| store.record(id, &news))
-        };
-        if let Err(err) = written {
-            let text = err.to_string();
-            self.0.fail(err);
-            return Err(status(Reason::Internal, text));
-        }
-        self.0.start_run(stored, spec, catalogue).map_err(|err| status(Reason::InvalidSpec, err))
     }
 
     /// Refuses what only a run that is on can do.

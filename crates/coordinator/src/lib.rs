@@ -25,6 +25,7 @@ pub mod service;
 pub mod store;
 mod times;
 mod track;
+mod waiting;
 
 pub use door::Security;
 #[cfg(feature = "otlp")]

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use lacuna_api::error::{Reason, status};
+use lacuna_api::error::{Reason, not_leader, status};
 use lacuna_api::v1;
 use lacuna_spec::{Mark, RunSpec, Workers};
 use lacuna_track::Figures;
@@ -18,8 +18,11 @@ use tracing::warn;
 
 use crate::bans::Bans;
 use crate::catalogue::Catalogue;
+use crate::etcd::EtcdError;
+use crate::grpc::create::Naming;
 use crate::grpc::logs::Logs;
 use crate::grpc::node_of;
+use crate::grpc::once::Once;
 use crate::run::{Input, RunEnds, RunTask, SessionSender};
 use crate::scribe::Scribe;
 use crate::service::Options;
@@ -97,6 +100,12 @@ pub(crate) struct Shared {
     pub logs: Arc<Logs>,
     /// Machines that are kept out.
     pub bans: Bans,
+    /// Requests that may come again.
+    pub once: Once,
+    /// Names of runs that are being created.
+    pub naming: Naming,
+    /// Runs that have a place in the order of creation.
+    orders: AtomicUsize,
     started: Instant,
 }
 
@@ -148,6 +157,9 @@ impl Shared {
             log_readers: Arc::new(Semaphore::new(LOG_READERS_MAX)),
             logs: Arc::default(),
             bans,
+            once: Once::default(),
+            naming: Naming::default(),
+            orders: AtomicUsize::new(0),
             started: Instant::now(),
         };
         Ok((Arc::new(shared), failures))
@@ -185,10 +197,16 @@ impl Shared {
         self.store().newest_figures(run)
     }
 
-    /// Stops the service: without its store it must not say anything more.
-    pub(crate) fn fail(&self, error: StoreError) {
+    /// Stops the service: without its store it must not say anything more. Returns what a caller
+    /// is told.
+    pub(crate) fn fail(&self, error: StoreError) -> Status {
+        let told = match &error {
+            StoreError::Etcd(EtcdError::NotLeader) => not_leader(""),
+            error => status(Reason::Internal, lacuna_checkpoint::chain(error)),
+        };
         // A second failure has nothing to add.
         let _ = self.fatal.try_send(error);
+        told
     }
 
     pub(crate) fn runs_changed(&self) {
@@ -203,12 +221,18 @@ impl Shared {
         self.sessions.fetch_add(1, Ordering::Relaxed) + 1
     }
 
+    /// Returns the next place in the order of creation.
+    pub(crate) fn next_order(&self) -> usize {
+        self.orders.fetch_add(1, Ordering::Relaxed)
+    }
+
     /// Puts a run's task to work.
     pub(crate) fn start_run(
         self: &Arc<Self>,
         stored: StoredRun,
         spec: RunSpec,
         catalogue: Catalogue,
+        order: usize,
     ) -> Result<(), String> {
         let (n_samples, fingerprint) = (stored.n_samples, stored.fingerprint.clone());
         let spec_json = spec.to_json().to_string();
@@ -217,12 +241,9 @@ impl Shared {
         self.tasks.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(task.run(inputs));
         self.follow(&id, &spec, &ends);
-        let mut runs = self.runs();
-        let order = runs.len();
         let handle =
             RunHandle { ends, spec, spec_json, n_samples, fingerprint, order, attached: 0 };
-        runs.insert(id, handle);
-        drop(runs);
+        self.runs().insert(id, handle);
         self.runs_changed();
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::fs::{File, TryLockError};
 use std::future::Future;
 use std::io::{Read as _, Seek as _, Write as _};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener as StdListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,9 +17,8 @@ use lacuna_api::v1::worker_service_server::WorkerServiceServer;
 use lacuna_control::timing::Timing;
 use lacuna_spec::RunSpec;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
-#[cfg(feature = "otlp")]
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
 use tokio_stream::Stream;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -32,9 +31,16 @@ use crate::grpc::Grpc;
 use crate::http;
 use crate::registry::{STATE_FILE, Shared};
 use crate::store::{SqliteStore, Store, StoreError, StoredRun};
+use crate::waiting::{self, Standing, Waiting};
 
 /// How long a call may take whose caller sets no deadline; a stream has answered by then.
 const CALL_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Runs that are opened at a time when a coordinator starts, and how long one may take.
+const OPENING_MAX: usize = 16;
+const OPENING: Duration = Duration::from_secs(120);
+/// How long callers are left without an answer while a coordinator starts.
+const SOON: Duration = Duration::from_secs(2);
 
 /// How often an idle connection is asked whether it lives, and how long it may take to answer.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(20));
@@ -127,13 +133,25 @@ impl Service {
     /// An address that nothing protects, a port or a state folder in use, unreadable files.
     pub async fn open(addr: SocketAddr, options: Options) -> Result<Self, StartError> {
         // Before the address is taken: nothing listens that must not.
-        Door::new(addr, &options.security)?;
-        let listener =
-            TcpListener::bind(addr).await.map_err(|source| StartError::Bind { addr, source })?;
+        let door = Arc::new(Door::new(addr, &options.security)?);
+        let bind = |source| StartError::Bind { addr, source };
+        let listener = StdListener::bind(addr).map_err(bind)?;
+        listener.set_nonblocking(true).map_err(bind)?;
+        let meanwhile = waiting::same(&listener).map_err(bind)?;
         let open_store = |folder: &Path| -> Result<Box<dyn Store>, StoreError> {
             Ok(Box::new(SqliteStore::open(&folder.join(STATE_FILE))?))
         };
-        Service::open_on(listener, options, open_store).await
+        let listener = TcpListener::from_std(listener).map_err(bind)?;
+        let mut opening = std::pin::pin!(Service::open_on(listener, options, open_store));
+        // Most are soon open, and who asks meanwhile need not ask again.
+        if let Ok(opened) = tokio::time::timeout(SOON, &mut opening).await {
+            return opened;
+        }
+        let (_standing, known) = watch::channel(Standing::Starting);
+        let waiting = Waiting::start(meanwhile, door, known);
+        let opened = opening.await;
+        waiting.end().await;
+        opened
     }
 
     /// The same for an address that is taken already, and a store that `open_store` opens, in the
@@ -164,9 +182,7 @@ impl Service {
             opened.map_err(|err| state(std::io::Error::other(err.to_string())))??;
         info!(%addr, %epoch, runs = stored.len(), "coordinator started");
         let (shared, failures) = Shared::new(options, store, epoch).map_err(state)?;
-        for (run, spec) in stored {
-            open_run(&shared, run, spec);
-        }
+        open_runs(&shared, stored).await;
         if door.is_locked() && !door.is_encrypted() && !addr.ip().is_loopback() {
             warn!("tokens travel in the clear: give a certificate with `--tls-dir`");
         }
@@ -344,15 +360,37 @@ fn parse_runs(runs: Vec<StoredRun>) -> Result<Vec<(StoredRun, RunSpec)>, StoreEr
     runs.into_iter().map(parse).collect()
 }
 
+/// Puts remembered runs to work, some at a time: a place that is slow keeps only its own run.
+async fn open_runs(shared: &Arc<Shared>, stored: Vec<(StoredRun, RunSpec)>) {
+    let turns = Arc::new(Semaphore::new(OPENING_MAX));
+    let mut opening = JoinSet::new();
+    for (run, spec) in stored {
+        let (shared, turns, order) = (shared.clone(), turns.clone(), shared.next_order());
+        opening.spawn(async move {
+            // Never closed.
+            let _turn = turns.acquire_owned().await;
+            open_run(&shared, run, spec, order).await;
+        });
+    }
+    // A panic in one was printed; its run is left alone, as others are that cannot be opened.
+    while opening.join_next().await.is_some() {}
+}
+
 /// Puts a remembered run to work; one whose checkpoints cannot be read fails by itself.
-fn open_run(shared: &Arc<Shared>, mut run: StoredRun, spec: RunSpec) {
+async fn open_run(shared: &Arc<Shared>, mut run: StoredRun, spec: RunSpec, order: usize) {
     let id = run.run_id.clone();
-    let fingerprint = run.fingerprint.clone();
-    let opened = Catalogue::open(spec.clone(), run.n_samples, fingerprint, shared.epoch);
+    let (wanted, n_samples, print) = (spec.clone(), run.n_samples, run.fingerprint.clone());
+    let epoch = shared.epoch;
+    let open = move || Catalogue::open(wanted, n_samples, print, epoch);
+    let opened = match tokio::time::timeout(OPENING, tokio::task::spawn_blocking(open)).await {
+        Ok(Ok(opened)) => opened.map_err(|err| err.to_string()),
+        Ok(Err(err)) => Err(err.to_string()),
+        Err(_) => Err(format!("`{}` did not answer for {OPENING:?}", spec.checkpoint.to)),
+    };
     let (catalogue, found) = match opened {
         Ok(opened) => opened,
-        Err(err) => {
-            warn!(run_id = %id, error = %err, "checkpoints cannot be used; the run is left alone");
+        Err(error) => {
+            warn!(run_id = %id, error, "checkpoints cannot be used; the run is left alone");
             return;
         }
     };
@@ -364,7 +402,7 @@ fn open_run(shared: &Arc<Shared>, mut run: StoredRun, spec: RunSpec) {
         return;
     }
     found.damaged.iter().for_each(|damaged| warn!(run_id = %id, "{damaged}"));
-    if let Err(err) = shared.start_run(run, spec, catalogue) {
+    if let Err(err) = shared.start_run(run, spec, catalogue, order) {
         warn!(run_id = %id, error = err, "run cannot be put to work");
     }
 }

@@ -9,7 +9,7 @@ use std::fmt;
 use lacuna_recipe::order::{OrderMode, default_mode};
 use lacuna_recipe::state::Layout;
 
-use crate::run_spec::{Order, ResolveError, Resolved, RunSpec};
+use crate::run_spec::{Order, ResolveError, Resolved, RunSpec, Workers};
 use crate::units::Length;
 use crate::units::{grouped, size};
 
@@ -68,8 +68,7 @@ pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
     let (n_params, n_tensors) = (layout.numel() as u64, layout.n_blocks());
     let n_exponents = spec.train.reduce.reduction().n_exponents(&layout) as u64;
     let n_slots = spec.n_slots();
-    let workers = spec.elastic.workers;
-    let workers: Vec<WorkerRow> = (workers.min..=workers.max).map(|n| row(n_slots, n)).collect();
+    let workers = worker_rows(n_slots, spec.elastic.workers);
     let data = n_samples.map(|n_samples| spec.resolve(n_samples));
     let resolved = data.as_ref().and_then(|data| data.as_ref().ok());
     let per_epoch = resolved.map(|resolved| resolved.geometry.steps_per_epoch());
@@ -86,6 +85,11 @@ pub fn plan(spec: &RunSpec, n_samples: Option<u64>) -> PlanReport {
         data,
         spec: spec.clone(),
     }
+}
+
+/// Returns how `n_slots` are shared out by each number of workers.
+pub fn worker_rows(n_slots: u32, workers: Workers) -> Vec<WorkerRow> {
+    (workers.min..=workers.max).map(|n| row(n_slots, n)).collect()
 }
 
 fn row(n_slots: u32, n_workers: u32) -> WorkerRow {

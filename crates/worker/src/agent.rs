@@ -17,7 +17,6 @@ use lacuna_api::tls::TlsError;
 use lacuna_api::v1;
 use lacuna_api::v1::worker_service_client::WorkerServiceClient;
 use lacuna_checkpoint::chain;
-use lacuna_cuda::Driver;
 use lacuna_types::{BuildId, exit};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
@@ -26,7 +25,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::{error, info, warn};
 use v1::agent_request::Message;
 
-use crate::args::{AgentArgs, CredentialArgs, DevicesError, OnDrain, parse_devices};
+use crate::args::{AgentArgs, CredentialArgs, OnDrain};
+use crate::devices::devices;
 use crate::engine::Backend;
 use crate::entry::CodedError;
 use crate::trainer::session::Signals;
@@ -79,19 +79,6 @@ pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
         .build()
         .context("start the agent's thread")?;
     Ok(runtime.block_on(Agent { args, node, devices, backend }.run()))
-}
-
-/// Lists the devices that the command line asks for.
-fn devices(args: &AgentArgs) -> Result<Vec<String>, CodedError> {
-    let cuda = args.transport.cuda_library.as_deref();
-    let n_cuda = || Driver::load(cuda).and_then(|driver| driver.n_devices());
-    parse_devices(&args.devices, n_cuda).map_err(|err| {
-        let code = match &err {
-            DevicesError::Bad(_) => exit::USAGE,
-            DevicesError::Cuda(_) => exit::UNFIT,
-        };
-        CodedError { code, message: err.to_string() }
-    })
 }
 
 fn host_name() -> String {

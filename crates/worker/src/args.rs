@@ -51,7 +51,8 @@ pub struct AgentArgs {
     pub coordinator: String,
 
     /// Devices to use, each by a trainer of its own: `cpu`, or `cpu:N` for N trainers on the CPU;
-    /// `cuda` for all GPUs that CUDA_VISIBLE_DEVICES leaves, or `cuda:0,2` for some of them.
+    /// `cuda` for all GPUs that CUDA_VISIBLE_DEVICES leaves, or `cuda:0,2` for some of them; `all`
+    /// for all GPUs where there are some, and the CPU elsewhere.
     #[arg(long, default_value = "cpu:1")]
     pub devices: String,
 
@@ -69,7 +70,7 @@ pub struct AgentArgs {
     pub advertise_addr: Option<SocketAddr>,
 
     /// Seconds without a coordinator after which to give up; by default a day.
-    #[arg(long, default_value_t = 86_400)]
+    #[arg(long, alias = "give-up", default_value_t = 86_400)]
     pub give_up_seconds: u64,
 
     /// Seconds from now at which this machine is taken away: trainers are asked to leave
@@ -258,69 +259,5 @@ impl TrainerArgs {
     /// Returns how long to try without a coordinator.
     pub fn give_up(&self) -> Duration {
         Duration::from_secs(self.give_up_seconds)
-    }
-}
-
-/// Most trainers of one agent: more than any node has devices.
-pub const DEVICES_MAX: usize = 64;
-
-/// Parses `--devices`; `n_cuda` counts the CUDA devices of this machine where that is asked for.
-pub fn parse_devices<E>(
-    text: &str,
-    n_cuda: impl FnOnce() -> Result<u32, E>,
-) -> Result<Vec<String>, DevicesError<E>> {
-    let bad = |what: &str| DevicesError::Bad(format!("`--devices {text}`: {what}"));
-    let (kind, numbers) = text.split_once(':').map_or((text, None), |(kind, n)| (kind, Some(n)));
-    let devices: Vec<u32> = match (kind, numbers) {
-        ("cpu", None) => vec![0],
-        ("cpu", Some(n)) => (0..n.parse().unwrap_or(0)).take(DEVICES_MAX + 1).collect(),
-        ("cuda", None) => (0..n_cuda().map_err(DevicesError::Cuda)?).collect(),
-        ("cuda", Some(list)) => {
-            let numbers: Result<Vec<u32>, _> = list.split(',').map(str::parse).collect();
-            numbers.map_err(|_| bad("after `cuda:` come numbers of devices, like 0,1"))?
-        }
-        _ => return Err(bad("expected `cpu`, `cpu:N`, `cuda` or `cuda:I,J`")),
-    };
-    if !(1..=DEVICES_MAX).contains(&devices.len()) {
-        return Err(bad(&format!("expected 1 to {DEVICES_MAX} devices")));
-    }
-    if let Some(twice) = devices.iter().enumerate().find(|(i, d)| devices[..*i].contains(d)) {
-        return Err(bad(&format!("device {} is named twice; one trainer uses one", twice.1)));
-    }
-    Ok(devices.into_iter().map(|number| format!("{kind}{number}")).collect())
-}
-
-/// Devices that cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum DevicesError<E> {
-    /// The text means nothing.
-    #[error("{0}")]
-    Bad(String),
-    /// The machine's devices cannot be counted.
-    #[error(transparent)]
-    Cuda(E),
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(text: &str) -> Result<Vec<String>, String> {
-        parse_devices(text, || Ok::<u32, String>(3)).map_err(|err| err.to_string())
-    }
-
-    #[test]
-    fn devices() {
-        assert_eq!(parse("cpu").unwrap(), ["cpu0"]);
-        assert_eq!(parse("cpu:2").unwrap(), ["cpu0", "cpu1"]);
-        assert_eq!(parse("cuda").unwrap(), ["cuda0", "cuda1", "cuda2"]);
-        assert_eq!(parse("cuda:5,1").unwrap(), ["cuda5", "cuda1"]);
-        for bad in ["", "gpu", "cpu:0", "cpu:65", "cpu:x", "cuda:", "cuda:x", "cuda:1,", "tpu:0"] {
-            assert!(parse(bad).unwrap_err().contains("--devices"), "{bad}");
-        }
-        let twice = "`--devices cuda:1,1`: device 1 is named twice; one trainer uses one";
-        assert_eq!(parse("cuda:1,1").unwrap_err(), twice);
-        let none = parse_devices("cuda", || Err("no NVIDIA driver"));
-        assert_eq!(none.unwrap_err().to_string(), "no NVIDIA driver");
     }
 }

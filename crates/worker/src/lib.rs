@@ -13,6 +13,7 @@ pub mod agent;
 pub mod args;
 pub mod conformance;
 pub mod cpu_state;
+mod devices;
 pub mod engine;
 pub mod entry;
 pub mod fake;

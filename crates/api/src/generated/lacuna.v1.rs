@@ -19,12 +19,18 @@ pub struct CreateRunRequest {
     /// Whether a stopped, paused or failed run of the same name and spec goes on.
     #[prost(bool, tag = "2")]
     pub resume: bool,
-    /// Samples of the data set, as the client found them.
+    /// Samples of the data set, as the client found them. A client that did not look leaves this and
+    /// the fingerprint out: then the coordinator opens the data, and pins `data.order`.
     #[prost(uint64, tag = "3")]
     pub n_samples: u64,
     /// Fingerprint of the data set, as the client found it.
     #[prost(string, tag = "4")]
     pub fingerprint: ::prost::alloc::string::String,
+    /// Any text of at most 64 printable characters, a new one for each wish: a request that comes again
+    /// with it is not carried out again, and is answered as it was. Empty: each one counts. Known for the newest
+    /// 1,000 requests of one start of the coordinator.
+    #[prost(string, tag = "5")]
+    pub request_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CreateRunResponse {
@@ -362,8 +368,7 @@ pub struct ValidateRunRequest {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ValidateRunResponse {
-    /// The whole specification in JSON, where nothing is wrong. CreateRun takes it once `data.order` is
-    /// "global" or "block", which depends on the data: only who reads it knows.
+    /// The whole specification in JSON, where nothing is wrong. CreateRun takes it as it is.
     #[prost(string, tag = "1")]
     pub effective: ::prost::alloc::string::String,
     /// What is wrong, by place.

@@ -137,7 +137,7 @@ impl AdminService for Grpc {
         let why = bounded(why);
         let ban = Bans::ban(&node, Duration::from_secs(seconds), why.clone());
         let written = self.0.store().put_ban(&ban);
-        written.map_err(|err| status(Reason::Internal, lacuna_checkpoint::chain(&err)))?;
+        written.map_err(|err| self.0.fail(err))?;
         self.0.bans.set(ban);
         // Those of the machine that wait for a run notice.
         self.0.runs_changed();

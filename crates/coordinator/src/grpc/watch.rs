@@ -34,7 +34,10 @@ pub(super) async fn watch_loop(grpc: Grpc, id: RunId, after: u64, out: WatchSend
         loop {
             let page = match grpc.0.store().updates(&id, seen, PAGE) {
                 Ok(page) => page,
-                Err(err) => return grpc.0.fail(err),
+                Err(err) => {
+                    grpc.0.fail(err);
+                    return;
+                }
             };
             if page.is_empty() {
                 break;

@@ -86,6 +86,7 @@ async fn carry_out(
                 resume: true,
                 n_samples: handle.n_samples,
                 fingerprint: handle.fingerprint.clone(),
+                request_id: String::new(),
             }
         };
         grpc.create_run(Request::new(request)).await?;

@@ -250,6 +250,7 @@ fn request(fixture: &Fixture, shape: Shape) -> anyhow::Result<v1::CreateRunReque
         resume: true,
         n_samples: request["n_samples"].as_u64().context("a number of samples")?,
         fingerprint: request["fingerprint"].as_str().context("a fingerprint")?.to_string(),
+        request_id: String::new(),
     })
 }
 
