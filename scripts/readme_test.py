@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 import unittest
+import urllib.request
 import zlib
 
 from common import say
@@ -135,6 +136,14 @@ def png(side, seed):
             + chunk(b"IEND", b""))
 
 
+def peers():
+    """Lists the folders of programs that `make peers` fetched."""
+    places = [ROOT / "third_party" / "peers" / "bin"]
+    if os.environ.get("LACUNA_PEERS_PYTHON"):
+        places.insert(0, pathlib.Path(os.environ["LACUNA_PEERS_PYTHON"]).parent)
+    return [str(place) for place in places if place.is_dir()]
+
+
 class Readme(unittest.TestCase):
     """The README, from its first command to its last."""
 
@@ -155,7 +164,7 @@ class Readme(unittest.TestCase):
             one.bind(("127.0.0.1", 0))
             self.port = one.getsockname()[1]
         self.env = dict(os.environ, HOME=str(self.home), OMP_NUM_THREADS="1",
-                        PATH=f"{self.bin}:{os.environ['PATH']}",
+                        PATH=os.pathsep.join([str(self.bin), os.environ["PATH"], *peers()]),
                         LACUNA_COORDINATOR=f"http://127.0.0.1:{self.port}")
         for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "RUST_LOG"):
             self.env.pop(name, None)
@@ -250,12 +259,30 @@ class Readme(unittest.TestCase):
                       'elastic.workers = "1:2"\ncheckpoint.to = "runs"\n'
                       'track.reconstructions = { every = "100step", images = 2 }\n')
 
+    def has(self, program):
+        """Tells whether a program is there."""
+        return shutil.which(program, path=self.env["PATH"]) is not None
+
+    def look_at_board(self, command):
+        """Starts TensorBoard on the files of the run that was just submitted, and finds it there."""
+        self.assertTrue((self.home / "tb" / "shown").is_dir(), "its files are there at once")
+        process = self.start(f"{command} --port 0", r"http://\S+")
+        log = (self.home / f"{len(self.running) - 1}.log").read_text()
+        port = re.search(r"http://[^:/]+:(\d+)", log).group(1)
+        end, found = time.monotonic() + SECONDS_MAX, ""
+        while "shown" not in found and time.monotonic() < end:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=60) as answer:
+                found = answer.read().decode()
+            time.sleep(0.2)
+        self.assertIn("shown", found)
+        os.killpg(process.pid, signal.SIGKILL)
+
     def perform(self, command):
         """Runs a command of the README."""
         own = f"127.0.0.1:{self.port}"
         command = command.replace("127.0.0.1:7070", own)
         program = command.split()[0]
-        if program in OPTIONAL and shutil.which(program) is None:
+        if program in OPTIONAL and not self.has(program):
             return say("readme", f"not run: `{command}` ({program} is not here)")
         if command == "lacuna coordinator":
             self.start(f"lacuna coordinator --listen {own}", "listening on")
@@ -281,8 +308,11 @@ class Readme(unittest.TestCase):
             # Quitting it stops nothing.
             self.start(command, r"step|formed").send_signal(signal.SIGINT)
         elif command.startswith("lacuna submit run.toml --set track.tensorboard"):
-            self.run_one(command.split(" && ")[0] + " --set name=shown")
-            if shutil.which("tensorboard") is None:
+            submit, board = command.split(" && ")
+            self.run_one(submit + " --set name=shown")
+            if self.has("tensorboard"):
+                self.look_at_board(board)
+            else:
                 say("readme", "not run: `tensorboard --logdir tb` (tensorboard is not here)")
         elif command.startswith("curl"):
             self.assertIn("lacuna_run_step", self.run_one(command))

@@ -41,11 +41,17 @@ struct Etcds {
     folder: PathBuf,
     ports: [(u16, u16); 3],
     servers: [Option<Process>; 3],
+    /// Folder of certificates, where clients speak TLS and show one.
+    tls: Option<PathBuf>,
 }
 
 impl Etcds {
     /// Starts them; `None`, with a line that says so, where there is no etcd.
     fn start(fixture: &Fixture) -> Option<Self> {
+        Etcds::start_with(fixture, None)
+    }
+
+    fn start_with(fixture: &Fixture, tls: Option<PathBuf>) -> Option<Self> {
         let Some(program) = etcd_program() else {
             println!("skipped: there is no etcd (make peers)");
             return None;
@@ -53,7 +59,7 @@ impl Etcds {
         let ports = [(); 3].map(|()| (free_port(), free_port()));
         let folder = fixture.path("etcd");
         std::fs::create_dir(&folder).unwrap();
-        let mut all = Etcds { program, folder, ports, servers: [None, None, None] };
+        let mut all = Etcds { program, folder, ports, servers: [None, None, None], tls };
         (0..3).for_each(|i| all.start_one(i));
         Some(all)
     }
@@ -61,7 +67,7 @@ impl Etcds {
     fn start_one(&mut self, i: usize) {
         let peer = |i: usize| format!("http://127.0.0.1:{}", self.ports[i].1);
         let members: Vec<String> = (0..3).map(|i| format!("e{i}={}", peer(i))).collect();
-        let client = format!("http://127.0.0.1:{}", self.ports[i].0);
+        let client = self.endpoint(i);
         let log = std::fs::File::create(self.folder.join(format!("e{i}.log"))).unwrap();
         let mut command = Command::new(&self.program);
         command
@@ -72,6 +78,14 @@ impl Etcds {
             .args(["--initial-cluster", &members.join(","), "--initial-cluster-state", "new"])
             .stdout(Stdio::null())
             .stderr(log);
+        if let Some(tls) = &self.tls {
+            let own = tls.join("server");
+            command
+                .arg("--client-cert-auth")
+                .args(["--trusted-ca-file".into(), own.join("ca.pem")])
+                .args(["--cert-file".into(), own.join("cert.pem")])
+                .args(["--key-file".into(), own.join("key.pem")]);
+        }
         self.servers[i] = Some(Process::start(&mut command));
     }
 
@@ -79,8 +93,13 @@ impl Etcds {
         self.servers[i] = None;
     }
 
+    fn endpoint(&self, i: usize) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{}", self.ports[i].0)
+    }
+
     fn endpoints(&self) -> String {
-        self.ports.map(|(port, _)| format!("http://127.0.0.1:{port}")).join(",")
+        [0, 1, 2].map(|i| self.endpoint(i)).join(",")
     }
 }
 
@@ -88,6 +107,7 @@ impl Etcds {
 struct Coordinators<'a> {
     fixture: &'a Fixture,
     etcd: String,
+    etcd_tls: Option<PathBuf>,
     ports: Vec<u16>,
     running: Vec<Option<Process>>,
 }
@@ -96,7 +116,9 @@ impl<'a> Coordinators<'a> {
     fn start(fixture: &'a Fixture, etcds: &Etcds, n: usize) -> Self {
         let ports = (0..n).map(|_| free_port()).collect();
         let running = (0..n).map(|_| None).collect();
-        let mut all = Coordinators { fixture, etcd: etcds.endpoints(), ports, running };
+        let etcd_tls = etcds.tls.as_ref().map(|tls| tls.join("admin"));
+        let etcd = etcds.endpoints();
+        let mut all = Coordinators { fixture, etcd, etcd_tls, ports, running };
         (0..n).for_each(|i| all.start_one(i));
         all
     }
@@ -113,6 +135,9 @@ impl<'a> Coordinators<'a> {
             .arg(state)
             .stdout(Stdio::piped())
             .stderr(log);
+        if let Some(tls) = &self.etcd_tls {
+            command.arg("--etcd-tls-dir").arg(tls);
+        }
         let mut process = Process::start(&mut command);
         let mut line = String::new();
         BufReader::new(process.take_stdout().unwrap()).read_line(&mut line).unwrap();
@@ -264,6 +289,49 @@ fn a_leader_that_slept_is_replaced_and_writes_nothing() {
     assert_eq!(code, Some(i32::from(exit::DRAINED)), "{}", coordinators.logs());
     let seen = cluster.wait_end(&run);
     assert_eq!(seen.run.final_digest, Some(want), "{}\n{}", seen.text(), coordinators.logs());
+}
+
+/// What operators asked for holds under the next leader; etcd speaks TLS, and wants a certificate.
+#[test]
+fn what_was_asked_for_holds_under_the_next_leader() {
+    let fixture = fixture();
+    let tls = fixture.path("tls");
+    let folder = tls.display().to_string();
+    let (code, out, err) = said(&fixture.run(&["tls", "init", &folder, "--host", "127.0.0.1"]));
+    assert_eq!(code, 0, "{out}{err}");
+    let Some(etcds) = Etcds::start_with(&fixture, Some(tls.clone())) else { return };
+    let mut coordinators = Coordinators::start(&fixture, &etcds, 2);
+    let first = coordinators.leader(None);
+    let urls = coordinators.urls();
+    let cluster = Cluster::of(&fixture, &urls);
+    let workers = [("elastic.workers", "\"1:4\"")];
+    let [ended, scaled] =
+        ["ended", "scaled"].map(|name| cluster.submit(&fixture.spec(name, 50, &workers)));
+    let lacuna = |args: &[&str]| said(&fixture.run(&[&["-c", &urls], args].concat()));
+    for args in [
+        &["ban", "bad-node", "--for", "7d", "--why", "its memory"][..],
+        &["cancel", &ended, "--why", "a typo"],
+        &["scale", &scaled, "2:3"],
+    ] {
+        let (code, out, err) = lacuna(args);
+        assert_eq!(code, 0, "{args:?}: {out}{err}");
+    }
+    coordinators.running[first] = None;
+    coordinators.leader(Some(first));
+    let (code, out, err) = lacuna(&["ban"]);
+    assert!(code == 0 && out.contains("bad-node") && out.contains("its memory"), "{out}{err}");
+    let run = cluster.status(&ended);
+    assert_eq!((run.state.as_str(), run.why.as_str()), ("cancelled", "a typo"));
+    let run = cluster.status(&scaled);
+    assert_eq!(run.state, "waiting");
+    assert!(run.spec.contains("\"workers\":\"2:3\""), "{}", run.spec);
+    // A folder without an authority is refused before anybody is asked.
+    let stranger = [
+        ["coordinator", "--listen", "127.0.0.1:0", "--etcd-prefix", "/test", "--etcd"],
+        [&etcds.endpoint(0), "--etcd-tls-dir", &folder, "--state", &folder, "-q"],
+    ];
+    let (code, out, err) = said(&fixture.run(&stranger.concat()));
+    assert!(code == i32::from(exit::USAGE) && err.contains("ca.pem"), "{code} {out}{err}");
 }
 
 /// Asks for metrics on a connection that stays open; nothing where it was closed.

@@ -1,8 +1,13 @@
 //! Checkpoints in an object store: a run that is stopped and resumed there gives the bits of a run
 //! over files.
 
-use std::time::Duration;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
+use lacuna_api::client::{Client, ClientError};
+use lacuna_api::error::{Reason, reason};
 use lacuna_store::testing::{Fault, Kind, Server, mixed};
 use lacuna_tests::{Cluster, said, send_signal};
 use rustix::process::Signal;
@@ -72,6 +77,78 @@ fn a_run_is_resumed_from_a_store() {
     assert!(read, "it went on from a checkpoint");
     assert!(after.iter().any(|seen| seen.fault == Fault::Lost), "answers were lost");
     tools_read_it(&fixture);
+}
+
+/// Keeps every answer of a store until it is opened.
+#[derive(Default)]
+struct Gate {
+    closed: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let closed = self.closed.lock().unwrap();
+        drop(self.opened.wait_while(closed, |closed| *closed).unwrap());
+    }
+
+    fn set(&self, closed: bool) {
+        *self.closed.lock().unwrap() = closed;
+        self.opened.notify_all();
+    }
+}
+
+/// Checkpoints that are slow to be looked at keep nobody without an answer.
+#[test]
+fn a_coordinator_that_still_reads_its_state_says_so() {
+    let mut fixture = fixture();
+    std::fs::create_dir(fixture.path("bucket")).unwrap();
+    let gate = Arc::new(Gate::default());
+    let plan = gate.clone();
+    let passing = Box::new(move |_, _: &str| {
+        plan.pass();
+        Fault::None
+    });
+    let server = Server::start(fixture.dir.path(), Duration::ZERO, passing).unwrap();
+    fixture.env = env_of(&server);
+    let mut cluster = Cluster::start(&fixture);
+    let spec = fixture.spec("slow", STEPS, &[("checkpoint.to", "\"s3://bucket/ckpts\"")]);
+    let run = cluster.submit(&spec);
+    cluster.kill_coordinator();
+    gate.set(true);
+    let address = cluster.url.trim_start_matches("http://").to_string();
+    let (url, since) = (cluster.url.clone(), Instant::now());
+    std::thread::scope(|scope| {
+        scope.spawn(|| cluster.start_coordinator());
+        let not_ready = loop {
+            assert!(since.elapsed() < Duration::from_secs(60), "it says nothing");
+            match get(&address, "/readyz") {
+                Some(answer) => break answer,
+                None => std::thread::yield_now(),
+            }
+        };
+        assert!(not_ready.contains(" 503 ") && not_ready.contains("reading its state"));
+        assert!(get(&address, "/healthz").unwrap().contains(" 200 "));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let asked = runtime.block_on(async {
+            Client::connect(&url, Duration::from_secs(10)).await.unwrap().list_runs().await
+        });
+        let Err(ClientError::Refused(refusal)) = asked else { panic!("{asked:?}") };
+        assert_eq!(reason(&refusal), Some(Reason::Starting));
+        gate.set(false);
+    });
+    assert_eq!(cluster.status(&run).state, "waiting");
+}
+
+/// Asks what a browser would, and returns the answer; none where nobody listens.
+fn get(address: &str, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(address).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some(answer)
 }
 
 /// The tools take the URL where they take a folder, and a spec that names it.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use tokio::task::JoinSet;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -85,6 +86,14 @@ pub enum ClientError {
     Refused(Box<Status>),
 }
 
+impl ClientError {
+    /// Tells whether another address may do better.
+    fn is_of_one_address(&self) -> bool {
+        use ClientError::{Certificate, Refused, Unreachable};
+        matches!(self, Unreachable { .. } | Refused(_) | Certificate { .. })
+    }
+}
+
 impl From<Status> for ClientError {
     fn from(status: Status) -> Self {
         match alert_in(&status) {
@@ -160,16 +169,21 @@ pub async fn connect(
     if others.is_empty() {
         return connect_to(first, timeout, credentials).await;
     }
-    let mut last: Option<ClientError> = None;
+    // All at once: those that are away take their time to say so.
+    let mut asked = JoinSet::new();
     for url in all {
-        match leader_at(url, timeout, credentials).await {
-            Ok(Some(connection)) => return Ok(connection),
-            Ok(None) => {}
-            // One that is away; what is wrong with addresses and files is said at once.
-            Err(err @ (ClientError::Unreachable { .. } | ClientError::Refused(_))) => {
-                last = Some(err);
-            }
-            Err(err) => return Err(err),
+        let (url, credentials) = (url.to_string(), credentials.clone());
+        asked.spawn(async move { leader_at(&url, timeout, &credentials).await });
+    }
+    let mut last: Option<ClientError> = None;
+    while let Some(answer) = asked.join_next().await {
+        match answer {
+            Ok(Ok(Some(connection))) => return Ok(connection),
+            Ok(Ok(None)) => {}
+            Ok(Err(err)) if err.is_of_one_address() => last = Some(err),
+            // What is wrong with addresses and files is said at once.
+            Ok(Err(err)) => return Err(err),
+            Err(failed) => std::panic::resume_unwind(failed.into_panic()),
         }
     }
     Err(last.unwrap_or_else(|| ClientError::NoLeader { urls: urls.to_string() }))

@@ -189,8 +189,8 @@ pub fn invalid_spec(message: String, violations: Vec<(String, String)>) -> Statu
 /// Gives a refusal a reason that a library made, before any service saw the call: messages that
 /// are none or too large, and methods that nobody has. `None` where there is nothing to add.
 ///
-/// Codes stay those of <https://grpc.github.io/grpc/core/md_doc_statuscodes.html>, but for a message
-/// that is too large: `RESOURCE_EXHAUSTED` as other servers say, where tonic says `OUT_OF_RANGE`.
+/// Codes stay those of <https://grpc.github.io/grpc/core/md_doc_statuscodes.html>, but for messages
+/// that are too large: `RESOURCE_EXHAUSTED` as other servers say, where tonic says `OUT_OF_RANGE`.
 pub fn explained(refusal: &Status) -> Option<Status> {
     if !refusal.details().is_empty() {
         return None;

@@ -269,8 +269,8 @@ fn certificates_let_in_whom_they_name() {
     with("submit", &["runs"], exit::OK);
 }
 
-/// Asks for the runs, and shows the certificate in a folder whatever it is; returns the refusal with
-/// its causes.
+/// Asks for the runs, and shows the certificate in a folder whatever it is; returns the refusal
+/// with its causes.
 fn bare_call(url: &str, dir: &Path) -> Result<(), String> {
     use lacuna_api::v1::ListRunsRequest;
     use lacuna_api::v1::run_service_client::RunServiceClient;

@@ -531,12 +531,32 @@ impl RunSpec {
     /// Those that a file wrote start from that file's folder already; those of `--set` and of the
     /// defaults do not.
     pub fn resolve_paths(&mut self, base: &Path) {
-        let cache = self.data.cache.as_mut().map(|cache| &mut cache.dir);
-        let encoder = self.task.as_mut().and_then(|task| task.encoder.as_mut());
-        let places = [&mut self.data.shards, &mut self.checkpoint.to].into_iter();
-        for path in places.chain(cache).chain(&mut self.track.tensorboard).chain(encoder) {
+        for (_, path) in self.places_mut() {
             *path = load::join(base, path);
         }
+    }
+
+    /// Returns the keys that name a place that is no URL and starts from no folder, and the place.
+    pub fn relative_places(&self) -> Vec<(&'static str, String)> {
+        let mut spec = self.clone();
+        let is_relative =
+            |place: &String| !place.contains("://") && !Path::new(place).is_absolute();
+        let relative = spec.places_mut().into_iter().filter(|(_, place)| is_relative(place));
+        relative.map(|(key, place)| (key, place.clone())).collect()
+    }
+
+    /// The keys that name a place, those that are set.
+    fn places_mut(&mut self) -> Vec<(&'static str, &mut String)> {
+        let cache = self.data.cache.as_mut().map(|cache| &mut cache.dir);
+        let encoder = self.task.as_mut().and_then(|task| task.encoder.as_mut());
+        let all = [
+            ("data.shards", Some(&mut self.data.shards)),
+            ("checkpoint.to", Some(&mut self.checkpoint.to)),
+            ("data.cache.dir", cache),
+            ("track.tensorboard", self.track.tensorboard.as_mut()),
+            ("task.encoder", encoder),
+        ];
+        all.into_iter().filter_map(|(key, place)| Some((key, place?))).collect()
     }
 
     /// Validates again, after fields were changed by hand.

@@ -269,7 +269,11 @@ impl Coordinator {
         }
         self.last_change = Some(now);
         let n = group.plan.world();
-        let text = format!("generation {generation} goes on as it was: all {n} workers are back");
+        let back = match n {
+            1 => "its worker is back".to_string(),
+            n => format!("all {n} workers are back"),
+        };
+        let text = format!("generation {generation} goes on as it was: {back}");
         self.note("recovered", false, text);
         self.held_if_all_stand(now);
     }

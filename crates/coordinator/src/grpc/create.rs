@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use lacuna_api::error::{Reason, status};
+use lacuna_api::error::{Reason, invalid_spec, status};
 use lacuna_api::v1;
 use lacuna_control::coordinator::Ending;
 use lacuna_control::journal::{Record, Saved};
@@ -18,6 +18,14 @@ use crate::catalogue::Catalogue;
 use crate::registry::lock;
 use crate::run::Input;
 use crate::store::{StoreError, StoredRun};
+
+/// Refuses places that start from whatever folder a process is in: the caller's is not this one's.
+fn whole_places(spec: &RunSpec) -> Result<(), Status> {
+    let relative = spec.relative_places();
+    let Some((key, place)) = relative.first() else { return Ok(()) };
+    let text = format!("`{key}` = `{place}` must be an absolute path or a URL here");
+    Err(invalid_spec(text.clone(), vec![(key.to_string(), text)]))
+}
 
 /// Keeps two callers from creating a run of one name at a time.
 #[derive(Default)]
@@ -45,6 +53,7 @@ impl Grpc {
         let v1::CreateRunRequest { spec, resume, n_samples, fingerprint, .. } = request;
         let invalid = |text: String| status(Reason::InvalidSpec, text);
         let mut spec = specs::read(&spec)?;
+        whole_places(&spec)?;
         let known = self.0.runs().get(&spec.run_id()).map(|handle| handle.spec.clone());
         encoder::pin(&mut spec, known.as_ref()).await?;
         let (n_samples, fingerprint) = if n_samples == 0 && fingerprint.is_empty() {

@@ -1,6 +1,6 @@
 //! What a run's data is, where the client that creates the run did not look.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,13 +22,6 @@ pub(super) struct Facts {
 
 /// Opens the data of `spec`, pins what depends on it, and returns what a run keeps of it.
 pub(super) async fn look(spec: &mut RunSpec, turn: &Arc<Semaphore>) -> Result<Facts, Status> {
-    for (key, place) in [("data.shards", &spec.data.shards), ("checkpoint.to", &spec.checkpoint.to)]
-    {
-        if !place.contains("://") && !Path::new(place).is_absolute() {
-            let text = format!("`{key}` = `{place}` must be an absolute path or a URL here");
-            return Err(invalid_spec(text.clone(), vec![(key.to_string(), text)]));
-        }
-    }
     // Taken along: data that does not open keeps its turn, so that they cannot pile up.
     let Ok(turn) = turn.clone().try_acquire_owned() else {
         let text = "the coordinator opens enough data sets already; try again";
