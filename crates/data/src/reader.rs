@@ -185,7 +185,19 @@ impl SampleReader {
         shape: ImageShape,
         out: &mut [u8],
     ) -> Result<(), SampleError> {
-        let choose = |size: Size| (CropBox::largest_centered(size, shape.size()), false);
+        self.centered(dataset, id, 1.0, shape, out)
+    }
+
+    /// The same with a box whose sides are `part` of the largest one's, above 0 and at most 1.
+    pub fn centered(
+        &mut self,
+        dataset: &Dataset,
+        id: SampleId,
+        part: f64,
+        shape: ImageShape,
+        out: &mut [u8],
+    ) -> Result<(), SampleError> {
+        let choose = |size: Size| (CropBox::centered_part(size, shape.size(), part), false);
         self.render(dataset, id, choose, shape, out)
     }
 

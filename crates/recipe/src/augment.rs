@@ -54,6 +54,17 @@ impl CropBox {
         };
         CropBox::centered(image, size)
     }
+
+    /// Returns the centred box whose sides are `part` of those of the largest one: 0.875 is about
+    /// what is left where an image is resized to 256 pixels and 224 are cut out.
+    ///
+    /// `part` lies above 0 and is at most 1; sides are rounded to nearest, and at least a pixel.
+    pub fn centered_part(image: Size, target: Size, part: f64) -> Self {
+        assert!(part > 0.0 && part <= 1.0, "a part of an image");
+        let CropBox { height, width, .. } = CropBox::largest_centered(image, target);
+        let side = |whole: u32| ((f64::from(whole) * part).round() as u32).clamp(1, whole);
+        CropBox::centered(image, Size { height: side(height), width: side(width) })
+    }
 }
 
 /// Height and width of an image, in pixels.

@@ -28,12 +28,20 @@ macro_rules! preset {
 pub const PRESETS: &[Preset] = &[
     preset!("micro", &[]),
     preset!("demo", &[]),
+    preset!("demo-linear", &[]),
+    preset!("demo-finetune", &[]),
     preset!("in1k-recipe", &[]),
     preset!("tiny", &[]),
     preset!("small", &[]),
     preset!("base", &["mae-vit-base-in1k"]),
+    preset!("base-linear", &["mae-vit-base-in1k-linear"]),
+    preset!("base-finetune", &["mae-vit-base-in1k-finetune"]),
     preset!("large", &["mae-vit-large-in1k"]),
+    preset!("large-linear", &["mae-vit-large-in1k-linear"]),
+    preset!("large-finetune", &["mae-vit-large-in1k-finetune"]),
     preset!("huge", &["mae-vit-huge-in1k"]),
+    preset!("huge-linear", &["mae-vit-huge-in1k-linear"]),
+    preset!("huge-finetune", &["mae-vit-huge-in1k-finetune"]),
 ];
 
 /// Looks a preset up by its name or an alias.

@@ -33,6 +33,22 @@ pub struct ComputeArgs {
     threads: Option<u32>,
 }
 
+/// What of an image is shown to a model.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct ViewArgs {
+    /// Sides of the centred box that is cut out, as a part of the largest one's: 0.875 for models
+    /// that were trained on crops, as the reference's evaluation has it.
+    #[arg(long, default_value_t = 1.0, value_name = "PART", value_parser = part)]
+    pub crop_pct: f64,
+}
+
+fn part(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
+        _ => Err("expected a number above 0 and at most 1".to_string()),
+    }
+}
+
 impl ComputeArgs {
     /// Returns the images of a batch.
     pub fn batch(&self) -> usize {
@@ -81,8 +97,10 @@ pub fn same_classes(one: &Path, other: &Path) -> anyhow::Result<()> {
 pub struct Images<'a> {
     /// Where they are.
     pub dataset: &'a Dataset,
-    /// What they become: the largest centred box, resized.
+    /// What they become: a centred box, resized.
     pub shape: ImageShape,
+    /// Which box that is.
+    pub view: ViewArgs,
     /// Which, in this order.
     pub ids: &'a [u64],
     /// How many at a time.
@@ -127,7 +145,8 @@ impl Images<'_> {
         reader.expect(self.dataset, ids());
         let mut pixels = vec![0u8; ids().len() * self.shape.bytes()];
         for (id, out) in ids().zip(pixels.chunks_exact_mut(self.shape.bytes())) {
-            let read = reader.plain(self.dataset, id, self.shape, out);
+            let part = self.view.crop_pct;
+            let read = reader.centered(self.dataset, id, part, self.shape, out);
             read.map_err(|error| {
                 let hint = "`lacuna data verify` lists all that cannot be used";
                 io(format!("{}: {hint}", chain(&error)))

@@ -19,7 +19,7 @@ use lacuna_spec::{RunSpec, TaskKind, TaskSpec, parse_text};
 use lacuna_types::{SampleId, Step, exit};
 use serde_json::{Value, json};
 
-use super::batches::{self, ComputeArgs, Images};
+use super::batches::{self, ComputeArgs, Images, ViewArgs};
 use super::feature_file::Partial;
 use super::page::{Mistake, Page, Pictures};
 use super::report::{self, result_json};
@@ -43,6 +43,8 @@ pub struct ClassifyArgs {
     /// Classify with every checkpoint, and say which is best.
     #[arg(long)]
     all: bool,
+    #[command(flatten)]
+    view: ViewArgs,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Where the report goes, JSON.
@@ -184,7 +186,7 @@ fn write_page(
     let mut page = Page::new(&title, &format!("images of {}", args.val.display()), &args.val);
     page.scores(&best.tally);
     page.confusion(&best.tally, n_classes);
-    page.mistakes(&best.mistakes, &mut Pictures::new(val, best.shape))?;
+    page.mistakes(&best.mistakes, &mut Pictures::new(val, best.shape, args.view))?;
     page.write(path)?;
     println!("{}: the page", path.display());
     Ok(())
@@ -200,6 +202,7 @@ fn report(args: &ClassifyArgs, results: &[Judged], best: u64, n_classes: u32) ->
         "schema": SCHEMA,
         "run": args.run,
         "val": args.val,
+        "crop_pct": args.view.crop_pct,
         "weights": if args.ema { "ema" } else { "last" },
         "classes": n_classes,
         "best_step": best,
@@ -283,6 +286,7 @@ fn take_statistics(
     let images = Images {
         dataset: train,
         shape: shape_of(&spec.model),
+        view: args.view,
         ids: &ids,
         batch: args.compute.batch(),
     };
@@ -314,8 +318,8 @@ fn judge(
     (val, ids): (&Dataset, &[u64]),
     args: &ClassifyArgs,
 ) -> anyhow::Result<(Tally, Vec<Mistake>)> {
-    let images =
-        Images { dataset: val, shape: shape_of(&spec.model), ids, batch: args.compute.batch() };
+    let (shape, batch) = (shape_of(&spec.model), args.compute.batch());
+    let images = Images { dataset: val, shape, view: args.view, ids, batch };
     let workers: Vec<Head> = threads(args, ids).map(|_| head.share()).collect();
     let work = |head: &mut Head, pixels: &[u8]| head.logits(pixels);
     let n_classes = head.n_classes();

@@ -8,7 +8,7 @@ use lacuna_mae::frozen::{FrozenMae, Pool};
 use lacuna_spec::units::grouped;
 use lacuna_types::{SampleId, exit};
 
-use super::batches::{self, ComputeArgs, Images};
+use super::batches::{self, ComputeArgs, Images, ViewArgs};
 use super::feature_file::{Content, FeatureFile, Format, labels_path};
 use super::source::{Need, SizeArgs, SourceArgs, shape_of};
 use super::usage;
@@ -26,6 +26,8 @@ pub struct FeaturesArgs {
     pool: PoolArg,
     #[command(flatten)]
     size: SizeArgs,
+    #[command(flatten)]
+    view: ViewArgs,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Format of the file [default: by the ending of its name].
@@ -81,6 +83,7 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
         labels: (0..n).map(|id| dataset.label(SampleId(id))).collect(),
         shape: model.feature_shape(pool),
         metadata: vec![
+            ("lacuna.crop_pct", args.view.crop_pct.to_string()),
             ("lacuna.data", dataset.fingerprint().to_string()),
             ("lacuna.decoder", DECODER_ID.to_string()),
             ("lacuna.img_size", format!("{height}x{width}")),
@@ -94,7 +97,8 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
     let mut file = FeatureFile::create(&args.out, format, content)?;
     let ids: Vec<u64> = (0..n).collect();
     let batch = args.compute.batch();
-    let images = Images { dataset: &dataset, shape: shape_of(model.model()), ids: &ids, batch };
+    let (shape_in, view) = (shape_of(model.model()), args.view);
+    let images = Images { dataset: &dataset, shape: shape_in, view, ids: &ids, batch };
     let n_threads = args.compute.threads().min(ids.len().div_ceil(batch));
     let workers: Vec<FrozenMae> = (0..n_threads).map(|_| model.share()).collect();
     let work = |model: &mut FrozenMae, pixels: &[u8]| model.pooled(pixels, pool);

@@ -18,7 +18,7 @@ use lacuna_spec::units::grouped;
 use lacuna_types::{SampleId, exit};
 use tch::{Kind, Tensor};
 
-use super::batches::{self, ComputeArgs, Images};
+use super::batches::{self, ComputeArgs, Images, ViewArgs};
 use super::page::{Neighbours, Page, Pictures};
 use super::report::{self, KnnReport, Row, Side};
 use super::source::{Need, SizeArgs, SourceArgs, shape_of};
@@ -62,6 +62,8 @@ pub struct KnnArgs {
     baseline: Vec<Baseline>,
     #[command(flatten)]
     size: SizeArgs,
+    #[command(flatten)]
+    view: ViewArgs,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Where the report goes, JSON.
@@ -184,8 +186,8 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
         page.scores(&tally);
         page.neighbours(
             &shown,
-            &mut Pictures::new(&val, shape),
-            &mut Pictures::new(&train, shape),
+            &mut Pictures::new(&val, shape, args.view),
+            &mut Pictures::new(&train, shape, args.view),
         )?;
         page.confusion(&tally, train.index().n_classes().max(val.index().n_classes()));
         page.write(path)?;
@@ -210,6 +212,7 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
         position_table: &table,
         temperature: args.temperature,
         label_fraction: args.label_fraction,
+        crop_pct: args.view.crop_pct,
         seed: args.seed,
         train: Side::of(&train, &args.train, train_ids.len()),
         val: Side::of(&val, &args.val, val_ids.len()),
@@ -325,7 +328,8 @@ fn search(
     let run = |(dataset, ids): Chosen<'_>,
                what: &str,
                take: &mut dyn FnMut(usize, Vec<Vec<f32>>) -> anyhow::Result<()>| {
-        let images = Images { dataset, shape, ids, batch: args.compute.batch() };
+        let (view, batch) = (args.view, args.compute.batch());
+        let images = Images { dataset, shape, view, ids, batch };
         let n_threads = args.compute.threads().min(ids.len().div_ceil(images.batch));
         let workers: Vec<Extractor> = (0..n_threads).map(|_| extractor.share()).collect();
         let work = |extractor: &mut Extractor, pixels: &[u8]| extractor.extract(pixels);

@@ -11,6 +11,7 @@ use lacuna_data::{Dataset, ImageShape, SampleReader};
 use lacuna_recipe::eval::metrics::Tally;
 use lacuna_types::SampleId;
 
+use super::batches::ViewArgs;
 use super::feature_file::Partial;
 use super::io;
 
@@ -227,19 +228,21 @@ impl Page {
 pub struct Pictures<'a> {
     dataset: &'a Dataset,
     shape: ImageShape,
+    view: ViewArgs,
     reader: SampleReader,
 }
 
 impl<'a> Pictures<'a> {
     /// Reads from `dataset`, in the shape of a model's images.
-    pub fn new(dataset: &'a Dataset, shape: ImageShape) -> Self {
-        Pictures { dataset, shape, reader: SampleReader::default() }
+    pub fn new(dataset: &'a Dataset, shape: ImageShape, view: ViewArgs) -> Self {
+        Pictures { dataset, shape, view, reader: SampleReader::default() }
     }
 
     /// Returns an image as a PNG that stands in the page itself.
     fn data_uri(&mut self, id: u64) -> anyhow::Result<String> {
         let mut pixels = vec![0u8; self.shape.bytes()];
-        let read = self.reader.plain(self.dataset, SampleId(id), self.shape, &mut pixels);
+        let part = self.view.crop_pct;
+        let read = self.reader.centered(self.dataset, SampleId(id), part, self.shape, &mut pixels);
         read.map_err(|error| io(lacuna_checkpoint::chain(&error)))?;
         let ImageShape { height, width, channels } = self.shape;
         let image = match channels {

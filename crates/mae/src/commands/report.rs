@@ -92,6 +92,8 @@ pub struct KnnReport<'a> {
     pub label_fraction: f64,
     /// Chose that share and the random encoder.
     pub seed: u64,
+    /// Sides of the box that was cut out, as a part of the largest one's.
+    pub crop_pct: f64,
     /// Who voted.
     pub train: Side,
     /// Who was classified.
@@ -128,6 +130,7 @@ impl KnnReport<'_> {
             "pool": self.pool,
             "position_table": self.position_table,
             "image_decoder": DECODER_ID,
+            "crop_pct": self.crop_pct,
             "temperature": self.temperature,
             "label_fraction": self.label_fraction,
             "seed": self.seed,

@@ -86,6 +86,19 @@ fn evaluation_takes_the_largest_box() {
 }
 
 #[test]
+fn evaluation_takes_a_part_of_it() {
+    let part = |h, w, part| {
+        let c = CropBox::centered_part(size(h, w), size(224, 224), part);
+        (c.top, c.left, c.height, c.width)
+    };
+    // An image of 256 x 256 pixels, of which 224 x 224 are cut out.
+    assert_eq!(part(256, 256, 0.875), (16, 16, 224, 224));
+    assert_eq!(part(375, 500, 0.875), (23, 86, 328, 328));
+    assert_eq!(part(300, 500, 1.0), (0, 100, 300, 300));
+    assert_eq!(part(1, 1, 0.1), (0, 0, 1, 1));
+}
+
+#[test]
 fn golden_draws() {
     let line = |sample: u64| {
         let (crop, flip) = Augment::PRETRAIN.draw(42, 5, sample, size(375, 500));

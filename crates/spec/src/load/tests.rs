@@ -146,12 +146,35 @@ fn every_preset_is_a_whole_spec_but_for_name_and_data() {
             continue;
         }
         let spec = parse_text("t", &text, &[]).unwrap().spec;
-        let size = name.trim_start_matches("mae-vit-").trim_end_matches("-in1k");
+        let task = spec.task.as_ref().map(|task| task.kind.to_string());
+        let kind = ["linear", "finetune"].into_iter().find(|kind| name.ends_with(kind));
+        assert_eq!(task.as_deref(), kind, "{name}");
+        let size = name.trim_start_matches("mae-vit-").split('-').next().unwrap();
         assert_eq!(Some(spec.model), ModelConfig::preset(size), "{name}");
     }
     for preset in PRESETS {
         let lines = preset.text.lines().chain(presets::DEFAULTS.lines());
         assert!({ lines }.all(|line| line.chars().count() <= 100));
+    }
+}
+
+#[test]
+fn the_recipes_of_tasks() {
+    let peak = |name: &str| {
+        let text =
+            format!("schema = 1\nname = \"a\"\nbase = \"preset:{name}\"\ndata.shards = \"d\"");
+        let spec = parse_text("t", &text, &[]).unwrap().spec;
+        let task = spec.task.as_ref().unwrap();
+        let resolved = spec.resolve(1_281_167).unwrap();
+        (resolved.schedule.peak, task.layer_decay, task.drop_path, spec.n_slots())
+    };
+    // FINETUNE.md of facebookresearch/mae.
+    assert_eq!(peak("mae-vit-base-in1k-finetune"), (2e-3, 0.65, 0.1, 32));
+    assert_eq!(peak("large-finetune"), (4e-3, 0.75, 0.2, 32));
+    assert_eq!(peak("huge-finetune"), (4e-3, 0.75, 0.3, 32));
+    for name in ["base-linear", "large-linear", "huge-linear"] {
+        let (peak, _, drop_path, n_slots) = peak(name);
+        assert!((peak - 6.4).abs() < 1e-12 && drop_path == 0.0 && n_slots == 32, "{name}: {peak}");
     }
 }
 

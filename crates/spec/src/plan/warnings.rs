@@ -1,7 +1,7 @@
 //! What a spec allows and its author most likely did not want.
 
 use super::{EFFICIENCY_WARNING, WorkerRow, row};
-use crate::run_spec::{Reduce, RunSpec, SLOTS_MAX};
+use crate::run_spec::{Pool, Reduce, RunSpec, SLOTS_MAX, TaskSpec};
 use crate::units::{Cadence, Length, grouped};
 
 /// Slots above which sums of 32 bits are warned about, and the bits that this many leave a slot's
@@ -34,6 +34,13 @@ pub(super) fn warnings(
             "{} parameters: every worker holds all of them, with their moments; is `model` right?",
             grouped(n_params)
         ));
+    }
+    if let Some(TaskSpec { encoder: None, pool: Pool::Avg | Pool::Cls, .. }) = &spec.task {
+        out.push(
+            "`task.encoder` is not set, so that the encoder begins from the seed: it should name \
+             a run, like \"runs/mine\", or a file of weights"
+                .to_string(),
+        );
     }
     shares(&mut out, spec, workers, spec.n_slots());
     arithmetic(&mut out, spec, per_epoch);
