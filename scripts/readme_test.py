@@ -271,7 +271,8 @@ class Readme(unittest.TestCase):
         port = re.search(r"http://[^:/]+:(\d+)", log).group(1)
         end, found = time.monotonic() + SECONDS_MAX, ""
         while "shown" not in found and time.monotonic() < end:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=60) as answer:
+            runs = f"http://127.0.0.1:{port}/data/runs"
+            with urllib.request.urlopen(runs, timeout=60) as answer:
                 found = answer.read().decode()
             time.sleep(0.2)
         self.assertIn("shown", found)

@@ -34,14 +34,14 @@ pub const PRESETS: &[Preset] = &[
     preset!("tiny", &[]),
     preset!("small", &[]),
     preset!("base", &["mae-vit-base-in1k"]),
-    preset!("base-linear", &["mae-vit-base-in1k-linear"]),
-    preset!("base-finetune", &["mae-vit-base-in1k-finetune"]),
+    preset!("base-linear", &[]),
+    preset!("base-finetune", &[]),
     preset!("large", &["mae-vit-large-in1k"]),
-    preset!("large-linear", &["mae-vit-large-in1k-linear"]),
-    preset!("large-finetune", &["mae-vit-large-in1k-finetune"]),
+    preset!("large-linear", &[]),
+    preset!("large-finetune", &[]),
     preset!("huge", &["mae-vit-huge-in1k"]),
-    preset!("huge-linear", &["mae-vit-huge-in1k-linear"]),
-    preset!("huge-finetune", &["mae-vit-huge-in1k-finetune"]),
+    preset!("huge-linear", &[]),
+    preset!("huge-finetune", &[]),
 ];
 
 /// Looks a preset up by its name or an alias.

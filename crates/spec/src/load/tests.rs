@@ -169,7 +169,7 @@ fn the_recipes_of_tasks() {
         (resolved.schedule.peak, task.layer_decay, task.drop_path, spec.n_slots())
     };
     // FINETUNE.md of facebookresearch/mae.
-    assert_eq!(peak("mae-vit-base-in1k-finetune"), (2e-3, 0.65, 0.1, 32));
+    assert_eq!(peak("base-finetune"), (2e-3, 0.65, 0.1, 32));
     assert_eq!(peak("large-finetune"), (4e-3, 0.75, 0.2, 32));
     assert_eq!(peak("huge-finetune"), (4e-3, 0.75, 0.3, 32));
     for name in ["base-linear", "large-linear", "huge-linear"] {
