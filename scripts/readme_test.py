@@ -264,7 +264,7 @@ class Readme(unittest.TestCase):
         return shutil.which(program, path=self.env["PATH"]) is not None
 
     def look_at_board(self, command):
-        """Starts TensorBoard on the files of the run that was just submitted, and finds it there."""
+        """Starts TensorBoard on the files of the run that was just submitted, and finds it."""
         self.assertTrue((self.home / "tb" / "shown").is_dir(), "its files are there at once")
         process = self.start(f"{command} --port 0", r"http://\S+")
         log = (self.home / f"{len(self.running) - 1}.log").read_text()

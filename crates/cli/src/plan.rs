@@ -61,6 +61,7 @@ const WRITTEN: &[&str] = &[
     "elastic.workers",
     "checkpoint.to",
     "checkpoint.every",
+    "task.classes",
 ];
 
 /// Runs `lacuna plan`.
