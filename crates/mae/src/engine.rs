@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use lacuna_cuda::Device as CudaDevice;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::reduce::SlotGrad;
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
@@ -45,6 +46,15 @@ pub struct EngineSetup {
     pub precision: Precision,
 }
 
+/// Where a [`TorchEngine`] computes slots.
+#[derive(Debug)]
+pub enum Place {
+    /// On the parameters themselves.
+    Here,
+    /// On this device, on copies of them; with the card, where it is one of CUDA's.
+    There(Device, Option<CudaDevice>),
+}
+
 /// A setup that no engine can be built from.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildEngineError {
@@ -72,10 +82,11 @@ pub enum BuildEngineError {
     EmptySlot,
 }
 
-/// An objective on libtorch, on one CPU thread.
+/// An objective on libtorch whose state and updates are on the host, on one CPU thread.
 ///
 /// Parameters and moments are plain memory of Rust that the optimizer updates in place; libtorch
-/// reads the parameters through views and owns only what a slot needs.
+/// reads the parameters through views and owns only what a slot needs. Where [`Place::There`] says
+/// so, slots are computed on a device, on copies of the parameters.
 #[derive(Debug)]
 pub struct TorchEngine {
     setup: EngineSetup,
@@ -87,6 +98,11 @@ pub struct TorchEngine {
     images: Vec<f32>,
     /// The probe's digest once it is known: it depends on the shapes and not on the state.
     probe: Option<u64>,
+    /// Copies of the parameters where slots are computed elsewhere than on them; none before the
+    /// first slot after a change.
+    there: Option<Option<Weights>>,
+    /// The card, where one computes.
+    card: Option<CudaDevice>,
 }
 
 impl TorchEngine {
@@ -102,25 +118,47 @@ impl TorchEngine {
         setup: EngineSetup,
         objective: &Arc<dyn Objective>,
     ) -> Result<Self, BuildEngineError> {
+        TorchEngine::at(setup, objective, Place::Here)
+    }
+
+    /// The same with slots computed at a place.
+    pub fn at(
+        setup: EngineSetup,
+        objective: &Arc<dyn Objective>,
+        place: Place,
+    ) -> Result<Self, BuildEngineError> {
+        let (device, there, card) = match place {
+            Place::Here => (Device::Cpu, None, None),
+            Place::There(device, card) => (device, Some(None), card),
+        };
         let missing = runtime::missing_pins();
         if !missing.is_empty() {
             tracing::warn!(?missing, "process started without the pins that fix a CPU's bits");
         }
         check_setup(&setup)?;
         runtime::pin_threads();
-        if setup.precision == Precision::Tf32 {
+        if setup.precision == Precision::Tf32 && device == Device::Cpu {
             return Err(BuildEngineError::NoTf32);
         }
         let (batch, precision) = (setup.slot_batch as usize, setup.precision);
-        let slot = SlotProgram::new(objective, &setup.model, batch, Device::Cpu, precision);
+        let slot = SlotProgram::new(objective, &setup.model, batch, device, precision);
         Ok(TorchEngine {
             state: CpuState::fresh(slot.layout.clone(), setup.seed),
             normalize: Normalize::new(&setup.mean, &setup.std),
             images: vec![0.0; slot.n_pixels()],
             probe: None,
+            there,
+            card,
             slot,
             setup,
         })
+    }
+
+    /// Has the parameters copied again before the next slot: they have changed.
+    fn changed(&mut self) {
+        if let Some(copies) = &mut self.there {
+            *copies = None;
+        }
     }
 
     /// Returns the sizes of the model.
@@ -153,25 +191,33 @@ impl Engine for TorchEngine {
         let draws = draws_of(self.setup.seed, batch);
         let pixels = self.slot.augmented(batch, &draws);
         self.normalize.apply(&pixels, (height * width) as usize, &mut self.images);
-        let param = &self.state.section(Section::Param)[..self.slot.layout.numel()];
+        let layout = &self.slot.layout;
+        let param = &self.state.section(Section::Param)[..layout.numel()];
+        let (slot, device, there) = (&self.slot, self.slot.device(), &mut self.there);
         guarded("compute a slot", || {
             // SAFETY: state and images are borrowed until this closure returns, and the graph is
             // gone by then.
-            let (weights, images_bchw) = unsafe {
-                let weights = Weights::view_of(&self.slot.layout, param);
-                (self.slot.leaves(weights), view(&self.images, &self.slot.image_shape()))
+            let here = || unsafe { slot.leaves(Weights::view_of(layout, param)) };
+            let copied = || slot.leaves(Weights::copy_of(layout, param).to_device(device));
+            let weights = match there {
+                None => here(),
+                Some(copies) => copies.get_or_insert_with(copied).share(),
             };
+            // SAFETY: as above.
+            let images_bchw = unsafe { view(&self.images, &slot.image_shape()) };
+            let images_bchw = images_bchw.to_device(device);
             let (ids_shuffle, weights_b) = (&batch.ids_shuffle[..], &batch.weights[..]);
             let labels = &batch.labels[..];
             let input = SlotInput { images_bchw, ids_shuffle, weights: weights_b, draws, labels };
-            let loss = self.slot.differentiate(&weights, &input, &mut |block, grad| {
-                sink(SlotGrad { block, values: values(&grad) });
+            let loss = slot.differentiate(&weights, &input, &mut |block, grad| {
+                sink(SlotGrad { block, values: values(&grad.to_device(Device::Cpu)) });
             });
             loss.double_value(&[]) as f32
         })
     }
 
     fn apply(&mut self, mean: &[f32], update: &UpdateScalars) -> Result<(), EngineError> {
+        self.changed();
         self.state.apply(mean, update);
         Ok(())
     }
@@ -187,6 +233,7 @@ impl Engine for TorchEngine {
     }
 
     fn write(&mut self, section: Section, at: usize, values: &[f32]) -> Result<(), EngineError> {
+        self.changed();
         self.state.section_mut(section)[at..at + values.len()].copy_from_slice(values);
         Ok(())
     }
@@ -204,11 +251,15 @@ impl Engine for TorchEngine {
         Ok(digest.value)
     }
 
+    /// Draws nothing of what is learned on a device: such objectives predict no pixels.
     fn draw(
         &mut self,
         pixels: &[u8],
         ids_shuffle: &[u32],
     ) -> Result<Option<Vec<Picture>>, EngineError> {
+        if self.there.is_some() {
+            return Ok(None);
+        }
         let param = &self.state.section(Section::Param)[..self.slot.layout.numel()];
         guarded("draw pictures", || {
             // SAFETY: the state is borrowed until this closure returns, and nothing of the
@@ -222,8 +273,20 @@ impl Engine for TorchEngine {
         self.slot.yardstick()
     }
 
+    fn device_memory(&self) -> Option<u64> {
+        let (free, total) = self.card.as_ref()?.memory().ok()?;
+        Some((total - free) as u64)
+    }
+
     fn describe(&self) -> String {
-        runtime::describe_cpu()
+        let card = self.card.as_ref().and_then(|card| card.info().ok());
+        match card {
+            Some(card) => {
+                let (name, version) = (card.name, runtime::library_version());
+                format!("{name} (libtorch {version}, {})", self.setup.precision)
+            }
+            None => runtime::describe_cpu(),
+        }
     }
 }
 

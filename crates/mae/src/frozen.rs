@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::state::Layout;
 use lacuna_recipe::step::Normalize;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::mae::{Mae, Masks, PosTables, mask_sizes};
 use crate::runtime;
@@ -18,6 +18,7 @@ pub struct FrozenMae {
     weights: Weights,
     tables: PosTables,
     mae: Mae,
+    device: Device,
     normalize: Normalize,
     mean: Vec<f64>,
     std: Vec<f64>,
@@ -96,11 +97,19 @@ impl FrozenMae {
             mae: Mae::new(model, &tables, &weights),
             weights,
             tables,
+            device: Device::Cpu,
             model: model.clone(),
             normalize: Normalize::new(mean, std),
             mean: mean.to_vec(),
             std: std.to_vec(),
         }
+    }
+
+    /// Returns the same model on `device`; what goes in and comes out stays on the host.
+    #[must_use]
+    pub fn on(self, device: Device) -> Self {
+        let (weights, tables) = (self.weights.to_device(device), self.tables.to_device(device));
+        FrozenMae { mae: Mae::new(&self.model, &tables, &weights), weights, tables, device, ..self }
     }
 
     /// Returns the same model again for another thread; the parameters are shared.
@@ -110,6 +119,7 @@ impl FrozenMae {
             mae: Mae::new(&self.model, &tables, &weights),
             weights,
             tables,
+            device: self.device,
             model: self.model.clone(),
             normalize: self.normalize.clone(),
             mean: self.mean.clone(),
@@ -191,7 +201,7 @@ impl FrozenMae {
     pub fn predict(&self, pixels: &[u8], ids_shuffle: &[u32]) -> Vec<f32> {
         runtime::pin_threads();
         let (len_keep, n_patches) = mask_sizes(&self.model);
-        let masks = Masks::from_shuffle(ids_shuffle, n_patches, len_keep);
+        let masks = Masks::from_shuffle(ids_shuffle, n_patches, len_keep).to_device(self.device);
         tch::no_grad(|| copy(&self.mae.predict(&self.images(pixels), &masks).pred_blp))
     }
 
@@ -201,10 +211,10 @@ impl FrozenMae {
         let mut normal: Vec<f32> = vec![0.0; pixels.len()];
         self.normalize.apply(pixels, (height * width) as usize, &mut normal);
         let shape = [-1, i64::from(self.model.channels), i64::from(height), i64::from(width)];
-        Tensor::from_slice(&normal).view(shape)
+        Tensor::from_slice(&normal).view(shape).to_device(self.device)
     }
 }
 
 fn copy(tensor: &Tensor) -> Vec<f32> {
-    values::<f32>(&tensor.contiguous()).to_vec()
+    values::<f32>(&tensor.to_device(Device::Cpu).contiguous()).to_vec()
 }

@@ -191,6 +191,8 @@ impl Report {
             }
             let name = format!("device.engine.{word}");
             self.add(name, attempt(|| device::contract(&place, precision)));
+            let name = format!("device.task.{word}");
+            self.add(name, attempt(|| device::task(&place, precision)));
         }
         self.add("nccl.pair".to_string(), attempt(|| nccl::pair(&args.transport)));
     }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser as _;
+use lacuna_cuda::Driver;
 use lacuna_spec::{Precision, TaskSpec};
 use lacuna_worker::args::WorkerArgs;
 use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec};
@@ -13,7 +14,7 @@ use tch::Device;
 use crate::classify::EncoderWeights;
 use crate::context::{self, EXACT, Kernels};
 use crate::cuda;
-use crate::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, TaskEngine, TorchEngine};
+use crate::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, Place, TaskEngine, TorchEngine};
 use crate::objective::{MaeObjective, Objective};
 use crate::runtime::{CPU_ENV, CUDA_ENV, library_version};
 
@@ -96,6 +97,13 @@ impl Backend for TorchBackend {
             context: format!("failed to build the engine on {}", spec.device),
             source: Box::new(source),
         };
+        if cuda_number(&spec.device).is_some() {
+            let kernels = Kernels { tf32: spec.precision == Precision::Tf32, ..EXACT };
+            context::set_kernels(kernels).map_err(|err| EngineError::Device {
+                context: "failed to choose kernels".to_string(),
+                source: Box::new(err),
+            })?;
+        }
         if let Some(task) = &spec.task {
             return task_engine(setup, task, &spec.device);
         }
@@ -104,11 +112,6 @@ impl Backend for TorchBackend {
                 TorchEngine::with_objective(setup, &self.objective).map_err(failed)?,
             ));
         }
-        let kernels = Kernels { tf32: spec.precision == Precision::Tf32, ..EXACT };
-        context::set_kernels(kernels).map_err(|err| EngineError::Device {
-            context: "failed to choose kernels".to_string(),
-            source: Box::new(err),
-        })?;
         // Its agent hides all devices but one.
         let place = DevicePlace {
             device: Device::Cuda(0),
@@ -121,7 +124,7 @@ impl Backend for TorchBackend {
     }
 }
 
-/// Builds the engine of a task, which computes on CPUs so far.
+/// Builds the engine of a task: on a device slots are computed there, and updates on the host.
 fn task_engine(
     setup: EngineSetup,
     task: &TaskSpec,
@@ -131,13 +134,18 @@ fn task_engine(
         context: format!("failed to build the engine of `task.kind` = \"{}\"", task.kind),
         source,
     };
-    if cuda_number(device).is_some() {
-        return Err(failed("tasks train on CPUs only so far: `--devices cpu:N`".into()));
-    }
+    let place = match cuda_number(device) {
+        None => Place::Here,
+        Some(_) => {
+            // Its agent hides all devices but one.
+            let card = Driver::load(None).and_then(|driver| driver.device(0));
+            Place::There(Device::Cuda(0), Some(card.map_err(|err| failed(err.into()))?))
+        }
+    };
     let encoder =
         EncoderWeights::of_task(task, &setup.model, setup.seed, (&setup.mean, &setup.std));
     let encoder = Arc::new(encoder.map_err(|err| failed(err.into()))?);
-    let engine = TaskEngine::new(setup, task, encoder).map_err(|err| failed(err.into()))?;
+    let engine = TaskEngine::at(setup, task, encoder, place).map_err(|err| failed(err.into()))?;
     Ok(Box::new(engine))
 }
 

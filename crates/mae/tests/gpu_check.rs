@@ -98,7 +98,14 @@ fn the_device_half_passes_over_the_stand_in() {
     run.command.arg("--nccl-library").arg(&library).arg("--cuda-library").arg(&library);
     let (code, stdout, stderr, file) = run.end();
     assert_eq!(code, 0, "{stdout}{stderr}");
-    for name in ["device.arithmetic", "device.engine.f32", "device.engine.bf16", "nccl.pair"] {
+    for name in [
+        "device.arithmetic",
+        "device.engine.f32",
+        "device.engine.bf16",
+        "device.task.f32",
+        "device.task.bf16",
+        "nccl.pair",
+    ] {
         assert_eq!(item(&file, name)["passed"], true, "{stdout}");
     }
     let heard = item(&file, "nccl.pair")["detail"]["heard"].as_array().unwrap();

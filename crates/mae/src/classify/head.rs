@@ -17,7 +17,7 @@ use lacuna_recipe::state::Layout;
 use lacuna_recipe::step::Normalize;
 use lacuna_spec::{Pool, RunSpec, TaskKind, TaskSpec, encoder_at, parse_text};
 use lacuna_types::Step;
-use tch::Tensor;
+use tch::{Device, Tensor};
 use tracing::info;
 
 use super::{Encoder, batch_normed, classifier_params, feature_width, finetuned_logits, own_name};
@@ -241,6 +241,7 @@ pub struct Head {
     normalize: Normalize,
     /// Mean and variance of a probe's features, `[d]`.
     statistics: Option<[Tensor; 2]>,
+    device: Device,
 }
 
 impl Head {
@@ -265,6 +266,24 @@ impl Head {
             frozen,
             normalize: Normalize::new(mean, std),
             statistics: None,
+            device: Device::Cpu,
+        }
+    }
+
+    /// Returns the same classifier on `device`; what goes in and comes out stays on the host.
+    #[must_use]
+    pub fn on(self, device: Device) -> Self {
+        let move_encoder = |encoder: Encoder| {
+            let table = encoder.pos_embed_1nd.to_device(device);
+            Encoder::new(&encoder.model, &encoder.weights.share().to_device(device), table)
+        };
+        let moved = |[mean_d, var_d]: [Tensor; 2]| [mean_d, var_d].map(|x| x.to_device(device));
+        Head {
+            weights: self.weights.to_device(device),
+            frozen: self.frozen.map(move_encoder),
+            statistics: self.statistics.map(moved),
+            device,
+            ..self
         }
     }
 
@@ -278,6 +297,7 @@ impl Head {
             frozen: self.frozen.as_ref().map(Encoder::share),
             normalize: self.normalize.clone(),
             statistics: self.statistics.as_ref().map(share),
+            device: self.device,
         }
     }
 
@@ -300,7 +320,10 @@ impl Head {
     /// `[b, d]`.
     pub fn features(&self, pixels: &[u8]) -> Vec<f32> {
         runtime::pin_threads();
-        tch::no_grad(|| values::<f32>(&self.pooled(pixels).contiguous()).to_vec())
+        tch::no_grad(|| {
+            let pooled_bd = self.pooled(pixels).to_device(Device::Cpu).contiguous();
+            values::<f32>(&pooled_bd).to_vec()
+        })
     }
 
     /// Takes sums of features and of their squares over `n` images, `[d]` each.
@@ -311,7 +334,8 @@ impl Head {
             (square / n as f64 - mean * mean).max(0.0) as f32
         });
         let var: Vec<f32> = var.collect();
-        self.statistics = Some([Tensor::from_slice(&mean), Tensor::from_slice(&var)]);
+        let there = |values: &[f32]| Tensor::from_slice(values).to_device(self.device);
+        self.statistics = Some([there(&mean), there(&var)]);
     }
 
     /// Computes logits `[b, k]` of images `pixels` `[b, h, w, c]`.
@@ -331,7 +355,7 @@ impl Head {
                 crate::vit::Linear::new(&self.weights, "head").forward(&normed_bd)
             }
         });
-        values::<f32>(&logits_bk.contiguous()).to_vec()
+        values::<f32>(&logits_bk.to_device(Device::Cpu).contiguous()).to_vec()
     }
 
     fn pooled(&self, pixels: &[u8]) -> Tensor {
@@ -348,6 +372,6 @@ impl Head {
         let mut normal: Vec<f32> = vec![0.0; pixels.len()];
         self.normalize.apply(pixels, (height * width) as usize, &mut normal);
         let shape = [-1, i64::from(self.model.channels), i64::from(height), i64::from(width)];
-        Tensor::from_slice(&normal).view(shape)
+        Tensor::from_slice(&normal).view(shape).to_device(self.device)
     }
 }

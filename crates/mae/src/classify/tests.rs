@@ -6,7 +6,7 @@ use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec, UpdateScal
 use lacuna_worker::fake::probe_batch;
 
 use super::*;
-use crate::engine::{EngineSetup, TaskEngine};
+use crate::engine::{EngineSetup, Place, TaskEngine};
 use crate::frozen::FrozenMae;
 
 fn micro() -> ModelConfig {
@@ -53,16 +53,19 @@ fn engine(spec: &EngineSpec) -> TaskEngine {
     engine_from(spec, Arc::new(EncoderWeights::fresh(&spec.model, spec.seed)))
 }
 
-fn engine_from(spec: &EngineSpec, encoder: Arc<EncoderWeights>) -> TaskEngine {
-    let setup = EngineSetup {
+fn setup(spec: &EngineSpec) -> EngineSetup {
+    EngineSetup {
         model: spec.model.clone(),
         seed: spec.seed,
         mean: spec.mean.clone(),
         std: spec.std.clone(),
         slot_batch: spec.slot_batch,
         precision: spec.precision,
-    };
-    TaskEngine::new(setup, spec.task.as_ref().unwrap(), encoder).unwrap()
+    }
+}
+
+fn engine_from(spec: &EngineSpec, encoder: Arc<EncoderWeights>) -> TaskEngine {
+    TaskEngine::new(setup(spec), spec.task.as_ref().unwrap(), encoder).unwrap()
 }
 
 impl Backend for FromSeed {
@@ -93,6 +96,62 @@ fn engines_of_tasks_keep_the_contract() {
         (TaskKind::Linear, Pool::Pixels),
     ] {
         lacuna_worker::conformance::run_from_elsewhere(&spec(task(kind, pool)), &FromSeed);
+    }
+}
+
+/// Slots on copies of the parameters, as on a device.
+fn engine_there(spec: &EngineSpec) -> TaskEngine {
+    let encoder = Arc::new(EncoderWeights::fresh(&spec.model, spec.seed));
+    let place = Place::There(Device::Cpu, None);
+    TaskEngine::at(setup(spec), spec.task.as_ref().unwrap(), encoder, place).unwrap()
+}
+
+struct There;
+
+impl Backend for There {
+    fn library(&self) -> String {
+        "libtorch".into()
+    }
+
+    fn trainer_env(&self, _device: &str) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    fn prepare(&self, _device: &str) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
+        Ok(Box::new(engine_there(spec)))
+    }
+}
+
+#[test]
+fn slots_on_copies_keep_the_contract_and_have_the_same_bits() {
+    for (kind, pool) in [(TaskKind::Finetune, Pool::Avg), (TaskKind::Linear, Pool::Cls)] {
+        lacuna_worker::conformance::run_from_elsewhere(&spec(task(kind, pool)), &There);
+        let ema = (kind == TaskKind::Finetune).then_some(0.9);
+        for optimizer in [Optimizer::AdamW, Optimizer::Lars] {
+            let spec = spec(TaskSpec { ema, optimizer, ..task(kind, pool) });
+            let (mut here, mut there) = (engine(&spec), engine_there(&spec));
+            for step in 1..4 {
+                let (own, copied) = (gradient(&mut here, &batch()), gradient(&mut there, &batch()));
+                assert_eq!(own, copied, "{kind} {optimizer:?} step {step}");
+                for engine in [&mut here, &mut there] {
+                    let adamw = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.05 };
+                    let update = UpdateScalars { lr: 1e-2, t: step, adamw, decay_tokens: false };
+                    engine.apply(&own.1, &update).unwrap();
+                }
+            }
+            // A state that comes from elsewhere.
+            let changed = [0.5; 3];
+            for engine in [&mut here, &mut there] {
+                gradient(engine, &batch());
+                engine.write(Section::Param, 1, &changed).unwrap();
+            }
+            assert_eq!(gradient(&mut here, &batch()), gradient(&mut there, &batch()));
+            assert_eq!(here.tensor_digests().unwrap(), there.tensor_digests().unwrap());
+        }
     }
 }
 

@@ -10,8 +10,12 @@ use clap::Args;
 use lacuna_checkpoint::chain;
 use lacuna_data::pack::class_names;
 use lacuna_data::{Dataset, ImageShape, SampleReader};
+use lacuna_mae::context::{self, Kernels};
+use lacuna_mae::cuda;
 use lacuna_spec::units::grouped;
-use lacuna_types::SampleId;
+use lacuna_types::{SampleId, exit};
+use lacuna_worker::entry::CodedError;
+use tch::Device;
 
 use super::{io, usage};
 
@@ -28,7 +32,10 @@ pub struct ComputeArgs {
     #[arg(long, default_value_t = 64, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch: u32,
-    /// Threads [default: the machine's].
+    /// Where models compute: `cpu`, `cuda`, or `cuda:1` for another device than the first.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", value_parser = device)]
+    device: Device,
+    /// Threads that read images, and on the CPU compute [default: the machine's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
 }
@@ -42,6 +49,16 @@ pub struct ViewArgs {
     pub crop_pct: f64,
 }
 
+fn device(text: &str) -> Result<Device, String> {
+    let number = match text.split_once(':') {
+        None if text == "cpu" => return Ok(Device::Cpu),
+        None if text == "cuda" => Some(0),
+        Some(("cuda", number)) => number.parse().ok(),
+        _ => None,
+    };
+    number.map(Device::Cuda).ok_or("expected `cpu`, `cuda` or `cuda:N`".to_string())
+}
+
 fn part(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
@@ -53,6 +70,25 @@ impl ComputeArgs {
     /// Returns the images of a batch.
     pub fn batch(&self) -> usize {
         self.batch as usize
+    }
+
+    /// Returns where models compute, ready to be used.
+    ///
+    /// # Errors
+    /// A device that is not there, with the exit code of an unfit machine.
+    pub fn device(&self) -> anyhow::Result<Device> {
+        let Device::Cuda(number) = self.device else { return Ok(self.device) };
+        let unfit = |message: String| CodedError { code: exit::UNFIT, message };
+        let library = cuda::load().map_err(|err| unfit(chain(&err)))?;
+        let n_devices = library.devices.len();
+        if number >= n_devices {
+            let text = format!("there is no device cuda:{number}: the driver shows {n_devices}");
+            return Err(unfit(text).into());
+        }
+        // Forward passes alone: what repeats its bits costs time, and asks for settings of cuBLAS.
+        let kernels = Kernels { deterministic: false, tf32: false };
+        context::set_kernels(kernels).map_err(|err| unfit(chain(&err)))?;
+        Ok(self.device)
     }
 
     /// Returns the number of threads.
@@ -193,6 +229,24 @@ fn in_order<W: Send, T: Send>(
 
 #[cfg(test)]
 mod tests {
+    fn compute(text: &str) -> Result<ComputeArgs, String> {
+        let device = device(text)?;
+        Ok(ComputeArgs { batch: 1, device, threads: None })
+    }
+
+    #[test]
+    fn devices_are_named_as_elsewhere() {
+        assert_eq!(compute("cpu").unwrap().device().unwrap(), Device::Cpu);
+        for bad in ["", "gpu", "cuda:", "cuda:x", "cpu:2"] {
+            assert!(compute(bad).is_err(), "{bad}");
+        }
+        if Path::new("/proc/driver/nvidia/version").exists() {
+            return println!("skipped: this machine has an NVIDIA driver");
+        }
+        let none = compute("cuda:1").unwrap().device().unwrap_err();
+        assert_eq!(none.downcast_ref::<CodedError>().unwrap().code, exit::UNFIT, "{none}");
+    }
+
     use super::*;
 
     #[test]

@@ -259,7 +259,8 @@ fn load(
         .then(|| EncoderWeights::of_task(task, &spec.model, spec.train.seed, scale))
         .transpose()
         .map_err(|err| io(chain(&err)))?;
-    let mut head = Head::new(task, &spec.model, scale, encoder.as_ref(), &params);
+    let head = Head::new(task, &spec.model, scale, encoder.as_ref(), &params);
+    let mut head = head.on(args.compute.device()?);
     if head.wants_statistics() {
         let (n, sums, squares) = match statistics {
             Some(known) => known,

@@ -76,6 +76,7 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
     refuse_existing(args, format)?;
     let loaded = args.source.load(Need::Encoder, args.size.hints())?;
     let (model, table) = loaded.build(&args.size)?;
+    let model = model.on(args.compute.device()?);
     let dataset = batches::open(&args.data)?;
     let (pool, n) = (args.pool.pool(), dataset.n_samples());
     let [height, width] = model.model().img_size;

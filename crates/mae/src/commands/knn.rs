@@ -149,6 +149,7 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     check(args)?;
     let loaded = args.source.load(Need::Encoder, args.size.hints())?;
     let (encoder, table) = loaded.build(&args.size)?;
+    let device = args.compute.device()?;
     let (train, val) = (batches::open(&args.train)?, batches::open(&args.val)?);
     batches::same_classes(&args.train, &args.val)?;
     let train_ids = chosen(&train, args.label_fraction, args.seed, "--train", &args.train)?;
@@ -157,8 +158,10 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     let with = |baseline| args.baseline.contains(&baseline);
     let random = with(Baseline::Random).then(|| {
         let model = encoder.model();
-        FrozenMae::new(model, &loaded.mean, &loaded.std, &random_params(model, args.seed))
+        let params = random_params(model, args.seed);
+        FrozenMae::new(model, &loaded.mean, &loaded.std, &params).on(device)
     });
+    let encoder = encoder.on(device);
     let pool = if args.pool == PoolArg::Cls { Pool::Cls } else { Pool::Mean };
     let extractor = Extractor { encoder, random, raw: with(Baseline::Raw), pool };
     let found = search(&extractor, args, (&train, &train_ids), (&val, &val_ids), &ks)?;

@@ -15,7 +15,7 @@ use lacuna_spec::{Optimizer, TaskSpec};
 use lacuna_worker::cpu_state::CpuState;
 use lacuna_worker::engine::{Engine, EngineError, UpdateScalars};
 
-use super::{BuildEngineError, EngineSetup, TorchEngine};
+use super::{BuildEngineError, EngineSetup, Place, TorchEngine};
 use crate::classify::{Classification, EncoderWeights, state_params};
 use crate::objective::Objective;
 
@@ -43,13 +43,23 @@ impl TaskEngine {
         task: &TaskSpec,
         encoder: Arc<EncoderWeights>,
     ) -> Result<Self, BuildEngineError> {
+        TaskEngine::at(setup, task, encoder, Place::Here)
+    }
+
+    /// The same with slots computed at a place; state and updates are on the host.
+    pub fn at(
+        setup: EngineSetup,
+        task: &TaskSpec,
+        encoder: Arc<EncoderWeights>,
+        place: Place,
+    ) -> Result<Self, BuildEngineError> {
         let model = setup.model.clone();
         let learns = Classification::new(task.clone(), encoder.clone());
         let scales = |layout: &Layout| -> Vec<f64> {
             layout.params().iter().map(|spec| learns.scale_of(&spec.name, &model)).collect()
         };
         let objective: Arc<dyn Objective> = Arc::new(learns.clone());
-        let mut inner = TorchEngine::with_objective(setup, &objective)?;
+        let mut inner = TorchEngine::at(setup, &objective, place)?;
         let scales = scales(inner.layout());
         let layout = Layout::new(state_params(task, &model));
         inner.state = CpuState::fresh(layout.clone(), inner.setup.seed);
@@ -120,6 +130,7 @@ impl Engine for TaskEngine {
     }
 
     fn apply(&mut self, mean: &[f32], update: &UpdateScalars) -> Result<(), EngineError> {
+        self.inner.changed();
         match self.task.optimizer {
             Optimizer::AdamW => self.inner.state.apply_scaled(mean, update, &self.scales),
             Optimizer::Sgd => self.apply_momentum(mean, update, 0.0),
@@ -164,6 +175,10 @@ impl Engine for TaskEngine {
     fn probe(&mut self) -> Result<u64, EngineError> {
         let probe = Crc64::of(&self.inner.probe()?.to_le_bytes());
         Ok(probe.then(self.encoder.digest()).value)
+    }
+
+    fn device_memory(&self) -> Option<u64> {
+        self.inner.device_memory()
     }
 
     fn describe(&self) -> String {

@@ -1,9 +1,12 @@
 //! The arithmetic and the engine on the device.
 
+use std::sync::Arc;
+
 use anyhow::Context as _;
 use lacuna_cuda::{Compiler, Driver};
 use lacuna_device::{Kernels, conformance};
-use lacuna_mae::engine::{DevicePlace, DeviceTorchEngine, EngineSetup};
+use lacuna_mae::classify::EncoderWeights;
+use lacuna_mae::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, Place, TaskEngine};
 use lacuna_recipe::model::ModelConfig;
 use lacuna_spec::Precision;
 use lacuna_worker::engine::{Backend, Engine, EngineError, EngineSpec};
@@ -47,6 +50,29 @@ pub fn contract(
     Ok((true, text, json!({ "engine": engine })))
 }
 
+/// Runs the contract of engines for a task, whose slots alone are on the device.
+pub fn task(place: &DevicePlace, precision: Precision) -> anyhow::Result<(bool, String, Value)> {
+    let text = "schema = 1\nname = \"a\"\nbase = \"preset:micro\"\ndata.shards = \"d\"\n\
+                [task]\nkind = \"finetune\"\nclasses = 5\nlayer_decay = 1.0\n";
+    let run = lacuna_spec::parse_text("a task", text, &[])?.spec;
+    let spec = EngineSpec {
+        model: run.model,
+        seed: 5,
+        mean: run.data.mean,
+        std: run.data.std,
+        slot_batch: 4,
+        n_slots: 4,
+        precision,
+        device: format!("{:?}", place.device).to_lowercase(),
+        task: run.task,
+    };
+    let backend = OnDevice { place: place.clone() };
+    lacuna_worker::conformance::run_from_elsewhere(&spec, &backend);
+    let engine = backend.engine(&spec)?.describe();
+    let text = format!("slots of a task are pure: {engine}");
+    Ok((true, text, json!({ "engine": engine })))
+}
+
 /// Engines at one place, whatever their specs say.
 struct OnDevice {
     place: DevicePlace,
@@ -74,6 +100,18 @@ impl Backend for OnDevice {
             slot_batch: spec.slot_batch,
             precision: spec.precision,
         };
+        if let Some(task) = &spec.task {
+            let failed = |source: Box<dyn std::error::Error + Send + Sync>| EngineError::Device {
+                context: "failed to build the engine of a task".to_string(),
+                source,
+            };
+            let encoder = Arc::new(EncoderWeights::fresh(&spec.model, spec.seed));
+            let driver = Driver::load(self.place.driver.as_deref());
+            let card = driver.and_then(|driver| driver.device(self.place.ordinal));
+            let place = Place::There(self.place.device, Some(card.map_err(|e| failed(e.into()))?));
+            let engine = TaskEngine::at(setup, task, encoder, place);
+            return Ok(Box::new(engine.map_err(|err| failed(err.into()))?));
+        }
         let place = DevicePlace { n_slots: spec.n_slots, ..self.place.clone() };
         Ok(Box::new(DeviceTorchEngine::new(setup, place)?))
     }
