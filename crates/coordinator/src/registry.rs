@@ -23,6 +23,7 @@ use crate::grpc::create::Naming;
 use crate::grpc::logs::Logs;
 use crate::grpc::node_of;
 use crate::grpc::once::Once;
+use crate::grpc::specs::etag_of;
 use crate::run::{Input, RunEnds, RunTask, SessionSender};
 use crate::scribe::Scribe;
 use crate::service::Options;
@@ -53,14 +54,28 @@ const DRAWING_MAX: usize = 64;
 pub(crate) struct RunHandle {
     pub ends: RunEnds,
     pub spec: RunSpec,
-    /// The same as JSON: asked for by every session and every call.
+    /// The same as JSON, and what tells it from another: asked for by every session and call.
     pub spec_json: String,
+    pub etag: String,
     pub n_samples: u64,
     pub fingerprint: String,
     /// Place in order of creation: older runs get workers first.
     pub order: usize,
     /// Sessions that were given to the run and are alive.
     pub attached: usize,
+}
+
+impl RunHandle {
+    /// Takes another specification.
+    pub fn set_spec(&mut self, spec: RunSpec) {
+        (self.spec_json, self.etag) = spoken(&spec);
+        self.spec = spec;
+    }
+}
+
+/// Returns a specification as JSON, and its etag.
+fn spoken(spec: &RunSpec) -> (String, String) {
+    (spec.to_json().to_string(), etag_of(spec))
 }
 
 /// Ends a run's follower, and waits for it.
@@ -235,14 +250,14 @@ impl Shared {
         order: usize,
     ) -> Result<(), String> {
         let (n_samples, fingerprint) = (stored.n_samples, stored.fingerprint.clone());
-        let spec_json = spec.to_json().to_string();
         let id = stored.run_id.clone();
         let (task, ends, inputs) = RunTask::create(self, stored, spec.clone(), catalogue)?;
         self.tasks.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(task.run(inputs));
         self.follow(&id, &spec, &ends);
+        let (spec_json, etag) = spoken(&spec);
         let handle =
-            RunHandle { ends, spec, spec_json, n_samples, fingerprint, order, attached: 0 };
+            RunHandle { ends, spec, spec_json, etag, n_samples, fingerprint, order, attached: 0 };
         self.runs().insert(id, handle);
         self.runs_changed();
         Ok(())
@@ -251,8 +266,9 @@ impl Shared {
     /// Gives a run other numbers of workers; those who wait for a run may be wanted now.
     pub(crate) fn set_workers(&self, id: &RunId, workers: Workers) {
         if let Some(handle) = self.runs().get_mut(id) {
-            handle.spec.elastic.workers = workers;
-            handle.spec_json = handle.spec.to_json().to_string();
+            let mut spec = handle.spec.clone();
+            spec.elastic.workers = workers;
+            handle.set_spec(spec);
         }
         self.runs_changed();
     }

@@ -11,7 +11,7 @@ use lacuna_types::{BuildId, RunId, WorkerId};
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
-use super::messages::run_message;
+use super::messages::workers_of;
 use super::{Grpc, ask, bounded, node_of, page};
 use crate::bans::Bans;
 use crate::clock::now_ms;
@@ -66,7 +66,7 @@ impl AdminService for Grpc {
         let free = self.0.devices().into_iter().map(|(id, device)| free(id, device));
         let mut all: BTreeMap<String, v1::Worker> = free.collect();
         for (id, handle) in self.0.runs().iter() {
-            all.extend(run_message(id, handle).workers.into_iter().map(|w| of_run(id, w)));
+            all.extend(workers_of(handle).into_iter().map(|w| of_run(id, w)));
         }
         let after = all.iter().skip_while(|(id, _)| **id <= page_token);
         let (workers, next_page_token) =

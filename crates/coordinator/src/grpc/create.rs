@@ -132,8 +132,7 @@ impl Grpc {
                 if handle.spec.track.tensorboard != spec.track.tensorboard {
                     self.0.follow(id, &spec, &handle.ends);
                 }
-                handle.spec = spec.clone();
-                handle.spec_json = spec.to_json().to_string();
+                handle.set_spec(spec.clone());
                 handle.ends.view.clone()
             }
             None => return Err(not_found(id)),

@@ -1,11 +1,12 @@
 //! Runs and updates as they stand on the wire.
 
-use lacuna_api::v1;
-use lacuna_control::coordinator::Ending;
-use lacuna_track::Figures;
-use lacuna_types::{RunId, exit};
+use std::collections::BTreeMap;
 
-use crate::grpc::specs::etag_of;
+use lacuna_api::v1;
+use lacuna_control::coordinator::{Ending, WorkerStatus};
+use lacuna_track::Figures;
+use lacuna_types::{RunId, WorkerId, exit};
+
 use crate::registry::RunHandle;
 use crate::run::View;
 use crate::store::{PicturePlace, Update};
@@ -27,16 +28,7 @@ pub(crate) fn run_of_view(id: &RunId, handle: &RunHandle, view: View) -> v1::Run
         Some(Ending::Cancelled { why }) => (why.clone(), Some(exit::WAIT_CANCELLED), None),
         Some(Ending::Paused { why }) => (why.clone(), Some(exit::FAILED), None),
     };
-    let worker = |w: lacuna_control::coordinator::WorkerStatus| v1::RunWorker {
-        device: devices.get(&w.worker).cloned().unwrap_or_default(),
-        worker_id: w.worker.to_string(),
-        rank: w.rank.map(|rank| rank as u32),
-        slots: w.slots,
-        state: w.state.to_string(),
-        step: w.step.0,
-        phase: w.phase.to_string(),
-        memory_bytes: w.memory_bytes,
-    };
+    let worker = |w| worker_message(w, &devices);
     v1::Run {
         run_id: id.to_string(),
         state: status.state.to_string(),
@@ -59,7 +51,29 @@ pub(crate) fn run_of_view(id: &RunId, handle: &RunHandle, view: View) -> v1::Run
         last_seq,
         n_samples: handle.n_samples,
         fingerprint: handle.fingerprint.clone(),
-        etag: etag_of(&handle.spec),
+        etag: handle.etag.clone(),
+    }
+}
+
+/// Describes the workers of a run that is on.
+pub(super) fn workers_of(handle: &RunHandle) -> Vec<v1::RunWorker> {
+    let view = handle.ends.view.borrow();
+    if view.ending.is_some() {
+        return Vec::new();
+    }
+    view.status.workers.iter().map(|w| worker_message(w.clone(), &view.devices)).collect()
+}
+
+fn worker_message(w: WorkerStatus, devices: &BTreeMap<WorkerId, String>) -> v1::RunWorker {
+    v1::RunWorker {
+        device: devices.get(&w.worker).cloned().unwrap_or_default(),
+        worker_id: w.worker.to_string(),
+        rank: w.rank.map(|rank| rank as u32),
+        slots: w.slots,
+        state: w.state.to_string(),
+        step: w.step.0,
+        phase: w.phase.to_string(),
+        memory_bytes: w.memory_bytes,
     }
 }
 

@@ -24,6 +24,8 @@ use self::measure::{Call, Subject, latencies, longest, quantile};
 use self::report::Table;
 use self::stub::{End, MARK_EVERY};
 
+/// How long another coordinator may take to lead.
+const TAKEOVER: Duration = Duration::from_secs(120);
 /// How a client waits for the coordinator.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Calls whose latency is measured, of each kind.
@@ -49,6 +51,10 @@ struct Args {
     /// Folder for the coordinator's log, kept; none without it.
     #[arg(long)]
     logs: Option<PathBuf>,
+    /// Keep the state in this etcd, an address or several with commas, under a prefix of its own;
+    /// then another coordinator takes over at the end, which is measured too.
+    #[arg(long, value_name = "URLS")]
+    etcd: Option<String>,
 }
 
 /// Runs, and workers of each.
@@ -123,10 +129,11 @@ async fn measure_once(
     table: &mut Table,
 ) -> anyhow::Result<()> {
     let fixture = Fixture::new(binaries.clone(), SAMPLES, 8);
-    let (coordinator, url) = start(args, &fixture)?;
+    let (coordinator, url) = start(args, &fixture, "state")?;
     let subject = Subject(coordinator.pid());
-    let idle_mib = subject.memory("VmRSS")?;
     let mut client = Client::connect(&url, PATIENCE).await?;
+    wait_for_runs(&mut client, 0).await?;
+    let idle_mib = subject.memory("VmRSS")?;
     let request = request(&fixture, shape)?;
     let created = submit_all(&mut client, &request, shape).await?;
     table.add("CreateRun, new: p50, ms", quantile(&created, 0.5));
@@ -171,7 +178,7 @@ async fn measure_once(
     if shape.workers == 1 {
         // A group of one has nobody to go on.
         table.add("peak RSS, MiB", subject.memory("VmHWM")?);
-        return Ok(());
+        return take_over(args, shape, &fixture, coordinator, table).await;
     }
     let hit = shape.some().min(shape.runs);
     for (how, what) in [(End::Die, "killed"), (End::Silence, "silent")] {
@@ -188,7 +195,42 @@ async fn measure_once(
         table.add(&format!("1 % {what}: alive"), fleet.alive() as f64);
     }
     table.add("peak RSS, MiB", subject.memory("VmHWM")?);
+    take_over(args, shape, &fixture, coordinator, table).await
+}
+
+/// Kills the coordinator beside another one that follows, and times how long that takes until it
+/// leads, with every run.
+async fn take_over(
+    args: &Args,
+    shape: Shape,
+    fixture: &Fixture,
+    coordinator: Process,
+    table: &mut Table,
+) -> anyhow::Result<()> {
+    if args.etcd.is_none() {
+        return Ok(());
+    }
+    let (second, url) = start(args, fixture, "state-of-the-second")?;
+    let mut client = Client::connect(&url, PATIENCE).await?;
+    drop(coordinator);
+    let killed = Instant::now();
+    wait_for_runs(&mut client, shape.runs).await?;
+    table.add("takeover: killed to every run led, s", killed.elapsed().as_secs_f64());
+    let subject = Subject(second.pid());
+    table.add("takeover: CPU of the second until then, s", subject.cpu()?.as_secs_f64());
     Ok(())
+}
+
+/// Waits until the coordinator lists so many runs.
+async fn wait_for_runs(client: &mut Client, n: usize) -> anyhow::Result<()> {
+    let until = Instant::now() + TAKEOVER;
+    loop {
+        match client.list_runs().await {
+            Ok(runs) if runs.len() == n => return Ok(()),
+            answer => ensure!(Instant::now() < until, "it does not lead {n} runs: {answer:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 fn seconds(n: u64) -> Duration {
@@ -205,7 +247,7 @@ async fn watch_lag(
     Ok((stop, lag))
 }
 
-fn start(args: &Args, fixture: &Fixture) -> anyhow::Result<(Process, String)> {
+fn start(args: &Args, fixture: &Fixture, state: &str) -> anyhow::Result<(Process, String)> {
     let mut command = fixture.lacuna(&["coordinator", "--local", "--listen", "127.0.0.1:0"]);
     let log = match &args.logs {
         None => Stdio::null(),
@@ -215,7 +257,12 @@ fn start(args: &Args, fixture: &Fixture) -> anyhow::Result<(Process, String)> {
             std::fs::File::options().create(true).append(true).open(path)?.into()
         }
     };
-    command.arg("--state").arg(fixture.path("state")).stdout(Stdio::piped()).stderr(log);
+    if let Some(etcd) = &args.etcd {
+        // The folder has a random name.
+        let prefix = format!("/scale{}", fixture.dir.path().display());
+        command.args(["--etcd", etcd, "--etcd-lease", "5s", "--etcd-prefix", &prefix]);
+    }
+    command.arg("--state").arg(fixture.path(state)).stdout(Stdio::piped()).stderr(log);
     let mut process = Process::start(&mut command);
     let stdout = process.take_stdout().context("stdout is a pipe")?;
     let mut line = String::new();
