@@ -5,6 +5,8 @@ Run by a Python that has torch, timm, safetensors, numpy and Pillow:
     python features_peer.py write FILE               write an encoder with random weights
     python features_peer.py compare FILE SHARDS HxW OUT.npy POOL
                                                      features of packed PNGs, against a file of ours
+    python features_peer.py classify FILE SHARDS OUT.npy POOL
+                                                     logits of an exported classifier, the same
 
 Results are JSON on stdout.
 """
@@ -47,7 +49,7 @@ def write(file: str) -> dict[str, object]:
     return {"tensors": len(state)}
 
 
-def images(shards: str):
+def images(shards: str, mean=MEAN, std=STD):
     """Reads packed PNGs in the order of the index, normalised."""
     import numpy
     import torch
@@ -60,7 +62,7 @@ def images(shards: str):
                 if member.name.endswith(".png"):
                     image = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB")
                     out.append(numpy.asarray(image, dtype=numpy.float64) / 255)
-    normal = (numpy.stack(out) - MEAN) / STD
+    normal = (numpy.stack(out) - mean) / std
     return torch.from_numpy(normal).permute(0, 3, 1, 2).float()
 
 
@@ -87,9 +89,27 @@ def compare(file: str, shards: str, size: str, ours: str, pool: str) -> dict[str
     return {"n": len(batch), "shape": list(found.shape), "off": off, "model_returns_cls": same}
 
 
+def classify(file: str, shards: str, ours: str, pool: str) -> dict[str, object]:
+    """Computes logits of a fine-tuned model of the preset `micro` as timm does."""
+    import numpy
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=8, patch_size=2, in_chans=3, embed_dim=8, depth=2, num_heads=2, mlp_ratio=4,
+        num_classes=3, global_pool={"avg": "avg", "cls": "token"}[pool])
+    model.load_state_dict(load_file(file), strict=True)
+    with torch.no_grad():
+        want = model.eval()(images(shards, [0.5] * 3, [0.25] * 3))
+    found = torch.from_numpy(numpy.load(ours))
+    off = (found.double() - want.double()).abs().max().item()
+    return {"shape": list(found.shape), "off": off, "spread": want.std().item()}
+
+
 def main() -> int:
     """Runs the program and returns its exit code."""
-    commands = {"write": write, "compare": compare}
+    commands = {"write": write, "compare": compare, "classify": classify}
     command, *args = sys.argv[1:]
     if command not in commands:
         raise SystemExit(f"features_peer: no command {command!r}")

@@ -1,4 +1,5 @@
-"""Tests that `lacuna-worker features` gives what timm gives for the same weights and images.
+"""Tests that `lacuna-worker features` gives what timm gives for the same weights and images, and that
+a fine-tuned model gives timm's logits when it is exported.
 
 Needs `lacuna` and `lacuna-worker` in LACUNA_BIN (default: target/release) and, in
 LACUNA_PEERS_PYTHON, a Python with torch, timm, safetensors, numpy and Pillow; what cannot be tested
@@ -13,6 +14,7 @@ import tempfile
 import unittest
 
 from common import say
+from readme_test import png
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BIN = ROOT / os.environ.get("LACUNA_BIN", "target/release")
@@ -96,6 +98,54 @@ class Features(unittest.TestCase):
         found, said = self.compared("24x24", "mean", "--img-size", "24x24", "--pos-resize", "mae")
         self.assertGreater(found["off"], 100 * NEAR)
         self.assertIn("without antialiasing", said)
+
+
+class Classifier(unittest.TestCase):
+    """A fine-tuned model: what `predict` writes, and what timm computes from its export."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.root = pathlib.Path(folder.name)
+        # As large as the model's images: nobody resizes them.
+        for i in range(48):
+            kind = self.root / "pictures" / ("some", "others", "more")[i % 3]
+            kind.mkdir(parents=True, exist_ok=True)
+            (kind / f"{i:02}.png").write_bytes(png(8, i))
+        run(BIN / "lacuna", "data", "pack", self.root / "pictures", self.root / "data")
+
+    def tuned(self, pool):
+        """Fine-tunes for some steps; returns the run's folder."""
+        (self.root / f"{pool}.toml").write_text(f"""schema = 1
+name = "{pool}"
+base = "preset:micro"
+data.shards = "data"
+elastic.workers = "1:1"
+checkpoint.to = "runs"
+[task]
+kind = "finetune"
+classes = 3
+pool = "{pool}"
+""")
+        run(BIN / "lacuna", "train", f"{pool}.toml", "--progress", "off", folder=self.root)
+        return self.root / "runs" / pool
+
+    def test_logits_are_those_of_timm(self):
+        for pool in ("avg", "cls"):
+            with self.subTest(pool=pool):
+                tuned, logits = self.tuned(pool), self.root / f"{pool}.npy"
+                said = run(BIN / "lacuna-worker", "predict", tuned, "--data", self.root / "data",
+                           "--out", logits, "--batch", 16)
+                self.assertIn("logits of 48 images, 3 classes", said)
+                self.assertIn("% of the 48 labelled ones are right", said)
+                run(BIN / "lacuna", "ckpt", "export", tuned, "--layout", "timm", "--to",
+                    self.root / f"export-{pool}")
+                weights = self.root / f"export-{pool}" / "timm.safetensors"
+                found = json.loads(run(PYTHON, PEER, "classify", weights, self.root / "data",
+                                       logits, pool))
+                self.assertEqual(found["shape"], [48, 3])
+                self.assertLess(found["off"], NEAR)
+                self.assertGreater(found["spread"], 100 * NEAR, "they are not all alike")
 
 
 if __name__ == "__main__":

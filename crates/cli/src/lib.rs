@@ -30,10 +30,10 @@ use lacuna_types::{BuildId, exit};
 /// What stands below the commands: those that compute are the other program's.
 const WORKER_HELP: &str = "\
 `lacuna-worker` has what computes: joining a coordinator as a worker, `features`, `eval knn`,
-`eval classify` and `reconstruct`; see `lacuna-worker --help`.";
+`eval classify`, `predict` and `reconstruct`; see `lacuna-worker --help`.";
 
 /// Commands that are `lacuna-worker`'s.
-const OF_WORKER: [&str; 3] = ["eval", "features", "reconstruct"];
+const OF_WORKER: [&str; 4] = ["eval", "features", "predict", "reconstruct"];
 
 /// Elastic, exact pre-training of masked autoencoders.
 #[derive(Debug, Parser)]

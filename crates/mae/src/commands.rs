@@ -7,6 +7,7 @@ pub mod feature_file;
 pub mod features;
 pub mod knn;
 pub mod page;
+pub mod predict;
 pub mod reconstruct;
 pub mod report;
 pub mod source;

@@ -34,6 +34,8 @@ enum Command {
     Reconstruct(commands::reconstruct::ReconstructArgs),
     /// Write what a model's encoder says about every image of a data set.
     Features(commands::features::FeaturesArgs),
+    /// Write what a run that learned classes says of every image of a data set.
+    Predict(commands::predict::PredictArgs),
     /// Tell how good a model's features are.
     #[command(subcommand)]
     Eval(commands::eval::EvalCommand),
@@ -55,6 +57,10 @@ fn main() -> ExitCode {
         Some(Command::Features(args)) => {
             init_logs();
             finish(commands::features::features(&args))
+        }
+        Some(Command::Predict(args)) => {
+            init_logs();
+            finish(commands::predict::predict(&args))
         }
         Some(Command::Eval(command)) => {
             init_logs();

@@ -26,6 +26,21 @@ use super::report::{self, result_json};
 use super::source::{run_dir, shape_of};
 use super::{io, usage};
 
+/// Which classifier of a run, and how it sees and computes.
+#[derive(Args, Debug)]
+pub struct ModelArgs {
+    /// Step of the checkpoint [default: the newest].
+    #[arg(long)]
+    pub step: Option<u64>,
+    /// Classify with the average of the weights that the run keeps (`task.ema`).
+    #[arg(long)]
+    pub ema: bool,
+    #[command(flatten)]
+    pub view: ViewArgs,
+    #[command(flatten)]
+    pub compute: ComputeArgs,
+}
+
 /// `lacuna-worker eval classify`.
 #[derive(Args, Debug)]
 pub struct ClassifyArgs {
@@ -34,19 +49,11 @@ pub struct ClassifyArgs {
     /// Packed and labelled images that are classified.
     #[arg(long, value_name = "DIR")]
     val: PathBuf,
-    /// Step of the checkpoint [default: the newest].
-    #[arg(long, conflicts_with = "all")]
-    step: Option<u64>,
-    /// Classify with the average of the weights that the run keeps (`task.ema`).
-    #[arg(long)]
-    ema: bool,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Classify with every checkpoint, and say which is best.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "step")]
     all: bool,
-    #[command(flatten)]
-    view: ViewArgs,
-    #[command(flatten)]
-    compute: ComputeArgs,
     /// Where the report goes, JSON.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -85,8 +92,7 @@ const SCHEMA: &str = "lacuna-eval-classify/1";
 
 /// Classifies the validation set and writes the report.
 pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
-    let dir = run_dir(&args.run)?
-        .ok_or_else(|| usage(format!("`{}` is no run's folder", args.run.display())))?;
+    let dir = run_of(&args.run)?;
     let val = batches::open(&args.val)?;
     let ids: Vec<u64> =
         (0..val.n_samples()).filter(|id| val.label(SampleId(*id)).is_some()).collect();
@@ -100,8 +106,8 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
         let (spec, task) = task_of(&manifest)?;
         batches::same_classes(Path::new(&spec.data.shards), &args.val)?;
         n_classes = task.classes.max(val.index().n_classes());
-        let head = load(&dir, &manifest, &spec, &task, args, &mut statistics)?;
-        let (tally, mistakes) = judge(&head, &spec, (&val, &ids), args)?;
+        let head = load(&dir, &manifest, (&spec, &task), &args.model, &mut statistics)?;
+        let (tally, mistakes) = judge(&head, &spec, (&val, &ids), &args.model)?;
         println!(
             "step {:>8}  top-1 {:6.2}%  top-5 {:6.2}%  per class {:6.2}%",
             manifest.step,
@@ -148,7 +154,7 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
 
 /// Pins the best checkpoint, so that nothing removes it.
 fn hold(dir: &RunDir, args: &ClassifyArgs, best: &Judged) -> anyhow::Result<()> {
-    let name = if args.ema { "best-ema" } else { "best" }.to_string();
+    let name = if args.model.ema { "best-ema" } else { "best" }.to_string();
     let failed = |err: &dyn std::error::Error| io(chain(err));
     let why = format!("top-1 {:.2}% of {}", 100.0 * best.tally.top1(), args.val.display());
     let pin = |name: &str| {
@@ -186,7 +192,7 @@ fn write_page(
     let mut page = Page::new(&title, &format!("images of {}", args.val.display()), &args.val);
     page.scores(&best.tally);
     page.confusion(&best.tally, n_classes);
-    page.mistakes(&best.mistakes, &mut Pictures::new(val, best.shape, args.view))?;
+    page.mistakes(&best.mistakes, &mut Pictures::new(val, best.shape, args.model.view))?;
     page.write(path)?;
     println!("{}: the page", path.display());
     Ok(())
@@ -202,8 +208,8 @@ fn report(args: &ClassifyArgs, results: &[Judged], best: u64, n_classes: u32) ->
         "schema": SCHEMA,
         "run": args.run,
         "val": args.val,
-        "crop_pct": args.view.crop_pct,
-        "weights": if args.ema { "ema" } else { "last" },
+        "crop_pct": args.model.view.crop_pct,
+        "weights": if args.model.ema { "ema" } else { "last" },
         "classes": n_classes,
         "best_step": best,
         "results": results.iter().map(one).collect::<Vec<Value>>(),
@@ -212,21 +218,35 @@ fn report(args: &ClassifyArgs, results: &[Judged], best: u64, n_classes: u32) ->
 
 /// Lists the checkpoints that are asked for.
 fn manifests(dir: &RunDir, args: &ClassifyArgs) -> anyhow::Result<Vec<Manifest>> {
-    if let Some(step) = args.step {
-        return Ok(vec![find_step(dir, Step(step)).map_err(|err| io(chain(&err)))?]);
+    if !args.all {
+        return Ok(vec![manifest_of(dir, &args.run, args.model.step)?]);
     }
     let entries = catalog::list(dir).map_err(|err| io(chain(&err)))?;
-    let none = || io(format!("the run `{}` has no usable checkpoint", args.run.display()));
-    if args.all {
-        let mut all: Vec<Manifest> = entries.iter().filter_map(Entry::good).cloned().collect();
-        all.sort_by_key(|manifest| manifest.step);
-        return if all.is_empty() { Err(none()) } else { Ok(all) };
+    let mut all: Vec<Manifest> = entries.iter().filter_map(Entry::good).cloned().collect();
+    all.sort_by_key(|manifest| manifest.step);
+    if all.is_empty() { Err(no_checkpoint(&args.run)) } else { Ok(all) }
+}
+
+/// Finds the run in a folder or behind a URL.
+pub fn run_of(run: &Path) -> anyhow::Result<RunDir> {
+    run_dir(run)?.ok_or_else(|| usage(format!("`{}` is no run's folder", run.display())))
+}
+
+/// Finds a run's checkpoint of a step, or its newest one.
+pub fn manifest_of(dir: &RunDir, run: &Path, step: Option<u64>) -> anyhow::Result<Manifest> {
+    if let Some(step) = step {
+        return find_step(dir, Step(step)).map_err(|err| io(chain(&err)));
     }
-    Ok(vec![catalog::newest_good(&entries).cloned().ok_or_else(none)?])
+    let entries = catalog::list(dir).map_err(|err| io(chain(&err)))?;
+    catalog::newest_good(&entries).cloned().ok_or_else(|| no_checkpoint(run))
+}
+
+fn no_checkpoint(run: &Path) -> anyhow::Error {
+    io(format!("the run `{}` has no usable checkpoint", run.display()))
 }
 
 /// Returns the spec of a checkpoint and its task.
-fn task_of(manifest: &Manifest) -> anyhow::Result<(RunSpec, TaskSpec)> {
+pub fn task_of(manifest: &Manifest) -> anyhow::Result<(RunSpec, TaskSpec)> {
     let spec = parse_text("the checkpoint's spec", &manifest.spec, &[])
         .context("read the spec stored in the checkpoint")?
         .spec;
@@ -236,12 +256,13 @@ fn task_of(manifest: &Manifest) -> anyhow::Result<(RunSpec, TaskSpec)> {
     Ok((spec, task))
 }
 
-fn load(
+/// Reads a checkpoint's classifier; a probe's statistics are those of its training set, the same for all
+/// checkpoints.
+pub fn load(
     dir: &RunDir,
     manifest: &Manifest,
-    spec: &RunSpec,
-    task: &TaskSpec,
-    args: &ClassifyArgs,
+    (spec, task): (&RunSpec, &TaskSpec),
+    args: &ModelArgs,
     statistics: &mut Option<Statistics>,
 ) -> anyhow::Result<Head> {
     if args.ema && task.ema.is_none() {
@@ -280,7 +301,7 @@ fn take_statistics(
     head: &Head,
     spec: &RunSpec,
     train: &Dataset,
-    args: &ClassifyArgs,
+    args: &ModelArgs,
 ) -> anyhow::Result<Statistics> {
     let ids: Vec<u64> = (0..train.n_samples()).collect();
     let (mut sums, mut squares): (Vec<f64>, Vec<f64>) = (Vec::new(), Vec::new());
@@ -308,8 +329,38 @@ fn take_statistics(
     Ok((ids.len() as u64, sums, squares))
 }
 
-fn threads(args: &ClassifyArgs, ids: &[u64]) -> std::ops::Range<usize> {
+fn threads(args: &ModelArgs, ids: &[u64]) -> std::ops::Range<usize> {
     0..args.compute.threads().min(ids.len().div_ceil(args.compute.batch()))
+}
+
+/// Computes the logits of images, and hands over those of each with its place among `ids`.
+pub fn each_image(
+    head: &Head,
+    spec: &RunSpec,
+    (dataset, ids): (&Dataset, &[u64]),
+    args: &ModelArgs,
+    what: &str,
+    mut take: impl FnMut(usize, &[f32]) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let (shape, batch) = (shape_of(&spec.model), args.compute.batch());
+    let images = Images { dataset, shape, view: args.view, ids, batch };
+    let workers: Vec<Head> = threads(args, ids).map(|_| head.share()).collect();
+    let work = |head: &mut Head, pixels: &[u8]| head.logits(pixels);
+    images.for_each(what, workers, work, |at, logits| {
+        for (i, row) in logits.chunks_exact(head.n_classes()).enumerate() {
+            let id = ids[at + i];
+            ensure!(row.iter().all(|x| x.is_finite()), "image {id}: a logit is not finite");
+            take(at + i, row)?;
+        }
+        Ok(())
+    })
+}
+
+/// Lists the classes, the likeliest first; of equal logits the smaller class.
+pub fn ranked(row: &[f32]) -> Vec<u32> {
+    let mut all: Vec<u32> = (0..row.len() as u32).collect();
+    all.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b)));
+    all
 }
 
 /// Counts right and wrong predictions.
@@ -317,33 +368,30 @@ fn judge(
     head: &Head,
     spec: &RunSpec,
     (val, ids): (&Dataset, &[u64]),
-    args: &ClassifyArgs,
+    args: &ModelArgs,
 ) -> anyhow::Result<(Tally, Vec<Mistake>)> {
-    let (shape, batch) = (shape_of(&spec.model), args.compute.batch());
-    let images = Images { dataset: val, shape, view: args.view, ids, batch };
-    let workers: Vec<Head> = threads(args, ids).map(|_| head.share()).collect();
-    let work = |head: &mut Head, pixels: &[u8]| head.logits(pixels);
-    let n_classes = head.n_classes();
     let mut tally = Tally::default();
     let mut mistakes: Vec<Mistake> = Vec::new();
-    images.for_each("val", workers, work, |at, logits| {
-        for (row, id) in logits.chunks_exact(n_classes).zip(&ids[at..]) {
-            ensure!(row.iter().all(|x| x.is_finite()), "image {id}: a logit is not finite");
-            let mut ranked: Vec<u32> = (0..n_classes as u32).collect();
-            // Of equal logits the smaller class first.
-            ranked.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b)));
-            let truth = val.label(SampleId(*id)).expect("it has one");
-            tally.add(truth, &ranked);
-            if ranked[0] != truth {
-                let (id, said) = (*id, ranked[0]);
-                mistakes.push(Mistake { id, truth, said, share: share_of(row, said) });
-            }
-        }
-        // The surest ones are enough, however many there are.
+    let surest_first = |mistakes: &mut Vec<Mistake>| {
         mistakes.sort_by(|a, b| b.share.total_cmp(&a.share).then(a.id.cmp(&b.id)));
         mistakes.truncate(MISTAKES_MAX);
+    };
+    each_image(head, spec, (val, ids), args, "val", |at, row| {
+        let ranked = ranked(row);
+        let id = ids[at];
+        let truth = val.label(SampleId(id)).expect("it has one");
+        tally.add(truth, &ranked);
+        if ranked[0] != truth {
+            let said = ranked[0];
+            mistakes.push(Mistake { id, truth, said, share: share_of(row, said) });
+        }
+        // The surest ones are enough, however many there are.
+        if mistakes.len() == 2 * MISTAKES_MAX {
+            surest_first(&mut mistakes);
+        }
         Ok(())
     })?;
+    surest_first(&mut mistakes);
     Ok((tally, mistakes))
 }
 

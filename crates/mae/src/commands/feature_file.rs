@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use serde_json::{Map, Value, json};
 
-use super::io;
+use super::{io, usage};
 
 /// Formats of feature files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -17,6 +17,36 @@ pub enum Format {
     Npy,
     /// One file with the tensors `features`, `labels` and `ids`.
     Safetensors,
+}
+
+impl Format {
+    /// Returns the format asked for, or that of the name's ending.
+    pub fn of(out: &Path, asked: Option<Format>) -> anyhow::Result<Format> {
+        match (asked, out.extension().and_then(|ending| ending.to_str())) {
+            (Some(format), _) => Ok(format),
+            (None, Some("npy")) => Ok(Format::Npy),
+            (None, Some("safetensors")) => Ok(Format::Safetensors),
+            (None, _) => Err(usage(format!(
+                "--out `{}` ends neither in .npy nor in .safetensors: give --format",
+                out.display()
+            ))),
+        }
+    }
+
+    /// Hours of work are not written over by accident.
+    pub fn refuse_existing(self, out: &Path, force: bool) -> anyhow::Result<()> {
+        let labels = labels_path(out);
+        let mut files: Vec<&Path> = vec![out];
+        if self == Format::Npy {
+            files.push(&labels);
+        }
+        match files.iter().find(|file| file.exists()) {
+            Some(file) if !force => {
+                Err(usage(format!("`{}` is there: write over it with --force", file.display())))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Multiple at which the data of an npy file starts.

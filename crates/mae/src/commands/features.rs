@@ -1,6 +1,6 @@
 //! `lacuna-worker features`: what the encoder says about every image of a data set.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use lacuna_data::DECODER_ID;
@@ -9,9 +9,8 @@ use lacuna_spec::units::grouped;
 use lacuna_types::{SampleId, exit};
 
 use super::batches::{self, ComputeArgs, Images, ViewArgs};
-use super::feature_file::{Content, FeatureFile, Format, labels_path};
+use super::feature_file::{Content, FeatureFile, Format};
 use super::source::{Need, SizeArgs, SourceArgs, shape_of};
-use super::usage;
 
 /// `lacuna-worker features`.
 #[derive(Args, Debug)]
@@ -72,8 +71,8 @@ impl PoolArg {
 
 /// Writes the features of every sample, in the order of the index.
 pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
-    let format = format(args)?;
-    refuse_existing(args, format)?;
+    let format = Format::of(&args.out, args.format)?;
+    format.refuse_existing(&args.out, args.force)?;
     let loaded = args.source.load(Need::Encoder, args.size.hints())?;
     let (model, table) = loaded.build(&args.size)?;
     let model = model.on(args.compute.device()?);
@@ -119,33 +118,4 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
         grouped(n_labelled as u64),
     );
     Ok(exit::OK)
-}
-
-/// Returns the format asked for, or that of the name's ending.
-fn format(args: &FeaturesArgs) -> anyhow::Result<Format> {
-    let ending = args.out.extension().and_then(|ending| ending.to_str());
-    match (args.format, ending) {
-        (Some(format), _) => Ok(format),
-        (None, Some("npy")) => Ok(Format::Npy),
-        (None, Some("safetensors")) => Ok(Format::Safetensors),
-        (None, _) => Err(usage(format!(
-            "--out `{}` ends neither in .npy nor in .safetensors: give --format",
-            args.out.display()
-        ))),
-    }
-}
-
-/// Hours of work are not written over by accident.
-fn refuse_existing(args: &FeaturesArgs, format: Format) -> anyhow::Result<()> {
-    let labels = labels_path(&args.out);
-    let mut files: Vec<&Path> = vec![&args.out];
-    if format == Format::Npy {
-        files.push(&labels);
-    }
-    match files.iter().find(|file| file.exists()) {
-        Some(file) if !args.force => {
-            Err(usage(format!("`{}` is there: write over it with --force", file.display())))
-        }
-        _ => Ok(()),
-    }
 }
