@@ -2,8 +2,7 @@
 """The demo in colour: pre-train on 1,800 textures without labels, look at what it fills in, and see
 what its features know about materials.
 
-Standard library only. Run by `make demo-color`; ten to fifteen minutes on two cores after the
-build. The textures are those of Debian's `ufoai-textures` (336 MB, GPL and Creative Commons), which
+Standard library only. Run by `make demo-color`; half an hour on two cores after the build. The textures are those of Debian's `ufoai-textures` (336 MB, GPL and Creative Commons), which
 is fetched into the cache and never becomes part of this project. Materials are told by file names;
 a quarter of the files is kept for the test.
 """
@@ -14,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +38,8 @@ MATERIALS = {"wood": r"wood|plank", "concrete": r"concrete", "metal": r"metal|mt
              "brick": r"brick", "tile": r"tile", "dirt": r"dirt|desert|sand|mud", "roof": r"roof"}
 # One file of so many is for the test.
 TEST_EVERY = 4
+# Each probe and fine-tuning is done with so many seeds.
+SEEDS = int(os.environ.get("LACUNA_DEMO_SEEDS", "0")) or 3
 
 SPEC = """\
 schema = 1
@@ -71,10 +73,10 @@ every = ["500step"]
 every = "50step"
 """
 
-PROBE = """\
+TASK = """\
 schema = 1
-name = "probe-{features}"
-base = "preset:demo"
+name = "{name}"
+base = "preset:demo-{kind}"
 
 [model]
 img_size = [64, 64]
@@ -91,10 +93,9 @@ std = [0.229, 0.224, 0.225]
 duration = "40ep"
 batch = 64
 slot_batch = 32
+seed = {seed}
 
 [optim]
-base_lr = 0.1
-weight_decay = 0.0
 warmup = "2ep"
 
 [checkpoint]
@@ -105,11 +106,13 @@ every = ["40ep"]
 every = "50step"
 
 [task]
-kind = "linear"
-optimizer = "sgd"
 classes = {classes}
 {more}
 """
+# What each way of learning begins with. One rate for all layers that know nothing yet.
+ENCODER = 'encoder = "runs/textures"'
+WAYS = {"linear": {"pixels": 'pool = "pixels"', "random": "", "pre-trained": ENCODER},
+        "finetune": {"random": "layer_decay = 1.0", "pre-trained": ENCODER}}
 
 
 def run(*words, **more):
@@ -163,15 +166,23 @@ def sort_out(archive, folder):
                 (place / name).write_bytes(body)
 
 
-def probe(features, more, classes):
-    """Trains a linear probe, and returns how often it is right on the test's files."""
-    (OUT / f"probe-{features}.toml").write_text(
-        PROBE.format(features=features, classes=classes, more=more))
-    run(BIN / "lacuna", "train", f"probe-{features}.toml", "--workers", "2", "--progress", "off")
-    report = OUT / f"probe-{features}.json"
-    run(BIN / "lacuna-worker", "eval", "classify", f"runs/probe-{features}", "--val",
-        "materials-test", "--out", report, "--page", report.with_suffix(".html"))
+def learn(kind, features, seed):
+    """Trains a probe or fine-tunes, and returns how often it is right on the test's files."""
+    name = f"{kind}-{features}-{seed}"
+    (OUT / f"{name}.toml").write_text(TASK.format(
+        name=name, kind=kind, seed=seed, classes=len(MATERIALS), more=WAYS[kind][features]))
+    run(BIN / "lacuna", "train", f"{name}.toml", "--workers", "2", "--progress", "off")
+    report = OUT / f"{name}.json"
+    run(BIN / "lacuna-worker", "eval", "classify", f"runs/{name}", "--val", "materials-test",
+        "--out", report, "--page", report.with_suffix(".html"))
     return json.loads(report.read_text())["results"][-1]["top1"]
+
+
+def shown(values):
+    """Writes shares in percent, as their mean and deviation where there are several."""
+    percent = [100 * value for value in values]
+    mean = f"{statistics.mean(percent):.1f}"
+    return mean if len(percent) == 1 else f"{mean} ± {statistics.stdev(percent):.1f}"
 
 
 def main():
@@ -199,21 +210,21 @@ def main():
         "--page", "knn.html")
     found = {row["features"]: row["results"][0]["top1"]
              for row in json.loads((OUT / "knn.json").read_text())["rows"]}
-    classes = len(MATERIALS)
-    probes = {"pixels": probe("pixels", 'pool = "pixels"', classes),
-              "random": probe("random", "", classes),
-              "pre-trained": probe("pre-trained", 'encoder = "runs/textures"', classes)}
-    print(f"\nMaterials of {count['materials-test']} textures that were kept apart, from "
-          f"{count['materials-train']} with labels, after {STEPS} steps on {count['all']} without:")
-    print(f"{'':24} {'pixels':>8} {'random':>8} {'pre-trained':>12}")
     names = ("raw pixels", "random encoder", "encoder")
-    rows = {"5 nearest neighbours": [found[name] for name in names],
-            "linear probe": list(probes.values())}
+    rows = {"5 nearest neighbours": [shown([found[name]]) for name in names]}
+    for kind, title in (("linear", "linear probe"), ("finetune", "fine-tuning")):
+        rows[title] = [shown([learn(kind, features, seed) for seed in range(SEEDS)])
+                       if features in WAYS[kind] else "–"
+                       for features in ("pixels", "random", "pre-trained")]
+    print(f"\nTop-1 in % on materials of {count['materials-test']} textures that were kept apart, "
+          f"from {count['materials-train']} with labels,\nafter {STEPS} steps on {count['all']} "
+          f"without; mean ± deviation over {SEEDS} seeds of what was trained with labels:")
+    print(f"{'':22} {'pixels':>14} {'random':>14} {'pre-trained':>14}")
     for name, values in rows.items():
-        raw, random, trained = (f"{100 * value:.1f} %" for value in values)
-        print(f"{name:24} {raw:>8} {random:>8} {trained:>12}")
+        raw, random, trained = values
+        print(f"{name:22} {raw:>14} {random:>14} {trained:>14}")
     print("\nLook at demo-color-out/textures.png (original | masked | filled in | random weights),"
-          "\nand at knn.html and probe-pre-trained.html beside it.")
+          "\nand at knn.html and finetune-pre-trained-0.html beside it.")
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Tests that `lacuna-worker features` gives what timm gives for the same weights and images, and that
-a fine-tuned model gives timm's logits when it is exported.
+"""Tests that `lacuna-worker features` gives what timm gives for the same weights and images, and
+that a fine-tuned model gives timm's logits when it is exported.
 
 Needs `lacuna` and `lacuna-worker` in LACUNA_BIN (default: target/release) and, in
 LACUNA_PEERS_PYTHON, a Python with torch, timm, safetensors, numpy and Pillow; what cannot be tested

@@ -256,8 +256,8 @@ pub fn task_of(manifest: &Manifest) -> anyhow::Result<(RunSpec, TaskSpec)> {
     Ok((spec, task))
 }
 
-/// Reads a checkpoint's classifier; a probe's statistics are those of its training set, the same for all
-/// checkpoints.
+/// Reads a checkpoint's classifier; a probe's statistics are those of its training set, the same
+/// for all checkpoints.
 pub fn load(
     dir: &RunDir,
     manifest: &Manifest,
