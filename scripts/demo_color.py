@@ -2,9 +2,10 @@
 """The demo in colour: pre-train on 1,800 textures without labels, look at what it fills in, and see
 what its features know about materials.
 
-Standard library only. Run by `make demo-color`; half an hour on two cores after the build. The textures are those of Debian's `ufoai-textures` (336 MB, GPL and Creative Commons), which
-is fetched into the cache and never becomes part of this project. Materials are told by file names;
-a quarter of the files is kept for the test.
+Standard library only. Run by `make demo-color`; half an hour on two cores after the build. The
+textures are those of Debian's `ufoai-textures` (336 MB, GPL and Creative Commons), which is fetched
+into the cache and never becomes part of this project. Materials are told by file names; a quarter of
+the files is kept for the test.
 """
 
 import hashlib
