@@ -4,8 +4,8 @@ what its features know about materials.
 
 Standard library only. Run by `make demo-color`; half an hour on two cores after the build. The
 textures are those of Debian's `ufoai-textures` (336 MB, GPL and Creative Commons), which is fetched
-into the cache and never becomes part of this project. Materials are told by file names; a quarter of
-the files is kept for the test.
+into the cache and never becomes part of this project. Materials are told by file names; a quarter
+of the files is kept for the test.
 """
 
 import hashlib
