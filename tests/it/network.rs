@@ -138,7 +138,7 @@ fn callers_that_take_their_time_are_hung_up_on_and_keep_nobody_waiting() {
         .into();
     // Others are answered meanwhile.
     for (url, args) in [(&plain.1, &[][..]), (&locked.1, &["--tls-dir", "tls/view"])] {
-        let runs = ["runs", "-c", url, "--timeout", "5"];
+        let runs = ["runs", "-c", url, "--timeout", "5s"];
         let (code, out, err) = said(&fixture.run(&[&runs[..], args].concat()));
         assert_eq!(code, 0, "{url}: {out}{err}");
     }

@@ -1,13 +1,13 @@
 //! Checkpoints in an object store: a run that is stopped and resumed there gives the bits of a run
 //! over files.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use lacuna_api::client::{Client, ClientError};
+use lacuna_api::client::ClientError;
 use lacuna_api::error::{Reason, reason};
+use lacuna_api::v1;
 use lacuna_store::testing::{Fault, Kind, Server, mixed};
 use lacuna_tests::{Cluster, said, send_signal};
 use rustix::process::Signal;
@@ -84,10 +84,12 @@ fn a_run_is_resumed_from_a_store() {
 struct Gate {
     closed: Mutex<bool>,
     opened: Condvar,
+    n_asked: AtomicUsize,
 }
 
 impl Gate {
     fn pass(&self) {
+        self.n_asked.fetch_add(1, Ordering::SeqCst);
         let closed = self.closed.lock().unwrap();
         drop(self.opened.wait_while(closed, |closed| *closed).unwrap());
     }
@@ -98,9 +100,54 @@ impl Gate {
     }
 }
 
-/// Checkpoints that are slow to be looked at keep nobody without an answer.
+/// A run whose checkpoints do not answer keeps nobody from another one, and loses no worker.
 #[test]
-fn a_coordinator_that_still_reads_its_state_says_so() {
+fn a_run_that_cannot_be_opened_yet_is_waited_for_and_the_others_go_on() {
+    let mut fixture = fixture();
+    std::fs::create_dir(fixture.path("bucket")).unwrap();
+    let want = undisturbed(&fixture);
+    let gate = Arc::new(Gate::default());
+    let plan = gate.clone();
+    let passing = Box::new(move |_, _: &str| {
+        plan.pass();
+        Fault::None
+    });
+    let server = Server::start(fixture.dir.path(), Duration::ZERO, passing).unwrap();
+    fixture.env = env_of(&server);
+    let mut cluster = Cluster::start(&fixture);
+    let keys = [("checkpoint.to", "\"s3://bucket/ckpts\""), ("elastic.workers", "\"1:1\"")];
+    let run = cluster.submit(&fixture.spec("slow", STEPS, &keys));
+    cluster.add_with("a", 1, &[], &[("LACUNA_FAKE_SLOT_MS", "20")]);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 10);
+    let pid = cluster.pid("a:cpu0");
+    cluster.kill_coordinator();
+    gate.set(true);
+    cluster.start_coordinator();
+    let shown = cluster.status(&run);
+    assert_eq!(shown.state, "opening");
+    assert!(shown.why.contains("not looked at yet"), "{}", shown.why);
+    let listed = cluster.ask(async |mut client| client.list_runs().await.unwrap());
+    assert!(listed.contains(&shown) && listed.len() == 2, "{listed:?}");
+    let page = String::from_utf8(cluster.get("/").1).unwrap();
+    assert!(page.contains("opening") && page.contains("slow"), "{page}");
+    assert_eq!(cluster.get("/runs/slow").0, 503);
+    let refused = cluster.ask(async |mut client| client.stop_run("slow", "no").await.unwrap_err());
+    let ClientError::Refused(refusal) = refused else { panic!("{refused}") };
+    assert_eq!(reason(&refusal), Some(Reason::Starting), "{refusal}");
+    assert!(refusal.message().contains("run `slow` is not open yet"), "{refusal}");
+    gate.set(false);
+    // Its worker was told to come again, and has its state.
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
+    assert_eq!(seen.count("lost"), 0, "{}", seen.text());
+    assert_eq!(cluster.pid("a:cpu0"), pid, "the same process");
+    let other = cluster.submit(&fixture.spec("other", 20, &[]));
+    assert_eq!(cluster.wait_end(&other).run.state, "finished");
+}
+
+/// Two who ask for the same run are one, also where the first has stopped listening.
+#[test]
+fn a_submit_that_nobody_waits_for_is_not_done_twice() {
     let mut fixture = fixture();
     std::fs::create_dir(fixture.path("bucket")).unwrap();
     let gate = Arc::new(Gate::default());
@@ -112,43 +159,46 @@ fn a_coordinator_that_still_reads_its_state_says_so() {
     let server = Server::start(fixture.dir.path(), Duration::ZERO, passing).unwrap();
     fixture.env = env_of(&server);
     let mut cluster = Cluster::start(&fixture);
-    let spec = fixture.spec("slow", STEPS, &[("checkpoint.to", "\"s3://bucket/ckpts\"")]);
-    let run = cluster.submit(&spec);
-    cluster.kill_coordinator();
+    let keys = [("checkpoint.to", "\"s3://bucket/ckpts\""), ("checkpoint.every", "[\"5step\"]")];
+    let spec = fixture.spec("raced", 20, &keys);
+    let request = {
+        let (code, out, err) = said(&fixture.run(&["submit", spec.to_str().unwrap(), "--dry-run"]));
+        assert_eq!(code, 0, "{err}");
+        let text: Value = serde_json::from_str(&out).unwrap();
+        v1::CreateRunRequest {
+            spec: text["spec"].to_string(),
+            resume: true,
+            n_samples: text["n_samples"].as_u64().unwrap(),
+            fingerprint: text["fingerprint"].as_str().unwrap().to_string(),
+            request_id: String::new(),
+        }
+    };
     gate.set(true);
-    let address = cluster.url.trim_start_matches("http://").to_string();
-    let (url, since) = (cluster.url.clone(), Instant::now());
-    std::thread::scope(|scope| {
-        scope.spawn(|| cluster.start_coordinator());
-        let not_ready = loop {
-            assert!(since.elapsed() < Duration::from_secs(60), "it says nothing");
-            match get(&address, "/readyz") {
-                Some(answer) => break answer,
-                None => std::thread::yield_now(),
-            }
-        };
-        assert!(not_ready.contains(" 503 ") && not_ready.contains("reading its state"));
-        assert!(get(&address, "/healthz").unwrap().contains(" 200 "));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let asked = runtime.block_on(async {
-            Client::connect(&url, Duration::from_secs(10)).await.unwrap().list_runs().await
-        });
-        let Err(ClientError::Refused(refusal)) = asked else { panic!("{asked:?}") };
-        assert_eq!(reason(&refusal), Some(Reason::Starting));
-        gate.set(false);
+    let before = gate.n_asked.load(Ordering::SeqCst);
+    // The first is gone as soon as the store is asked.
+    cluster.ask(async |mut client| {
+        let (mut create, mut asked) = (Box::pin(client.create_run(request.clone())), false);
+        while !asked {
+            let waiting = tokio::time::timeout(Duration::from_millis(50), &mut create).await;
+            assert!(waiting.is_err(), "{waiting:?}");
+            asked = gate.n_asked.load(Ordering::SeqCst) > before;
+        }
     });
-    assert_eq!(cluster.status(&run).state, "waiting");
-}
-
-/// Asks what a browser would, and returns the answer; none where nobody listens.
-fn get(address: &str, path: &str) -> Option<String> {
-    let mut stream = TcpStream::connect(address).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
-    Some(answer)
+    let url = cluster.url.clone();
+    let run = std::thread::scope(|scope| {
+        let second =
+            scope.spawn(|| said(&fixture.run(&["submit", spec.to_str().unwrap(), "-c", &url])));
+        gate.set(false);
+        second.join().unwrap()
+    });
+    assert_eq!(run.0, 0, "{}{}", run.1, run.2);
+    cluster.add("a", 1);
+    let seen = cluster.wait_end("raced");
+    assert_eq!(seen.run.state, "finished", "{}", seen.text());
+    assert_eq!(seen.count("not-saved"), 0, "{}", seen.text());
+    let claims = server.seen().into_iter().filter(|seen| seen.path.contains("/claims/"));
+    let puts: Vec<_> = claims.filter(|seen| seen.kind == Kind::Put).collect();
+    assert_eq!(puts.len(), 1, "one claim: {puts:?}");
 }
 
 /// The tools take the URL where they take a folder, and a spec that names it.

@@ -81,7 +81,10 @@ pub enum ClientError {
         #[source]
         source: tonic::transport::Error,
     },
-    /// The coordinator refused, or the call took too long.
+    /// No answer came in time.
+    #[error("no answer in time: the coordinator may still be at it, and `--timeout` gives it more")]
+    Late,
+    /// The coordinator refused.
     #[error("{}", .0.message())]
     Refused(Box<Status>),
 }
@@ -89,8 +92,8 @@ pub enum ClientError {
 impl ClientError {
     /// Tells whether another address may do better.
     fn is_of_one_address(&self) -> bool {
-        use ClientError::{Certificate, Refused, Unreachable};
-        matches!(self, Unreachable { .. } | Refused(_) | Certificate { .. })
+        use ClientError::{Certificate, Late, Refused, Unreachable};
+        matches!(self, Unreachable { .. } | Refused(_) | Late | Certificate { .. })
     }
 }
 
@@ -98,9 +101,19 @@ impl From<Status> for ClientError {
     fn from(status: Status) -> Self {
         match alert_in(&status) {
             Some(why) => ClientError::Certificate { why },
+            None if is_late(&status) => ClientError::Late,
             None => ClientError::Refused(Box::new(status)),
         }
     }
+}
+
+/// Tells whether a deadline has passed, here or there, as tonic says it.
+fn is_late(status: &Status) -> bool {
+    use tonic::Code::{Cancelled, DeadlineExceeded};
+    let without_reason = status.details().is_empty();
+    without_reason
+        && (status.code() == DeadlineExceeded
+            || status.code() == Cancelled && status.message().contains("imeout expired"))
 }
 
 /// Finds what a TLS library says of a certificate among the causes of an error, where it does.
@@ -111,6 +124,8 @@ fn alert_in(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     texts.find(|text| MARKS.iter().any(|mark| text.contains(mark)))
 }
 
+/// Shortest deadline of creating a run.
+const CREATING: Duration = Duration::from_secs(60);
 /// How often an idle stream is checked, and how long an answer may take.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(20));
 
@@ -279,7 +294,9 @@ impl Client {
         &mut self,
         request: v1::CreateRunRequest,
     ) -> Result<(v1::Run, bool), ClientError> {
-        let request = self.request(request);
+        let mut request = self.request(request);
+        // The coordinator looks for checkpoints first, and says itself when their place is away.
+        request.set_timeout(self.timeout.max(CREATING));
         let response = self.runs.create_run(request).await?.into_inner();
         Ok((response.run.unwrap_or_default(), response.created))
     }

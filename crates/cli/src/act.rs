@@ -2,7 +2,6 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use anyhow::Context as _;
 use clap::Args;
 use lacuna_api::v1;
 use lacuna_coordinator::clock::rfc3339;
@@ -135,9 +134,18 @@ pub fn stop(args: StopArgs) -> anyhow::Result<u8> {
     let Say { output, connect } = &args.say;
     runtime()?.block_on(async {
         let mut client = connect.client().await?;
+        let before = client.get_run(&args.run).await?;
+        if before.exit_code.is_some() {
+            talk!("run {} is {} already", before.run_id, before.state);
+            put_run(*output, &before);
+            return Ok(exit::OK);
+        }
         client.stop_run(&args.run, &args.why).await?;
-        let run = follow(connect, &args.run, Progress::new(args.progress)).await?;
-        let run = run.context("quit before the run had stopped")?;
+        let progress = Progress::new(args.progress).from_now();
+        let Some(run) = follow(connect, &args.run, progress).await? else {
+            talk!("the run stops at its next boundary all the same");
+            return Ok(exit::INTERRUPTED);
+        };
         put_run(*output, &run);
         match run.state.as_str() {
             "stopped" | "finished" => Ok(exit::OK),
@@ -267,7 +275,17 @@ pub fn ban(args: BanArgs) -> anyhow::Result<u8> {
     let time = if args.lift { Duration::ZERO } else { args.time };
     runtime()?.block_on(async {
         let mut client = args.say.connect.client().await?;
+        let was_banned = client.list_bans().await?.iter().any(|ban| ban.node == *node);
+        let known = client.list_workers().await?;
+        let is_known = known
+            .iter()
+            .any(|worker| worker.worker_id.rsplit_once(':').is_some_and(|(of, _)| of == node));
         let leaving = client.ban_node(node, time.as_secs(), &args.why).await?;
+        if args.lift && !was_banned {
+            talk!("note: node {node} was not kept out");
+        } else if !args.lift && !is_known {
+            talk!("note: no worker of a node {node} is connected");
+        }
         let value = json!({ "node": node, "seconds": time.as_secs(), "leaving": leaving });
         if args.lift {
             return args.say.done(&format!("node {node} may join again"), &value);

@@ -214,7 +214,7 @@ pub fn workers(args: WorkersArgs) -> anyhow::Result<u8> {
         Output::Json => {
             let of = |w: &v1::Worker| {
                 serde_json::json!({
-                    "worker_id": w.worker_id, "run_id": w.run_id, "rank": w.rank, "state": w.state,
+                    "worker": w.worker_id, "run": w.run_id, "rank": w.rank, "state": w.state,
                     "phase": w.phase, "step": w.step, "device": w.device,
                 })
             };

@@ -214,12 +214,12 @@ fn context(path: &Path, name: Option<&str>, home: Option<&Path>) -> Result<Targe
     })
 }
 
-/// Reads a span of time, `90s`, `15min`, `24h` or `7d`; a number alone is in seconds.
+/// Reads a span of time, `90s`, `15min`, `24h` or `7d`; a number alone is none.
 pub(crate) fn parse_time(text: &str) -> Result<Duration, String> {
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     let factor = match unit {
-        "s" | "" => Some(1),
+        "s" => Some(1),
         "min" | "m" => Some(60),
         "h" => Some(3600),
         "d" => Some(86_400),

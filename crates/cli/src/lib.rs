@@ -246,7 +246,9 @@ fn client_code(err: &lacuna_api::client::ClientError) -> u8 {
         | ClientError::Scheme { .. }
         | ClientError::Settings { .. }
         | ClientError::Credentials(_) => exit::USAGE,
-        ClientError::Unreachable { .. } | ClientError::NoLeader { .. } => exit::UNREACHABLE,
+        ClientError::Unreachable { .. } | ClientError::NoLeader { .. } | ClientError::Late => {
+            exit::UNREACHABLE
+        }
         ClientError::Refused(status) => match reason(status) {
             Some(Reason::InvalidSpec | Reason::RunExists) => exit::USAGE,
             Some(Reason::Malformed | Reason::TooLarge) => exit::USAGE,

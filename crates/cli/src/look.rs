@@ -92,7 +92,7 @@ async fn print_events(args: &EventsArgs) -> anyhow::Result<u8> {
 /// Tells whether the coordinator has answered, and will answer the same again.
 pub(crate) fn is_final(err: &ClientError) -> bool {
     match err {
-        ClientError::Unreachable { .. } | ClientError::NoLeader { .. } => false,
+        ClientError::Unreachable { .. } | ClientError::NoLeader { .. } | ClientError::Late => false,
         ClientError::Refused(status) => match lacuna_api::error::reason(status) {
             Some(Reason::NotLeader | Reason::ShuttingDown | Reason::Starting) | None => false,
             Some(_) => true,

@@ -38,6 +38,8 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     screen: Option<Screen>,
     run: v1::Run,
+    /// Whether nothing is shown of what happened before.
+    is_from_now: bool,
 }
 
 impl Progress {
@@ -48,6 +50,12 @@ impl Progress {
             ProgressMode::Auto if terminal => ProgressMode::Screen,
             other => other,
         })
+    }
+
+    /// Shows nothing of what happened before.
+    #[must_use]
+    pub fn from_now(self) -> Self {
+        Progress { is_from_now: true, ..self }
     }
 
     /// Prepares to show a run.
@@ -74,12 +82,13 @@ impl Progress {
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar
         });
-        Progress { mode, bar, screen, run: v1::Run::default() }
+        Progress { mode, bar, screen, run: v1::Run::default(), is_from_now: false }
     }
 
     /// Returns how many of the updates before now are worth showing.
     pub fn past(&self) -> u64 {
         match self.mode {
+            _ if self.is_from_now => 0,
             ProgressMode::Off => 0,
             ProgressMode::Line | ProgressMode::Bar | ProgressMode::Auto => LINES_BEFORE,
             _ => u64::MAX,
@@ -246,6 +255,16 @@ fn json_line(response: &v1::WatchRunResponse) -> Option<String> {
     Some(value.to_string())
 }
 
+/// Lists what `lacuna plan` calls efficiency, for each number of workers that a run may have.
+fn efficiency(run: &v1::Run) -> serde_json::Value {
+    let Ok(spec) = serde_json::from_str::<lacuna_spec::RunSpec>(&run.spec) else {
+        return serde_json::Value::Null;
+    };
+    let rows = lacuna_spec::plan::worker_rows(run.n_slots, spec.elastic.workers);
+    let row = |row: lacuna_spec::WorkerRow| serde_json::json!({ "workers": row.n_workers, "efficiency": row.efficiency });
+    rows.into_iter().map(row).collect()
+}
+
 /// Describes a run as JSON: what `-o json` prints.
 pub fn run_json(run: &v1::Run) -> serde_json::Value {
     let workers: Vec<serde_json::Value> = run
@@ -263,9 +282,11 @@ pub fn run_json(run: &v1::Run) -> serde_json::Value {
         "run": run.run_id, "state": run.state, "why": run.why, "generation": run.generation,
         "step": run.step, "total_steps": run.total_steps, "checkpoint_step": run.checkpoint_step,
         "final_digest": run.final_digest.map(|d| format!("{d:016x}")),
-        "exit_code": run.exit_code, "workers": workers,
+        "exit_code": run.exit_code, "workers": workers, "efficiency": efficiency(run),
         "figures": run.figures.as_ref().map(|f| serde_json::json!({
-            "step": f.step, "loss": f.loss, "lr": f.lr, "images_per_second": f.images_per_second,
+            "step": f.step, "loss": f.loss, "lr": f.lr, "grad_norm": f.grad_norm,
+            "images_per_second": f.images_per_second, "data_wait": f.data_wait,
+            "memory_bytes": f.memory_bytes, "mfu": f.mfu,
         })),
     })
 }

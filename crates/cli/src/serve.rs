@@ -150,10 +150,13 @@ pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
             info!("stopped; another coordinator leads, or will");
             return Ok(exit::OK);
         }
-        let service = Service::open(args.listen, options).await.map_err(coded)?;
-        let service = push(service);
-        println!("listening on {}", service.url());
         let mut signals = StopSignals::new();
+        let opened = tokio::select! {
+            opened = Service::open(args.listen, options) => opened,
+            () = signals.next() => return Ok(exit::OK),
+        };
+        let service = push(opened.map_err(coded)?);
+        println!("listening on {}", service.url());
         service.serve(async move { signals.next().await }).await.map_err(coded)?;
         info!("stopped; runs and workers go on when a coordinator is back");
         Ok(exit::OK)

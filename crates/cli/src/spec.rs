@@ -50,7 +50,7 @@ pub fn request(spec: &mut RunSpec, resume: bool) -> anyhow::Result<v1::CreateRun
     let path = Path::new(&spec.data.shards);
     let dataset = Dataset::open(path).map_err(|err| {
         let why = lacuna_checkpoint::chain(&err);
-        Coded::error(exit::IO, format!("failed to open data set `{}`: {why}", path.display()))
+        Coded::error(exit::IO, why)
     })?;
     if let Some(task) = &spec.task {
         let own = Path::new(&spec.checkpoint.to).join(spec.run_id().as_str()).join("ckpt");

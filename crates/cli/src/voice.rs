@@ -34,7 +34,7 @@ impl Voice {
 /// Asks a person whether to go on, where one sits at a terminal and has not said `--yes`.
 ///
 /// # Errors
-/// With the exit code of bad usage where the answer is anything but yes.
+/// Where the answer is anything but yes.
 pub fn confirm(question: &str) -> anyhow::Result<()> {
     use std::io::{IsTerminal as _, Write as _};
     let sits_there = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
@@ -48,7 +48,7 @@ pub fn confirm(question: &str) -> anyhow::Result<()> {
     if means_yes(&answer) {
         return Ok(());
     }
-    Err(Coded::error(exit::USAGE, "nothing was done; `--yes` does not ask"))
+    Err(Coded::error(exit::FAILED, "nothing was done; `--yes` does not ask"))
 }
 
 fn means_yes(answer: &str) -> bool {

@@ -14,6 +14,7 @@ mod session;
 pub(crate) mod specs;
 mod watch;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +34,7 @@ use tracing::{debug, info, warn};
 use self::messages::run_message;
 use self::session::Session;
 use self::watch::watch_loop;
+use crate::opening::Unopened;
 use crate::registry::Shared;
 use crate::run::{Input, SESSION_QUEUE, WATCH_QUEUE};
 use crate::store::{SqliteStore, StoreError};
@@ -45,6 +47,9 @@ const ASK_DEADLINE: Duration = Duration::from_secs(10);
 const AGENT_QUEUE: usize = 128;
 /// How long a new stream may take to introduce itself.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// How long who looks at runs waits for those that are being opened, and who wants something of one.
+const LOOK_PATIENCE: Duration = Duration::from_secs(1);
+const OPEN_PATIENCE: Duration = Duration::from_secs(5);
 /// Points of a curve where a caller does not say how many.
 const POINTS: u32 = 1000;
 /// Most points of a curve in one answer.
@@ -97,6 +102,10 @@ impl WorkerService for Grpc {
         let malformed = |err: wire::WireError| status(Reason::Malformed, err.to_string());
         let intro: Hello = wire::hello(&hello).map_err(malformed)?;
         check_build(hello.build.clone(), &format!("worker {}", intro.worker))?;
+        if let Ok(run) = hello.run_id.parse::<RunId>() {
+            // It keeps its state meanwhile, and comes again.
+            self.0.wait_open(&run, OPEN_PATIENCE).await?;
+        }
         let (out, answers) = mpsc::channel(SESSION_QUEUE);
         self.0.enter(&intro.worker, intro.incarnation, &bounded(hello.device.clone()), &out)?;
         let session = Session { shared: self.0.clone(), intro, device: bounded(hello.device) };
@@ -218,12 +227,18 @@ impl RunService for Grpc {
         &self,
         request: Request<v1::CreateRunRequest>,
     ) -> Result<Response<v1::CreateRunResponse>, Status> {
-        let request = request.into_inner();
-        let mut turn = self.0.once.turn(&request).await?;
-        let (id, created) = match turn.answer() {
-            Some(answer) => answer,
-            None => turn.keep(self.create_or_resume(request).await?),
-        };
+        let (grpc, request) = (self.clone(), request.into_inner());
+        // To its end, whether the caller waits for that or not: half of it would leave a claim of
+        // the run's checkpoints that a second try does not know of.
+        let created = tokio::spawn(async move {
+            let mut turn = grpc.0.once.turn(&request).await?;
+            match turn.answer() {
+                Some(answer) => Ok::<_, Status>(answer),
+                None => Ok(turn.keep(grpc.create_or_resume(request).await?)),
+            }
+        });
+        let created = created.await.map_err(|err| status(Reason::Internal, err.to_string()))?;
+        let (id, created) = created?;
         let run = Some(self.run_message(&id)?);
         Ok(Response::new(v1::CreateRunResponse { run, created }))
     }
@@ -233,6 +248,8 @@ impl RunService for Grpc {
         request: Request<v1::GetRunRequest>,
     ) -> Result<Response<v1::GetRunResponse>, Status> {
         let id = parse_run(&request.into_inner().run_id)?;
+        // One that is still not open is shown as that.
+        let _ = self.0.wait_open(&id, LOOK_PATIENCE).await;
         Ok(Response::new(v1::GetRunResponse { run: Some(self.run_message(&id)?) }))
     }
 
@@ -241,10 +258,16 @@ impl RunService for Grpc {
         request: Request<v1::ListRunsRequest>,
     ) -> Result<Response<v1::ListRunsResponse>, Status> {
         let v1::ListRunsRequest { page_size, page_token } = request.into_inner();
-        let all = self.0.runs();
-        let after = all.iter().skip_while(|(id, _)| id.as_str() <= page_token.as_str());
-        let (runs, next_page_token) =
-            page(after, page_size, |(id, handle)| run_message(id, handle), |run| &run.run_id);
+        self.0.wait_settled(LOOK_PATIENCE).await;
+        let unopened: BTreeMap<RunId, Unopened> = self.0.opening.all().into_iter().collect();
+        let runs = self.0.runs();
+        let names: BTreeSet<&RunId> = unopened.keys().chain(runs.keys()).collect();
+        let after = names.into_iter().skip_while(|id| id.as_str() <= page_token.as_str());
+        let message = |id: &RunId| match (runs.get(id), unopened.get(id)) {
+            (Some(handle), _) => run_message(id, handle),
+            (None, run) => run.map(|run| run.message(id)).unwrap_or_default(),
+        };
+        let (runs, next_page_token) = page(after, page_size, message, |run| &run.run_id);
         Ok(Response::new(v1::ListRunsResponse { runs, next_page_token }))
     }
 
@@ -253,7 +276,7 @@ impl RunService for Grpc {
         request: Request<v1::WatchRunRequest>,
     ) -> Result<Response<Self::WatchRunStream>, Status> {
         let v1::WatchRunRequest { run_id, after_seq } = request.into_inner();
-        let id = parse_run(&run_id)?;
+        let id = self.open_run(&run_id).await?;
         self.run_message(&id)?;
         let (out, answers) = mpsc::channel(WATCH_QUEUE);
         tokio::spawn(watch_loop(self.clone(), id, after_seq, out));
@@ -265,7 +288,8 @@ impl RunService for Grpc {
         request: Request<v1::StopRunRequest>,
     ) -> Result<Response<v1::StopRunResponse>, Status> {
         let v1::StopRunRequest { run_id, why } = request.into_inner();
-        self.tell(&parse_run(&run_id)?, Event::Stop { why: bounded(why) }).await?;
+        let id = self.open_run(&run_id).await?;
+        self.tell(&id, Event::Stop { why: bounded(why) }).await?;
         Ok(Response::new(v1::StopRunResponse {}))
     }
 
@@ -274,7 +298,7 @@ impl RunService for Grpc {
         request: Request<v1::CancelRunRequest>,
     ) -> Result<Response<v1::CancelRunResponse>, Status> {
         let v1::CancelRunRequest { run_id, why } = request.into_inner();
-        let id = parse_run(&run_id)?;
+        let id = self.open_run(&run_id).await?;
         self.tell(&id, Event::Cancel { why: bounded(why) }).await?;
         Ok(Response::new(v1::CancelRunResponse { run: Some(self.run_message(&id)?) }))
     }
@@ -344,7 +368,7 @@ impl RunService for Grpc {
         &self,
         request: Request<v1::RequestCheckpointRequest>,
     ) -> Result<Response<v1::RequestCheckpointResponse>, Status> {
-        let id = parse_run(&request.into_inner().run_id)?;
+        let id = self.open_run(&request.into_inner().run_id).await?;
         self.must_be_on(&id, "saves no checkpoint")?;
         self.tell(&id, Event::Checkpoint).await?;
         Ok(Response::new(v1::RequestCheckpointResponse {}))
@@ -355,7 +379,7 @@ impl RunService for Grpc {
         request: Request<v1::ScaleRunRequest>,
     ) -> Result<Response<v1::ScaleRunResponse>, Status> {
         let v1::ScaleRunRequest { run_id, workers_min, workers_max } = request.into_inner();
-        let id = parse_run(&run_id)?;
+        let id = self.open_run(&run_id).await?;
         scale::scale(&self.0, &id, (workers_min, workers_max), None).await?;
         Ok(Response::new(v1::ScaleRunResponse { run: Some(self.run_message(&id)?) }))
     }
@@ -364,7 +388,7 @@ impl RunService for Grpc {
         &self,
         request: Request<v1::ForceRunRequest>,
     ) -> Result<Response<v1::ForceRunResponse>, Status> {
-        let id = parse_run(&request.into_inner().run_id)?;
+        let id = self.open_run(&request.into_inner().run_id).await?;
         if !self.tell(&id, Event::Force).await? {
             let text = format!("run {id} waits for no silent members: nothing to force");
             return Err(status(Reason::WrongState, text));
@@ -421,7 +445,17 @@ impl Grpc {
         Err(status(Reason::WrongState, text))
     }
 
+    /// Reads the name of a run, and waits until it is open.
+    async fn open_run(&self, text: &str) -> Result<RunId, Status> {
+        let id = parse_run(text)?;
+        self.0.wait_open(&id, OPEN_PATIENCE).await?;
+        Ok(id)
+    }
+
     fn run_message(&self, id: &RunId) -> Result<v1::Run, Status> {
+        if let Some(run) = self.0.opening.get(id) {
+            return Ok(run.message(id));
+        }
         let runs = self.0.runs();
         runs.get(id).map(|handle| run_message(id, handle)).ok_or_else(|| not_found(id))
     }

@@ -36,6 +36,9 @@ const LIST_EVERY: Duration = Duration::from_secs(3);
 /// Shortest time between two notices to one page.
 const NOTICE_EVERY: Duration = Duration::from_secs(1);
 
+/// How long a page waits for a run that is being opened.
+const OPEN_PATIENCE: Duration = Duration::from_secs(1);
+
 /// How long a page waits for its turn to read.
 const TURN_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -196,6 +199,7 @@ async fn run(
 ) -> Result<Html<String>, Problem> {
     let no_run = || Problem::NoRun(run.clone());
     let id: RunId = run.parse().map_err(|_| no_run())?;
+    web.shared.wait_open(&id, OPEN_PATIENCE).await.map_err(Problem::Refused)?;
     let seen = page::look(&web.shared, &id).ok_or_else(no_run)?;
     let read = move |store: &SqliteStore| page::Past::read(store, &id);
     let id = seen.id().clone();

@@ -16,6 +16,7 @@ pub mod ensemble;
 mod etcd;
 mod grpc;
 mod http;
+mod opening;
 #[cfg(feature = "otlp")]
 mod otlp;
 mod registry;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use lacuna_api::error::{Reason, not_leader, status};
 use lacuna_api::v1;
-use lacuna_spec::{Mark, RunSpec, Workers};
+use lacuna_spec::{Mark, RunSpec};
 use lacuna_track::Figures;
 use lacuna_types::{CoordEpoch, Incarnation, RunId, Timestamp, WorkerId};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -24,6 +24,7 @@ use crate::grpc::logs::Logs;
 use crate::grpc::node_of;
 use crate::grpc::once::Once;
 use crate::grpc::specs::etag_of;
+use crate::opening::Opening;
 use crate::run::{Input, RunEnds, RunTask, SessionSender};
 use crate::scribe::Scribe;
 use crate::service::Options;
@@ -119,6 +120,8 @@ pub(crate) struct Shared {
     pub once: Once,
     /// Names of runs that are being created.
     pub naming: Naming,
+    /// Runs that are remembered and not open yet.
+    pub opening: Opening,
     /// Runs that have a place in the order of creation.
     orders: AtomicUsize,
     started: Instant,
@@ -174,6 +177,7 @@ impl Shared {
             bans,
             once: Once::default(),
             naming: Naming::default(),
+            opening: Opening::default(),
             orders: AtomicUsize::new(0),
             started: Instant::now(),
         };
@@ -258,17 +262,19 @@ impl Shared {
         let (spec_json, etag) = spoken(&spec);
         let handle =
             RunHandle { ends, spec, spec_json, etag, n_samples, fingerprint, order, attached: 0 };
-        self.runs().insert(id, handle);
+        self.runs().insert(id.clone(), handle);
+        self.opening.forget(&id);
         self.runs_changed();
         Ok(())
     }
 
-    /// Gives a run other numbers of workers; those who wait for a run may be wanted now.
-    pub(crate) fn set_workers(&self, id: &RunId, workers: Workers) {
+    /// Takes the specification that a run has from now on; those who wait for a run may be wanted.
+    pub(crate) fn set_spec(self: &Arc<Self>, id: &RunId, spec: &RunSpec) {
         if let Some(handle) = self.runs().get_mut(id) {
-            let mut spec = handle.spec.clone();
-            spec.elastic.workers = workers;
-            handle.set_spec(spec);
+            if handle.spec.track.tensorboard != spec.track.tensorboard {
+                self.follow(id, spec, &handle.ends);
+            }
+            handle.set_spec(spec.clone());
         }
         self.runs_changed();
     }
@@ -319,6 +325,9 @@ impl Shared {
 
     /// Gives a free worker to the oldest run that wants one.
     pub(crate) fn assign(&self) -> Option<RunId> {
+        if !self.opening.is_settled() {
+            return None;
+        }
         let mut runs = self.runs();
         let wants = |h: &RunHandle| {
             let limit = (h.spec.elastic.workers.max + h.spec.elastic.spares) as usize;

@@ -261,7 +261,6 @@ impl RunTask {
                     spec.elastic.workers = workers;
                     self.keep_spec(spec)?;
                 }
-                self.shared.set_workers(&self.id, workers);
                 // Nobody waits any more if it fails.
                 let _ = done.send(true);
                 Event::Resize { min: workers.min as usize, max: workers.max as usize }
@@ -522,6 +521,7 @@ impl RunTask {
     /// Makes a spec the run's, durably.
     fn keep_spec(&mut self, spec: RunSpec) -> Result<(), Down> {
         self.stored.spec = spec.to_json().to_string();
+        self.shared.set_spec(&self.id, &spec);
         self.catalogue.set_spec(spec);
         let put = self.shared.store().put_run(&self.stored);
         put.map_err(|err| {

@@ -17,15 +17,13 @@ use lacuna_api::v1::worker_service_server::WorkerServiceServer;
 use lacuna_control::timing::Timing;
 use lacuna_spec::RunSpec;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tracing::{info, warn};
 
-use crate::catalogue::Catalogue;
 use crate::door::{self, Door, DoorError, Guarded, Places, Security, guarded};
 use crate::grpc::Grpc;
 use crate::http;
@@ -36,9 +34,6 @@ use crate::waiting::{self, Standing, Waiting};
 /// How long a call may take whose caller sets no deadline; a stream has answered by then.
 const CALL_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Runs that are opened at a time when a coordinator starts, and how long one may take.
-const OPENING_MAX: usize = 16;
-const OPENING: Duration = Duration::from_secs(120);
 /// How long callers are left without an answer while a coordinator starts.
 const SOON: Duration = Duration::from_secs(2);
 
@@ -126,8 +121,8 @@ pub struct Service {
 }
 
 impl Service {
-    /// Listens on `addr` (port 0: any free port), takes the state's lock, counts the start, and
-    /// puts every remembered run to work.
+    /// Listens on `addr` (port 0: any free port), takes the state's lock and counts the start.
+    /// Remembered runs are put to work by [`serve`](Self::serve).
     ///
     /// # Errors
     /// An address that nothing protects, a port or a state folder in use, unreadable files.
@@ -182,7 +177,7 @@ impl Service {
             opened.map_err(|err| state(std::io::Error::other(err.to_string())))??;
         info!(%addr, %epoch, runs = stored.len(), "coordinator started");
         let (shared, failures) = Shared::new(options, store, epoch).map_err(state)?;
-        open_runs(&shared, stored).await;
+        shared.expect(stored);
         if door.is_locked() && !door.is_encrypted() && !addr.ip().is_loopback() {
             warn!("tokens travel in the clear: give a certificate with `--tls-dir`");
         }
@@ -227,6 +222,8 @@ impl Service {
         let Service { shared, mut failures, listener, door, .. } = self;
         let door = Arc::new(door);
         let routes = routes(shared.clone(), door.clone()).await;
+        // From here on their workers reach them.
+        let opening = tokio::spawn(shared.clone().open_runs());
         let end = tokio::select! {
             served = serve_routes(listener, &door, routes, shutdown) => served,
             failure = failures.recv() => match failure {
@@ -234,6 +231,7 @@ impl Service {
                 None => Ok(()),
             },
         };
+        opening.abort();
         shared.close(CLOSING).await;
         #[cfg(feature = "otlp")]
         if let Some((pushing, close)) = pushing {
@@ -358,51 +356,4 @@ fn parse_runs(runs: Vec<StoredRun>) -> Result<Vec<(StoredRun, RunSpec)>, StoreEr
         Ok((run, spec))
     };
     runs.into_iter().map(parse).collect()
-}
-
-/// Puts remembered runs to work, some at a time: a place that is slow keeps only its own run.
-async fn open_runs(shared: &Arc<Shared>, stored: Vec<(StoredRun, RunSpec)>) {
-    let turns = Arc::new(Semaphore::new(OPENING_MAX));
-    let mut opening = JoinSet::new();
-    for (run, spec) in stored {
-        let (shared, turns, order) = (shared.clone(), turns.clone(), shared.next_order());
-        opening.spawn(async move {
-            // Never closed.
-            let _turn = turns.acquire_owned().await;
-            open_run(&shared, run, spec, order).await;
-        });
-    }
-    // A panic in one was printed; its run is left alone, as others are that cannot be opened.
-    while opening.join_next().await.is_some() {}
-}
-
-/// Puts a remembered run to work; one whose checkpoints cannot be read fails by itself.
-async fn open_run(shared: &Arc<Shared>, mut run: StoredRun, spec: RunSpec, order: usize) {
-    let id = run.run_id.clone();
-    let (wanted, n_samples, print) = (spec.clone(), run.n_samples, run.fingerprint.clone());
-    let epoch = shared.epoch;
-    let open = move || Catalogue::open(wanted, n_samples, print, epoch);
-    let opened = match tokio::time::timeout(OPENING, tokio::task::spawn_blocking(open)).await {
-        Ok(Ok(opened)) => opened.map_err(|err| err.to_string()),
-        Ok(Err(err)) => Err(err.to_string()),
-        Err(_) => Err(format!("`{}` did not answer for {OPENING:?}", spec.checkpoint.to)),
-    };
-    let (catalogue, found) = match opened {
-        Ok(opened) => opened,
-        Err(error) => {
-            warn!(run_id = %id, error, "checkpoints cannot be used; the run is left alone");
-            return;
-        }
-    };
-    let news = found.news(&run.saved);
-    news.iter().for_each(|record| run.saved.apply(record));
-    let recorded = shared.store().record(&id, &news);
-    if let Err(err) = recorded {
-        shared.fail(err);
-        return;
-    }
-    found.damaged.iter().for_each(|damaged| warn!(run_id = %id, "{damaged}"));
-    if let Err(err) = shared.start_run(run, spec, catalogue, order) {
-        warn!(run_id = %id, error = err, "run cannot be put to work");
-    }
 }

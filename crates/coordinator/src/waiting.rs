@@ -58,9 +58,12 @@ impl Waiting {
 
     /// Ends it: what a caller asks next is asked on another connection.
     pub async fn end(self) {
-        drop(self.stop);
-        // What is still open there is cut.
-        let _ = tokio::time::timeout(ENDING, self.task).await;
+        let Waiting { stop, mut task } = self;
+        drop(stop);
+        if tokio::time::timeout(ENDING, &mut task).await.is_err() {
+            // What is still open there is cut.
+            task.abort();
+        }
     }
 }
 

@@ -136,6 +136,10 @@ impl PlanReport {
                 "slot": self.memory.slot, "libraries": self.memory.libraries,
             },
             "steps": steps,
+            "problem": match &self.data {
+                Some(Err(problem)) => Some(problem.to_string()),
+                _ => None,
+            },
             "steps_per_epoch": resolved.map(|resolved| resolved.geometry.steps_per_epoch()),
             "workers": self.workers.iter().map(row).collect::<Vec<_>>(),
             "warnings": self.warnings,

@@ -43,11 +43,11 @@ pub struct CreateRunResponse {
 pub struct Run {
     #[prost(string, tag = "1")]
     pub run_id: ::prost::alloc::string::String,
-    /// One word: waiting, recovering, forming, syncing, running, held, disputed, paused, stopped,
-    /// finished, failed.
+    /// One word: opening (the coordinator looks at its checkpoints first), waiting, recovering, forming,
+    /// syncing, running, held, disputed, paused, stopped, cancelled, finished, failed.
     #[prost(string, tag = "2")]
     pub state: ::prost::alloc::string::String,
-    /// Why, where the state needs a reason.
+    /// Why, where the state needs a reason: what a run waits for, why it ended or is not open.
     #[prost(string, tag = "3")]
     pub why: ::prost::alloc::string::String,
     #[prost(uint64, tag = "4")]

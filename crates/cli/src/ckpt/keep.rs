@@ -15,6 +15,7 @@ use lacuna_types::{Step, exit};
 
 use super::{find, list, run_dir, split_step, stored_spec};
 use crate::data::talk::{count, io, put, usage};
+use crate::voice::confirm;
 
 /// `lacuna ckpt hold`.
 #[derive(Args, Debug)]
@@ -130,6 +131,11 @@ pub(super) fn gc(args: &GcArgs) -> anyhow::Result<u8> {
     let plan = plan.map_err(|error| io(&error))?;
     let garbage = retain::plan_garbage(&dir, generation, &[]).map_err(|error| io(&error))?;
     if !args.dry_run {
+        if !plan.delete.is_empty() {
+            let steps: Vec<String> = plan.delete.iter().map(ToString::to_string).collect();
+            let (n, run) = (count(steps.len() as u64, "checkpoint"), args.run.display());
+            confirm(&format!("remove {n} of {run} for good (steps {})?", steps.join(", ")))?;
+        }
         if let Some(last) = last {
             retain::retain(&dir, last, &kept, &now).map_err(|error| io(&error))?;
         }

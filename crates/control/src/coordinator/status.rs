@@ -11,11 +11,24 @@ impl Coordinator {
     pub fn status(&self) -> Status {
         Status {
             state: self.state_word(),
+            why: self.why(),
             generation: self.saved.generation,
             step: self.progress,
             checkpoint: self.saved.checkpoint.clone(),
             workers: self.workers.iter().map(|(id, w)| self.worker_status(id, w)).collect(),
             formed: self.formed.clone(),
+        }
+    }
+
+    /// Returns what the run waits for, where it does; empty elsewhere.
+    fn why(&self) -> String {
+        match self.state_word() {
+            "waiting" if self.last_waiting.is_empty() => {
+                format!("waiting for workers: {} needed", self.config.workers_min)
+            }
+            "waiting" | "recovering" => self.last_waiting.clone(),
+            "disputed" => "workers' states differ, and are being compared".to_string(),
+            _ => String::new(),
         }
     }
 

@@ -301,6 +301,8 @@ pub struct Note {
 pub struct Status {
     /// One word.
     pub state: &'static str,
+    /// What the run waits for, where it does.
+    pub why: String,
     /// Newest generation.
     pub generation: Generation,
     /// Steps known to be applied.

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{BoxStream, Grpc, bounded, not_found, parse_run};
+use super::{BoxStream, Grpc, bounded, parse_run};
 use crate::clock::rfc3339;
 
 /// Bytes of a manifest in one message.
@@ -91,8 +91,7 @@ impl Grpc {
         run_id: &str,
     ) -> Result<impl FnOnce() -> Result<RunDir, Status> + Send + 'static, Status> {
         let id = parse_run(run_id)?;
-        let to = self.0.runs().get(&id).map(|handle| handle.spec.checkpoint.to.clone());
-        let to = to.ok_or_else(|| not_found(&id))?;
+        let to = self.spec_of(&id)?.checkpoint.to;
         Ok(move || RunDir::open(&to, id).map_err(storage))
     }
 }

@@ -13,7 +13,7 @@ use tokio::sync::{OwnedMutexGuard, mpsc};
 use tonic::Status;
 use tracing::warn;
 
-use super::{Grpc, HELLO_DEADLINE, encoder, facts, going_down, not_found, specs};
+use super::{Grpc, HELLO_DEADLINE, OPEN_PATIENCE, encoder, facts, going_down, not_found, specs};
 use crate::catalogue::Catalogue;
 use crate::registry::lock;
 use crate::run::Input;
@@ -69,6 +69,11 @@ impl Grpc {
         crate::run::run_config(&spec, n_samples).map_err(invalid)?;
         let id = spec.run_id();
         let _turn = self.0.naming.turn(&id).await;
+        match self.0.opening.get(&id) {
+            // Whoever moves a run away from a place that does not answer does not wait for that.
+            Some(run) if run.spec.checkpoint.to != spec.checkpoint.to => self.0.opening.forget(&id),
+            _ => self.0.wait_open(&id, OPEN_PATIENCE).await?,
+        }
         let created = match self.existing(&id, &spec, n_samples, &fingerprint)? {
             Some(input) => {
                 if resume {
@@ -125,18 +130,9 @@ impl Grpc {
         input: mpsc::Sender<Input>,
         spec: RunSpec,
     ) -> Result<(), Status> {
-        let view = match self.0.runs().get_mut(id) {
-            // A run that is on keeps its spec: what may change of it has calls of its own.
-            Some(handle) if handle.ends.view.borrow().ending.is_none() => handle.ends.view.clone(),
-            Some(handle) => {
-                if handle.spec.track.tensorboard != spec.track.tensorboard {
-                    self.0.follow(id, &spec, &handle.ends);
-                }
-                handle.set_spec(spec.clone());
-                handle.ends.view.clone()
-            }
-            None => return Err(not_found(id)),
-        };
+        // A run that is on keeps its spec: what may change of it has calls of its own.
+        let view = self.0.runs().get(id).map(|handle| handle.ends.view.clone());
+        let view = view.ok_or_else(|| not_found(id))?;
         let ending = view.borrow().ending.clone();
         match ending {
             Some(Ending::Finished { .. }) => Ok(()),

@@ -21,7 +21,7 @@ pub(crate) fn run_of_view(id: &RunId, handle: &RunHandle, view: View) -> v1::Run
     let View { status, ending, figures, devices, last_seq, account: _ } = view;
     let resolved = handle.spec.resolve(handle.n_samples).ok();
     let (why, exit_code, final_digest) = match &ending {
-        None => (String::new(), None, None),
+        None => (status.why.clone(), None, None),
         Some(Ending::Finished { digest, .. }) => (String::new(), Some(exit::OK), Some(*digest)),
         Some(Ending::Failed { why, code }) => (why.clone(), Some(*code), None),
         Some(Ending::Stopped { why, .. }) => (why.clone(), Some(exit::DRAINED), None),

@@ -83,7 +83,10 @@ fn problem_messages(problems: &Problems) -> Vec<v1::SpecProblem> {
 }
 
 impl Grpc {
-    fn spec_of(&self, id: &RunId) -> Result<RunSpec, Status> {
+    pub(super) fn spec_of(&self, id: &RunId) -> Result<RunSpec, Status> {
+        if let Some(run) = self.0.opening.get(id) {
+            return Ok(run.spec);
+        }
         self.0.runs().get(id).map(|handle| handle.spec.clone()).ok_or_else(|| not_found(id))
     }
 
@@ -107,7 +110,7 @@ impl Grpc {
     /// Changes what the mask names of a run that is on.
     pub(super) async fn update(&self, request: v1::UpdateRunRequest) -> Result<RunId, Status> {
         let v1::UpdateRunRequest { run_id, update_mask, spec, etag } = request;
-        let id = parse_run(&run_id)?;
+        let id = self.open_run(&run_id).await?;
         let known = self.spec_of(&id)?;
         if !etag.is_empty() && etag != etag_of(&known) {
             return Err(changed_since(&id));

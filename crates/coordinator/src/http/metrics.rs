@@ -290,6 +290,10 @@ pub(crate) fn render(shared: &Shared) -> Result<String, fmt::Error> {
     for (id, handle) in shared.runs().iter() {
         families.add_run(id, handle, shared.now(), &mut saves);
     }
+    for (id, _) in shared.opening.all() {
+        let label = StateLabel { run: id.to_string(), state: "opening".to_string() };
+        families.state.get_or_create(&label).set(1);
+    }
     registry.register_collector(Box::new(saves));
     let mut text = String::new();
     encode(&mut text, &registry)?;

@@ -68,7 +68,7 @@ impl Row {
 fn tone_of(state: &str) -> &'static str {
     match state {
         "running" | "finished" => "good",
-        "recovering" | "forming" | "syncing" | "held" | "disputed" => "warn",
+        "opening" | "recovering" | "forming" | "syncing" | "held" | "disputed" => "warn",
         "failed" => "bad",
         _ => "idle",
     }
@@ -108,6 +108,8 @@ pub(super) fn runs(shared: &Shared) -> Result<String, askama::Error> {
         let runs = shared.runs();
         runs.iter().map(|(id, h)| (h.order, Row::of(&run_message(id, h)))).collect()
     };
+    let unopened = shared.opening.all();
+    all.extend(unopened.iter().map(|(id, run)| (run.order, Row::of(&run.message(id)))));
     all.sort_by_key(|(order, _)| std::cmp::Reverse(*order));
     let rows = all.into_iter().map(|(_, row)| row).collect();
     RunsPage { rows, build: BuildId::this().to_string() }.render()

@@ -6,14 +6,15 @@ use crate::run_spec::{Pool, Precision, Reduce, RunSpec, TaskKind, TaskSpec};
 
 /// Parameter and two moments, in f32.
 const STATE: u64 = 12;
-/// The mean gradient, and a tensor's gradient before it is added to the sums.
-const GRADIENTS: u64 = 8;
-/// Program, libtorch and its libraries, as a trainer on a CPU was seen to hold before it had a
-/// model.
-const LIBRARIES: u64 = 150 << 20;
+/// The mean gradient, a tensor's gradient before it is added to the sums, and what the allocator
+/// keeps of freed ones.
+const GRADIENTS: u64 = 16;
+/// What a trainer on a CPU was seen to hold before it had a model; program and libraries themselves
+/// are files, which the system can drop.
+const LIBRARIES: u64 = 80 << 20;
 
-/// Bytes that a worker holds at most; measured ones were within a fifth of them
-/// (docs/benchmarks/cpu.md).
+/// Bytes that a worker holds, which the system cannot take back: what `lacuna status` shows. On a
+/// CPU measured ones were within a tenth for `demo`, `tiny` and `base` in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
     /// Parameters, moments, sums and gradients; on a GPU these lie on the device.
@@ -43,7 +44,10 @@ impl Memory {
                 None => activations(&spec.model),
                 Some(task) => of_task(task, &spec.model),
             }
-            .saturating_mul(images * value),
+            .saturating_mul(images * value)
+            // What operations need for a while.
+            .saturating_mul(6)
+                / 5,
             libraries: LIBRARIES,
         }
     }

@@ -1,15 +1,19 @@
 //! What a spec allows and its author most likely did not want.
 
 use super::{EFFICIENCY_WARNING, WorkerRow, row};
-use crate::run_spec::{Pool, Reduce, RunSpec, SLOTS_MAX, TaskSpec};
+use crate::run_spec::{Optimizer, Pool, Reduce, RunSpec, SLOTS_MAX, TaskKind, TaskSpec, Workers};
 use crate::units::{Cadence, Length, grouped};
 
 /// Slots above which sums of 32 bits are warned about, and the bits that this many leave a slot's
 /// largest elements.
 const EXACT32_SLOTS_MAX: u32 = 1024;
 const EXACT32_BITS: u32 = 15;
+/// Batch below which LARS is warned about.
+const LARS_BATCH_MIN: u32 = 4096;
 /// Least room for chunks of remote shards that is of use: four, of 16 MiB each.
 const CACHE_BYTES_MIN: u64 = 64 << 20;
+/// Most numbers of workers that are named as good ones.
+const GOOD_MAX: usize = 6;
 /// Most numbers of workers that a warning names.
 const NAMED_MAX: usize = 12;
 /// Highest peak that passes without a word: AdamW's steps have the size of the rate, and weights
@@ -42,11 +46,37 @@ pub(super) fn warnings(
                 .to_string(),
         );
     }
+    if let Some(task) = &spec.task {
+        recipes(&mut out, spec, task);
+    }
     shares(&mut out, spec, workers, spec.n_slots());
     arithmetic(&mut out, spec, per_epoch);
     checkpoints(&mut out, spec, per_epoch);
     folders(&mut out, spec);
     out
+}
+
+/// What of a task's settings is another recipe's.
+fn recipes(out: &mut Vec<String>, spec: &RunSpec, task: &TaskSpec) {
+    let batch = spec.train.batch;
+    if task.optimizer == Optimizer::Lars && batch < LARS_BATCH_MIN {
+        out.push(format!(
+            "`task.optimizer` = \"lars\" with a batch of {batch}: it learns next to nothing with \
+             fewer than {LARS_BATCH_MIN}; take \"sgd\" with `optim.base_lr` = 0.1"
+        ));
+    }
+    if task.kind == TaskKind::Linear && spec.optim.weight_decay > 0.0 {
+        out.push(
+            "`optim.weight_decay` is that of pre-training: a linear probe has 0, and a \
+             `base_lr` of 0.1 (presets `demo-linear`, `base-linear`)"
+                .to_string(),
+        );
+    }
+    if spec.train.slot_batch == 1 && (task.mixup > 0.0 || task.cutmix > 0.0) {
+        out.push(
+            "`train.slot_batch` = 1: `mixup` and `cutmix` have nobody to mix with".to_string(),
+        );
+    }
 }
 
 fn shares(out: &mut Vec<String>, spec: &RunSpec, workers: &[WorkerRow], n_slots: u32) {
@@ -72,8 +102,7 @@ fn shares(out: &mut Vec<String>, spec: &RunSpec, workers: &[WorkerRow], n_slots:
                      the maths"
                 );
             }
-            (None, Some(range)) => text += &format!("; `elastic.workers` = \"{range}\" avoids it"),
-            (None, None) => {}
+            (None, advice) => text += &advice,
         }
         out.push(text);
     }
@@ -99,14 +128,22 @@ fn better_slot_batch(spec: &RunSpec) -> Option<u32> {
     (least..spec.train.slot_batch).rev().find(serves)
 }
 
-/// Finds the longest range of the allowed numbers of workers that are all served well.
-fn better_workers(spec: &RunSpec, n_slots: u32) -> Option<String> {
-    let workers = spec.elastic.workers;
+/// Names the largest number of workers that is served well, and what to do with the others.
+fn better_workers(spec: &RunSpec, n_slots: u32) -> String {
+    let Workers { min, max } = spec.elastic.workers;
     let fine = |n: &u32| row(n_slots, *n).efficiency >= EFFICIENCY_WARNING;
-    let all: Vec<u32> = (workers.min..=workers.max.min(n_slots)).collect();
-    let ranges = all.chunk_by(|a, b| fine(a) == fine(b)).filter(|range| fine(&range[0]));
-    let longest = ranges.max_by_key(|range| (range.len(), range[0]))?;
-    Some(format!("{}:{}", longest[0], longest[longest.len() - 1]))
+    // One worker always is.
+    let best = (1..=max.min(n_slots)).rev().find(fine).unwrap_or(1);
+    if best < max {
+        let (least, rest) = (best.min(min), max - best);
+        return format!(
+            "; `elastic.workers` = \"{least}:{best}\" with `elastic.spares` = {rest} keeps the others \
+             warm instead"
+        );
+    }
+    let good: Vec<String> =
+        (min..=max).rev().filter(fine).take(GOOD_MAX).map(|n| n.to_string()).collect();
+    format!("; their steps are no shorter than those of fewer: {} serve well", good.join(", "))
 }
 
 fn arithmetic(out: &mut Vec<String>, spec: &RunSpec, per_epoch: Option<u64>) {

@@ -50,6 +50,9 @@ pub(super) fn instead_of(parent: &str, key: &str) -> String {
         return "remove it: pre-training follows AdamW, and a [task] has `task.optimizer`"
             .to_string();
     }
+    if parent.is_empty() && matches!(key, "optimizer" | "optimiser") {
+        return "did you mean the section `optim`?".to_string();
+    }
     if !parent.is_empty() && matches!(key, "schema" | "name" | "base") {
         return format!("write `{key}` above the first [section]");
     }

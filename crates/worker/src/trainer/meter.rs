@@ -54,12 +54,15 @@ pub(super) fn memory_in_use(engine: &dyn Engine) -> u64 {
     engine.device_memory().or_else(resident).unwrap_or(0)
 }
 
-/// Returns what the kernel counts as resident of this process, in bytes.
+/// Returns what the kernel counts as this process's own, in bytes: not files, such as libraries and
+/// shards, which it can drop.
 fn resident() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
+    let of = |name: &str| -> Option<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    Some((of("RssAnon:")? + of("RssShmem:")?) << 10)
 }
 
 #[cfg(test)]

@@ -1,0 +1,234 @@
+//! Runs that are remembered and not open yet.
+//!
+//! A coordinator that starts serves at once and opens its runs meanwhile, each by itself: one whose
+//! checkpoints do not answer keeps nobody from another one. It is tried again until it opens, and
+//! whoever asks for it is told why it does not.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use lacuna_api::error::{Reason, status};
+use lacuna_api::v1;
+use lacuna_spec::RunSpec;
+use lacuna_types::RunId;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tonic::Status;
+use tracing::{info, warn};
+
+use crate::catalogue::{Catalogue, Found};
+use crate::grpc::specs::etag_of;
+use crate::registry::{Shared, lock};
+use crate::store::StoredRun;
+
+/// Runs that are opened at a time.
+const OPENING_MAX: usize = 64;
+/// How long opening one may take.
+const OPENING: Duration = Duration::from_secs(120);
+/// How long until one that did not open is tried again.
+const AGAIN: Duration = Duration::from_secs(30);
+
+/// A run that is not open.
+#[derive(Clone, Debug)]
+pub(crate) struct Unopened {
+    stored: StoredRun,
+    pub spec: RunSpec,
+    /// Why it is not open yet.
+    pub why: String,
+    /// Place in order of creation.
+    pub order: usize,
+}
+
+/// All that are not open.
+#[derive(Default)]
+pub(crate) struct Opening {
+    runs: Mutex<BTreeMap<RunId, Unopened>>,
+    /// Whether each was tried once.
+    settled: AtomicBool,
+}
+
+impl Opening {
+    /// Returns a run that is not open.
+    pub fn get(&self, id: &RunId) -> Option<Unopened> {
+        lock(&self.runs).get(id).cloned()
+    }
+
+    /// Returns all that are not open.
+    pub fn all(&self) -> Vec<(RunId, Unopened)> {
+        lock(&self.runs).iter().map(|(id, run)| (id.clone(), run.clone())).collect()
+    }
+
+    /// Forgets a run: it is open, or another one takes its name.
+    pub fn forget(&self, id: &RunId) {
+        lock(&self.runs).remove(id);
+    }
+
+    /// Tells whether new workers may be given to runs: before each was tried, those that wanted
+    /// them first may not be there.
+    pub fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
+    }
+
+    fn say(&self, id: &RunId, why: String) -> bool {
+        let mut runs = lock(&self.runs);
+        let Some(run) = runs.get_mut(id) else { return false };
+        let is_new = run.why != why;
+        run.why = why;
+        is_new
+    }
+}
+
+impl Unopened {
+    /// Describes the run as far as it is known.
+    pub fn message(&self, id: &RunId) -> v1::Run {
+        let StoredRun { n_samples, fingerprint, saved, spec, .. } = &self.stored;
+        let resolved = self.spec.resolve(*n_samples).ok();
+        let saved_step = saved.checkpoint.as_ref().map(|checkpoint| checkpoint.step.0);
+        v1::Run {
+            run_id: id.to_string(),
+            state: "opening".to_string(),
+            why: self.why.clone(),
+            generation: saved.generation.0,
+            step: saved_step.unwrap_or_default(),
+            total_steps: resolved.as_ref().map_or(0, |r| r.total_steps),
+            steps_per_epoch: resolved.as_ref().map_or(0, |r| r.geometry.steps_per_epoch()),
+            n_slots: self.spec.n_slots(),
+            checkpoint_step: saved_step,
+            spec: spec.clone(),
+            n_samples: *n_samples,
+            fingerprint: fingerprint.clone(),
+            etag: etag_of(&self.spec),
+            ..Default::default()
+        }
+    }
+}
+
+impl Shared {
+    /// Remembers runs that are to be opened.
+    pub(crate) fn expect(&self, stored: Vec<(StoredRun, RunSpec)>) {
+        let mut runs = lock(&self.opening.runs);
+        for (stored, spec) in stored {
+            let why = "its checkpoints were not looked at yet".to_string();
+            let order = self.next_order();
+            let id = stored.run_id.clone();
+            runs.insert(id, Unopened { stored, spec, why, order });
+        }
+    }
+
+    /// Waits until a run is open, if it is one that is not.
+    ///
+    /// # Errors
+    /// `STARTING` where it is not open after `patience`, with the reason.
+    pub(crate) async fn wait_open(&self, id: &RunId, patience: Duration) -> Result<(), Status> {
+        let mut changes = self.changes();
+        let open = async {
+            loop {
+                changes.mark_unchanged();
+                if self.opening.get(id).is_none() || changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(patience, open).await.is_ok() {
+            return Ok(());
+        }
+        match self.opening.get(id) {
+            None => Ok(()),
+            Some(run) => {
+                let text = format!("run `{id}` is not open yet: {}", run.why);
+                Err(status(Reason::Starting, text))
+            }
+        }
+    }
+
+    /// Waits until each run was tried once, for at most `patience`.
+    pub(crate) async fn wait_settled(&self, patience: Duration) {
+        let mut changes = self.changes();
+        let settled =
+            async { while !self.opening.is_settled() && changes.changed().await.is_ok() {} };
+        // Otherwise those that are not open are shown as that.
+        let _ = tokio::time::timeout(patience, settled).await;
+    }
+
+    /// Opens what is to be opened, until all of it is.
+    pub(crate) async fn open_runs(self: Arc<Self>) {
+        let turns = Arc::new(Semaphore::new(OPENING_MAX));
+        let mut first = JoinSet::new();
+        for (id, _) in self.opening.all() {
+            let (shared, turns) = (self.clone(), turns.clone());
+            first.spawn(async move { (!shared.try_open(&id, &turns).await).then_some(id) });
+        }
+        let mut rest: Vec<RunId> = Vec::new();
+        while let Some(tried) = first.join_next().await {
+            // A panic in one was printed.
+            rest.extend(tried.ok().flatten());
+        }
+        self.opening.settled.store(true, Ordering::Release);
+        self.runs_changed();
+        let mut again = JoinSet::new();
+        for id in rest {
+            let (shared, turns) = (self.clone(), turns.clone());
+            again.spawn(async move {
+                while shared.opening.get(&id).is_some() {
+                    tokio::time::sleep(AGAIN).await;
+                    shared.try_open(&id, &turns).await;
+                }
+            });
+        }
+        while again.join_next().await.is_some() {}
+    }
+
+    /// Tries to open a run; tells whether there is nothing left to do.
+    async fn try_open(self: &Arc<Self>, id: &RunId, turns: &Semaphore) -> bool {
+        // Never closed.
+        let _turn = turns.acquire().await;
+        let Some(Unopened { stored, spec, order, .. }) = self.opening.get(id) else { return true };
+        let (wanted, n_samples, print) =
+            (spec.clone(), stored.n_samples, stored.fingerprint.clone());
+        let epoch = self.epoch;
+        let open = move || Catalogue::open(wanted, n_samples, print, epoch);
+        let opened = match tokio::time::timeout(OPENING, tokio::task::spawn_blocking(open)).await {
+            Ok(Ok(opened)) => opened.map_err(|err| err.to_string()),
+            Ok(Err(err)) => Err(err.to_string()),
+            Err(_) => Err(format!("no answer for {OPENING:?}")),
+        };
+        let opened = opened.and_then(|opened| self.put_to_work(stored, spec, opened, order));
+        match opened {
+            Ok(()) => {
+                info!(run_id = %id, "open");
+                true
+            }
+            Err(error) => {
+                let why = format!("its checkpoints cannot be used: {error}");
+                if self.opening.say(id, why) {
+                    warn!(run_id = %id, error, "checkpoints cannot be used; trying again");
+                }
+                self.runs_changed();
+                false
+            }
+        }
+    }
+
+    /// Starts an opened run's task.
+    fn put_to_work(
+        self: &Arc<Self>,
+        mut stored: StoredRun,
+        spec: RunSpec,
+        (catalogue, found): (Catalogue, Found),
+        order: usize,
+    ) -> Result<(), String> {
+        let id = stored.run_id.clone();
+        let news = found.news(&stored.saved);
+        news.iter().for_each(|record| stored.saved.apply(record));
+        let recorded = self.store().record(&id, &news);
+        if let Err(err) = recorded {
+            let text = err.to_string();
+            self.fail(err);
+            return Err(text);
+        }
+        found.damaged.iter().for_each(|damaged| warn!(run_id = %id, "{damaged}"));
+        self.start_run(stored, spec, catalogue, order)
+    }
+}
