@@ -141,7 +141,7 @@ pub fn stop(args: StopArgs) -> anyhow::Result<u8> {
             return Ok(exit::OK);
         }
         client.stop_run(&args.run, &args.why).await?;
-        let progress = Progress::new(args.progress).from_now();
+        let progress = Progress::new(args.progress).without_past();
         let Some(run) = follow(connect, &args.run, progress).await? else {
             talk!("the run stops at its next boundary all the same");
             return Ok(exit::INTERRUPTED);

@@ -118,6 +118,11 @@ impl Connect {
         whole
     }
 
+    /// Tells whether somebody says where the coordinator is.
+    pub fn names_one(&self) -> bool {
+        self.target().is_ok_and(|target| target.coordinator.is_some())
+    }
+
     /// Connects.
     pub async fn client(&self) -> Result<Client, ClientError> {
         let target = self.target()?;

@@ -176,6 +176,9 @@ async fn coordinator(connect: &Connect) -> Vec<Finding> {
             let text = format!("{url} is {theirs}, this is {ours}: install the same build");
             vec![finding("coordinator", Verdict::Bad, text), clock]
         }
+        Err(err) if connect.names_one() => {
+            vec![finding("coordinator", Verdict::Bad, lacuna_checkpoint::chain(&err))]
+        }
         // `lacuna train` brings its own.
         Err(err) => {
             let text = format!("{}; `lacuna train` needs none", lacuna_checkpoint::chain(&err));

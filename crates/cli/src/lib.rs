@@ -10,6 +10,7 @@ mod client;
 mod connect;
 mod data;
 mod doctor;
+mod fit;
 mod journal;
 mod logs;
 mod look;

@@ -13,6 +13,7 @@ use lacuna_types::{RunId, exit};
 
 use crate::client::Output;
 use crate::data::talk::{io as io_error, put, usage};
+use crate::fit;
 use crate::voice::talk;
 
 /// `lacuna plan`.
@@ -67,11 +68,9 @@ const WRITTEN: &[&str] = &[
 /// Runs `lacuna plan`.
 pub fn plan(args: PlanArgs) -> anyhow::Result<u8> {
     let mut overrides = args.set;
-    overrides.extend(args.workers.as_deref().map(|workers| {
-        let range = workers.replace("..", ":");
-        let range = if range.contains(':') { range } else { format!("{range}:{range}") };
-        format!("elastic.workers=\"{range}\"")
-    }));
+    if let Some(workers) = &args.workers {
+        overrides.push(format!("elastic.workers=\"{}\"", range_of(workers)?));
+    }
     let read = |path: &Path| std::fs::read_to_string(path);
     let loaded = match parse_file(&args.file, &overrides, &read) {
         Ok(loaded) => loaded,
@@ -87,14 +86,15 @@ pub fn plan(args: PlanArgs) -> anyhow::Result<u8> {
     }
     let Loaded { mut spec, .. } = loaded;
     spec.resolve_paths(&std::env::current_dir().context("find the current folder")?);
-    let (n_samples, code) = match Dataset::open(Path::new(&spec.data.shards)) {
-        Ok(dataset) => (Some(dataset.n_samples()), exit::OK),
+    let (n_samples, code, misfits) = match Dataset::open(Path::new(&spec.data.shards)) {
+        Ok(dataset) => (Some(dataset.n_samples()), exit::OK, fit::misfits(&dataset, &spec)),
         Err(error) => {
             let code = tell_no_data(&spec, error);
-            (None, code)
+            (None, code, Vec::new())
         }
     };
-    let report = lacuna_spec::plan(&spec, n_samples);
+    let mut report = lacuna_spec::plan(&spec, n_samples);
+    report.warnings.extend(misfits);
     match args.output {
         Output::Table => put(&report.to_string())?,
         Output::Json => put(&format!("{}\n", report.to_json()))?,
@@ -102,6 +102,16 @@ pub fn plan(args: PlanArgs) -> anyhow::Result<u8> {
     match report.data {
         Some(Err(_)) => Ok(exit::USAGE),
         _ => Ok(code),
+    }
+}
+
+/// Reads the numbers of `--workers`, `8`, `2..8` or `2:8`, as a specification has them.
+fn range_of(workers: &str) -> anyhow::Result<String> {
+    let text = workers.replace("..", ":");
+    let (min, max) = text.split_once(':').unwrap_or((&text, &text));
+    match (min.parse::<u32>(), max.parse::<u32>()) {
+        (Ok(min @ 1..), Ok(max)) if min <= max => Ok(format!("{min}:{max}")),
+        _ => Err(usage(format!("--workers `{workers}` is no number of workers, like 8 or 2..8"))),
     }
 }
 

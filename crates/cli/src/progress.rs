@@ -54,7 +54,7 @@ impl Progress {
 
     /// Shows nothing of what happened before.
     #[must_use]
-    pub fn from_now(self) -> Self {
+    pub fn without_past(self) -> Self {
         Progress { is_from_now: true, ..self }
     }
 
@@ -261,7 +261,10 @@ fn efficiency(run: &v1::Run) -> serde_json::Value {
         return serde_json::Value::Null;
     };
     let rows = lacuna_spec::plan::worker_rows(run.n_slots, spec.elastic.workers);
-    let row = |row: lacuna_spec::WorkerRow| serde_json::json!({ "workers": row.n_workers, "efficiency": row.efficiency });
+    let row = |row: lacuna_spec::WorkerRow| {
+        let (workers, efficiency) = (row.n_workers, row.efficiency);
+        serde_json::json!({ "workers": workers, "efficiency": efficiency })
+    };
     rows.into_iter().map(row).collect()
 }
 

@@ -47,7 +47,7 @@ const ASK_DEADLINE: Duration = Duration::from_secs(10);
 const AGENT_QUEUE: usize = 128;
 /// How long a new stream may take to introduce itself.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
-/// How long who looks at runs waits for those that are being opened, and who wants something of one.
+/// How long who looks at runs waits for those that are being opened, and who wants one to act.
 const LOOK_PATIENCE: Duration = Duration::from_secs(1);
 const OPEN_PATIENCE: Duration = Duration::from_secs(5);
 /// Points of a curve where a caller does not say how many.

@@ -84,6 +84,10 @@ impl Backend for TorchBackend {
         Ok(())
     }
 
+    fn end(&self, code: u8) -> ! {
+        context::end_process(code)
+    }
+
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
         let setup = EngineSetup {
             model: spec.model.clone(),

@@ -240,4 +240,9 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Builds an engine in a trainer process.
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError>;
+
+    /// Ends a trainer's process, while a thread of it may still compute.
+    fn end(&self, code: u8) -> ! {
+        std::process::exit(code.into())
+    }
 }

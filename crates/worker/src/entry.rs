@@ -1,5 +1,6 @@
 //! Entry point of worker binaries.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -24,21 +25,27 @@ pub fn dispatch(args: WorkerArgs, backend: impl Backend) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let backend: Arc<dyn Backend> = Arc::new(backend);
-    finish(match args.command {
-        Some(Command::Trainer(args)) => trainer::run(args, backend),
-        None => agent::run(args.agent, backend),
-    })
+    match args.command {
+        Some(Command::Trainer(args)) => {
+            let code = told(trainer::run(args, backend.clone()));
+            let _ = std::io::stdout().flush();
+            backend.end(code)
+        }
+        None => finish(agent::run(args.agent, backend)),
+    }
 }
 
 /// Turns the end of a command into the process's: prints an error once, with its causes.
 pub fn finish(result: anyhow::Result<u8>) -> ExitCode {
-    match result {
-        Ok(code) => ExitCode::from(code),
-        Err(err) => {
-            eprintln!("error: {err:#}");
-            ExitCode::from(exit_code(&err))
-        }
-    }
+    ExitCode::from(told(result))
+}
+
+/// Prints an error once, with its causes; returns the exit code.
+fn told(result: anyhow::Result<u8>) -> u8 {
+    result.unwrap_or_else(|err| {
+        eprintln!("error: {err:#}");
+        exit_code(&err)
+    })
 }
 
 /// Logs go to stderr; `RUST_LOG` chooses, `info` is the default.

@@ -153,7 +153,7 @@ impl Families {
         counter("lacuna_run_images", "Images behind the newest state", &self.images);
         counter(
             "lacuna_run_redone_steps",
-            "Steps computed again since the coordinator started",
+            "Finished steps that were computed again since the coordinator started",
             &self.redone,
         );
         counter(

@@ -309,7 +309,7 @@ fn facts(run: &v1::Run, again: u64) -> Vec<Fact> {
         }
         out.push(fact("waiting for data", format!("{:.1} %", 100.0 * figures.data_wait)));
         out.push(fact("steps skipped", grouped(figures.skipped)));
-        out.push(fact("steps computed again", grouped(again)));
+        out.push(fact("finished steps computed again", grouped(again)));
     }
     out.extend(eta(run).map(|left| fact("to go", left)));
     let saved =

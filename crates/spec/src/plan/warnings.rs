@@ -137,8 +137,8 @@ fn better_workers(spec: &RunSpec, n_slots: u32) -> String {
     if best < max {
         let (least, rest) = (best.min(min), max - best);
         return format!(
-            "; `elastic.workers` = \"{least}:{best}\" with `elastic.spares` = {rest} keeps the others \
-             warm instead"
+            "; `elastic.workers` = \"{least}:{best}\" with `elastic.spares` = {rest} keeps the \
+             others warm instead"
         );
     }
     let good: Vec<String> =
