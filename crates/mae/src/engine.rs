@@ -132,7 +132,7 @@ impl TorchEngine {
             Place::There(device, card) => (device, Some(None), card),
         };
         let missing = runtime::missing_pins();
-        if !missing.is_empty() {
+        if there.is_none() && !missing.is_empty() {
             tracing::warn!(?missing, "process started without the pins that fix a CPU's bits");
         }
         check_setup(&setup)?;

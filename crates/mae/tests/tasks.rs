@@ -6,6 +6,8 @@
 use std::path::PathBuf;
 
 use lacuna_data::synthetic::N_CLASSES;
+use lacuna_mae::classify::EncoderWeights;
+use lacuna_recipe::model::ModelConfig;
 use lacuna_tests::{Binaries, Cluster, Fixture, Seen, said, send_signal};
 use rustix::process::Signal;
 
@@ -100,11 +102,32 @@ fn tasks_have_the_same_bits_for_any_workers_and_over_a_kill() {
         assert_eq!(seen.run.final_digest, Some(want), "{kind}: {}", seen.text());
         assert_eq!(seen.count("lost"), 1, "{kind}: {}", seen.text());
     }
+    let (code, held, _) = said(&fixture.run(&["ckpt", "hold", "ckpt/pre"]));
+    assert!(code == 0 && held.contains("step 60 is held by encoder-of-linear-1"), "{held}");
     exported(&fixture);
+    weights_say_what_they_are(&fixture);
     judged(&fixture, "linear-1");
     // What was fine-tuned stands for itself.
     std::fs::rename(fixture.path("ckpt/pre"), fixture.path("elsewhere")).expect("a move");
     judged(&fixture, "finetune-1");
+}
+
+/// An encoder in a file is refused where the file says that it is another one.
+fn weights_say_what_they_are(fixture: &Fixture) {
+    let to = fixture.path("weights");
+    let to = to.to_str().expect("a plain path");
+    let export = ["ckpt", "export", "ckpt/pre", "--layout", "timm", "--to", to];
+    let (code, _, err) = said(&fixture.run(&export));
+    assert_eq!(code, 0, "{err}");
+    let file = format!("{to}/timm.safetensors");
+    let micro = ModelConfig::preset("micro").expect("a preset");
+    let (mean, std) = ([0.5; 3], [0.25; 3]);
+    EncoderWeights::read(&file, &micro, (&mean, &std)).expect("it fits");
+    let other = ModelConfig { heads: 4, ..micro.clone() };
+    let error = EncoderWeights::read(&file, &other, (&mean, &std)).unwrap_err().to_string();
+    assert!(error.contains("`model.heads` is 2 there and 4 here"), "{error}");
+    let error = EncoderWeights::read(&file, &micro, (&[0.4; 3], &std)).unwrap_err().to_string();
+    assert!(error.contains("it has seen images with `data.mean` [0.5, 0.5, 0.5]"), "{error}");
 }
 
 /// A fine-tuned model goes to timm, a probe and other layouts are refused.

@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use lacuna_api::error::{Reason, invalid_spec, status};
 use lacuna_checkpoint::layout::RunDir;
+use lacuna_checkpoint::retain::{self, Hold};
 use lacuna_checkpoint::{catalog, chain};
 use lacuna_spec::{RunSpec, encoder_at};
+use lacuna_types::{RunId, Step};
 use tonic::Status;
+use tracing::warn;
 
 /// How long a run's checkpoints may take to be listed.
 const LIST_DEADLINE: Duration = Duration::from_secs(30);
@@ -18,8 +21,9 @@ pub(super) async fn pin(spec: &mut RunSpec, known: Option<&RunSpec>) -> Result<(
     let Some(place) = spec.task.as_ref().and_then(|task| task.encoder.clone()) else {
         return Ok(());
     };
+    let run = spec.run_id();
     if encoder_at(&place).1.is_some() {
-        return Ok(());
+        return hold(place, run).await;
     }
     let before = known.and_then(|known| known.task.as_ref()?.encoder.clone());
     let pinned = match before {
@@ -27,7 +31,33 @@ pub(super) async fn pin(spec: &mut RunSpec, known: Option<&RunSpec>) -> Result<(
         _ => newest(&place).await?,
     };
     if let (Some(pinned), Some(task)) = (pinned, &mut spec.task) {
-        task.encoder = Some(pinned);
+        task.encoder = Some(pinned.clone());
+        hold(pinned, run).await?;
+    }
+    Ok(())
+}
+
+/// Pins the checkpoint that a run reads its encoder from, so that nothing removes it: workers that
+/// join read it again, and so does whoever judges the run.
+async fn hold(place: String, run: RunId) -> Result<(), Status> {
+    let shown = place.clone();
+    let work = tokio::task::spawn_blocking(move || {
+        let (dir, Some(step)) = encoder_at(&place) else { return Ok(()) };
+        let Some(dir) = RunDir::find(dir).map_err(|err| chain(&err))? else { return Ok(()) };
+        let hold = Hold {
+            name: format!("encoder-of-{run}"),
+            step: Step(step),
+            why: format!("the run {run} reads its encoder from it"),
+            until: None,
+        };
+        // One of before stays: the run is the same, and so is its encoder.
+        retain::hold(&dir, &hold).map(drop).map_err(|err| chain(&err))
+    });
+    let held = tokio::time::timeout(LIST_DEADLINE, work).await;
+    let held = held.unwrap_or(Ok(Err("no answer in time".to_string())));
+    // Somebody else's folder may be read and not written: the run can train all the same.
+    if let Err(error) = held.map_err(|err| status(Reason::Internal, err.to_string()))? {
+        warn!(encoder = shown, error, "the encoder's checkpoint is not pinned");
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use lacuna_checkpoint::import::{self, Given};
+use lacuna_checkpoint::import::{self, Described, Given};
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::load::{find_step, load_params};
 use lacuna_checkpoint::{catalog, chain};
@@ -59,7 +59,7 @@ impl EncoderWeights {
             None => {
                 let weights = import::Weights::open(Path::new(place));
                 let weights = weights.map_err(|err| failed(chain(&err)))?;
-                let of_weights = of_weights(&weights, model, table);
+                let of_weights = of_weights(&weights, model, scale, table);
                 of_weights.map_err(failed)?
             }
         };
@@ -148,18 +148,28 @@ fn encoder_params(model: &ModelConfig) -> Vec<ParamSpec> {
 fn of_weights(
     weights: &import::Weights,
     model: &ModelConfig,
+    scale: Scale<'_>,
     sincos: impl Fn() -> Vec<f32>,
 ) -> Result<(ModelConfig, Vec<f32>, Vec<f32>), String> {
-    let given = |img_size| Given {
-        heads: Some(model.heads),
-        img_size,
-        encoder_alone: true,
-        ..Given::default()
-    };
+    let given =
+        |heads, img_size| Given { heads, img_size, encoder_alone: true, ..Given::default() };
     // The size of images is asked for where the table is for no square.
-    let described = import::describe(weights, &given(None))
-        .or_else(|_| import::describe(weights, &given(Some(model.img_size))));
+    let describe = |heads| {
+        let described = import::describe(weights, &given(heads, None));
+        described.or_else(|_| import::describe(weights, &given(heads, Some(model.img_size))))
+    };
+    // Tensors do not show heads: those of the spec hold where the file does not say, or only its
+    // sizes suggest others.
+    let is_guess = |found: &Described| found.notices.iter().any(|text| text.contains("heads"));
+    let described = match describe(None) {
+        Ok(found) if !is_guess(&found) => Ok(found),
+        _ => describe(Some(model.heads)),
+    };
     let described = described.map_err(|err| chain(&err))?;
+    if let Some((mean, std)) = &described.normalization {
+        compare_scales((mean, std), scale)?;
+    }
+    described.notices.iter().for_each(|notice| info!("{notice}"));
     let (form, source) = (described.form, described.config);
     let read = import::read_model(weights, &source).map_err(|err| chain(&err))?;
     let table = match read.encoder_table {
@@ -198,8 +208,14 @@ fn of_run(dir: &RunDir, step: Option<u64>) -> Result<(RunSpec, Vec<f32>), String
 
 /// Refuses images that are shown in other units than the encoder has seen.
 fn check_scale(spec: &RunSpec, (mean, std): Scale<'_>) -> Result<(), String> {
-    let theirs = (&spec.data.mean[..], &spec.data.std[..]);
-    if theirs == (mean, std) {
+    compare_scales((&spec.data.mean, &spec.data.std), (mean, std))
+}
+
+fn compare_scales(theirs: Scale<'_>, (mean, std): Scale<'_>) -> Result<(), String> {
+    // Files may have them in f32.
+    let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-6;
+    let alike = |a: &[f64], b: &[f64]| a.len() == b.len() && a.iter().zip(b).all(near);
+    if alike(theirs.0, mean) && alike(theirs.1, std) {
         return Ok(());
     }
     Err(format!(

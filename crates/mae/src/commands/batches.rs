@@ -1,7 +1,9 @@
 //! Images of a data set in batches, computed on by several threads and handed over in order.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,6 +23,9 @@ use super::{io, usage};
 
 /// Time between two lines of progress: a log stays readable.
 const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Threads that read images for one device, where nobody says how many.
+const THREADS_OF_DEVICE: usize = 4;
 
 /// Finished batches that wait for their turn in each thread's lane.
 const AHEAD: usize = 1;
@@ -94,7 +99,9 @@ impl ComputeArgs {
     /// Returns the number of threads.
     pub fn threads(&self) -> usize {
         let here = || thread::available_parallelism().map_or(1, usize::from);
-        self.threads.map_or_else(here, |n| n as usize)
+        // Each holds a batch on the device, which computes one after another.
+        let most = if self.device == Device::Cpu { usize::MAX } else { THREADS_OF_DEVICE };
+        self.threads.map_or_else(|| here().min(most), |n| n as usize)
     }
 }
 
@@ -141,6 +148,9 @@ pub struct Images<'a> {
     pub ids: &'a [u64],
     /// How many at a time.
     pub batch: usize,
+    /// Where numbers of images go that cannot be read, which are black then; without it, one that
+    /// cannot be read ends everything.
+    pub unread: Option<&'a Mutex<BTreeSet<u64>>>,
 }
 
 impl Images<'_> {
@@ -183,10 +193,17 @@ impl Images<'_> {
         for (id, out) in ids().zip(pixels.chunks_exact_mut(self.shape.bytes())) {
             let part = self.view.crop_pct;
             let read = reader.centered(self.dataset, id, part, self.shape, out);
-            read.map_err(|error| {
-                let hint = "`lacuna data verify` lists all that cannot be used";
-                io(format!("{}: {hint}", chain(&error)))
-            })?;
+            match (read, self.unread) {
+                (Ok(()), _) => {}
+                (Err(_), Some(unread)) => {
+                    out.fill(0);
+                    unread.lock().unwrap_or_else(PoisonError::into_inner).insert(id.0);
+                }
+                (Err(error), None) => {
+                    let hint = "`lacuna data verify` lists all that cannot be used";
+                    return Err(io(format!("{}: {hint}", chain(&error))));
+                }
+            }
         }
         Ok(pixels)
     }

@@ -1,6 +1,8 @@
 //! `lacuna-worker eval classify`: how often a fine-tuned model or a probe names the right class.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
@@ -305,20 +307,26 @@ fn take_statistics(
 ) -> anyhow::Result<Statistics> {
     let ids: Vec<u64> = (0..train.n_samples()).collect();
     let (mut sums, mut squares): (Vec<f64>, Vec<f64>) = (Vec::new(), Vec::new());
+    // Training passed by what cannot be read, too.
+    let unread: Mutex<BTreeSet<u64>> = Mutex::default();
     let images = Images {
         dataset: train,
         shape: shape_of(&spec.model),
         view: args.view,
         ids: &ids,
         batch: args.compute.batch(),
+        unread: Some(&unread),
     };
     let workers: Vec<Head> = threads(args, &ids).map(|_| head.share()).collect();
     let work = |head: &mut Head, pixels: &[u8]| head.features(pixels);
-    images.for_each("train", workers, work, |_, features| {
+    images.for_each("train", workers, work, |at, features| {
         let width = head.feature_width();
         sums.resize(width, 0.0);
         squares.resize(width, 0.0);
-        for row in features.chunks_exact(width) {
+        for (row, id) in features.chunks_exact(width).zip(&ids[at..]) {
+            if unread.lock().unwrap_or_else(PoisonError::into_inner).contains(id) {
+                continue;
+            }
             for ((sum, square), x) in sums.iter_mut().zip(&mut squares).zip(row) {
                 *sum += f64::from(*x);
                 *square += f64::from(*x) * f64::from(*x);
@@ -326,7 +334,11 @@ fn take_statistics(
         }
         Ok(())
     })?;
-    Ok((ids.len() as u64, sums, squares))
+    let n_unread = unread.into_inner().unwrap_or_else(PoisonError::into_inner).len();
+    if n_unread > 0 {
+        eprintln!("train: {n_unread} images that cannot be read are left out of its statistics");
+    }
+    Ok(((ids.len() - n_unread) as u64, sums, squares))
 }
 
 fn threads(args: &ModelArgs, ids: &[u64]) -> std::ops::Range<usize> {
@@ -343,7 +355,7 @@ pub fn each_image(
     mut take: impl FnMut(usize, &[f32]) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let (shape, batch) = (shape_of(&spec.model), args.compute.batch());
-    let images = Images { dataset, shape, view: args.view, ids, batch };
+    let images = Images { dataset, shape, view: args.view, ids, batch, unread: None };
     let workers: Vec<Head> = threads(args, ids).map(|_| head.share()).collect();
     let work = |head: &mut Head, pixels: &[u8]| head.logits(pixels);
     images.for_each(what, workers, work, |at, logits| {

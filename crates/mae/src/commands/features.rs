@@ -98,7 +98,8 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
     let ids: Vec<u64> = (0..n).collect();
     let batch = args.compute.batch();
     let (shape_in, view) = (shape_of(model.model()), args.view);
-    let images = Images { dataset: &dataset, shape: shape_in, view, ids: &ids, batch };
+    let images =
+        Images { dataset: &dataset, shape: shape_in, view, ids: &ids, batch, unread: None };
     let n_threads = args.compute.threads().min(ids.len().div_ceil(batch));
     let workers: Vec<FrozenMae> = (0..n_threads).map(|_| model.share()).collect();
     let work = |model: &mut FrozenMae, pixels: &[u8]| model.pooled(pixels, pool);

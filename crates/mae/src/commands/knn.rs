@@ -332,7 +332,7 @@ fn search(
                what: &str,
                take: &mut dyn FnMut(usize, Vec<Vec<f32>>) -> anyhow::Result<()>| {
         let (view, batch) = (args.view, args.compute.batch());
-        let images = Images { dataset, shape, view, ids, batch };
+        let images = Images { dataset, shape, view, ids, batch, unread: None };
         let n_threads = args.compute.threads().min(ids.len().div_ceil(images.batch));
         let workers: Vec<Extractor> = (0..n_threads).map(|_| extractor.share()).collect();
         let work = |extractor: &mut Extractor, pixels: &[u8]| extractor.extract(pixels);

@@ -38,8 +38,17 @@ impl Memory {
             Precision::Bf16 => (2, 2),
         };
         let images = u64::from(spec.train.slot_batch);
+        // A task reads its encoder from memory of its own: a probe computes with it, fine-tuning
+        // begins with it.
+        let encoder = match &spec.task {
+            Some(TaskSpec { kind: TaskKind::Linear, pool: Pool::Avg | Pool::Cls, .. }) => 8,
+            Some(TaskSpec { kind: TaskKind::Finetune, .. }) => 4,
+            _ => 0,
+        };
+        let encoder = encoder_params(&spec.model).saturating_mul(encoder);
         Memory {
-            state: n_params.saturating_mul(STATE + GRADIENTS + sums + copies),
+            state: encoder
+                .saturating_add(n_params.saturating_mul(STATE + GRADIENTS + sums + copies)),
             slot: match &spec.task {
                 None => activations(&spec.model),
                 Some(task) => of_task(task, &spec.model),
@@ -56,6 +65,13 @@ impl Memory {
     pub fn total(&self) -> u64 {
         self.state.saturating_add(self.slot).saturating_add(self.libraries)
     }
+}
+
+/// Counts the parameters of the encoder.
+fn encoder_params(model: &ModelConfig) -> u64 {
+    let is_encoder = |name: &str| !name.starts_with("decoder_") && name != "mask_token";
+    let params = model.params();
+    params.iter().filter(|param| is_encoder(&param.name)).map(|param| param.numel() as u64).sum()
 }
 
 /// The same for a task: a pass over all patches, of which a probe keeps one block at a time.
