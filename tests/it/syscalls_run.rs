@@ -195,6 +195,8 @@ impl Stopped {
         finished_with(&seen, self.want);
         cluster.kill_coordinator();
         cluster.start_coordinator();
+        // It is open again, and what was left is removed.
+        finished_with(&cluster.wait_end(&run), self.want);
         drop(cluster);
         assert_eq!(self.newest(case), STEPS[1], "{case}");
         let garbage = saves::garbage_of(&self.dir()).unwrap();
