@@ -134,7 +134,7 @@ def main() -> int:
             os.kill(int(run("pgrep", "-P", first.pid).split()[0]), signal.SIGKILL)
             first.kill()
             stage.wait(420, 1)
-            stage.picture(out / "page-lost.png", 1160, 1500)
+            stage.picture(out / "page-lost.png", 1160, 2600)
             stage.worker("gpu-03")
             stage.wait(640, 2)
             stage.picture(out / "page.png", 1160, 2600)

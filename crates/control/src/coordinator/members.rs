@@ -293,11 +293,11 @@ impl Coordinator {
             FaultKind::Communicator => {}
         }
         if self.member_of(worker, generation).is_some() {
+            let names = self.names_of(suspects);
             self.left_older(worker, generation.next());
             if kind == FaultKind::Communicator {
                 self.suspect(now, suspects);
             }
-            let names = self.names_of(suspects);
             self.disturb(now, Cause::Fault, &format!("{worker} reports: {detail}{names}"));
         }
     }

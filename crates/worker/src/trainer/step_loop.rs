@@ -172,9 +172,7 @@ impl StepLoop {
     ) {
         let detail = lacuna_checkpoint::chain(err);
         warn!(%generation, detail, "fault");
-        let mut causes = std::iter::successors(Some(err), |err| err.source());
-        let suspects = causes.find_map(|err| err.downcast_ref::<CollectiveError>());
-        let suspects = suspects.map(CollectiveError::suspects).unwrap_or_default();
+        let suspects = suspects_of(err);
         self.report(Report::Fault { generation, kind, suspects, detail });
     }
 
@@ -561,4 +559,37 @@ fn group_of(
 fn describe_samples(batch: &SlotBatch) -> String {
     let ids: Vec<String> = batch.samples.iter().map(ToString::to_string).collect();
     format!("slot {}: samples {}", batch.slot.index, ids.join(" "))
+}
+
+/// Lists the ranks that an error speaks of. A transparent error has its inner one's causes, and not
+/// that one itself among them: it is looked into by kind.
+fn suspects_of(err: &(dyn std::error::Error + 'static)) -> Vec<usize> {
+    let of = |err: &(dyn std::error::Error + 'static)| -> Option<Vec<usize>> {
+        let here = err.downcast_ref::<CollectiveError>();
+        let step = err.downcast_ref::<StepError>().and_then(|err| match err {
+            StepError::Collective(inner) => Some(inner),
+            _ => None,
+        });
+        let sync = err.downcast_ref::<SyncError>().and_then(|err| match err {
+            SyncError::Collective(inner) => Some(inner),
+            _ => None,
+        });
+        here.or(step).or(sync).map(CollectiveError::suspects)
+    };
+    std::iter::successors(Some(err), |err| err.source()).find_map(of).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_missing_is_told_whatever_the_operation() {
+        let lost = || CollectiveError::Timeout { op_seq: 7, waiting_for: vec![2] };
+        assert_eq!(suspects_of(&lost()), [2]);
+        assert_eq!(suspects_of(&StepError::from(lost())), [2]);
+        assert_eq!(suspects_of(&SyncError::from(lost())), [2]);
+        let other = StepError::NonFinite { n: 1, step: 2, detail: String::new() };
+        assert!(suspects_of(&other).is_empty());
+    }
 }
