@@ -100,19 +100,24 @@ impl Gate {
     }
 }
 
-/// A run whose checkpoints do not answer keeps nobody from another one, and loses no worker.
-#[test]
-fn a_run_that_cannot_be_opened_yet_is_waited_for_and_the_others_go_on() {
-    let mut fixture = fixture();
+/// A store whose answers pass a gate.
+fn gated(fixture: &lacuna_tests::Fixture) -> (Server, Arc<Gate>) {
     std::fs::create_dir(fixture.path("bucket")).unwrap();
-    let want = undisturbed(&fixture);
     let gate = Arc::new(Gate::default());
     let plan = gate.clone();
     let passing = Box::new(move |_, _: &str| {
         plan.pass();
         Fault::None
     });
-    let server = Server::start(fixture.dir.path(), Duration::ZERO, passing).unwrap();
+    (Server::start(fixture.dir.path(), Duration::ZERO, passing).unwrap(), gate)
+}
+
+/// A run whose checkpoints do not answer keeps nobody from another one, and loses no worker.
+#[test]
+fn a_run_that_cannot_be_opened_yet_is_waited_for_and_the_others_go_on() {
+    let mut fixture = fixture();
+    let want = undisturbed(&fixture);
+    let (server, gate) = gated(&fixture);
     fixture.env = env_of(&server);
     let mut cluster = Cluster::start(&fixture);
     let keys = [("checkpoint.to", "\"s3://bucket/ckpts\""), ("elastic.workers", "\"1:1\"")];
@@ -149,14 +154,7 @@ fn a_run_that_cannot_be_opened_yet_is_waited_for_and_the_others_go_on() {
 #[test]
 fn a_submit_that_nobody_waits_for_is_not_done_twice() {
     let mut fixture = fixture();
-    std::fs::create_dir(fixture.path("bucket")).unwrap();
-    let gate = Arc::new(Gate::default());
-    let plan = gate.clone();
-    let passing = Box::new(move |_, _: &str| {
-        plan.pass();
-        Fault::None
-    });
-    let server = Server::start(fixture.dir.path(), Duration::ZERO, passing).unwrap();
+    let (server, gate) = gated(&fixture);
     fixture.env = env_of(&server);
     let mut cluster = Cluster::start(&fixture);
     let keys = [("checkpoint.to", "\"s3://bucket/ckpts\""), ("checkpoint.every", "[\"5step\"]")];

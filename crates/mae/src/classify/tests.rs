@@ -47,7 +47,8 @@ fn spec(task: TaskSpec) -> EngineSpec {
     }
 }
 
-struct FromSeed;
+/// Builds engines of tasks in one way.
+struct By(fn(&EngineSpec) -> TaskEngine);
 
 fn engine(spec: &EngineSpec) -> TaskEngine {
     engine_from(spec, Arc::new(EncoderWeights::fresh(&spec.model, spec.seed)))
@@ -68,7 +69,7 @@ fn engine_from(spec: &EngineSpec, encoder: Arc<EncoderWeights>) -> TaskEngine {
     TaskEngine::new(setup(spec), spec.task.as_ref().unwrap(), encoder).unwrap()
 }
 
-impl Backend for FromSeed {
+impl Backend for By {
     fn library(&self) -> String {
         "libtorch".into()
     }
@@ -82,7 +83,7 @@ impl Backend for FromSeed {
     }
 
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
-        Ok(Box::new(engine(spec)))
+        Ok(Box::new(self.0(spec)))
     }
 }
 
@@ -95,7 +96,7 @@ fn engines_of_tasks_keep_the_contract() {
         (TaskKind::Linear, Pool::Avg),
         (TaskKind::Linear, Pool::Pixels),
     ] {
-        lacuna_worker::conformance::run_from_elsewhere(&spec(task(kind, pool)), &FromSeed);
+        lacuna_worker::conformance::run_from_elsewhere(&spec(task(kind, pool)), &By(engine));
     }
 }
 
@@ -106,30 +107,10 @@ fn engine_there(spec: &EngineSpec) -> TaskEngine {
     TaskEngine::at(setup(spec), spec.task.as_ref().unwrap(), encoder, place).unwrap()
 }
 
-struct There;
-
-impl Backend for There {
-    fn library(&self) -> String {
-        "libtorch".into()
-    }
-
-    fn trainer_env(&self, _device: &str) -> Vec<(String, String)> {
-        Vec::new()
-    }
-
-    fn prepare(&self, _device: &str) -> Result<(), EngineError> {
-        Ok(())
-    }
-
-    fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
-        Ok(Box::new(engine_there(spec)))
-    }
-}
-
 #[test]
 fn slots_on_copies_keep_the_contract_and_have_the_same_bits() {
     for (kind, pool) in [(TaskKind::Finetune, Pool::Avg), (TaskKind::Linear, Pool::Cls)] {
-        lacuna_worker::conformance::run_from_elsewhere(&spec(task(kind, pool)), &There);
+        lacuna_worker::conformance::run_from_elsewhere(&spec(task(kind, pool)), &By(engine_there));
         let ema = (kind == TaskKind::Finetune).then_some(0.9);
         for optimizer in [Optimizer::AdamW, Optimizer::Lars] {
             let spec = spec(TaskSpec { ema, optimizer, ..task(kind, pool) });
@@ -158,7 +139,7 @@ fn slots_on_copies_keep_the_contract_and_have_the_same_bits() {
 #[test]
 fn without_mixing_a_slot_is_made_of_its_samples() {
     let plain = TaskSpec { mixup: 0.0, cutmix: 0.0, ..task(TaskKind::Finetune, Pool::Avg) };
-    lacuna_worker::conformance::weights_of_zero_add_nothing(&spec(plain), &FromSeed);
+    lacuna_worker::conformance::weights_of_zero_add_nothing(&spec(plain), &By(engine));
 }
 
 /// What RandAugment does depends on the sample's draws alone, and it does something.
