@@ -4,8 +4,9 @@ what its features know about materials.
 
 Standard library only. Run by `make demo-color`; half an hour on two cores after the build. The
 textures are those of Debian's `ufoai-textures` (336 MB, GPL and Creative Commons), which is fetched
-into the cache and never becomes part of this project. Materials are told by file names; a quarter
-of the files is kept for the test.
+into the cache and never becomes part of this project. Materials are told by file names. A quarter
+of the textures with one is kept for the test, which pre-training does not see either; pictures
+that differ only behind their number (wood007a, wood007b) stay on one side.
 """
 
 import hashlib
@@ -37,8 +38,10 @@ MAPS = re.compile(r"_(nm|sm|gm)\.[a-z]+$")
 MATERIALS = {"wood": r"wood|plank", "concrete": r"concrete", "metal": r"metal|mtl|steel|tin",
              "grass": r"grass", "rock": r"rock|stone", "carpet": r"carpet|textil",
              "brick": r"brick", "tile": r"tile", "dirt": r"dirt|desert|sand|mud", "roof": r"roof"}
-# One file of so many is for the test.
+# One texture of so many is for the test.
 TEST_EVERY = 4
+# What the textures are sorted into.
+PARTS = ("unlabelled", "materials-train", "materials-test")
 # Each probe and fine-tuning is done with so many seeds.
 SEEDS = int(os.environ.get("LACUNA_DEMO_SEEDS", "0")) or 3
 
@@ -53,7 +56,7 @@ patch_size = 8
 channels = 3
 
 [data]
-shards = "all"
+shards = "unlabelled"
 crop_scale = [0.2, 1.0]
 mean = [0.485, 0.456, 0.406]
 std = [0.229, 0.224, 0.225]
@@ -125,29 +128,34 @@ def run(*words, **more):
 
 
 def material_of(name):
-    """Returns the material that a file's name tells of, or nothing."""
-    name = name.lower()
-    return next((known for known, words in MATERIALS.items() if re.search(words, name)), None)
+    """Returns the material that a file's name tells of, and what its variants have in common."""
+    folder, own = name.lower().rsplit(".", 1)[0].split("-", 1)
+    for material, words in MATERIALS.items():
+        found = re.match(rf".*?(?:{words})\D*\d*", own)
+        if found:
+            return material, f"{folder}-{found.group()}"
+    return None, None
 
 
 def textures():
-    """Returns the folder of the textures, fetched into the cache where it is not there."""
+    """Returns the folder of all textures, fetched into the cache where it is not there."""
     place = cache_dir() / PACKAGE
     with locked(cache_dir() / ".textures-lock", PROGRAM):
         if place.exists():
-            return place
+            return place / "all" / "textures"
         with tempfile.TemporaryDirectory(prefix=".textures-", dir=cache_dir()) as text:
             scratch = pathlib.Path(text)
             files = debian.unpack(PACKAGE, scratch, cache_dir() / "apt")
             for archive in scratch.glob("*.deb"):
                 archive.unlink()
-            sort_out(files / ARCHIVE, scratch / "sorted")
-            (scratch / "sorted").rename(place)
-    return place
+            unpack(files / ARCHIVE, scratch / "pictures" / "all" / "textures")
+            (scratch / "pictures").rename(place)
+    return place / "all" / "textures"
 
 
-def sort_out(archive, folder):
-    """Unpacks the pictures: all of them once, and those whose names tell a material by split."""
+def unpack(archive, folder):
+    """Unpacks the pictures, each of them once."""
+    folder.mkdir(parents=True)
     seen = set()
     with zipfile.ZipFile(archive) as pack:
         for entry in sorted(pack.infolist(), key=lambda entry: entry.filename):
@@ -155,16 +163,31 @@ def sort_out(archive, folder):
             if entry.is_dir() or MAPS.search(name) or entry.CRC in seen:
                 continue
             seen.add(entry.CRC)
-            body = pack.read(entry)
-            places = [folder / "all" / "textures"]
-            material = material_of(entry.filename.rsplit("/", 1)[-1])
-            if material:
-                number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
-                split = "test" if number % TEST_EVERY == 0 else "train"
-                places.append(folder / f"materials-{split}" / material)
-            for place in places:
-                place.mkdir(parents=True, exist_ok=True)
-                (place / name).write_bytes(body)
+            (folder / name).write_bytes(pack.read(entry))
+
+
+def split(folder):
+    """Lays the textures out as folders of OUT/images: those of the test by material, those with
+    labels by material, and without labels all that are not in the test. Returns their numbers."""
+    count = dict.fromkeys(PARTS, 0)
+    for path in sorted(folder.iterdir()):
+        material, texture = material_of(path.name)
+        places = {"unlabelled": "textures"}
+        if material:
+            number = int(hashlib.sha256(texture.encode()).hexdigest(), 16)
+            if number % TEST_EVERY == 0:
+                places = {"materials-test": material}
+            else:
+                places["materials-train"] = material
+        for part, label in places.items():
+            count[part] += 1
+            place = OUT / "images" / part / label / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                place.hardlink_to(path)
+            except OSError:
+                shutil.copy(path, place)
+    return count
 
 
 def learn(kind, features, seed):
@@ -198,10 +221,9 @@ def main():
         return EXIT_NO_DATA
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
-    for part in ("all", "materials-train", "materials-test"):
-        run(BIN / "lacuna", "data", "pack", folder / part, part)
-    count = {part: sum(1 for path in (folder / part).rglob("*") if path.is_file())
-             for part in ("all", "materials-train", "materials-test")}
+    count = split(folder)
+    for part in PARTS:
+        run(BIN / "lacuna", "data", "pack", OUT / "images" / part, part)
     (OUT / "textures.toml").write_text(SPEC.format(steps=STEPS))
     run(BIN / "lacuna", "train", "textures.toml")
     run(BIN / "lacuna-worker", "reconstruct", "runs/textures", "--data", "materials-test",
@@ -218,8 +240,9 @@ def main():
                        if features in WAYS[kind] else "–"
                        for features in ("pixels", "random", "pre-trained")]
     print(f"\nTop-1 in % on materials of {count['materials-test']} textures that were kept apart, "
-          f"from {count['materials-train']} with labels,\nafter {STEPS} steps on {count['all']} "
-          f"without; mean ± deviation over {SEEDS} seeds of what was trained with labels:")
+          f"from {count['materials-train']} with labels,\n"
+          f"after {STEPS} steps on {count['unlabelled']} without; mean ± deviation over {SEEDS} "
+          "seeds of what was trained with labels:")
     print(f"{'':22} {'pixels':>14} {'random':>14} {'pre-trained':>14}")
     for name, values in rows.items():
         raw, random, trained = values

@@ -3,7 +3,9 @@
 mod desk;
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use desk::{Desk, save};
 use lacuna_data::Dataset;
@@ -430,4 +432,49 @@ fn weights_are_imported() {
     assert!(err.contains("is a pickle") && err.contains("weights_only=True"), "{err}");
     desk.run(74, &["ckpt", "import", "nowhere", "--run", "other.toml"]);
     assert!(!desk.path("runs/other").exists(), "nothing was written");
+}
+
+/// A person at a terminal is asked before checkpoints go for good; nobody else is.
+#[test]
+fn a_person_at_a_terminal_is_asked() {
+    if Command::new("script").arg("--version").output().is_err() {
+        println!("skipped: `script` of util-linux makes the terminal, and it is not there");
+        return;
+    }
+    let desk = Desk::new();
+    desk.spec();
+    for step in [5, 10] {
+        save(&desk, step, 1, step as f32);
+    }
+    let steps = || -> Vec<u64> {
+        let list = desk.json(&["ckpt", "ls", "run.toml"]);
+        list.as_array().unwrap().iter().map(|entry| entry["step"].as_u64().unwrap()).collect()
+    };
+    let at_terminal = |answer: &str, more: &str| {
+        let gc = format!("{} ckpt gc run.toml --keep-last 1 {more}", env!("CARGO_BIN_EXE_lacuna"));
+        let mut child = Command::new("script")
+            .args(["-qec", &gc, "/dev/null"])
+            .current_dir(desk.path("."))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(answer.as_bytes()).unwrap();
+        let done = child.wait_with_output().unwrap();
+        (done.status.code(), String::from_utf8_lossy(&done.stdout).into_owned())
+    };
+    let question = "remove 1 checkpoint of run.toml for good (steps 5)? [y/N]";
+    let (code, said) = at_terminal("n\n", "");
+    assert!(code == Some(1) && said.contains(question), "{code:?} {said}");
+    assert_eq!(steps(), [5, 10], "no is no");
+    let (code, said) = at_terminal("y\n", "");
+    assert!(code == Some(0) && said.contains(question), "{code:?} {said}");
+    assert_eq!(steps(), [10]);
+    save(&desk, 15, 1, 15.0);
+    let (code, said) = at_terminal("", "--yes");
+    assert!(code == Some(0) && !said.contains("[y/N]"), "{code:?} {said}");
+    assert_eq!(steps(), [15]);
+    save(&desk, 20, 1, 20.0);
+    desk.run(0, &["ckpt", "gc", "run.toml", "--keep-last", "1"]);
+    assert_eq!(steps(), [20], "a script is not asked");
 }

@@ -361,6 +361,20 @@ fn pictures_of_any_image_say_whose_statistics_they_show() {
     assert!(said.contains("`runs/mid` at step 0") && said.contains("2 rows"), "{said}");
 }
 
+/// Who looks for the trained protocols among the evaluations is told where they are.
+#[test]
+fn trained_protocols_are_runs() {
+    let desk = Desk::new();
+    for kind in ["linear", "finetune"] {
+        let (_, err) = desk.run(2, &["eval", kind, "runs/mid", "--train", "train", "--lars"]);
+        let preset = format!("demo-{kind}");
+        assert!(err.contains(&format!("lacuna init --preset {preset}")), "{err}");
+        assert!(lacuna_spec::presets::find(&preset).is_some(), "{preset}");
+    }
+    let (help, _) = desk.run(0, &["eval", "--help"]);
+    assert!(help.contains("A linear probe and fine-tuning are runs"), "{help}");
+}
+
 #[test]
 fn bad_input_is_named() {
     let desk = Desk::new();

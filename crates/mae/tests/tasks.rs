@@ -106,6 +106,7 @@ fn tasks_have_the_same_bits_for_any_workers_and_over_a_kill() {
     assert!(code == 0 && held.contains("step 60 is held by encoder-of-linear-1"), "{held}");
     exported(&fixture);
     weights_say_what_they_are(&fixture);
+    weights_stay_what_they_were(&fixture);
     judged(&fixture, "linear-1");
     // What was fine-tuned stands for itself.
     std::fs::rename(fixture.path("ckpt/pre"), fixture.path("elsewhere")).expect("a move");
@@ -130,6 +131,31 @@ fn weights_say_what_they_are(fixture: &Fixture) {
     assert!(error.contains("it has seen images with `data.mean` [0.5, 0.5, 0.5]"), "{error}");
 }
 
+/// A run is pinned to the content of the weights that it was created with, and nothing takes others
+/// for them; a probe of exported weights is that of the checkpoint.
+fn weights_stay_what_they_were(fixture: &Fixture) {
+    let mut keys = keys("linear", "1:1");
+    keys.retain(|(key, _)| *key != "task.encoder");
+    keys.push(("task.encoder", "\"weights/timm.safetensors\"".to_string()));
+    let seen = run(fixture, "linear-file", &keys, |cluster, _| cluster.add("a", 1));
+    let spec: serde_json::Value = serde_json::from_str(&seen.run.spec).expect("JSON");
+    let encoder = spec["task"]["encoder"].as_str().expect("a place");
+    assert!(encoder.contains("timm.safetensors@blake3:"), "{encoder}");
+    judged(fixture, "linear-file");
+
+    let file = fixture.path("weights/timm.safetensors");
+    let mut bytes = std::fs::read(&file).expect("weights");
+    *bytes.last_mut().expect("a byte") ^= 1;
+    std::fs::write(&file, bytes).expect("other weights");
+    let eval = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
+        .args(["eval", "classify", "ckpt/linear-file", "--val", "data", "--out", "other.json"])
+        .current_dir(fixture.dir.path())
+        .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
+        .output();
+    let (code, _, err) = said(&eval.expect("it starts"));
+    assert!(code == 74 && err.contains("other weights lie in its place"), "{code} {err}");
+}
+
 /// A fine-tuned model goes to timm, a probe and other layouts are refused.
 fn exported(fixture: &Fixture) {
     let export = |run: &str, layout: &str| {
@@ -150,6 +176,19 @@ fn exported(fixture: &Fixture) {
         assert!(names.iter().any(|known| *known == name), "{name}: {names:?}");
     }
     assert!(!names.iter().any(|name| name.starts_with("norm.") || name.contains("decoder")));
+    // Features of the run itself have no meaning yet; of what it became they do.
+    let features = |source: &str| {
+        let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
+            .args(["features", source, "--data", "data", "--out", "tuned.npy"])
+            .current_dir(fixture.dir.path())
+            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
+            .output();
+        said(&command.expect("it starts"))
+    };
+    let (code, _, err) = features("ckpt/finetune-1");
+    assert!(code == 2 && err.contains("--layout timm"), "{code} {err}");
+    let (code, out, err) = features("export-finetune-1-timm/timm.safetensors");
+    assert!(code == 0 && fixture.path("tuned.npy").is_file(), "{code} {out} {err}");
     let (code, _, err) = export("finetune-1", "hf");
     assert!(code == 2 && err.contains("the layout `timm` only"), "{err}");
     let (code, _, err) = export("linear-1", "timm");
@@ -178,6 +217,10 @@ fn judged(fixture: &Fixture, run: &str) {
     let results = report["results"].as_array().expect("results");
     assert_eq!(results.last().expect("one")["step"], STEPS);
     assert!(results.len() >= 3, "every checkpoint: {text}");
+    assert_eq!(report["val"]["fingerprint"], results[0]["train_fingerprint"], "one data set");
+    let states: std::collections::BTreeSet<_> =
+        results.iter().map(|one| one["state_digest"].as_str().expect("a digest")).collect();
+    assert_eq!(states.len(), results.len(), "each is another state");
     let best = results.iter().map(|r| r["top1"].as_f64().expect("a share")).fold(0.0, f64::max);
     assert!(
         best > 1.2 / f64::from(N_CLASSES),

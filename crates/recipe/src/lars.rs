@@ -32,12 +32,25 @@ impl Lars {
         momentum: &mut [f32],
         grad: &[f32],
     ) {
+        self.update(lr, is_matrix, param, momentum, grad, |x| x as f32);
+    }
+
+    /// As `apply`, for numbers of any width: `round` makes one of what was computed in f64.
+    fn update<T: Copy + Into<f64>>(
+        &self,
+        lr: f64,
+        is_matrix: bool,
+        param: &mut [T],
+        momentum: &mut [T],
+        grad: &[T],
+        round: impl Fn(f64) -> T,
+    ) {
         let n = param.len();
         assert!(momentum.len() == n && grad.len() == n, "one length");
         let decay = if is_matrix { self.weight_decay } else { 0.0 };
-        let direction = |p: f32, g: f32| f64::from(g) + decay * f64::from(p);
+        let direction = |p: T, g: T| g.into() + decay * p.into();
         let ratio = if is_matrix && self.trust > 0.0 {
-            let p_norm = norm(param.iter().map(|p| f64::from(*p)));
+            let p_norm = norm(param.iter().map(|p| (*p).into()));
             let d_norm = norm(param.iter().zip(grad).map(|(p, g)| direction(*p, *g)));
             if p_norm > 0.0 && d_norm > 0.0 { self.trust * p_norm / d_norm } else { 1.0 }
         } else {
@@ -45,8 +58,8 @@ impl Lars {
         };
         for ((p, m), g) in param.iter_mut().zip(momentum).zip(grad) {
             let step = ratio * direction(*p, *g);
-            *m = (self.momentum * f64::from(*m) + step) as f32;
-            *p = (f64::from(*p) - lr * f64::from(*m)) as f32;
+            *m = round(self.momentum * (*m).into() + step);
+            *p = round((*p).into() - lr * (*m).into());
         }
     }
 }
@@ -86,38 +99,48 @@ mod tests {
         assert!((p[0] - 1.5).abs() < 1e-6, "{p:?}");
     }
 
-    /// Three updates of the reference's optimizer with one gradient. The golden file has norms and
-    /// single elements, not the tensors; the rule depends on lengths and on one angle alone, so a
-    /// pair of vectors in the plane with those of the first update must give the others.
+    /// Returns the reference's inputs: numbers in [-1, 1) of 24 bits, drawn by name.
+    fn drawn(name: &str, n: usize) -> Vec<f64> {
+        let mut state = crate::init::fnv1a64(name);
+        let mut draw = || {
+            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let z = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            2.0 * ((z ^ (z >> 31)) >> 40) as f64 / f64::from(1 << 24) - 1.0
+        };
+        (0..n).map(|_| draw()).collect()
+    }
+
+    /// Three updates of a matrix of 20 numbers and a bias of 5 are those of an independent
+    /// reference: in f64 to twelve digits, and in the f32 of a run as far as f32 goes.
     #[test]
     fn three_updates_are_those_of_the_reference() {
         let golden: serde_json::Value =
             serde_json::from_str(include_str!("../../../tests/golden/extra.json")).unwrap();
         let golden = &golden["lars_3steps"];
-        let number = |value: &serde_json::Value| value.as_f64().unwrap();
-        let (lr, trust) = (number(&golden["lr"]), number(&golden["trust"]));
-        let rule = Lars { momentum: number(&golden["momentum"]), trust, weight_decay: 0.0 };
-        let of = |step: usize, key: &str| number(&golden["trace"][step][key]);
-
-        let g_norm = trust * of(0, "w_l2") / of(1, "q");
-        let p_norm = of(0, "q") * g_norm / trust;
-        let moved = lr * of(0, "q") * g_norm;
-        let square = |x: f64| x * x;
-        let cos = (square(p_norm) + square(moved) - square(of(0, "w_l2"))) / (2.0 * p_norm * moved);
-        let g = [g_norm * cos, g_norm * (1.0 - cos * cos).sqrt()].map(|x| x as f32);
-        let (mut p, mut m) = ([p_norm as f32, 0.0], [0f32; 2]);
-        // A bias has plain momentum: two updates tell its gradient, the third must follow.
-        let first = of(1, "b0") - of(0, "b0");
-        let b_grad = -first / (lr * (1.0 + rule.momentum));
-        let (mut b, mut b_m) = ([(of(0, "b0") + lr * b_grad) as f32], [0f32]);
+        let number = |key: &str| golden[key].as_f64().unwrap();
+        let (lr, trust) = (number("lr"), number("trust"));
+        let rule = Lars { momentum: number("momentum"), trust, weight_decay: number("wd") };
+        let (mut w, w_grad) = (drawn("lars:w", 20), drawn("lars:gw", 20));
+        let (mut b, b_grad) = (drawn("lars:b", 5), drawn("lars:gb", 5));
+        let (mut w_m, mut b_m) = (vec![0.0; 20], vec![0.0; 5]);
+        let narrow = |x: &[f64]| -> Vec<f32> { x.iter().map(|x| *x as f32).collect() };
+        let (mut w32, mut w32_m, mut b32, mut b32_m) =
+            (narrow(&w), vec![0f32; 20], narrow(&b), vec![0f32; 5]);
+        let l2 = |x: &[f64]| norm(x.iter().copied());
         for step in 0..3 {
-            let q = trust * norm(p.iter().map(|x| f64::from(*x))) / g_norm;
-            rule.apply(lr, true, &mut p, &mut m, &g);
-            rule.apply(lr, false, &mut b, &mut b_m, &[b_grad as f32]);
-            let w_l2 = norm(p.iter().map(|x| f64::from(*x)));
-            for (got, key) in [(q, "q"), (w_l2, "w_l2"), (f64::from(b[0]), "b0")] {
-                let want = of(step, key);
-                assert!((got / want - 1.0).abs() < 1e-6, "step {step}: {key} {got}, not {want}");
+            let q = trust * l2(&w) / l2(&w_grad);
+            rule.update(lr, true, &mut w, &mut w_m, &w_grad, |x| x);
+            rule.update(lr, false, &mut b, &mut b_m, &b_grad, |x| x);
+            rule.apply(lr, true, &mut w32, &mut w32_m, &narrow(&w_grad));
+            rule.apply(lr, false, &mut b32, &mut b32_m, &narrow(&b_grad));
+            let wide = [("q", q), ("w_l2", l2(&w)), ("w00", w[0]), ("b_l2", l2(&b)), ("b0", b[0])];
+            for (key, got) in wide {
+                let want = golden["trace"][step][key].as_f64().unwrap();
+                assert!((got / want - 1.0).abs() < 1e-12, "step {step}: {key} {got}, not {want}");
+            }
+            for (got, want) in w32.iter().zip(&w).chain(b32.iter().zip(&b)) {
+                assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "step {step}: {got}, {want}");
             }
         }
     }

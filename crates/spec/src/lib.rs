@@ -36,8 +36,8 @@ pub use plan::{Memory, PlanReport, WorkerRow, plan};
 pub use problem::{PROBLEMS_MAX, Place, Problem, Problems, SpecError};
 pub use run_spec::{
     AutoOr, BAD_SAMPLES_FREE, BAD_SAMPLES_SHARE, BadSamples, CHECKPOINT_SCHEMES, CacheMode,
-    CacheSpec, CheckpointSpec, DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, KeepSpec,
-    OptimSpec, Optimizer, Order, Pool, Precision, RECONSTRUCTIONS, RECONSTRUCTIONS_MAX,
+    CacheSpec, CheckpointSpec, DATA_SCHEMES, DEADLINE_SECONDS, DataSpec, ElasticSpec, EncoderPin,
+    KeepSpec, OptimSpec, Optimizer, Order, Pool, Precision, RECONSTRUCTIONS, RECONSTRUCTIONS_MAX,
     ReconstructionsSpec, Reduce, ResolveError, Resolved, Resume, RunSpec, SLOTS_MAX, TaskKind,
     TaskSpec, TrackSpec, TrainSpec, WhenBusy, Workers, encoder_at,
 };

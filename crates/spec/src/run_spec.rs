@@ -58,7 +58,7 @@ macro_rules! word {
 
 mod task;
 
-pub use task::{Optimizer, Pool, TaskKind, TaskSpec, encoder_at};
+pub use task::{EncoderPin, Optimizer, Pool, TaskKind, TaskSpec, encoder_at};
 
 word! {
     /// How an epoch orders its samples.

@@ -1,9 +1,10 @@
 //! Which files hold the weights: one, or several with an index as transformers writes them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::ImportError;
 use super::tensor_file::{Tensor, TensorFile};
@@ -13,6 +14,9 @@ use crate::json::parse_strict;
 
 /// Longest accepted index and configuration: an index has 100 bytes a tensor.
 const DOCUMENT_BYTES_MAX: u64 = 8 << 20;
+
+/// Bytes that are read at once.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// Suffixes of files that hold pickles.
 const PICKLES: [&str; 5] = ["pth", "pt", "bin", "ckpt", "pkl"];
@@ -107,6 +111,33 @@ impl Weights {
         }
         // Each has what the index says, which names one file for a tensor.
         Ok(Weights::of_files(files))
+    }
+
+    /// Computes a digest of all that a model is read from: the tensors with their names and types,
+    /// and what the files and the documents beside them say.
+    ///
+    /// # Errors
+    ///
+    /// Where a file cannot be read.
+    pub fn digest(&self) -> Result<blake3::Hash, ImportError> {
+        let mut hasher = blake3::Hasher::new();
+        let about: Vec<_> = self.files.iter().map(|file| &file.metadata).collect();
+        let config = self.config.as_ref().map(|(_, value)| value);
+        let mut piece = vec![0; PIECE_BYTES];
+        for (name, (file, tensor)) in &self.tensors {
+            let Range { start: mut at, end } = tensor.bytes;
+            // It says how many bytes follow, so that no two inputs look the same.
+            let (dtype, shape, bytes) = (&tensor.dtype, &tensor.shape, end - at);
+            hasher.update(format!("{name:?} {dtype:?} {shape:?} {bytes}\n").as_bytes());
+            while at < end {
+                let n = (end - at).min(PIECE_BYTES as u64) as usize;
+                self.files[*file].read(at, &mut piece[..n])?;
+                hasher.update(&piece[..n]);
+                at += n as u64;
+            }
+        }
+        hasher.update(format!("\n{}", json!([about, config, self.processor])).as_bytes());
+        Ok(hasher.finalize())
     }
 
     /// Returns the tensors by name.

@@ -1,22 +1,25 @@
-//! Which checkpoint a task's encoder is: a run that trains on has another newest one tomorrow, and
-//! a task must mean the same as long as it lives.
+//! Which checkpoint, or which weights, a task's encoder is: a run that trains on has another newest
+//! checkpoint tomorrow, files are written anew, and a task must mean the same as long as it lives.
 
+use std::path::Path;
 use std::time::Duration;
 
 use lacuna_api::error::{Reason, invalid_spec, status};
+use lacuna_checkpoint::import::Weights;
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::retain::{self, Hold};
 use lacuna_checkpoint::{catalog, chain};
-use lacuna_spec::{RunSpec, encoder_at};
+use lacuna_spec::{EncoderPin, RunSpec, encoder_at};
 use lacuna_types::{RunId, Step};
 use tonic::Status;
 use tracing::warn;
 
-/// How long a run's checkpoints may take to be listed.
+/// How long a run's checkpoints may take to be listed, or weights to be read.
 const LIST_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Writes the step of the encoder's checkpoint into `spec`, `RUN@STEP`, where it names a run and no
-/// step: that of `known`, the same run's specification as it was created with, or the newest one.
+/// Writes into `spec` which encoder is meant: `RUN@STEP` where it names a run and no step, and
+/// `PATH@blake3:HEX` where it names weights. That is what `known` has, the same run's specification
+/// as it was created with, or the newest checkpoint and the weights as they are now.
 pub(super) async fn pin(spec: &mut RunSpec, known: Option<&RunSpec>) -> Result<(), Status> {
     let Some(place) = spec.task.as_ref().and_then(|task| task.encoder.clone()) else {
         return Ok(());
@@ -28,7 +31,7 @@ pub(super) async fn pin(spec: &mut RunSpec, known: Option<&RunSpec>) -> Result<(
     let before = known.and_then(|known| known.task.as_ref()?.encoder.clone());
     let pinned = match before {
         Some(before) if encoder_at(&before).0 == place => Some(before),
-        _ => newest(&place).await?,
+        _ => found_now(&place).await?,
     };
     if let (Some(pinned), Some(task)) = (pinned, &mut spec.task) {
         task.encoder = Some(pinned.clone());
@@ -42,7 +45,7 @@ pub(super) async fn pin(spec: &mut RunSpec, known: Option<&RunSpec>) -> Result<(
 async fn hold(place: String, run: RunId) -> Result<(), Status> {
     let shown = place.clone();
     let work = tokio::task::spawn_blocking(move || {
-        let (dir, Some(step)) = encoder_at(&place) else { return Ok(()) };
+        let (dir, Some(EncoderPin::Step(step))) = encoder_at(&place) else { return Ok(()) };
         let Some(dir) = RunDir::find(dir).map_err(|err| chain(&err))? else { return Ok(()) };
         let hold = Hold {
             name: format!("encoder-of-{run}"),
@@ -62,14 +65,17 @@ async fn hold(place: String, run: RunId) -> Result<(), Status> {
     Ok(())
 }
 
-/// Names a run's newest checkpoint; nothing where the place is no run's.
-async fn newest(place: &str) -> Result<Option<String>, Status> {
+/// Names a run's newest checkpoint, or the content of weights; nothing where this machine sees
+/// neither.
+async fn found_now(place: &str) -> Result<Option<String>, Status> {
     let asked = place.to_string();
     let look = tokio::task::spawn_blocking(move || {
-        let Some(dir) = RunDir::find(&asked).map_err(|err| chain(&err))? else { return Ok(None) };
+        let Some(dir) = RunDir::find(&asked).map_err(|err| chain(&err))? else {
+            return content(&asked);
+        };
         let entries = catalog::list(&dir).map_err(|err| chain(&err))?;
         let newest = catalog::newest_good(&entries).ok_or("the run has no usable checkpoint")?;
-        Ok::<_, String>(Some(format!("{asked}@{}", newest.step)))
+        Ok(Some(format!("{asked}@{}", newest.step)))
     });
     let found = tokio::time::timeout(LIST_DEADLINE, look).await.map_err(|_| {
         let seconds = LIST_DEADLINE.as_secs();
@@ -81,4 +87,16 @@ async fn newest(place: &str) -> Result<Option<String>, Status> {
         let text = format!("`task.encoder` = `{place}`: {why}");
         invalid_spec(text.clone(), vec![("task.encoder".to_string(), text)])
     })
+}
+
+/// Names the content of weights.
+fn content(place: &str) -> Result<Option<String>, String> {
+    if !Path::new(place).exists() {
+        // Only workers may see the file; they agree on what it holds as long as they are a group.
+        warn!(encoder = place, "the encoder's weights are not here, and not pinned");
+        return Ok(None);
+    }
+    let weights = Weights::open(Path::new(place)).map_err(|err| chain(&err))?;
+    let digest = weights.digest().map_err(|err| chain(&err))?;
+    Ok(Some(format!("{place}@blake3:{}", digest.to_hex())))
 }

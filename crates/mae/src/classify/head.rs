@@ -15,7 +15,7 @@ use lacuna_recipe::model::{ModelConfig, ParamSpec};
 use lacuna_recipe::pos_embed::sincos_2d;
 use lacuna_recipe::state::Layout;
 use lacuna_recipe::step::Normalize;
-use lacuna_spec::{Pool, RunSpec, TaskKind, TaskSpec, encoder_at, parse_text};
+use lacuna_spec::{EncoderPin, Pool, RunSpec, TaskKind, TaskSpec, encoder_at, parse_text};
 use lacuna_types::Step;
 use tch::{Device, Tensor};
 use tracing::info;
@@ -44,21 +44,23 @@ pub struct EncoderWeights {
 
 impl EncoderWeights {
     /// Reads the encoder of `model` from a checkpoint of a run, `RUN@STEP` or its newest one, or
-    /// from weights of another library. `scale` is that of the images that it will be shown.
+    /// from weights of another library, `PATH@blake3:HEX` or whatever is there. `scale` is that of
+    /// the images that it will be shown.
     pub fn read(place: &str, model: &ModelConfig, scale: Scale<'_>) -> Result<Self, EncoderError> {
         let failed = |why: String| EncoderError { place: place.to_string(), why };
         let table = || sincos_2d(model.width as usize, model.grid());
-        let (run, step) = encoder_at(place);
+        let (run, pin) = encoder_at(place);
         let found = RunDir::find(run).map_err(|err| failed(chain(&err)))?;
         let (source, params, table) = match found {
             Some(dir) => {
-                let (spec, params) = of_run(&dir, step).map_err(failed)?;
+                let (spec, params) = of_run(&dir, pin).map_err(failed)?;
                 check_scale(&spec, scale).map_err(failed)?;
                 (spec.model, params, table())
             }
             None => {
-                let weights = import::Weights::open(Path::new(place));
+                let weights = import::Weights::open(Path::new(run));
                 let weights = weights.map_err(|err| failed(chain(&err)))?;
+                check_content(&weights, pin).map_err(failed)?;
                 let of_weights = of_weights(&weights, model, scale, table);
                 of_weights.map_err(failed)?
             }
@@ -186,9 +188,27 @@ fn of_weights(
 /// Mean and deviation of each channel, in units of full brightness.
 pub type Scale<'a> = (&'a [f64], &'a [f64]);
 
-fn of_run(dir: &RunDir, step: Option<u64>) -> Result<(RunSpec, Vec<f32>), String> {
-    let manifest = match step {
-        Some(step) => find_step(dir, Step(step)).map_err(|err| chain(&err))?,
+/// Refuses weights that are not those that the run was created with.
+fn check_content(weights: &import::Weights, pin: Option<EncoderPin<'_>>) -> Result<(), String> {
+    match pin {
+        None => Ok(()),
+        Some(EncoderPin::Step(_)) => Err("it is weights, which have no steps".to_string()),
+        Some(EncoderPin::Content(wanted)) => {
+            let found = weights.digest().map_err(|err| chain(&err))?.to_hex();
+            if found.as_str() == wanted {
+                return Ok(());
+            }
+            Err(format!("its content is blake3:{found}: other weights lie in its place"))
+        }
+    }
+}
+
+fn of_run(dir: &RunDir, pin: Option<EncoderPin<'_>>) -> Result<(RunSpec, Vec<f32>), String> {
+    let manifest = match pin {
+        Some(EncoderPin::Step(step)) => find_step(dir, Step(step)).map_err(|err| chain(&err))?,
+        Some(EncoderPin::Content(_)) => {
+            return Err("it is a run, whose checkpoints are named by their steps".to_string());
+        }
         None => {
             let entries = catalog::list(dir).map_err(|err| chain(&err))?;
             let newest = catalog::newest_good(&entries).cloned();
@@ -198,7 +218,9 @@ fn of_run(dir: &RunDir, step: Option<u64>) -> Result<(RunSpec, Vec<f32>), String
     let spec = parse_text("the checkpoint's spec", &manifest.spec, &[]);
     let spec = spec.map_err(|err| chain(&err))?.spec;
     if spec.task.is_some() {
-        return Err("it is a run of a task, and not one that trained an encoder".to_string());
+        let why = "it is a run of a task: `lacuna ckpt export RUN --layout timm --to DIR` makes \
+                   weights of a fine-tuned one, and those can be given";
+        return Err(why.to_string());
     }
     let layout = Layout::new(spec.model.params());
     let wanted = |param: &ParamSpec| keymap::timm(&param.name).is_some();

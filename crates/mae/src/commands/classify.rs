@@ -13,7 +13,7 @@ use lacuna_checkpoint::load::{find_step, load_params};
 use lacuna_checkpoint::manifest::Manifest;
 use lacuna_checkpoint::retain::{self, Hold};
 use lacuna_checkpoint::storage::Published;
-use lacuna_data::{Dataset, ImageShape};
+use lacuna_data::{DECODER_ID, Dataset, ImageShape};
 use lacuna_mae::classify::{EncoderWeights, Head, averaged, classifier_params};
 use lacuna_recipe::eval::metrics::Tally;
 use lacuna_recipe::state::Layout;
@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use super::batches::{self, ComputeArgs, Images, ViewArgs};
 use super::feature_file::Partial;
 use super::page::{Mistake, Page, Pictures};
-use super::report::{self, result_json};
+use super::report::{self, Side, result_json};
 use super::source::{run_dir, shape_of};
 use super::{io, usage};
 
@@ -79,6 +79,10 @@ const MISTAKES_MAX: usize = 40;
 /// What came of one checkpoint.
 struct Judged {
     step: u64,
+    /// Digest of the run's state at this step.
+    state: String,
+    /// Fingerprint of the data that it learned from.
+    data: String,
     tally: Tally,
     /// The surest first.
     mistakes: Vec<Mistake>,
@@ -90,7 +94,7 @@ struct Judged {
 type Statistics = (u64, Vec<f64>, Vec<f64>);
 
 /// Format of the report.
-const SCHEMA: &str = "lacuna-eval-classify/1";
+const SCHEMA: &str = "lacuna-eval-classify/2";
 
 /// Classifies the validation set and writes the report.
 pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
@@ -117,7 +121,14 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
             100.0 * tally.top5(),
             100.0 * tally.mean_per_class()
         );
-        results.push(Judged { step: manifest.step, tally, mistakes, shape: shape_of(&spec.model) });
+        results.push(Judged {
+            step: manifest.step,
+            state: manifest.state_digest.to_string(),
+            data: manifest.state.facts.data_fingerprint.clone(),
+            tally,
+            mistakes,
+            shape: shape_of(&spec.model),
+        });
     }
     // Of equal ones the earlier: what came after did not help.
     let better = |a: &&Judged, b: &&Judged| {
@@ -146,7 +157,8 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     if args.hold_best {
         hold(&dir, args, best)?;
     }
-    let report = report(args, &results, best.step, n_classes);
+    let val = Side::of(&val, &args.val, ids.len());
+    let report = report(args, &results, best.step, (n_classes, &val));
     let mut file = Partial::create(&args.out)?;
     file.write(format!("{report}\n").as_bytes())?;
     file.publish()?;
@@ -200,16 +212,24 @@ fn write_page(
     Ok(())
 }
 
-fn report(args: &ClassifyArgs, results: &[Judged], best: u64, n_classes: u32) -> Value {
-    let one = |Judged { step, tally, .. }: &Judged| {
+fn report(
+    args: &ClassifyArgs,
+    results: &[Judged],
+    best: u64,
+    (n_classes, val): (u32, &Side),
+) -> Value {
+    let one = |Judged { step, state, data, tally, .. }: &Judged| {
         let mut out = result_json(tally, n_classes);
         out["step"] = json!(step);
+        out["state_digest"] = json!(state);
+        out["train_fingerprint"] = json!(data);
         out
     };
     json!({
         "schema": SCHEMA,
         "run": args.run,
-        "val": args.val,
+        "val": val.json(),
+        "image_decoder": DECODER_ID,
         "crop_pct": args.model.view.crop_pct,
         "weights": if args.model.ema { "ema" } else { "last" },
         "classes": n_classes,

@@ -54,7 +54,8 @@ impl Side {
         }
     }
 
-    fn json(&self) -> Value {
+    /// Writes it as reports have it.
+    pub fn json(&self) -> Value {
         json!({
             "path": self.path,
             "fingerprint": self.fingerprint,

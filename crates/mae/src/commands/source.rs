@@ -170,7 +170,11 @@ impl SourceArgs {
         if spec.task.is_some() {
             let what = match need {
                 Need::Decoder => "no decoder, which pictures need",
-                Need::Encoder => "no encoder by itself: `lacuna-worker eval classify` judges it",
+                Need::Encoder => {
+                    "no encoder by itself: `lacuna-worker eval classify` judges it, and \
+                     `lacuna ckpt export RUN --layout timm --to DIR` makes weights of a \
+                     fine-tuned one, which are read here"
+                }
             };
             return Err(usage(format!("the run `{shown}` learns classes and has {what}")));
         }

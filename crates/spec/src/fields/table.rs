@@ -377,7 +377,8 @@ pub(super) const FIELDS: &[Field] = &[
         Kind::Place(&CHECKPOINT_SCHEMES),
         "\"runs/mine\"",
         "where the encoder comes from: a run's checkpoints, or weights of mae, timm or \
-         transformers; without it from the seed",
+         transformers; without it from the seed. Pinned when the run is created: `RUN@STEP`, \
+         `PATH@blake3:HEX`",
     ),
     maths("task.classes", whole(2, CLASSES_MAX), "10", "classes that labels are from"),
     maths(

@@ -60,10 +60,22 @@ pub struct TaskSpec {
     pub ema: Option<f64>,
 }
 
-/// Splits an encoder's place into that of its run, or weights, and the step that `RUN@STEP` names.
-pub fn encoder_at(place: &str) -> (&str, Option<u64>) {
-    let at = place.rsplit_once('@').and_then(|(run, step)| Some((run, step.parse().ok()?)));
-    at.map_or((place, None), |(run, step)| (run, Some(step)))
+/// What an encoder's place means for as long as the run lives that reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EncoderPin<'a> {
+    /// The checkpoint of a run at this step: `RUN@STEP`.
+    Step(u64),
+    /// Weights with this digest: `PATH@blake3:HEX`.
+    Content(&'a str),
+}
+
+/// Splits an encoder's place into that of its run, or weights, and what it is pinned to.
+pub fn encoder_at(place: &str) -> (&str, Option<EncoderPin<'_>>) {
+    let pinned = place.rsplit_once('@').and_then(|(path, pin)| {
+        let content = pin.strip_prefix("blake3:").map(EncoderPin::Content);
+        Some((path, content.or_else(|| pin.parse().ok().map(EncoderPin::Step))?))
+    });
+    pinned.map_or((place, None), |(path, pin)| (path, Some(pin)))
 }
 
 impl TaskSpec {

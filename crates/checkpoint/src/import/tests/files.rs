@@ -223,3 +223,27 @@ fn all_differences_are_listed() {
          timm and hf; the file has `weight`"
     );
 }
+
+#[test]
+fn a_digest_tells_weights_apart() {
+    let folder = tempfile::tempdir().unwrap();
+    let digest = |name: &str, header: &str, last: u8| {
+        let path = folder.path().join(name);
+        raw(&path, header, 7);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes.push(last);
+        std::fs::write(&path, bytes).unwrap();
+        Weights::open(&path).unwrap().digest().unwrap()
+    };
+    let of = |name: &str, dtype: &str| {
+        format!(r#"{{"{name}":{{"dtype":"{dtype}","shape":[2],"data_offsets":[0,8]}}}}"#)
+    };
+    let (plain, first) = (of("a", "F32"), digest("x.safetensors", &of("a", "F32"), 0));
+    assert_eq!(first, digest("y.safetensors", &plain, 0), "its own name is no matter");
+    let spaced = plain.replace(":[2]", ": [2]");
+    assert_eq!(first, digest("x.safetensors", &spaced, 0), "nor is how it is written");
+    let told = plain.replacen('{', r#"{"__metadata__":{"heads":"2"},"#, 1);
+    for (header, last) in [(&plain, 1), (&of("b", "F32"), 0), (&of("a", "I32"), 0), (&told, 0)] {
+        assert_ne!(first, digest("x.safetensors", header, last), "{header} {last}");
+    }
+}
