@@ -2,10 +2,11 @@
 """Shows whether pre-training helps: k-NN, linear probe and fine-tuning on Fashion-MNIST with few
 labels, for raw pixels, an encoder of random weights and one that was pre-trained.
 
-    python3 scripts/downstream.py [--full | --seeds 3 --fractions 0.01,0.1,1.0 --steps 8000]
+    python3 scripts/downstream.py [--full] [--seeds N] [--fractions 0.01,0.1,1.0] [--steps N]
 
 Every training is a run of `lacuna train` under --work, and every result a file there: what is done
-is not done again, so an interrupted call goes on where it was, and one with more seeds adds them.
+is not done again, so an interrupted call goes on where it was, and one with more seeds adds them. A
+folder holds results of one recipe (steps, passes, rates): another recipe needs another folder.
 The quick default (one seed, 1 % and 10 % of the labels, 4,000 steps, fewer passes over the labels)
 is made for half an hour on two cores; `--full` (three seeds, all labels too, 8,000 steps) takes
 some five hours there. Programs are taken from LACUNA_BIN (default: target/release).
@@ -35,8 +36,9 @@ FEATURES = ("raw pixels", "random", "pre-trained")
 # Passes over the labelled images: fewer labels need more of them.
 EPOCHS = {"linear": {0.01: 60, 0.1: 20, 1.0: 3}, "finetune": {0.01: 40, 0.1: 5, 1.0: 1}}
 QUICK_EPOCHS = {"linear": {0.01: 40, 0.1: 10, 1.0: 1}, "finetune": {0.01: 30, 0.1: 3, 1.0: 1}}
-# What `--full` stands for.
-FULL = {"seeds": 3, "fractions": [0.01, 0.1, 1.0], "steps": 8000, "epochs": EPOCHS}
+# What is done where nothing is asked for, and what `--full` stands for.
+QUICK = {"seeds": 1, "fractions": [0.01, 0.1], "steps": 4000}
+FULL = {"seeds": 3, "fractions": [0.01, 0.1, 1.0], "steps": 8000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,25 @@ class Bench:
         self.work = pathlib.Path(args.work).resolve()
         self.work.mkdir(parents=True, exist_ok=True)
         self.env = dict(os.environ, OMP_NUM_THREADS="1", RUST_LOG="warn")
+
+    def keep(self, name: str, found: dict) -> None:
+        """Writes a small file that is there whole or not at all."""
+        path = self.work / name
+        path.with_suffix(".part").write_text(json.dumps(found, indent=1))
+        path.with_suffix(".part").rename(path)
+
+    def is_one_recipe(self) -> None:
+        """Refuses a folder whose results come of another recipe."""
+        cases = [Case(protocol, features, fraction, 0)
+                 for protocol in ("linear", "finetune") for features in FEATURES
+                 for fraction in self.args.epochs[protocol]]
+        recipe = {"steps": self.args.steps,
+                  "specs": {case.name: self.spec(case, 6000) for case in cases}}
+        path = self.work / "recipe.json"
+        if path.exists() and json.loads(path.read_text()) != recipe:
+            raise Unfit(f"{self.work} has results of another recipe ({path.name} there): "
+                        "give another folder (--work)")
+        self.keep(path.name, recipe)
 
     def run(self, *words, threads: int = 1) -> str:
         """Runs a command and returns what it wrote."""
@@ -118,7 +139,7 @@ checkpoint = {{ to = "runs", every = ["1000step"] }}
 
     def knn(self, case: Case) -> None:
         """Judges all three kinds of features by their neighbours in one pass."""
-        report = self.work / f"{case.name}.json"
+        report = self.work / f"{case.name}.part.json"
         self.run(BIN / "lacuna-worker", "eval", "knn", f"runs/mae-{case.seed}",
                  "--train", self.part(case.fraction, case.seed), "--val", "test",
                  "--seed", case.seed, "--k", "10", "--out", report, threads=THREADS)
@@ -128,11 +149,10 @@ checkpoint = {{ to = "runs", every = ["1000step"] }}
         names = {"raw pixels": "raw pixels", "random encoder": "random", "encoder": "pre-trained"}
         for row, features in names.items():
             one = dataclasses.replace(case, features=features)
-            (self.work / f"{one.name}.json").write_text(json.dumps({"top1": rows[row]["top1"]}))
+            self.keep(f"{one.name}.json", {"top1": rows[row]["top1"]})
 
-    def learn(self, case: Case) -> None:
-        """Trains a head, or everything, on a labelled part."""
-        n = self.samples(case.fraction, case.seed)
+    def spec(self, case: Case, n: int) -> str:
+        """Writes the spec of a probe or of fine-tuning on `n` labelled images."""
         epochs = self.args.epochs[case.protocol][case.fraction]
         batch = 64 if n >= 64 * 4 else 32
         per_epoch = n // batch
@@ -149,7 +169,7 @@ checkpoint = {{ to = "runs", every = ["1000step"] }}
             task = (f'kind = "finetune"\nlayer_decay = {decay}\nmixup = 0.0\ncutmix = 0.0\n'
                     'random_erasing = 0.0\nrand_augment = 0.0\n')
             optim = 'base_lr = 2e-3\nbetas = [0.9, 0.999]\ndecay_tokens = false'
-        self.train(case.name, f"""schema = 1
+        return f"""schema = 1
 name = "{case.name}"
 base = "preset:demo"
 data = {{ shards = "{self.part(case.fraction, case.seed)}", crop_scale = [0.7, 1.0] }}
@@ -165,12 +185,15 @@ seed = {case.seed}
 warmup = "{warmup}step"
 [task]
 {encoder}{task}classes = 10
-""")
+"""
+
+    def learn(self, case: Case) -> None:
+        """Trains a head, or everything, on a labelled part."""
+        self.train(case.name, self.spec(case, self.samples(case.fraction, case.seed)))
         self.run(BIN / "lacuna-worker", "eval", "classify", f"runs/{case.name}", "--val", "test",
                  "--out", f"{case.name}.part.json", threads=THREADS)
         report = json.loads((self.work / f"{case.name}.part.json").read_text())
-        (self.work / f"{case.name}.json").write_text(
-            json.dumps({"top1": report["results"][-1]["top1"]}))
+        self.keep(f"{case.name}.json", {"top1": report["results"][-1]["top1"]})
         (self.work / f"{case.name}.part.json").unlink()
 
     def top1(self, case: Case) -> float:
@@ -274,22 +297,25 @@ def main() -> int:
     """Runs the program and returns its exit code."""
     parser = argparse.ArgumentParser(description="k-NN, linear probe and fine-tuning.")
     parser.add_argument("--work", help="folder [default: downstream-out/STEPS-steps]")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--fractions", type=fractions, default=[0.01, 0.1])
-    parser.add_argument("--steps", type=int, default=4000, help="steps of pre-training")
-    parser.add_argument("--full", action="store_true", help="three seeds, all labels, 8,000 steps")
+    parser.add_argument("--seeds", type=int, help="how often all is done [default: 1]")
+    parser.add_argument("--fractions", type=fractions, help="of the labels [default: 0.01,0.1]")
+    parser.add_argument("--steps", type=int, help="of pre-training [default: 4000]")
+    parser.add_argument("--full", action="store_true",
+                        help="three seeds, all labels, 8,000 steps, more passes over the labels")
     args = parser.parse_args()
-    args.epochs = QUICK_EPOCHS
-    if args.full:
-        vars(args).update(FULL)
+    args.epochs = EPOCHS if args.full else QUICK_EPOCHS
+    for key, value in (FULL if args.full else QUICK).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     # Results of longer training are others.
     args.work = args.work or ROOT / "downstream-out" / (
-        "full" if args.full else f"{args.steps}-steps")
+        f"{'full' if args.full else 'quick'}-{args.steps}-steps")
     began = time.monotonic()
     try:
         if not (BIN / "lacuna-worker").exists():
             raise Unfit("build first: make build")
         bench = Bench(args)
+        bench.is_one_recipe()
         bench.data()
         for seed in range(args.seeds):
             bench.pretrain(seed)

@@ -34,11 +34,12 @@ pub fn read(path: &Path, overrides: &[String]) -> anyhow::Result<RunSpec> {
 
 /// Refuses a task that its data or its encoder cannot serve: every worker would find that out.
 fn check_task(task: &TaskSpec, dataset: &Dataset, has_checkpoints: bool) -> anyhow::Result<()> {
-    if let Some(text) = task.labels_problem(dataset.index().n_classes()) {
+    let index = dataset.index();
+    if let Some(text) = task.labels_problem(index.n_classes(), index.n_unlabelled()) {
         return Err(Coded::error(exit::USAGE, text));
     }
     let Some(place) = &task.encoder else { return Ok(()) };
-    let (run, _) = encoder_at(place);
+    let (run, _) = encoder_at(place, |place| Path::new(place).exists());
     // A run that has checkpoints of its own has what it needs of it, or says what it lacks.
     if run.contains("://") || Path::new(run).exists() || has_checkpoints {
         return Ok(());

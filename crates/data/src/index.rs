@@ -304,6 +304,12 @@ impl Index {
         decode_record(&self.bytes[at..at + RECORD_BYTES]).expect("checked when opened")
     }
 
+    /// Counts the samples without a label.
+    pub fn n_unlabelled(&self) -> u64 {
+        let is_without = |id: &u64| self.record(SampleId(*id)).label.is_none();
+        (0..self.n_samples()).filter(is_without).count() as u64
+    }
+
     /// Returns the number of classes: one more than the largest label, 0 without labels.
     pub fn n_classes(&self) -> u32 {
         (0..self.n_samples())

@@ -108,6 +108,7 @@ fn tasks_have_the_same_bits_for_any_workers_and_over_a_kill() {
     weights_say_what_they_are(&fixture);
     weights_stay_what_they_were(&fixture);
     judged(&fixture, "linear-1");
+    other_data_is_no_training_set(&fixture);
     // What was fine-tuned stands for itself.
     std::fs::rename(fixture.path("ckpt/pre"), fixture.path("elsewhere")).expect("a move");
     judged(&fixture, "finetune-1");
@@ -129,6 +130,36 @@ fn weights_say_what_they_are(fixture: &Fixture) {
     assert!(error.contains("`model.heads` is 2 there and 4 here"), "{error}");
     let error = EncoderWeights::read(&file, &micro, (&[0.4; 3], &std)).unwrap_err().to_string();
     assert!(error.contains("it has seen images with `data.mean` [0.5, 0.5, 0.5]"), "{error}");
+}
+
+/// A probe's statistics are those of what it learned from, wherever that lies now.
+fn other_data_is_no_training_set(fixture: &Fixture) {
+    let judge = |more: &[&str]| {
+        let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
+            .args(["eval", "classify", "ckpt/linear-1", "--val", "moved", "--out", "moved.json"])
+            .args(more)
+            .current_dir(fixture.dir.path())
+            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
+            .output();
+        let (code, out, err) = said(&command.expect("it starts"));
+        (code, out + &err)
+    };
+    let make = ["data", "synthetic", "data", "--n", "64", "--size", "8x8", "--seed", "9"];
+    std::fs::rename(fixture.path("data"), fixture.path("moved")).expect("a move");
+    let (code, text) = judge(&[]);
+    assert!(code == 74 && text.contains("--train says"), "{code} {text}");
+    let (code, _, err) = said(&fixture.run(&make));
+    assert_eq!(code, 0, "{err}");
+    let (code, text) = judge(&[]);
+    assert!(code == 74 && text.contains("and the run learned from"), "{code} {text}");
+    let (code, text) = judge(&["--train", "moved", "--page", "nowhere/page.html"]);
+    assert!(code == 74 && !text.contains("top-1"), "told before it computes: {text}");
+    let (code, text) = judge(&["--train", "moved", "--tensorboard", "ckpt/linear-1"]);
+    assert!(code == 2 && text.contains("a run's own folder"), "{code} {text}");
+    let (code, text) = judge(&["--train", "moved"]);
+    assert_eq!(code, 0, "{text}");
+    std::fs::remove_dir_all(fixture.path("data")).expect("the other data goes");
+    std::fs::rename(fixture.path("moved"), fixture.path("data")).expect("a move back");
 }
 
 /// A run is pinned to the content of the weights that it was created with, and nothing takes others
@@ -154,6 +185,19 @@ fn weights_stay_what_they_were(fixture: &Fixture) {
         .output();
     let (code, _, err) = said(&eval.expect("it starts"));
     assert!(code == 74 && err.contains("other weights lie in its place"), "{code} {err}");
+    // A pin that somebody wrote by hand is looked at when the run is created.
+    for (encoder, why) in [
+        (format!("weights/timm.safetensors@blake3:{:064}", 0), "other weights lie in its place"),
+        ("weights/timm.safetensors@5".to_string(), "it is weights, which have no steps"),
+        ("ckpt/pre@7".to_string(), "the run has no usable checkpoint of that step"),
+    ] {
+        keys.retain(|(key, _)| *key != "task.encoder");
+        keys.push(("task.encoder", format!("\"{encoder}\"")));
+        let keys: Vec<(&str, &str)> = keys.iter().map(|(k, value)| (*k, value.as_str())).collect();
+        let spec = fixture.spec("by-hand", STEPS, &keys);
+        let (code, _, err) = said(&fixture.run(&["train", spec.to_str().expect("UTF-8")]));
+        assert!(code != 0 && err.contains(why), "{encoder}: {code} {err}");
+    }
 }
 
 /// A fine-tuned model goes to timm, a probe and other layouts are refused.
@@ -293,6 +337,39 @@ fn an_average_of_the_weights_is_kept_over_a_kill() {
     assert_eq!(plain.figures[&STEPS].loss, alone.figures[&STEPS].loss, "it changes no step");
     let (code, text, _) = judge("plain", &["--ema"]);
     assert!(code == 2 && text.contains("task.ema"), "{text}");
+}
+
+/// A run goes on with the encoder that it began with, whatever its encoder's run saved since: under
+/// a coordinator that starts again, and under one that never heard of it.
+#[test]
+fn a_task_goes_on_with_its_encoder() {
+    let fixture = fixture();
+    pretrain(&fixture);
+    let newest = fixture.path("ckpt/pre/ckpt/step-000000060");
+    let later = fixture.path("later");
+    std::fs::rename(&newest, &later).expect("not there yet");
+    let keys = keys("linear", "1:1");
+    let keys: Vec<(&str, &str)> = keys.iter().map(|(key, value)| (*key, value.as_str())).collect();
+    let spec = fixture.spec("on", 100_000, &keys);
+    let go_on = |from: u64| {
+        let mut cluster = Cluster::start(&fixture);
+        let run = cluster.submit(&spec);
+        cluster.add("a", 1);
+        let seen = cluster.wait(&run, "another checkpoint", |seen| {
+            seen.step() > from && seen.run.checkpoint_step.is_some_and(|step| step > from)
+        });
+        let spec: serde_json::Value = serde_json::from_str(&seen.run.spec).expect("JSON");
+        let encoder = spec["task"]["encoder"].as_str().expect("a place");
+        assert!(encoder.contains("ckpt/pre@") && !encoder.ends_with("@60"), "{encoder}");
+        assert!(from == 0 || seen.text().contains("from the newest checkpoint"), "{}", seen.text());
+        (seen.run.checkpoint_step.expect("it was awaited"), encoder.to_string())
+    };
+    let (first, encoder) = go_on(0);
+    std::fs::rename(&later, &newest).expect("there now");
+    let (second, again) = go_on(first);
+    std::fs::remove_dir_all(fixture.path("state")).expect("forgotten");
+    let (_, anew) = go_on(second);
+    assert_eq!([again, anew], [encoder.clone(), encoder]);
 }
 
 /// An encoder of 8 x 8 pixels goes on with 12 x 12: more patches, and a table for them.

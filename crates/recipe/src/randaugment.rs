@@ -64,15 +64,19 @@ impl Op {
         }
         let jitter = normal_pair(draws.block(at / 4 + 1))[0];
         let level = (magnitude + MAGNITUDE_STD * jitter).clamp(0.0, MAGNITUDE_MAX);
-        let share = level / MAGNITUDE_MAX;
         let sign = if draws.below(at + 8, 2) == 0 { 1.0 } else { -1.0 };
+        Some(Op::of(kind, level / MAGNITUDE_MAX, sign))
+    }
+
+    /// Returns change number `kind` of `share` of the largest magnitude, as timm's increasing ones.
+    fn of(kind: u32, share: f64, sign: f64) -> Op {
         let enhance = (1.0 + sign * share * 0.9).max(0.1);
-        Some(match kind {
+        match kind {
             0 => Op::AutoContrast,
             1 => Op::Equalize,
             2 => Op::Invert,
             3 => Op::Rotate(sign * share * 30.0),
-            4 => Op::Posterize((4 - (share * 4.0) as u32).max(1)),
+            4 => Op::Posterize(4 - (share * 4.0) as u32),
             5 => Op::Solarize(256 - (share * 256.0) as u32),
             6 => Op::SolarizeAdd((share * 110.0) as u32),
             7 => Op::Color(enhance),
@@ -83,7 +87,7 @@ impl Op {
             12 => Op::ShearY(sign * share * 0.3),
             13 => Op::TranslateX(sign * share * 0.45),
             _ => Op::TranslateY(sign * share * 0.45),
-        })
+        }
     }
 }
 

@@ -54,8 +54,16 @@ impl Grpc {
         let invalid = |text: String| status(Reason::InvalidSpec, text);
         let mut spec = specs::read(&spec)?;
         whole_places(&spec)?;
-        let known = self.0.runs().get(&spec.run_id()).map(|handle| handle.spec.clone());
-        encoder::pin(&mut spec, known.as_ref()).await?;
+        let id = spec.run_id();
+        let _turn = self.0.naming.turn(&id).await;
+        match self.0.opening.get(&id) {
+            // Whoever moves a run away from a place that does not answer does not wait for that.
+            Some(run) if run.spec.checkpoint.to != spec.checkpoint.to => self.0.opening.forget(&id),
+            _ => self.0.wait_open(&id, OPEN_PATIENCE).await?,
+        }
+        // What a run was created with counts from its second day on, so it must be open by now.
+        let known = self.0.runs().get(&id).map(|handle| handle.spec.clone());
+        encoder::pin(&mut spec, known).await?;
         let (n_samples, fingerprint) = if n_samples == 0 && fingerprint.is_empty() {
             let found = facts::look(&mut spec, &self.0.looking).await?;
             (found.n_samples, found.fingerprint)
@@ -67,13 +75,6 @@ impl Grpc {
             return Err(invalid(text.to_string()));
         }
         crate::run::run_config(&spec, n_samples).map_err(invalid)?;
-        let id = spec.run_id();
-        let _turn = self.0.naming.turn(&id).await;
-        match self.0.opening.get(&id) {
-            // Whoever moves a run away from a place that does not answer does not wait for that.
-            Some(run) if run.spec.checkpoint.to != spec.checkpoint.to => self.0.opening.forget(&id),
-            _ => self.0.wait_open(&id, OPEN_PATIENCE).await?,
-        }
         let created = match self.existing(&id, &spec, n_samples, &fingerprint)? {
             Some(input) => {
                 if resume {

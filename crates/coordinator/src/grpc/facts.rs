@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lacuna_api::error::{Reason, invalid_spec, status};
 use lacuna_data::Dataset;
-use lacuna_spec::RunSpec;
+use lacuna_spec::{RunSpec, TaskSpec};
 use tokio::sync::Semaphore;
 use tonic::Status;
 
@@ -44,9 +44,9 @@ pub(super) async fn look(spec: &mut RunSpec, turn: &Arc<Semaphore>) -> Result<Fa
         let text = format!("the coordinator failed to open data set `{shown}`: {why}");
         invalid_spec(text.clone(), vec![("data.shards".to_string(), text)])
     })?;
-    if let Some(text) =
-        spec.task.as_ref().and_then(|task| task.labels_problem(dataset.index().n_classes()))
-    {
+    let index = dataset.index();
+    let problem = |task: &TaskSpec| task.labels_problem(index.n_classes(), index.n_unlabelled());
+    if let Some(text) = spec.task.as_ref().and_then(problem) {
         return Err(invalid_spec(text.clone(), vec![("task.classes".to_string(), text)]));
     }
     let n_samples = dataset.n_samples();

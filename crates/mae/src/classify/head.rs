@@ -20,7 +20,7 @@ use lacuna_types::Step;
 use tch::{Device, Tensor};
 use tracing::info;
 
-use super::{Encoder, batch_normed, classifier_params, feature_width, finetuned_logits, own_name};
+use super::{Encoder, batch_normed, classifier_params, feature_width, finetuned_logits};
 use crate::pos_resize::{Resample, resize_table};
 use crate::runtime;
 use crate::weights::{Weights, values};
@@ -49,7 +49,7 @@ impl EncoderWeights {
     pub fn read(place: &str, model: &ModelConfig, scale: Scale<'_>) -> Result<Self, EncoderError> {
         let failed = |why: String| EncoderError { place: place.to_string(), why };
         let table = || sincos_2d(model.width as usize, model.grid());
-        let (run, pin) = encoder_at(place);
+        let (run, pin) = encoder_at(place, |place| Path::new(place).exists());
         let found = RunDir::find(run).map_err(|err| failed(chain(&err)))?;
         let (source, params, table) = match found {
             Some(dir) => {
@@ -129,12 +129,14 @@ impl EncoderWeights {
         Crc64::of_f32(&self.params).then(Crc64::of_f32(&self.table))
     }
 
-    /// Returns what a classifier's tensor begins with, where it is not drawn.
-    pub fn initial(&self, pool: Pool, name: &str) -> Option<&[f32]> {
+    /// Returns what a classifier's tensor begins with, where it is not drawn. The norm behind the
+    /// patches' mean, `fc_norm`, begins anew, as the reference's does: it takes the place of one
+    /// that saw single tokens.
+    pub fn initial(&self, name: &str) -> Option<&[f32]> {
         if name == "pos_embed" {
             return Some(&self.table);
         }
-        let named = |spec: &ParamSpec| own_name(pool, &spec.name) == name;
+        let named = |spec: &ParamSpec| spec.name == name;
         let block = self.layout.params().iter().position(named)?;
         Some(&self.params[self.layout.range(block)])
     }
@@ -195,7 +197,7 @@ fn check_content(weights: &import::Weights, pin: Option<EncoderPin<'_>>) -> Resu
         Some(EncoderPin::Step(_)) => Err("it is weights, which have no steps".to_string()),
         Some(EncoderPin::Content(wanted)) => {
             let found = weights.digest().map_err(|err| chain(&err))?.to_hex();
-            if found.as_str() == wanted {
+            if wanted.eq_ignore_ascii_case(&found) {
                 return Ok(());
             }
             Err(format!("its content is blake3:{found}: other weights lie in its place"))

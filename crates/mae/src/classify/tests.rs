@@ -237,6 +237,26 @@ fn runs_start_from_the_encoder() {
     }
 }
 
+/// The norm behind the mean begins anew, the encoder's own last norm as it was.
+#[test]
+fn a_norm_of_another_place_begins_anew() {
+    let model = micro();
+    let params: Vec<f32> = (0..Layout::new(model.params()).numel()).map(|i| i as f32).collect();
+    let table = vec![0.0; (1 + model.n_patches()) * model.width as usize];
+    let encoder = Arc::new(EncoderWeights::of(&model, &params, table));
+    for (pool, name, is_kept) in [(Pool::Avg, "fc_norm", false), (Pool::Cls, "norm", true)] {
+        let engine = engine_from(&spec(task(TaskKind::Finetune, pool)), encoder.clone());
+        let of = |leaf: &str| {
+            let block = engine.layout().find(&format!("{name}.{leaf}")).unwrap();
+            let mut values = vec![0f32; engine.layout().range(block).len()];
+            engine.initial(block, 5, &mut values);
+            values
+        };
+        let fresh = (of("weight"), of("bias")) == (vec![1.0; 8], vec![0.0; 8]);
+        assert_eq!(fresh, !is_kept, "{name}: {:?}", of("weight"));
+    }
+}
+
 #[test]
 fn layers_learn_at_their_own_rates() {
     let decays = TaskSpec { layer_decay: 0.5, ..task(TaskKind::Finetune, Pool::Avg) };

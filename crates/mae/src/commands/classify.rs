@@ -37,10 +37,21 @@ pub struct ModelArgs {
     /// Classify with the average of the weights that the run keeps (`task.ema`).
     #[arg(long)]
     pub ema: bool,
+    /// The data that the run learned from, where it lies elsewhere than then (`data.shards`): a
+    /// probe's batch norm divides by its statistics.
+    #[arg(long, value_name = "DIR")]
+    pub train: Option<PathBuf>,
     #[command(flatten)]
     pub view: ViewArgs,
     #[command(flatten)]
     pub compute: ComputeArgs,
+}
+
+impl ModelArgs {
+    /// Returns where the data of a run is.
+    pub fn train_of<'a>(&'a self, spec: &'a RunSpec) -> &'a Path {
+        self.train.as_deref().unwrap_or(Path::new(&spec.data.shards))
+    }
 }
 
 /// `lacuna-worker eval classify`.
@@ -105,12 +116,18 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     if ids.is_empty() {
         return Err(usage(format!("--val `{}` has no labels", args.val.display())));
     }
+    // Whoever cannot write is told before an hour of computing.
+    let mut file = Partial::create(&args.out)?;
+    let page = args.page.as_deref().map(Partial::create).transpose()?;
+    if let Some(folder) = &args.tensorboard {
+        report::check_scalars(folder)?;
+    }
     let mut results: Vec<Judged> = Vec::new();
     let mut n_classes = 0;
     let mut statistics: Option<Statistics> = None;
     for manifest in manifests(&dir, args)? {
         let (spec, task) = task_of(&manifest)?;
-        batches::same_classes(Path::new(&spec.data.shards), &args.val)?;
+        batches::same_classes(args.model.train_of(&spec), &args.val)?;
         n_classes = task.classes.max(val.index().n_classes());
         let head = load(&dir, &manifest, (&spec, &task), &args.model, &mut statistics)?;
         let (tally, mistakes) = judge(&head, &spec, (&val, &ids), &args.model)?;
@@ -138,8 +155,13 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     if results.len() > 1 {
         println!("best: step {}", best.step);
     }
-    if let Some(path) = &args.page {
-        write_page(path, args, best, n_classes, &val)?;
+    let side = Side::of(&val, &args.val, ids.len());
+    let report = report(args, &results, best.step, (n_classes, &side));
+    file.write(format!("{report}\n").as_bytes())?;
+    let file = file.publish()?;
+    println!("{}: the report, with classes and confusion matrices", file.display());
+    if let Some(file) = page {
+        write_page(file, args, best, n_classes, &val)?;
     }
     if let Some(folder) = &args.tensorboard {
         let values = |one: &Judged| {
@@ -157,12 +179,6 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     if args.hold_best {
         hold(&dir, args, best)?;
     }
-    let val = Side::of(&val, &args.val, ids.len());
-    let report = report(args, &results, best.step, (n_classes, &val));
-    let mut file = Partial::create(&args.out)?;
-    file.write(format!("{report}\n").as_bytes())?;
-    file.publish()?;
-    println!("{}: the report, with classes and confusion matrices", args.out.display());
     Ok(exit::OK)
 }
 
@@ -196,7 +212,7 @@ fn hold(dir: &RunDir, args: &ClassifyArgs, best: &Judged) -> anyhow::Result<()> 
 }
 
 fn write_page(
-    path: &Path,
+    file: Partial,
     args: &ClassifyArgs,
     best: &Judged,
     n_classes: u32,
@@ -207,8 +223,7 @@ fn write_page(
     page.scores(&best.tally);
     page.confusion(&best.tally, n_classes);
     page.mistakes(&best.mistakes, &mut Pictures::new(val, best.shape, args.model.view))?;
-    page.write(path)?;
-    println!("{}: the page", path.display());
+    println!("{}: the page", page.write(file)?.display());
     Ok(())
 }
 
@@ -308,13 +323,32 @@ pub fn load(
         let (n, sums, squares) = match statistics {
             Some(known) => known,
             none => {
-                let train = batches::open(Path::new(&spec.data.shards))?;
+                let train = training_data(manifest, spec, args)?;
                 none.insert(take_statistics(&head, spec, &train, args)?)
             }
         };
         head.set_statistics(*n, sums, squares);
     }
     Ok(head)
+}
+
+/// Opens the data that a checkpoint's run learned from.
+fn training_data(manifest: &Manifest, spec: &RunSpec, args: &ModelArgs) -> anyhow::Result<Dataset> {
+    let path = args.train_of(spec);
+    let train = batches::open(path).context(
+        "open the training data: a probe's batch norm divides by its statistics (--train says \
+         where it lies now)",
+    )?;
+    let (found, learned) =
+        (train.fingerprint().to_string(), &manifest.state.facts.data_fingerprint);
+    if found != *learned {
+        return Err(io(format!(
+            "`{}` has fingerprint {found}, and the run learned from {learned}: a probe's batch \
+             norm divides by the statistics of what it learned from (--train says where that is)",
+            path.display()
+        )));
+    }
+    Ok(train)
 }
 
 /// Computes what a probe's batch norm divides by over the whole training set, so that it does not

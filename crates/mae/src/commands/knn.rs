@@ -19,6 +19,7 @@ use lacuna_types::{SampleId, exit};
 use tch::{Kind, Tensor};
 
 use super::batches::{self, ComputeArgs, Images, ViewArgs};
+use super::feature_file::Partial;
 use super::page::{Neighbours, Page, Pictures};
 use super::report::{self, KnnReport, Row, Side};
 use super::source::{Need, SizeArgs, SourceArgs, shape_of};
@@ -164,12 +165,44 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     let encoder = encoder.on(device);
     let pool = if args.pool == PoolArg::Cls { Pool::Cls } else { Pool::Mean };
     let extractor = Extractor { encoder, random, raw: with(Baseline::Raw), pool };
+    // Whoever cannot write is told before an hour of computing.
+    let file = Partial::create(&args.out)?;
+    let page = args.page.as_deref().map(Partial::create).transpose()?;
+    if let Some(folder) = &args.tensorboard {
+        report::check_scalars(folder)?;
+    }
     let found = search(&extractor, args, (&train, &train_ids), (&val, &val_ids), &ks)?;
     let kinds = extractor.kinds();
     let label = |dataset: &Dataset, id: u64| {
         dataset.label(SampleId(id)).expect("samples without a label were left out")
     };
-    if let Some(path) = &args.page {
+    let rows = kinds.iter().zip(&found).map(|(&(features, dim), neighbors)| {
+        let class_of = |sample: u32| label(&train, train_ids[sample as usize]);
+        let tally = |k: u32| -> Tally {
+            let mut tally = Tally::default();
+            for (&id, neighbors) in val_ids.iter().zip(neighbors) {
+                let ranked = vote(neighbors, k as usize, class_of, args.temperature);
+                tally.add(label(&val, id), &ranked);
+            }
+            tally
+        };
+        Row { features, dim, results: ks.iter().map(|&k| (k, tally(k))).collect() }
+    });
+    let report = KnnReport {
+        origin: &loaded.origin,
+        model: extractor.encoder.model(),
+        pool: if args.pool == PoolArg::Cls { "cls" } else { "mean" },
+        position_table: &table,
+        temperature: args.temperature,
+        label_fraction: args.label_fraction,
+        crop_pct: args.view.crop_pct,
+        seed: args.seed,
+        train: Side::of(&train, &args.train, train_ids.len()),
+        val: Side::of(&val, &args.val, val_ids.len()),
+        rows: rows.collect(),
+    };
+    report.write(file)?;
+    if let Some(file) = page {
         let class_of = |sample: u32| label(&train, train_ids[sample as usize]);
         let shown = shown_neighbours(
             &found[0],
@@ -193,35 +226,8 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
             &mut Pictures::new(&train, shape, args.view),
         )?;
         page.confusion(&tally, train.index().n_classes().max(val.index().n_classes()));
-        page.write(path)?;
-        println!("{}: the page", path.display());
+        println!("{}: the page", page.write(file)?.display());
     }
-    let rows = kinds.iter().zip(found).map(|(&(features, dim), neighbors)| {
-        let class_of = |sample: u32| label(&train, train_ids[sample as usize]);
-        let tally = |k: u32| -> Tally {
-            let mut tally = Tally::default();
-            for (&id, neighbors) in val_ids.iter().zip(&neighbors) {
-                let ranked = vote(neighbors, k as usize, class_of, args.temperature);
-                tally.add(label(&val, id), &ranked);
-            }
-            tally
-        };
-        Row { features, dim, results: ks.iter().map(|&k| (k, tally(k))).collect() }
-    });
-    let report = KnnReport {
-        origin: &loaded.origin,
-        model: extractor.encoder.model(),
-        pool: if args.pool == PoolArg::Cls { "cls" } else { "mean" },
-        position_table: &table,
-        temperature: args.temperature,
-        label_fraction: args.label_fraction,
-        crop_pct: args.view.crop_pct,
-        seed: args.seed,
-        train: Side::of(&train, &args.train, train_ids.len()),
-        val: Side::of(&val, &args.val, val_ids.len()),
-        rows: rows.collect(),
-    };
-    report.write(&args.out)?;
     if let Some(folder) = &args.tensorboard {
         let step = loaded.origin.step.unwrap_or(0);
         let value = |row: &Row, (k, tally): &(u32, Tally)| {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::Cursor;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use base64::Engine as _;
@@ -214,12 +214,10 @@ impl Page {
         Ok(())
     }
 
-    /// Writes the page.
-    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
-        let mut file = Partial::create(path)?;
+    /// Writes the page, and returns where it is.
+    pub fn write(&self, mut file: Partial) -> anyhow::Result<PathBuf> {
         file.write(self.body.as_bytes())?;
-        file.publish()?;
-        Ok(())
+        file.publish()
     }
 }
 

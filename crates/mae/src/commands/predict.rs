@@ -44,7 +44,7 @@ pub fn predict(args: &PredictArgs) -> anyhow::Result<u8> {
     let dataset = batches::open(&args.data)?;
     let ids: Vec<u64> = (0..dataset.n_samples()).collect();
     let label = |id: u64| dataset.label(SampleId(id));
-    let classes = class_names(spec.data.shards.as_ref());
+    let classes = class_names(args.model.train_of(&spec));
     let content = Content {
         labels: ids.iter().map(|id| label(*id)).collect(),
         shape: vec![head.n_classes()],

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use lacuna_checkpoint::layout::RunDir;
 use lacuna_data::{DECODER_ID, Dataset};
 use lacuna_recipe::eval::metrics::{ClassTally, Tally};
 use lacuna_recipe::model::ModelConfig;
@@ -12,13 +13,20 @@ use super::feature_file::Partial;
 use super::source::Origin;
 use super::{io, usage};
 
-/// Writes numbers for TensorBoard: steps, names and values, by step.
-pub fn write_scalars(folder: &Path, scalars: &[(u64, String, f64)]) -> anyhow::Result<()> {
+/// Refuses a folder that numbers for TensorBoard are not for.
+pub fn check_scalars(folder: &Path) -> anyhow::Result<()> {
+    let shown = folder.display();
     // A reader leaves a run's file for a newer one for good.
-    if folder.join(lacuna_track::METRICS_FILE).exists() {
-        let shown = folder.display();
+    let is_tracks = folder.join(lacuna_track::METRICS_FILE).exists();
+    let place = folder.to_string_lossy();
+    if is_tracks || RunDir::find(&place).is_ok_and(|found| found.is_some()) {
         return Err(usage(format!("--tensorboard `{shown}` is a run's own folder: give another")));
     }
+    Ok(())
+}
+
+/// Writes numbers for TensorBoard: steps, names and values, by step.
+pub fn write_scalars(folder: &Path, scalars: &[(u64, String, f64)]) -> anyhow::Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis());
     let written = lacuna_track::write_scalars(folder, now as u64, scalars);
     let file = written.map_err(|err| io(lacuna_checkpoint::chain(&err)))?;
@@ -105,8 +113,7 @@ pub struct KnnReport<'a> {
 
 impl KnnReport<'_> {
     /// Writes the report as JSON.
-    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
-        let mut file = Partial::create(path)?;
+    pub fn write(&self, mut file: Partial) -> anyhow::Result<()> {
         file.write(format!("{}\n", self.json()).as_bytes())?;
         file.publish()?;
         Ok(())

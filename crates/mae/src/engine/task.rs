@@ -161,7 +161,7 @@ impl Engine for TaskEngine {
         // An average begins as what it is of.
         let block = block % self.scales.len();
         let spec = &self.layout().params()[block];
-        match self.encoder.initial(self.task.pool, &spec.name) {
+        match self.encoder.initial(&spec.name) {
             Some(values) => out.copy_from_slice(values),
             None => self.inner.initial(block, seed, out),
         }

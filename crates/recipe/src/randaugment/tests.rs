@@ -95,3 +95,20 @@ fn images_of_one_pixel_and_of_one_value_survive() {
         }
     }
 }
+
+/// What timm makes of a magnitude (`rand-m9-mstd0.5-inc1` draws up to 10).
+#[test]
+fn magnitudes_are_those_of_timm() {
+    let of = |share: f64, kind: u32| Op::of(kind, share, 1.0);
+    for (kind, at_9, at_10) in [
+        (3, Op::Rotate(27.0), Op::Rotate(30.0)),
+        (4, Op::Posterize(1), Op::Posterize(0)),
+        (5, Op::Solarize(26), Op::Solarize(0)),
+        (6, Op::SolarizeAdd(99), Op::SolarizeAdd(110)),
+    ] {
+        assert_eq!((of(0.9, kind), of(1.0, kind)), (at_9, at_10));
+    }
+    let mut grey = [0, 77, 255];
+    apply(Op::Posterize(0), &mut grey, [1, 3]);
+    assert_eq!(grey, [0; 3], "no bit is kept");
+}

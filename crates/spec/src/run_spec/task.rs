@@ -69,8 +69,15 @@ pub enum EncoderPin<'a> {
     Content(&'a str),
 }
 
-/// Splits an encoder's place into that of its run, or weights, and what it is pinned to.
-pub fn encoder_at(place: &str) -> (&str, Option<EncoderPin<'_>>) {
+/// Splits an encoder's place into that of its run, or weights, and what it is pinned to. What lies
+/// at the whole place (`exists`) has no pin, whatever its name ends with.
+pub fn encoder_at(
+    place: &str,
+    exists: impl FnOnce(&str) -> bool,
+) -> (&str, Option<EncoderPin<'_>>) {
+    if exists(place) {
+        return (place, None);
+    }
     let pinned = place.rsplit_once('@').and_then(|(path, pin)| {
         let content = pin.strip_prefix("blake3:").map(EncoderPin::Content);
         Some((path, content.or_else(|| pin.parse().ok().map(EncoderPin::Step))?))
@@ -80,15 +87,36 @@ pub fn encoder_at(place: &str) -> (&str, Option<EncoderPin<'_>>) {
 
 impl TaskSpec {
     /// Says what is wrong with learning this from data whose labels are below `n_classes`, 0 for
-    /// data without any.
-    pub fn labels_problem(&self, n_classes: u32) -> Option<String> {
+    /// data without any, and of which `n_unlabelled` samples have none.
+    pub fn labels_problem(&self, n_classes: u32, n_unlabelled: u64) -> Option<String> {
         let classes = self.classes;
         match n_classes {
             0 => Some("`task.kind` needs labels, and the data has none".to_string()),
+            _ if n_unlabelled > 0 => Some(format!(
+                "`task.kind` needs labels, and {n_unlabelled} samples have none: \
+                 `lacuna data subset DATA PART --label-fraction 1` keeps the others"
+            )),
             n if n > classes => {
                 Some(format!("`task.classes` = {classes}, and the data has labels of {n_classes}"))
             }
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_of_encoders_have_pins() {
+        let of = |place| encoder_at(place, |_| false);
+        assert_eq!(of("runs/mae"), ("runs/mae", None));
+        assert_eq!(of("runs/mae@700"), ("runs/mae", Some(EncoderPin::Step(700))));
+        assert_eq!(of("s3://a/b@7"), ("s3://a/b", Some(EncoderPin::Step(7))));
+        assert_eq!(of("me@home/mae"), ("me@home/mae", None));
+        let weights = of("vit@384/w.safetensors@blake3:00ff");
+        assert_eq!(weights, ("vit@384/w.safetensors", Some(EncoderPin::Content("00ff"))));
+        assert_eq!(encoder_at("vit@384", |_| true), ("vit@384", None), "a folder of that name");
     }
 }
