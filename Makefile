@@ -1,6 +1,6 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help peers proto setup build demo demo-color downstream test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-parity bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check clean clean-all
+.PHONY: help peers proto setup build demo demo-color downstream test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-parity bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check gpu-bench clean clean-all
 # Histories that `make sim` plays.
 SEEDS ?= 100000
 
@@ -79,6 +79,8 @@ bench-scale: ## load one coordinator with 1,024 stub workers, and with 100 runs 
 	@target/release/lacuna-scale $(BENCH)
 gpu-check: ## build the check for a machine with a GPU; run it if one is here
 	@scripts/gpu_check.sh
+gpu-bench: ## build the comparison with PyTorch on a GPU; run it if one is here
+	@scripts/gpu_check.sh bench
 clean: ## remove what was built
 	@cargo clean
 clean-all: clean ## remove libtorch and the demo's output too (downloads stay in the cache)

@@ -5,6 +5,8 @@
 #   gpu_check.sh          build; run if this machine has a GPU, else say how to run it elsewhere
 #   gpu_check.sh build    put all that a machine without Rust needs into target/gpu-check/
 #   gpu_check.sh run      run it here; arguments go to `lacuna-worker gpu-check`
+#   gpu_check.sh bench    as without a word, for the comparison with PyTorch (bench/gpu.py)
+#   gpu_check.sh run-bench
 #
 # Running needs the CUDA libraries of torch 2.11.0: LIBTORCH=folder, or `make setup CUDA=1` in this
 # checkout, or the `torch` of python3. OUT=folder says where the results go (default: here).
@@ -33,11 +35,17 @@ build() {
     for file in lacuna lacuna-worker; do strip -o "$folder/$file" "$target/release/$file"; done
     for file in "${golden_files[@]}"; do cp "tests/golden/$file" "$folder/golden/"; done
     cp "$self" "$folder/gpu_check.sh"
+    mkdir "$folder/bench"
+    cp "$here"/bench/{gpu,gpu_tables,pytorch_step,step}.py "$here/common.py" "$folder/bench/"
+    cat > "$folder/bench.sh" <<'RUN'
+#!/usr/bin/env bash
+exec "$(dirname "${BASH_SOURCE[0]}")/gpu_check.sh" run-bench "$@"
+RUN
     cat > "$folder/run.sh" <<'RUN'
 #!/usr/bin/env bash
 exec "$(dirname "${BASH_SOURCE[0]}")/gpu_check.sh" run "$@"
 RUN
-    chmod +x "$folder/run.sh"
+    chmod +x "$folder/run.sh" "$folder/bench.sh"
     local n_bytes
     n_bytes=$(du --bytes --summarize "$folder" | cut -f1)
     if [ "$n_bytes" -ge "$bytes_max" ]; then
@@ -85,15 +93,30 @@ check_libtorch() { # folder
     fi
 }
 
-run() {
-    local folder=$here torch out code=0
+# Finds what was built, `folder`, and the libraries that it needs, `torch`.
+prepare() {
+    folder=$here
     [ -e "$folder/lacuna-worker" ] || folder=$(realpath -m "$here/..")/target/gpu-check
     if [ ! -x "$folder/lacuna-worker" ]; then
         say "no $folder/lacuna-worker: run \`scripts/gpu_check.sh build\` first"
         return 78
     fi
     torch=$(find_libtorch)
-    check_libtorch "$torch" || return
+    check_libtorch "$torch"
+}
+
+run_bench() {
+    local folder torch
+    prepare || return
+    mkdir -p "${OUT:-.}"
+    LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torch \
+        python3 "$folder/bench/gpu.py" --worker "$folder/lacuna-worker" \
+        --out "${OUT:-.}/gpu-bench.json" "$@"
+}
+
+run() {
+    local folder torch out code=0
+    prepare || return
     out=${OUT:-.}/gpu-check.json
     mkdir -p "${OUT:-.}"
     say "libtorch of $torch"
@@ -149,19 +172,23 @@ check() {
     fi
     build
     if has_gpu; then
-        run
+        "$1"
         return
     fi
+    local script=run.sh
+    [ "$1" = run ] || script=bench.sh
     cat <<EOT
 gpu-check: skipped: no GPU here. To run it on a machine that has one, with torch $torch_version for
   python3 or LIBTORCH set (Rust is not needed there), copy the folder and start it:
-    scp -r ${CARGO_TARGET_DIR:-target}/gpu-check HOST: && ssh HOST gpu-check/run.sh
+    scp -r ${CARGO_TARGET_DIR:-target}/gpu-check HOST: && ssh HOST gpu-check/$script
 EOT
 }
 
 case ${1:-check} in
-    check) check ;;
+    check) check run ;;
+    bench) check run_bench ;;
     build) build ;;
+    run-bench) shift; run_bench "$@" ;;
     run) shift; run "$@" ;;
-    *) say "unknown mode \`$1\`: build or run"; exit 2 ;;
+    *) say "unknown mode \`$1\`: build, run, bench or run-bench"; exit 2 ;;
 esac

@@ -7,6 +7,8 @@ reference MAE with normalised target. Prints one JSON line with the fields of `s
 
     python scripts/bench/pytorch_step.py --model tiny --batch 16 --steps 10 [--compile]
 
+On a GPU (`--device cuda`) its own precision is asked for: f32, tf32, or bf16 as autocast has it.
+
 Several processes, each started with its own rank and a file that is not there yet, train together
 (DDP over gloo, `--batch` images each):
 
@@ -17,6 +19,7 @@ Several processes, each started with its own rank and a file that is not there y
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -160,7 +163,7 @@ class MaskedAutoencoder(nn.Module):
         tokens = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
         batch, n_patches, width = tokens.shape
         if shuffle is None:
-            shuffle = torch.rand(batch, n_patches).argsort(dim=1)
+            shuffle = torch.rand(batch, n_patches, device=tokens.device).argsort(dim=1)
         restore = shuffle.argsort(dim=1).unsqueeze(2)
         keep = shuffle[:, : self.len_keep].unsqueeze(2)
         kept = tokens.gather(1, keep.expand(-1, -1, width))
@@ -215,7 +218,13 @@ def prepare(model: MaskedAutoencoder, args: argparse.Namespace) -> nn.Module:
         distributed.init_process_group("gloo", store=store, rank=args.rank,
                                        world_size=args.world, timeout=wait)
         loss_of = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return torch.compile(loss_of) if args.compile else loss_of
+    return torch.compile(loss_of, mode=args.mode) if args.compile else loss_of
+
+
+def synchronize(device: str) -> None:
+    """Waits for what a GPU still does."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def parse() -> argparse.Namespace:
@@ -225,7 +234,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="torch.compile, its default mode")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--mode", default="default", help="of torch.compile, as max-autotune")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="f32", choices=["f32", "tf32", "bf16"])
     parser.add_argument("--world", type=int, default=1, help="processes that train together")
     parser.add_argument("--rank", type=int, default=0, help="which of them this is")
     parser.add_argument("--store", help="a file that all of them can reach, not there yet")
@@ -242,24 +254,31 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_num_interop_threads(1)
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    # The residual stream is f32 there too: the position table is.
+    lower = torch.autocast(args.device, torch.bfloat16)
+    lowered = lower if args.precision == "bf16" else contextlib.nullcontext()
     start_gib = peak_gib()
     sizes = PRESETS[args.model]
-    model = MaskedAutoencoder(sizes)
+    model = MaskedAutoencoder(sizes).to(args.device)
     optimizer = make_optimizer(model)
     loss_of = prepare(model, args)
     if args.rank > 0:
         torch.manual_seed(args.rank)  # other images and masks, the same weights
     pixels = torch.rand(args.batch, sizes.channels, sizes.img_size, sizes.img_size)
-    images = (pixels - 0.45) / 0.25
+    images = ((pixels - 0.45) / 0.25).to(args.device)
 
     wall_ms, cpu_ms, losses = [], [], []
     for step in range(args.warmup + args.steps):
+        synchronize(args.device)
         start, start_cpu = time.perf_counter(), time.process_time()
-        loss = loss_of(images)
+        with lowered:
+            loss = loss_of(images)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         value = loss.item()
+        synchronize(args.device)
         if step < LOSSES:
             losses.append(value)
         if step >= args.warmup:
@@ -273,7 +292,9 @@ def main() -> None:
         "world": args.world,
         "rank": args.rank,
         "batch_per_process": args.batch,
-        "compile": args.compile,
+        "compile": args.mode if args.compile else False,
+        "device": args.device,
+        "precision": args.precision,
         "threads": torch.get_num_threads(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -281,6 +302,7 @@ def main() -> None:
         "step_ms": step_ms,
         "cpu_ms": summary(cpu_ms),
         "peak_gib": peak_gib(),
+        "device_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None,
         "start_gib": start_gib,
         "first_losses": losses,
     }))

@@ -3,7 +3,7 @@
 //! Writes one JSON file. Every item in it has a name, what was seen and whether it passed; an item
 //! that cannot run has failed, and the others run all the same.
 
-mod device;
+pub mod device;
 mod golden;
 pub mod nccl;
 mod slots;

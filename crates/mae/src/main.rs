@@ -1,6 +1,7 @@
 //! Binary `lacuna-worker`: agent and trainer on libtorch, and what else needs the model.
 
 mod commands;
+mod gpu_bench;
 mod gpu_check;
 
 use std::process::ExitCode;
@@ -42,6 +43,9 @@ enum Command {
     /// Check a device: golden values, equal bits, first numbers.
     #[command(hide = true)]
     GpuCheck(gpu_check::GpuCheckArgs),
+    /// Time whole training steps on a device, a line of JSON for each case.
+    #[command(hide = true)]
+    GpuBench(gpu_bench::GpuBenchArgs),
     /// One of two ranks that `gpu-check` starts.
     #[command(hide = true)]
     GpuCheckRank(gpu_check::nccl::RankArgs),
@@ -69,6 +73,10 @@ fn main() -> ExitCode {
         Some(Command::GpuCheck(args)) => {
             init_logs();
             finish(gpu_check::run(&args))
+        }
+        Some(Command::GpuBench(args)) => {
+            init_logs();
+            finish(gpu_bench::run(&args))
         }
         Some(Command::GpuCheckRank(args)) => {
             init_logs();

@@ -18,5 +18,6 @@ pub mod engine;
 pub mod entry;
 pub mod fake;
 pub mod host_math;
+pub mod step_math;
 pub mod trainer;
 pub mod transport;

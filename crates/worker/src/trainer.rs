@@ -11,7 +11,6 @@ pub mod session;
 pub mod shared;
 mod snapshot;
 pub mod step_loop;
-mod step_math;
 mod sync;
 pub mod uplink;
 

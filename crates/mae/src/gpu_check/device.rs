@@ -74,8 +74,9 @@ pub fn task(place: &DevicePlace, precision: Precision) -> anyhow::Result<(bool, 
 }
 
 /// Engines at one place, whatever their specs say.
-struct OnDevice {
-    place: DevicePlace,
+pub struct OnDevice {
+    /// The place.
+    pub place: DevicePlace,
 }
 
 impl Backend for OnDevice {

@@ -24,9 +24,9 @@ use super::meter::{Meter, memory_in_use, mfu};
 use super::metrics::MetricsFile;
 use super::saver::Saver;
 use super::shared::{Order, SharedHandle};
-use super::step_math::{MathError, StepMath};
 use super::sync::{SyncError, synchronise};
 use crate::engine::{Engine, EngineError, Yardstick, whole_probe};
+use crate::step_math::{MathError, StepMath};
 use crate::transport::Peers;
 
 /// Longest wait for one slot of data: far above any healthy read, below anybody's patience.

@@ -16,20 +16,28 @@ use crate::host_math::{HostMath, host_buckets};
 /// Both kinds give the same bits. They differ in what crosses the bus: every gradient, or the
 /// control word and a few numbers.
 #[derive(Debug)]
-pub(super) enum StepMath {
+pub enum StepMath {
     /// Gradients come to the host, and the mean gradient goes back.
     Host(Box<HostMath>),
     /// Everything stays on the engine's device.
-    Device { word: ControlWord, n_slots: u32 },
+    Device {
+        /// What the ranks tell each other with the sums.
+        word: ControlWord,
+        /// Slots of a step.
+        n_slots: u32,
+    },
 }
 
 /// A step that could not be summed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum MathError {
+pub enum MathError {
+    /// The group failed.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// The engine failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The sums are not those of whole slots.
     #[error(transparent)]
     Reduce(#[from] ReduceError),
 }
