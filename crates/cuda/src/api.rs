@@ -65,6 +65,7 @@ functions! {
     host_free: "cuMemFreeHost" (*mut c_void);
     copy_to_device: "cuMemcpyHtoDAsync_v2" (DevicePtr, *const c_void, usize, Handle);
     copy_to_host: "cuMemcpyDtoHAsync_v2" (*mut c_void, DevicePtr, usize, Handle);
+    copy_there: "cuMemcpyDtoDAsync_v2" (DevicePtr, DevicePtr, usize, Handle);
     fill: "cuMemsetD8Async" (DevicePtr, c_uchar, usize, Handle);
     module_load: "cuModuleLoadData" (*mut Handle, *const c_void);
     module_unload: "cuModuleUnload" (Handle);

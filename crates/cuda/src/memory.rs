@@ -150,6 +150,32 @@ impl DeviceBuffer {
         })
     }
 
+    /// Enqueues a copy of `n_bytes` of `source` from byte `from` on to this buffer from byte `at`
+    /// on.
+    ///
+    /// # Safety
+    /// Until `stream` has passed the copy both buffers stay allocated, no other stream writes
+    /// `source`, and none touches this one.
+    ///
+    /// # Errors
+    /// [`CudaError::Call`].
+    ///
+    /// # Panics
+    /// If either buffer is smaller.
+    pub unsafe fn copy_at(
+        &mut self,
+        at: usize,
+        (source, from): (&DeviceBuffer, usize),
+        n_bytes: usize,
+        stream: &Stream,
+    ) -> Result<(), CudaError> {
+        let (target, source) = (self.range(at, n_bytes), source.range(from, n_bytes));
+        self.device.call("cuMemcpyDtoDAsync", |api| {
+            // SAFETY: both ranges lie inside their buffers; the caller answers for the rest.
+            unsafe { (api.copy_there)(target, source, n_bytes, stream.as_raw()) }
+        })
+    }
+
     /// Returns the address of byte `at`, from which `n_bytes` lie inside.
     fn range(&self, at: usize, n_bytes: usize) -> DevicePtr {
         let fits = at.checked_add(n_bytes).is_some_and(|end| end <= self.n_bytes);

@@ -1,5 +1,6 @@
 //! What kernels must do, on whatever they run: the bits of `recipe`. Panics where they do not.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use lacuna_cuda::{DeviceBuffer, PinnedBuffer, Stream};
@@ -11,7 +12,7 @@ use lacuna_recipe::state::{Layout, Section};
 use lacuna_recipe::step::Normalize;
 
 use crate::wait::drain;
-use crate::{DeviceState, Kernels, Pixels, Shape, Updating};
+use crate::{Aside, DeviceState, Kernels, Pixels, Shape, Updating};
 
 const SLOTS: u32 = 4;
 /// Why nothing here may fail.
@@ -26,6 +27,50 @@ pub fn run(kernels: &Kernels) {
     a_step_on_the_device_has_the_bits_of_the_host(kernels);
     overflow_and_infinity_raise_the_lanes_of_the_host(kernels);
     bytes_become_the_values_of_the_recipe(kernels);
+    what_was_set_aside_stays(kernels);
+}
+
+/// Copies are those of their time, whatever becomes of the state, and are read in any thread.
+fn what_was_set_aside_stays(kernels: &Kernels) {
+    let layout = layout();
+    let n = layout.numel();
+    let mut state = DeviceState::new(kernels, layout, SLOTS).expect(FITS);
+    let parts = [
+        (Section::Param, 0..n),
+        (Section::ExpAvgSq, 3..n - 1),
+        (Section::ExpAvg, 5..5),
+        (Section::Param, 7..8),
+    ];
+    let mut kept = Vec::new();
+    for time in 1..5 {
+        for section in Section::ALL {
+            let values = noise(time * 10 + section as u64, n, 1.0);
+            state.write(section, 0, &values).expect(WORKS);
+        }
+        let aside = state.set_aside(&parts).expect(WORKS);
+        // The first is read at once and its memory is used again, the others wait.
+        if time == 1 {
+            check_aside(aside, time, &parts);
+        } else {
+            kept.push((time, aside));
+        }
+    }
+    let read = move || {
+        for (time, aside) in kept.into_iter().rev() {
+            check_aside(aside, time, &parts);
+        }
+    };
+    std::thread::spawn(read).join().expect("copies are as they were");
+}
+
+/// Compares a copy with what was written at that time.
+fn check_aside(mut aside: Aside, time: u64, parts: &[(Section, Range<usize>)]) {
+    for (i, (section, range)) in parts.iter().enumerate() {
+        let mut bytes = vec![0; range.len() * 4];
+        aside.read(i, &mut bytes).expect(WORKS);
+        let wanted = noise(time * 10 + *section as u64, range.end, 1.0);
+        assert_eq!(bytes, bytemuck::cast_slice(&wanted[range.clone()]), "part {i} at {time}");
+    }
 }
 
 /// Tensors whose sizes meet pieces of digests in all ways; one is decayed, others are not.

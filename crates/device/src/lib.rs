@@ -14,6 +14,7 @@
 //! All work is enqueued on the legacy default stream, on which libtorch works too. Methods that
 //! return numbers wait for them, under a deadline; the others return at once.
 
+mod aside;
 pub mod conformance;
 mod crc;
 mod kernels;
@@ -21,6 +22,7 @@ mod pixels;
 mod state;
 mod wait;
 
+pub use aside::Aside;
 pub use kernels::{Kernels, KernelsError, SOURCE};
 pub use pixels::{Pixels, Shape};
 pub use state::{DeviceState, Updating};

@@ -9,6 +9,7 @@ use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::reduce::{CONTROL_LANES, ControlWord, exp2, slot_limit};
 use lacuna_recipe::state::{Layout, Section, TensorDigests};
 
+use crate::aside::Shelf;
 use crate::crc;
 use crate::kernels::{Kernels, grid_for};
 use crate::wait::{DeviceError, drain};
@@ -64,6 +65,8 @@ pub struct DeviceState {
     /// CRCs of pieces, u64.
     crcs: DeviceBuffer,
     host: PinnedBuffer,
+    /// Memory of copies that were read.
+    shelf: Shelf,
 }
 
 impl DeviceState {
@@ -113,6 +116,7 @@ impl DeviceState {
             kernels: kernels.clone(),
             layout,
             n_slots,
+            shelf: Shelf::default(),
         })
     }
 
@@ -124,6 +128,18 @@ impl DeviceState {
     /// Returns the device.
     pub fn device(&self) -> &Device {
         &self.kernels.device
+    }
+
+    pub(crate) fn section(&self, section: Section) -> &DeviceBuffer {
+        &self.sections[section as usize]
+    }
+
+    pub(crate) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    pub(crate) fn shelf(&self) -> &Shelf {
+        &self.shelf
     }
 
     /// Returns the address of a section on the device: flat f32 in layout order. It stays the same

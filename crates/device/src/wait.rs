@@ -32,6 +32,13 @@ pub enum DeviceError {
     },
 }
 
+impl DeviceError {
+    /// Tells whether the device had no memory left, and nothing else is wrong.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, DeviceError::Cuda { source, .. } if source.is_out_of_memory())
+    }
+}
+
 /// Waits until `stream` has passed everything that it holds by now.
 pub(crate) fn drain(
     event: &Event,

@@ -414,6 +414,16 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     copy(from as usize, to as usize, n_bytes, stream)
 }
 
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
+    to: u64,
+    from: u64,
+    n_bytes: usize,
+    stream: Handle,
+) -> c_int {
+    copy(from as usize, to as usize, n_bytes, stream)
+}
+
 /// Names and words of the errors that occur here.
 const ERRORS: [(c_int, &[u8], &[u8]); 9] = [
     (SUCCESS, b"CUDA_SUCCESS\0", b"no error\0"),

@@ -14,6 +14,7 @@ use lacuna_checkpoint::pace::Pace;
 use lacuna_checkpoint::state::{PartSlice, Snapshot};
 use lacuna_checkpoint::write::{PartInfo, write_part_at};
 use lacuna_control::worker::Report;
+use lacuna_device::{Aside, DeviceError};
 use lacuna_types::{AttemptSeq, Generation};
 use tokio::sync::mpsc;
 
@@ -30,10 +31,23 @@ pub struct SaveJob {
     pub info: PartInfo,
     /// The copied state.
     pub snapshot: Snapshot,
+    /// What of it is still on the device: a copy, and the slices that its parts belong to.
+    pub aside: Option<(Aside, Vec<usize>)>,
     /// Whether training stands still for it: then it is written as fast as it can be.
     pub held: bool,
     /// Set when nobody wants the part any more.
     pub given_up: Arc<AtomicBool>,
+}
+
+impl SaveJob {
+    /// Brings what is still on the device to the host.
+    fn fetch(&mut self) -> Result<(), DeviceError> {
+        let Some((mut aside, slices)) = self.aside.take() else { return Ok(()) };
+        for (part, slice) in slices.into_iter().enumerate() {
+            aside.read(part, self.snapshot.bytes_mut(slice))?;
+        }
+        Ok(())
+    }
 }
 
 /// The thread that writes, and the buffers it gives back.
@@ -61,20 +75,24 @@ impl Saver {
         let (give_back, spare) = sync_channel::<Snapshot>(2);
         let of_thread = meter.clone();
         let work = move || {
-            for job in inbox {
+            for mut job in inbox {
                 let (generation, attempt) = (job.generation, job.attempt);
                 let limit = bytes_per_second.filter(|_| !job.held);
                 let pace = Pace::new(limit, job.given_up.clone());
-                let (slices, began) = (job.snapshot.slices(), Instant::now());
-                let report = match write_part_at(&dir, &job.info, &slices, &pace) {
+                let began = Instant::now();
+                let written = job.fetch().map_err(|err| chain(&err)).and_then(|()| {
+                    let part = write_part_at(&dir, &job.info, &job.snapshot.slices(), &pace);
+                    part.map_err(|err| chain(&err))
+                });
+                let report = match written {
                     Ok(receipt) => {
                         of_thread.wrote(receipt.file.bytes, began.elapsed());
                         let receipt = receipt.render();
                         Report::PartDone { generation, attempt, receipt }
                     }
-                    Err(err) => {
+                    Err(detail) => {
                         of_thread.failed();
-                        Report::PartFailed { generation, attempt, detail: chain(&err) }
+                        Report::PartFailed { generation, attempt, detail }
                     }
                 };
                 // The buffer is dropped where nobody wants it back.
