@@ -81,8 +81,8 @@ impl StepLoop {
     }
 }
 
-/// Copies ranges aside where the state is on a device; nothing where it is not, or the device has no
-/// room for a copy.
+/// Copies ranges aside where the state is on a device; nothing where it is not, or the device has
+/// no room for a copy.
 fn set_aside(
     engine: &mut dyn Engine,
     ranges: &[(Section, Range<usize>)],
