@@ -124,7 +124,8 @@ run() {
     LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torch \
         OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
         "$folder/lacuna-worker" gpu-check --golden "$folder/golden" --out "$out" "$@" || code=$?
-    if [ "$code" = 0 ]; then
+    # What failed above may be no matter to a run.
+    if [ "$code" != 78 ]; then
         LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
             train_twice "$folder" "${OUT:-.}" || code=1
     fi

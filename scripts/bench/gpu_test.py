@@ -21,10 +21,11 @@ class Contests(unittest.TestCase):
         self.assertEqual({contest.model for contest in found}, {"base", "large", "huge"})
         for contest in found:
             for case in contest.ours:
-                model, slot, slots, precision, reduce = case.split(":")
+                parts = case.removesuffix(":free").split(":")
+                model, slot, slots, precision, reduce = parts
                 self.assertEqual((model, int(slot) * int(slots)), (contest.model, contest.images))
                 self.assertIn(precision, gpu.PRECISIONS)
-                self.assertIn(reduce, ("exact", "fast"))
+                self.assertEqual(reduce, "exact")
         cases = [case for contest in found for case in contest.ours]
         self.assertEqual(len(cases), len(set(cases)))
         for slot in gpu.SLOTS:
@@ -49,9 +50,11 @@ class Reports(unittest.TestCase):
 
     def test_bits_that_differ_are_counted(self):
         results = [(self.CONTEST, [line("ours", 1.0, repeats=True),
-                                   line("other", 1.0, repeats=False), line("peer", 2.0)])]
+                                   line("other", 1.0, repeats=False), line("peer", 2.0),
+                                   line("free", 1.0, repeats=False, kernels="free")])]
         text = gpu.report({}, results, ["slow"])
-        self.assertIn("1 of 2 cases of ours gave the same bits twice.\nleft out: slow\n", text)
+        self.assertIn("1 of 2 exact trainings of ours gave the same bits twice.\n", text)
+        self.assertTrue(text.endswith("left out: slow\n"), text)
 
 
 class Time(unittest.TestCase):
@@ -75,10 +78,10 @@ class Time(unittest.TestCase):
         self.assertEqual(bench.left_out, ["late"])
 
     def test_what_takes_too_long_is_ended(self):
-        bench = self.bench(0.5)
-        program = "import signal; signal.pause()"
-        self.assertEqual(bench.run("hangs", [sys.executable, "-c", program]), [])
-        self.assertEqual(bench.left_out, ["hangs"])
+        bench = self.bench(2)
+        program = "import signal; print('{}', flush=True); signal.pause()"
+        self.assertEqual(bench.run("hangs", [sys.executable, "-c", program], n_lines=2), [{}])
+        self.assertRegex(bench.left_out[0], r"hangs \(ended after [12] s\)")
 
 
 class Tables(unittest.TestCase):

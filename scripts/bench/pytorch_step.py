@@ -255,6 +255,7 @@ def main() -> None:
     torch.set_num_interop_threads(1)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     # The residual stream is f32 there too: the position table is.
     lower = torch.autocast(args.device, torch.bfloat16)
     lowered = lower if args.precision == "bf16" else contextlib.nullcontext()

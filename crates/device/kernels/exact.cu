@@ -121,7 +121,8 @@ KERNEL normalise(const u8 *pixels, const float *table, float *values, u64 n, u64
 }
 
 // CRC-64/NVME of each piece of `piece` bytes (the last may be shorter; pieces are multiples of 8).
-// `tables` holds eight tables of 256 values for eight bytes at once.
+// `tables` holds eight tables of 256 values for eight bytes at once. `bytes` lies at a multiple of
+// 4 and no more: a tensor begins behind another one of any number of f32.
 KERNEL crc64_pieces(const u8 *bytes, const u64 *tables, u64 *crcs, u64 n, u64 piece, u64 n_pieces) {
   for (EACH(k, n_pieces)) {
     const u64 start = k * piece;
@@ -129,7 +130,8 @@ KERNEL crc64_pieces(const u8 *bytes, const u64 *tables, u64 *crcs, u64 n, u64 pi
     u64 crc = ~0ULL;
     u64 at = start;
     for (; at + 8 <= end; at += 8) {
-      const u64 word = crc ^ *(const u64 *)(bytes + at);
+      const u32 *half = (const u32 *)(bytes + at);
+      const u64 word = crc ^ ((u64)half[0] | (u64)half[1] << 32);
       crc = tables[7 * 256 + (word & 0xff)] ^ tables[6 * 256 + (word >> 8 & 0xff)] ^
             tables[5 * 256 + (word >> 16 & 0xff)] ^ tables[4 * 256 + (word >> 24 & 0xff)] ^
             tables[3 * 256 + (word >> 32 & 0xff)] ^ tables[2 * 256 + (word >> 40 & 0xff)] ^

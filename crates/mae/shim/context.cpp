@@ -28,10 +28,16 @@ int lacuna_torch_set_flags(int flags) {
     context.setBenchmarkCuDNN(false);
     context.setAllowTF32CuBLAS(tf32);
     context.setAllowTF32CuDNN(tf32);
-    // Partial sums of products stay f32: by default libtorch lets them be bf16.
-    context.setAllowBF16ReductionCuBLAS(false, /*allow_splitk=*/false);
-    const auto full = at::CuBLASReductionOption::DisallowReducedPrecisionDisallowSplitK;
-    return context.allowBF16ReductionCuBLAS() == full ? 0 : -1;
+    // Partial sums of products stay f32: by default libtorch lets them be bf16. Sums in parts are
+    // allowed, which cuBLAS cannot be kept from (cuBLASLt can).
+    context.setAllowBF16ReductionCuBLAS(false, /*allow_splitk=*/true);
+    const auto full = at::CuBLASReductionOption::DisallowReducedPrecisionAllowSplitK;
+    const bool as_set = context.allowBF16ReductionCuBLAS() == full &&
+                        context.deterministicCuDNN() == deterministic &&
+                        !context.benchmarkCuDNN() &&
+                        !context.deterministicFillUninitializedMemory() &&
+                        context.allowTF32CuBLAS() == tf32 && context.allowTF32CuDNN() == tf32;
+    return as_set ? 0 : -1;
   } catch (...) {
     return -1;
   }

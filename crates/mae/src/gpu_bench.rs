@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use lacuna_collective::{AbortHandle, Exposure, Group, TcpCollective, TrainerListener};
+use lacuna_mae::context::{self, Kernels};
 use lacuna_mae::engine::DevicePlace;
 use lacuna_mae::runtime;
 use lacuna_mae::worker::TorchBackend;
@@ -24,6 +25,7 @@ use lacuna_recipe::step::SlotBatch;
 use lacuna_spec::{Precision, Reduce};
 use lacuna_types::{Generation, exit};
 use lacuna_worker::engine::{Backend, Engine, EngineSpec, UpdateScalars};
+use lacuna_worker::entry::CodedError;
 use lacuna_worker::fake::probe_batch;
 use lacuna_worker::step_math::StepMath;
 use serde_json::{Value, json};
@@ -34,8 +36,9 @@ use crate::gpu_check::device::OnDevice;
 /// `lacuna-worker gpu-bench`.
 #[derive(Args, Debug)]
 pub struct GpuBenchArgs {
-    /// Steps of one kind: MODEL:IMAGES:SLOTS:PRECISION:REDUCE, as base:128:4:bf16:exact. Several
-    /// times for several kinds, which take turns in each round.
+    /// Steps of one kind: MODEL:IMAGES:SLOTS:PRECISION:REDUCE, as base:128:4:bf16:exact, with :free
+    /// behind it where libtorch may choose kernels that do not repeat themselves. Several times for
+    /// several kinds.
     #[arg(long = "case", required = true)]
     cases: Vec<Case>,
     /// Device to compute on, cuda0 or cpu0.
@@ -64,6 +67,8 @@ struct Case {
     n_slots: u32,
     precision: Precision,
     reduction: Reduction,
+    /// Whether only kernels run that give the same bits each time.
+    is_exact: bool,
 }
 
 /// Most images of a slot, and slots of a step.
@@ -73,7 +78,11 @@ impl FromStr for Case {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let parts: Vec<&str> = text.split(':').collect();
+        let (parts, is_exact) = match text.strip_suffix(":free") {
+            Some(parts) => (parts, false),
+            None => (text, true),
+        };
+        let parts: Vec<&str> = parts.split(':').collect();
         let [model, images, slots, precision, reduce] = parts[..] else {
             bail!("a case is MODEL:IMAGES:SLOTS:PRECISION:REDUCE, as base:128:4:bf16:exact");
         };
@@ -100,6 +109,7 @@ impl FromStr for Case {
             slot_batch: number(images)?,
             n_slots: number(slots)?,
             precision: Precision::ALL[word(&precisions, precision, "precision")?].1,
+            is_exact,
             reduction: Reduce::ALL[word(&sums, reduce, "sum")?].1.reduction(),
         })
     }
@@ -121,15 +131,16 @@ struct Found {
 pub fn run(args: &GpuBenchArgs) -> anyhow::Result<u8> {
     runtime::pin_threads();
     let backend = backend(args)?;
-    let mut found: Vec<Found> = args.cases.iter().map(|_| Found::default()).collect();
-    for _ in 0..args.rounds {
-        for (case, found) in args.cases.iter().zip(&mut found) {
+    let mut code = exit::OK;
+    for case in &args.cases {
+        let mut found = Found::default();
+        for _ in 0..args.rounds {
             if found.error.is_some() {
-                continue;
+                break;
             }
             // What libtorch refuses, it says by a panic.
             let tried = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                time(case, args, backend.as_ref(), found)
+                time(case, args, backend.as_ref(), &mut found)
             }));
             match tried {
                 Ok(Ok(())) => {}
@@ -137,16 +148,14 @@ pub fn run(args: &GpuBenchArgs) -> anyhow::Result<u8> {
                 Err(_) => found.error = Some("libtorch refused it, see above".to_string()),
             }
         }
-    }
-    let mut code = exit::OK;
-    for (case, found) in args.cases.iter().zip(&found) {
         // Float sums of one rank have one order too.
         let same = |first: &String| found.digests.iter().all(|digest| digest == first);
         let repeats = found.digests.first().map(same);
-        if found.error.is_some() || repeats == Some(false) {
+        if found.error.is_some() || (case.is_exact && repeats == Some(false)) {
             code = exit::FAILED;
         }
-        println!("{}", line(case, args, found, repeats));
+        // At once: whoever ends this early has what was measured until then.
+        println!("{}", line(case, args, &found, repeats));
     }
     Ok(code)
 }
@@ -158,7 +167,10 @@ fn backend(args: &GpuBenchArgs) -> anyhow::Result<Box<dyn Backend>> {
         return Ok(Box::new(OnDevice { place }));
     }
     let backend = TorchBackend::default();
-    backend.prepare(&args.device)?;
+    backend.prepare(&args.device).map_err(|err| CodedError {
+        code: exit::UNFIT,
+        message: format!("gpu-bench: {}", lacuna_checkpoint::chain(&err)),
+    })?;
     Ok(Box::new(backend))
 }
 
@@ -185,6 +197,8 @@ fn time(
         found.engine = engine.describe();
         found.peak_flops = engine.yardstick()?.map(|yardstick| yardstick.peak);
     }
+    let tf32 = case.precision == Precision::Tf32;
+    context::set_kernels(Kernels { deterministic: case.is_exact, tf32 })?;
     let mut training = Training::new(case, engine.as_mut())?;
     for step in 0..args.warmup + args.steps {
         let began = Instant::now();
@@ -299,6 +313,7 @@ fn line(case: &Case, args: &GpuBenchArgs, found: &Found, repeats: Option<bool>) 
         "mfu": mfu,
         "device_memory": found.device_memory,
         "digests": found.digests,
+        "kernels": if case.is_exact { "exact" } else { "free" },
         "repeats": repeats,
         "first_losses": found.losses,
         "error": found.error,

@@ -26,7 +26,7 @@ use lacuna_worker::entry::CodedError;
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
-use self::golden::Golden;
+use self::golden::{Comparison, Golden};
 use self::slots::Slots;
 
 /// `lacuna-worker gpu-check`.
@@ -142,25 +142,33 @@ impl Report {
         self.items.push(Item { name, passed, text, detail });
     }
 
-    /// The model against the golden values.
+    /// The model against the golden values, and in lower precision near them.
     fn golden(&mut self, golden: &Golden) {
+        for (word, precision) in [("bf16", Precision::Bf16), ("tf32", Precision::Tf32)] {
+            let prefix = format!("golden.mid.{word}");
+            self.compared(&prefix, attempt(|| golden.compare_lower(precision)));
+        }
         for tag in golden::TAGS {
             for kind in [Kind::Float, Kind::Double] {
                 let prefix = format!("golden.{tag}.{}", golden::kind_name(kind));
-                match attempt(|| golden.compare(tag, kind)) {
-                    Ok(comparisons) => {
-                        for seen in comparisons {
-                            let (off, most) = (seen.off, seen.tolerance);
-                            // A NaN is not below the tolerance.
-                            let passed = off < most;
-                            let text = format!("off by {off:.1e}, less than {most:.0e} is right");
-                            let detail = json!({ "off": off, "tolerance": most });
-                            self.add(format!("{prefix}.{}", seen.what), Ok((passed, text, detail)));
-                        }
-                    }
-                    Err(err) => self.add(prefix, Err(err)),
-                }
+                self.compared(&prefix, attempt(|| golden.compare(tag, kind)));
             }
+        }
+    }
+
+    /// Adds an item for each quantity.
+    fn compared(&mut self, prefix: &str, seen: anyhow::Result<Vec<Comparison>>) {
+        let comparisons = match seen {
+            Ok(comparisons) => comparisons,
+            Err(err) => return self.add(prefix.to_string(), Err(err)),
+        };
+        for seen in comparisons {
+            let (off, most) = (seen.off, seen.tolerance);
+            // A NaN is not below the tolerance.
+            let passed = off < most;
+            let text = format!("off by {off:.1e}, less than {most:.0e} is right");
+            let detail = json!({ "off": off, "tolerance": most });
+            self.add(format!("{prefix}.{}", seen.what), Ok((passed, text, detail)));
         }
     }
 
@@ -193,6 +201,9 @@ impl Report {
             self.add(name, attempt(|| device::contract(&place, precision)));
             let name = format!("device.task.{word}");
             self.add(name, attempt(|| device::task(&place, precision)));
+        }
+        if let Err(err) = context::set_kernels(EXACT) {
+            self.add("device.kernels".to_string(), Err(err.into()));
         }
         self.add("nccl.pair".to_string(), attempt(|| nccl::pair(&args.transport)));
     }

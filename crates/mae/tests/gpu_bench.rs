@@ -20,10 +20,11 @@ fn bench(words: &[&str]) -> (i32, Vec<Value>, String) {
 
 #[test]
 fn steps_are_timed_and_repeat_themselves() {
-    let sums = ["exact", "exact32", "fast"].map(|reduce| format!("micro:4:2:f32:{reduce}"));
+    let sums =
+        ["exact", "exact32", "fast", "exact:free"].map(|reduce| format!("micro:4:2:f32:{reduce}"));
     let words: Vec<&str> = sums.iter().flat_map(|case| ["--case", case]).collect();
     let (code, lines, err) = bench(&words);
-    assert_eq!((code, lines.len()), (0, 3), "{err}");
+    assert_eq!((code, lines.len()), (0, 4), "{err}");
     for (line, case) in lines.iter().zip(&sums) {
         assert_eq!((line["case"].as_str().unwrap(), &line["error"]), (&case[..], &Value::Null));
         assert_eq!((&line["repeats"], &line["images_a_step"]), (&true.into(), &8.0.into()));
@@ -34,6 +35,8 @@ fn steps_are_timed_and_repeat_themselves() {
         assert!((rate * ms("median") / 8000.0 - 1.0).abs() < 1e-9, "{line}");
         assert!(line["mfu"].as_f64().unwrap() > 0.0, "{line}");
     }
+    let kernels = lines.iter().map(|line| line["kernels"].as_str().unwrap());
+    assert_eq!(kernels.collect::<Vec<&str>>(), ["exact", "exact", "exact", "free"]);
     // The state of a step that sums there has the bits of one that sums on the host.
     let library = lacuna_nccl_standin::path();
     let there = ["--cuda-library", library.to_str().unwrap(), "--case", &sums[0]];

@@ -176,8 +176,8 @@ impl Communicator {
         self.shared.wait(deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// Stops all operations of this communicator, on all ranks, and leaves it good for
-    /// [`shrink`](Self::shrink) only.
+    /// Stops all operations of this communicator, on all ranks. What is left to do with it is to
+    /// free it.
     ///
     /// # Errors
     /// [`NcclError::Unsupported`] before NCCL 2.28.7, and [`NcclError::Call`].
@@ -186,42 +186,6 @@ impl Communicator {
         let revoke = revoke.ok_or_else(|| self.unsupported("ncclCommRevoke"))?;
         // SAFETY: the communicator is live and locked; 0 is the only flag there is.
         self.call("ncclCommRevoke", |_, raw| unsafe { revoke(raw, 0) })
-    }
-
-    /// Starts to make a communicator without the ranks `excluded`, which need not take part; all
-    /// others call this with the same list. Ranks close up.
-    ///
-    /// `abort` ends operations of this communicator that cannot end by themselves.
-    ///
-    /// # Errors
-    /// [`NcclError::Unsupported`] before NCCL 2.27, and [`NcclError::Call`].
-    ///
-    /// # Panics
-    /// If this rank is among the excluded.
-    pub fn shrink(
-        &self,
-        excluded: &[usize],
-        config: &CommConfig,
-        abort: bool,
-    ) -> Result<Self, NcclError> {
-        assert!(!excluded.contains(&self.rank), "rank {} cannot exclude itself", self.rank);
-        let shrink = self.shared.library.api().comm_shrink;
-        let shrink = shrink.ok_or_else(|| self.unsupported("ncclCommShrink"))?;
-        let number = |n: &usize| c_int::try_from(*n).unwrap_or(c_int::MAX);
-        let mut list: Vec<c_int> = excluded.iter().map(number).collect();
-        list.sort_unstable();
-        list.dedup();
-        let mut raw_config: RawConfig = config.to_raw();
-        let mut new: RawComm = std::ptr::null_mut();
-        self.call("ncclCommShrink", |_, raw| {
-            let (n, config) = (number(&list.len()), &raw mut raw_config);
-            // SAFETY: the communicator is live and locked; the pointers point to live values, and
-            // NCCL copies what it keeps.
-            unsafe { shrink(raw, list.as_mut_ptr(), n, &raw mut new, config, c_int::from(abort)) }
-        })?;
-        let gone_below = list.iter().filter(|rank| **rank < number(&self.rank)).count();
-        let (world, rank) = (self.world - list.len(), self.rank - gone_below);
-        Ok(Self::from_raw(&self.shared.library, new, world, rank))
     }
 
     fn unsupported(&self, symbol: &'static str) -> NcclError {

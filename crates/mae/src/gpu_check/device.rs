@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use lacuna_cuda::{Compiler, Driver};
 use lacuna_device::{Kernels, conformance};
 use lacuna_mae::classify::EncoderWeights;
+use lacuna_mae::context::{self, EXACT};
 use lacuna_mae::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, Place, TaskEngine};
 use lacuna_recipe::model::ModelConfig;
 use lacuna_spec::Precision;
@@ -93,6 +94,11 @@ impl Backend for OnDevice {
     }
 
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
+        let kernels = context::Kernels { tf32: spec.precision == Precision::Tf32, ..EXACT };
+        context::set_kernels(kernels).map_err(|err| EngineError::Device {
+            context: "failed to choose kernels".to_string(),
+            source: Box::new(err),
+        })?;
         let setup = EngineSetup {
             model: spec.model.clone(),
             seed: spec.seed,

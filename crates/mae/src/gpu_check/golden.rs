@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use lacuna_mae::context::{self, EXACT, Kernels};
 use lacuna_mae::mae::{Mae, Masks, PosTables};
 use lacuna_mae::weights::Weights;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_recipe::state::Layout;
+use lacuna_spec::Precision;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -36,6 +38,14 @@ pub struct Golden {
     values: Value,
 }
 
+/// A set of golden values that was read.
+struct Case {
+    model: ModelConfig,
+    layout: Arc<Layout>,
+    flat: Vec<f64>,
+    io: Named,
+}
+
 type Named = Vec<(String, Tensor)>;
 
 /// Allowed differences: f64 differs from the reference by the order of sums only, f32 by its
@@ -47,6 +57,9 @@ struct Tolerances {
 }
 
 const F64: Tolerances = Tolerances { loss: 1e-10, tensor: 1e-10, gradient: 1e-12 };
+/// Of bf16 and tf32: the loss relative to f64, and 1 less the cosine of the two gradients. Without
+/// its f32 residual stream the loss would be off by twice as much.
+const LOWER: Tolerances = Tolerances { loss: 2e-3, tensor: f64::NAN, gradient: 1e-4 };
 const F32: Tolerances = Tolerances { loss: 1e-6, tensor: 1e-5, gradient: 1e-5 };
 
 /// Names a kind of tensors, `f32` or `f64`.
@@ -65,20 +78,31 @@ impl Golden {
         Ok(Golden { folder: folder.to_path_buf(), device, values })
     }
 
-    /// Computes one set and compares it.
-    pub fn compare(&self, tag: &str, kind: Kind) -> anyhow::Result<Vec<Comparison>> {
+    /// Reads one set.
+    fn case(&self, tag: &str) -> anyhow::Result<Case> {
         let model = self.model(tag)?;
         let layout = Layout::new(model.params());
         let flat = flatten(&layout, &self.tensors(&format!("{tag}.weights.f32.safetensors"))?)?;
         let io = self.tensors(&format!("{tag}.io.safetensors"))?;
-        let weights = self.weights(&layout, &flat, kind);
-        let tables = PosTables::new(&model, kind).to_device(self.device);
-        let mae = Mae::new(&model, &tables, &weights);
-        let images = find(&io, "img")?.to_kind(kind).to_device(self.device);
-        let ids = find(&io, "ids_shuffle")?.contiguous().view(-1);
+        Ok(Case { model, layout, flat, io })
+    }
+
+    fn masks(&self, Case { model, io, .. }: &Case) -> anyhow::Result<Masks> {
+        let ids = find(io, "ids_shuffle")?.contiguous().view(-1);
         let ids: Vec<u32> = Vec::<i64>::try_from(ids)?.into_iter().map(|id| id as u32).collect();
         let masks = Masks::from_shuffle(&ids, model.n_patches(), model.len_keep());
-        let masks = masks.to_device(self.device);
+        Ok(masks.to_device(self.device))
+    }
+
+    /// Computes one set and compares it.
+    pub fn compare(&self, tag: &str, kind: Kind) -> anyhow::Result<Vec<Comparison>> {
+        let case = self.case(tag)?;
+        let Case { model, layout, flat, io } = &case;
+        let weights = self.weights(layout, flat, kind);
+        let tables = PosTables::new(model, kind).to_device(self.device);
+        let mae = Mae::new(model, &tables, &weights);
+        let images = find(io, "img")?.to_kind(kind).to_device(self.device);
+        let masks = self.masks(&case)?;
 
         let most = if kind == Kind::Float { F32 } else { F64 };
         let ones = Tensor::ones([images.size()[0]], (kind, self.device));
@@ -88,14 +112,65 @@ impl Golden {
         let mut seen = vec![Comparison { what: "loss", off, tolerance: most.loss }];
         let predicted = tch::no_grad(|| mae.predict(&images, &masks));
         for (what, got) in [("latent", &predicted.latent_bnd), ("pred", &predicted.pred_blp)] {
-            let off = max_difference(got, find(&io, what)?)?;
+            let off = max_difference(got, find(io, what)?)?;
             seen.push(Comparison { what, off, tolerance: most.tensor });
         }
         if tag == WITH_GRADIENTS {
-            let off = self.gradients_off(&layout, &loss, &weights)?;
+            let off = self.gradients_off(layout, &loss, &weights)?;
             seen.push(Comparison { what: "gradients", off, tolerance: most.gradient });
         }
         Ok(seen)
+    }
+
+    /// Computes `mid` in lower precision and compares it with f64 on the same device, as automatic
+    /// mixed precision is compared: the loss, and the direction of the gradient.
+    pub fn compare_lower(&self, precision: Precision) -> anyhow::Result<Vec<Comparison>> {
+        const TAG: &str = "mid";
+        let case = self.case(TAG)?;
+        let exact = self.weights(&case.layout, &case.flat, Kind::Double);
+        let (want, want_grad) = self.differentiate(&case, &exact, Kind::Double)?;
+        let params = self.weights(&case.layout, &case.flat, Kind::Float);
+        let params = match precision {
+            Precision::Bf16 => params.half_products().trainable(),
+            Precision::F32 | Precision::Tf32 => params,
+        };
+        context::set_kernels(Kernels { tf32: precision == Precision::Tf32, ..EXACT })?;
+        let computed = self.differentiate(&case, &params, Kind::Float);
+        context::set_kernels(EXACT)?;
+        let (loss, grad) = computed?;
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+        let cosine =
+            dot(&grad, &want_grad) / (dot(&grad, &grad) * dot(&want_grad, &want_grad)).sqrt();
+        let is_lower = precision == Precision::Bf16 || self.device.is_cuda();
+        if is_lower && 1.0 - cosine < 1e-10 {
+            bail!("the gradient is that of f32: nothing was computed in {precision:?}");
+        }
+        let off = (loss / want - 1.0).abs();
+        Ok(vec![
+            Comparison { what: "loss", off, tolerance: LOWER.loss },
+            Comparison { what: "gradient", off: 1.0 - cosine, tolerance: LOWER.gradient },
+        ])
+    }
+
+    /// Returns loss and gradient, flat in the layout's order.
+    fn differentiate(
+        &self,
+        case: &Case,
+        weights: &Weights,
+        kind: Kind,
+    ) -> anyhow::Result<(f64, Vec<f64>)> {
+        let tables = PosTables::new(&case.model, kind).to_device(self.device);
+        let mae = Mae::new(&case.model, &tables, weights);
+        let images = find(&case.io, "img")?.to_kind(kind).to_device(self.device);
+        let ones = Tensor::ones([images.size()[0]], (kind, self.device));
+        let loss = mae.loss(&images, &self.masks(case)?, &ones);
+        let grads = Tensor::run_backward(&[&loss], weights.tensors(), false, false);
+        let mut flat: Vec<f64> = Vec::with_capacity(case.flat.len());
+        for grad in &grads {
+            let grad = grad.to_device(Device::Cpu).to_kind(Kind::Double).contiguous().view(-1);
+            flat.extend(Vec::<f64>::try_from(grad)?);
+        }
+        Ok((loss.double_value(&[]), flat))
     }
 
     fn gradients_off(
