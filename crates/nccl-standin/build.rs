@@ -8,6 +8,9 @@ fn main() {
         .opt_level(2)
         // One rounding for each operation, as on the device.
         .flag("-ffp-contract=off")
+        // A device refuses what lies at no multiple of its size; a processor would not mind.
+        .flag("-fsanitize=alignment")
+        .flag("-fsanitize-undefined-trap-on-error")
         .warnings(false)
         .compile("lacuna_standin_kernels");
 }

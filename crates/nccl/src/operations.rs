@@ -114,7 +114,9 @@ impl Operation {
     }
 }
 
-/// Operations that start together: how sends and receives that wait for each other are written.
+/// Operations that start together: how sends and receives that wait for each other are written, and
+/// how many small operations cost one launch. All ranks give the same collective ones, in the same
+/// order.
 #[derive(Debug, Default)]
 pub struct Batch {
     operations: Vec<Operation>,
@@ -212,7 +214,7 @@ impl Communicator {
         unsafe { self.enqueue(Operation::Broadcast { source, count, root }, stream) }
     }
 
-    /// Enqueues sends and receives together, so that none waits for another of them to start.
+    /// Enqueues the operations of a batch together, so that none waits for another of them to start.
     ///
     /// # Safety
     /// See [`all_reduce`](Self::all_reduce), for every buffer of the batch.
@@ -276,6 +278,56 @@ impl Batch {
     /// Makes a batch without operations.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Adds what [`Communicator::all_reduce`] does.
+    pub fn all_reduce(
+        &mut self,
+        from: *const c_void,
+        to: *mut c_void,
+        count: usize,
+        data: DataType,
+        op: ReduceOp,
+    ) {
+        let source = Source { from, to, data };
+        self.operations.push(Operation::AllReduce { source, count, op });
+    }
+
+    /// Adds what [`Communicator::reduce_scatter`] does.
+    pub fn reduce_scatter(
+        &mut self,
+        from: *const c_void,
+        to: *mut c_void,
+        count: usize,
+        data: DataType,
+        op: ReduceOp,
+    ) {
+        let source = Source { from, to, data };
+        self.operations.push(Operation::ReduceScatter { source, count, op });
+    }
+
+    /// Adds what [`Communicator::all_gather`] does.
+    pub fn all_gather(
+        &mut self,
+        from: *const c_void,
+        to: *mut c_void,
+        count: usize,
+        data: DataType,
+    ) {
+        self.operations.push(Operation::AllGather { source: Source { from, to, data }, count });
+    }
+
+    /// Adds what [`Communicator::broadcast`] does.
+    pub fn broadcast(
+        &mut self,
+        from: *const c_void,
+        to: *mut c_void,
+        count: usize,
+        data: DataType,
+        root: usize,
+    ) {
+        let source = Source { from, to, data };
+        self.operations.push(Operation::Broadcast { source, count, root });
     }
 
     /// Adds: `count` elements of `from` go to rank `peer`, which receives as many.

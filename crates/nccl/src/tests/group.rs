@@ -101,6 +101,29 @@ fn ranks_pass_something_round_in_a_circle() {
 }
 
 #[test]
+fn operations_of_all_kinds_start_together() {
+    let world = 2;
+    on_each(world, |library, id, rank| {
+        let mut me = Rank::start(library, id, world, rank).unwrap().ready().unwrap();
+        me.put(&[rank as u8 + 1; 32]);
+        let mut batch = Batch::new();
+        batch.all_reduce(me.at(0), me.at(0), 4, DataType::U8, ReduceOp::Sum);
+        batch.broadcast(me.at(4), me.at(4), 4, DataType::U8, 1);
+        batch.reduce_scatter(me.at(8), me.at(8 + 4 * rank), 4, DataType::U8, ReduceOp::Max);
+        batch.all_gather(me.at(16 + 4 * rank), me.at(16), 4, DataType::U8);
+        batch.recv(me.at(24), 4, DataType::U8, 1 - rank);
+        batch.send(me.at(28), 4, DataType::U8, 1 - rank);
+        // SAFETY: all parts lie inside the buffer and apart, and `get` waits.
+        unsafe { me.comm.exchange(&batch, me.raw()) }.unwrap();
+        let got = me.get(32);
+        assert_eq!((&got[..4], &got[4..8]), (&[3; 4][..], &[2; 4][..]));
+        assert_eq!(got[8 + 4 * rank..][..4], [2; 4]);
+        assert_eq!((&got[16..20], &got[20..24]), (&[1; 4][..], &[2; 4][..]));
+        assert_eq!(got[24..28], [2 - rank as u8; 4]);
+    });
+}
+
+#[test]
 fn the_first_operation_is_in_progress_and_a_group_closes_in_agreement() {
     let world = 2;
     on_each(world, |library, id, rank| {
