@@ -465,4 +465,11 @@ fn bad_input_is_named() {
     let (_, err) = desk.run(74, &words);
     assert!(err.contains("sample 9 (") && err.contains("is corrupt"), "{err}");
     assert!(!desk.path("g.npy").exists() && !desk.path("g.npy.partial").exists());
+    let (_, err) = desk.run(0, &[&words[..], &["--nan-for-bad"]].concat());
+    assert!(err.contains("1 images could not be read, their rows are NaN: 9"), "{err}");
+    let (whole, holed) = (npy(&desk.path("f.npy")), npy(&desk.path("g.npy")));
+    let width = whole.len() / N_VAL as usize;
+    for (i, (got, want)) in holed.iter().zip(&whole).enumerate() {
+        assert!(if i / width == 9 { got.is_nan() } else { got == want }, "value {i}");
+    }
 }

@@ -1,6 +1,8 @@
 //! `lacuna-worker features`: what the encoder says about every image of a data set.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use clap::{Args, ValueEnum};
 use lacuna_data::DECODER_ID;
@@ -35,6 +37,10 @@ pub struct FeaturesArgs {
     /// Where the features go.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Write rows of NaN for images that cannot be read, and list them; without it the first one
+    /// ends the command.
+    #[arg(long)]
+    nan_for_bad: bool,
     /// Write over an earlier file.
     #[arg(long)]
     force: bool,
@@ -98,12 +104,38 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
     let ids: Vec<u64> = (0..n).collect();
     let batch = args.compute.batch();
     let (shape_in, view) = (shape_of(model.model()), args.view);
-    let images =
-        Images { dataset: &dataset, shape: shape_in, view, ids: &ids, batch, unread: None };
+    let unread: Mutex<BTreeSet<u64>> = Mutex::default();
+    let images = Images {
+        dataset: &dataset,
+        shape: shape_in,
+        view,
+        ids: &ids,
+        batch,
+        unread: args.nan_for_bad.then_some(&unread),
+    };
     let n_threads = args.compute.threads().min(ids.len().div_ceil(batch));
     let workers: Vec<FrozenMae> = (0..n_threads).map(|_| model.share()).collect();
     let work = |model: &mut FrozenMae, pixels: &[u8]| model.pooled(pixels, pool);
-    images.for_each("features", workers, work, |_, rows| file.push(&rows))?;
+    let width: usize = shape.iter().product();
+    images.for_each("features", workers, work, |at, mut rows| {
+        let bad = unread.lock().unwrap_or_else(PoisonError::into_inner);
+        for (row, id) in rows.chunks_exact_mut(width).zip(&ids[at..]) {
+            if bad.contains(id) {
+                row.fill(f32::NAN);
+            }
+        }
+        drop(bad);
+        file.push(&rows)
+    })?;
+    let bad: Vec<String> = unread
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner)
+        .iter()
+        .map(u64::to_string)
+        .collect();
+    if !bad.is_empty() {
+        eprintln!("{} images could not be read, their rows are NaN: {}", bad.len(), bad.join(", "));
+    }
     let files = file.finish()?;
     let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
     let sides: Vec<String> = shape.iter().map(usize::to_string).collect();
