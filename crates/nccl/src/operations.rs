@@ -214,7 +214,8 @@ impl Communicator {
         unsafe { self.enqueue(Operation::Broadcast { source, count, root }, stream) }
     }
 
-    /// Enqueues the operations of a batch together, so that none waits for another of them to start.
+    /// Enqueues the operations of a batch together, so that none waits for another of them to
+    /// start.
     ///
     /// # Safety
     /// See [`all_reduce`](Self::all_reduce), for every buffer of the batch.
