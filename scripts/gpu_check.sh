@@ -15,8 +15,8 @@
 set -euo pipefail
 
 torch_version=2.11.0
-# A guard against growth; the folder takes a fifth of it.
-bytes_max=$((64 * 1024 * 1024))
+# A guard against growth: with a checkout's files beside it, the folder still travels in 64 MiB.
+bytes_max=$((54 * 1024 * 1024))
 golden_files=(golden.json micro.{grads.f64,io,weights.f32}.safetensors
     rect.{io,weights.f32}.safetensors mid.{io,weights.f32}.safetensors)
 
@@ -123,7 +123,7 @@ run() {
     # One CPU thread, as trainers have; cuBLAS then keeps one workspace and with it one algorithm.
     LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torch \
         OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
-        "$folder/lacuna-worker" gpu-check --golden "$folder/golden" --out "$out" "$@" || code=$?
+        timeout 240 "$folder/lacuna-worker" gpu-check --golden "$folder/golden" --out "$out" "$@" || code=$?
     # What failed above may be no matter to a run.
     if [ "$code" != 78 ]; then
         LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
@@ -139,7 +139,7 @@ run() {
 
 # Trains the same small run twice, in new processes, and compares the digests of the states.
 train_twice() { # folder, results
-    local folder results work name digests=()
+    local folder results work name code=0 digests=()
     folder=$(realpath "$1") results=$(realpath "$2") work=$(mktemp -d)
     (
         cd "$work"
@@ -149,12 +149,17 @@ train_twice() { # folder, results
     for name in first second; do
         (
             cd "$work"
-            LACUNA_WORKER=$folder/lacuna-worker timeout 300 "$folder/lacuna" train run.toml \
+            LACUNA_WORKER=$folder/lacuna-worker timeout 90 "$folder/lacuna" train run.toml \
                 --devices "${DEVICES:-cuda:0}" --set name="$name" --set 'train.duration="80step"' \
                 --set train.batch=32 --set train.slot_batch=8
-        ) > "$results/train-$name.log" 2>&1 || { say "FAILED: $results/train-$name.log"; return 1; }
+        ) > "$results/train-$name.log" 2>&1 || code=$?
+        # The workers' log says why, where one failed.
+        cp "$work/runs/$name/logs/workers.log" "$results/train-$name-workers.log" || true
+        if [ "$code" != 0 ]; then
+            say "FAILED: $results/train-$name.log"
+            return 1
+        fi
         digests+=("$(grep -o 'state digest [0-9a-f]*' "$results/train-$name.log" | tail -n 1)")
-        cp -r "$work/runs/$name/logs/workers.log" "$results/train-$name-workers.log"
     done
     rm -rf "$work"
     if [ -z "${digests[0]}" ] || [ "${digests[0]}" != "${digests[1]}" ]; then

@@ -135,19 +135,19 @@ class Bench:
         return [{**line, "case": name} for line in lines]
 
     def compare(self, all_of_them: list[Contest]) -> list[tuple[Contest, list[Line]]]:
-        """Lets everybody run once a round; what is tuned for minutes comes last."""
+        """Lets everybody run once a round: one contest to its end, and then the next, so that what
+        is there when time is over can be believed. What is tuned for minutes has one round."""
         found: list[tuple[Contest, list[Line]]] = [(contest, []) for contest in all_of_them]
-        rounds = range(self.args.rounds)
-        plan = [(number, is_tuned) for is_tuned in (False, True) for number in rounds]
-        for number, is_tuned in plan:
-            for contest, lines in found:
-                turns = [lambda name=name: self.peer(contest, name)
+        rounds = [(number, False) for number in range(self.args.rounds)]
+        for contest, lines in found:
+            for number, is_tuned in [*rounds, (len(rounds), True)]:
+                turns = [lambda name=name, contest=contest: self.peer(contest, name)
                          for name, flags in contest.peers.items()
                          if ("--mode" in flags) == is_tuned]
                 if not turns:
                     continue
                 # Ours beside each of them: a card is not as fast all the time.
-                turns.insert(0, lambda: self.ours(contest))
+                turns.insert(0, lambda contest=contest: self.ours(contest))
                 # Whoever runs second finds a warmer machine; turning the order shares that out.
                 for turn in turns[:: -1 if number % 2 else 1]:
                     lines += [{"round": number, **line} for line in turn()]
@@ -233,6 +233,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--python", help="a Python with torch (python3)")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--small", action="store_true", help="sizes that a CPU does in seconds")
+    parser.add_argument("--models", type=lambda text: text.split(","),
+                        help="like base,large [default: all]")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a case in a round")
     parser.add_argument("--minutes", type=float, default=8, help="after which nothing is begun")
@@ -249,7 +251,9 @@ def main() -> int:
         say(PROGRAM, str(why))
         return EXIT_UNFIT
     tables = bench.tables()
-    results = bench.compare(contests(args.small))
+    wanted = [contest for contest in contests(args.small)
+              if args.models is None or contest.model in args.models]
+    results = bench.compare(wanted)
     if args.out:
         pathlib.Path(args.out).write_text(json.dumps({
             "format": "lacuna-gpu-bench/1", "unix_seconds": int(time.time()), "tables": tables,

@@ -30,6 +30,8 @@ ENCODERS = {"base": (50, 768), "large": (50, 1024), "huge": (65, 1280)}
 # Outputs and inputs of a block's products, in widths.
 PRODUCTS = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}
 REPEATS = 10
+# About a millisecond.
+SLEEP_CYCLES = 2_000_000
 
 
 def timed(device: str, work: Callable[[], object], repeats: int = REPEATS) -> float:
@@ -40,6 +42,9 @@ def timed(device: str, work: Callable[[], object], repeats: int = REPEATS) -> fl
     for _ in range(repeats):
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The card waits a millisecond, so that all of the work is on its way when it begins:
+            # otherwise the host's time to launch small kernels would be measured.
+            torch.cuda._sleep(SLEEP_CYCLES)  # pylint: disable=protected-access
             start.record()
             work()
             end.record()

@@ -1,5 +1,7 @@
 //! The product's claim on real processes: the same bits, whoever computed what.
 
+use std::time::{Duration, Instant};
+
 use lacuna_tests::{Cluster, Fixture, said, send_signal};
 use rustix::process::Signal;
 
@@ -28,6 +30,15 @@ fn undisturbed_steps(fixture: &Fixture, n: usize, steps: u64) -> u64 {
     assert_eq!(seen.count("formed"), 1, "one generation: {}", seen.text());
     assert_eq!(seen.figures.len() as u64, steps, "every step was reported once");
     seen.run.final_digest.expect("a finished run has a digest")
+}
+
+/// Waits for a condition that no update tells; panics with `what` if it does not come true.
+fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]
@@ -188,6 +199,29 @@ fn a_killed_coordinator_comes_back_and_the_run_goes_on() {
     assert_eq!(seen.count("formed"), 1, "no new generation: {}", seen.text());
     assert_eq!(seen.count("recovered"), 1, "{}", seen.text());
     assert_eq!(seen.run.generation, 1);
+}
+
+/// Workers that were without a coordinator for long stand still, with their state, until it is back.
+#[test]
+fn a_coordinator_that_is_away_for_long_finds_its_workers_standing_with_their_state() {
+    let fixture = fixture();
+    let want = undisturbed_steps(&fixture, 2, LONG);
+    let mut cluster = Cluster::start_with(&fixture, &["orphan=700ms"]);
+    let spec = fixture.spec("orphaned", LONG, &[("elastic.workers", "\"2:2\"")]);
+    let run = cluster.submit(&spec);
+    cluster.add("a", 2);
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 30);
+    let pids = [cluster.pid("a:cpu0"), cluster.pid("a:cpu1")];
+    cluster.kill_coordinator();
+    let log = || std::fs::read_to_string(fixture.path("a.log")).unwrap();
+    let stand = || log().matches("standing still at the next boundary").count() == 2;
+    wait_until("both stand still", stand);
+    cluster.start_coordinator();
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
+    assert_eq!(seen.count("lost"), 0, "{}", seen.text());
+    assert!(!log().contains("panicked"), "{}", log());
+    assert_eq!([cluster.pid("a:cpu0"), cluster.pid("a:cpu1")], pids, "the same processes");
 }
 
 #[test]

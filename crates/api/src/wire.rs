@@ -93,6 +93,7 @@ fn kind_to_wire(kind: FaultKind) -> v1::FaultKind {
     match kind {
         FaultKind::Communicator => v1::FaultKind::Communicator,
         FaultKind::Storage => v1::FaultKind::Storage,
+        FaultKind::Outage => v1::FaultKind::Outage,
         FaultKind::Checkpoint => v1::FaultKind::Checkpoint,
         FaultKind::Run => v1::FaultKind::Run,
         // The difference is the worker's own affair.
@@ -104,6 +105,7 @@ fn kind_from_wire(value: i32) -> Result<FaultKind, WireError> {
     match v1::FaultKind::try_from(value) {
         Ok(v1::FaultKind::Communicator) => Ok(FaultKind::Communicator),
         Ok(v1::FaultKind::Storage) => Ok(FaultKind::Storage),
+        Ok(v1::FaultKind::Outage) => Ok(FaultKind::Outage),
         Ok(v1::FaultKind::Checkpoint) => Ok(FaultKind::Checkpoint),
         Ok(v1::FaultKind::Run) => Ok(FaultKind::Run),
         Ok(v1::FaultKind::Local) => Ok(FaultKind::Local),

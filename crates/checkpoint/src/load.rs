@@ -85,6 +85,14 @@ pub enum LoadError {
     List(#[source] FsError),
 }
 
+impl LoadError {
+    /// Tells whether the store did not answer in time: nothing is known of the checkpoint then.
+    pub fn is_outage(&self) -> bool {
+        let LoadError::List(error) = self else { return false };
+        error.source.kind() == std::io::ErrorKind::TimedOut
+    }
+}
+
 fn skipped_lines(skipped: &[Skipped]) -> String {
     skipped.iter().map(|s| s.reason.as_str()).collect::<Vec<&str>>().join("\n  ")
 }

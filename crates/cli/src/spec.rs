@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use lacuna_api::v1;
 use lacuna_data::Dataset;
-use lacuna_spec::{RunSpec, SpecError, TaskSpec, encoder_at, parse_file};
+use lacuna_spec::{RunSpec, SpecError, TaskSpec, encoder_at, parse_file, task_warnings};
 use lacuna_types::exit;
 
 use crate::voice::talk;
@@ -63,7 +63,11 @@ pub fn request(spec: &mut RunSpec, resume: bool) -> anyhow::Result<v1::CreateRun
     }
     let n_samples = dataset.n_samples();
     spec.pin(n_samples, dataset.index().n_chunks());
-    spec.resolve(n_samples).map_err(|err| Coded::error(exit::USAGE, err.to_string()))?;
+    let resolved =
+        spec.resolve(n_samples).map_err(|err| Coded::error(exit::USAGE, err.to_string()))?;
+    for warning in task_warnings(spec, Some(resolved.geometry.steps_per_epoch())) {
+        talk!("warning: {warning}");
+    }
     let fingerprint = dataset.fingerprint().to_string();
     let (spec, request_id) = (spec.to_json().to_string(), lacuna_api::new_request_id());
     Ok(v1::CreateRunRequest { spec, resume, n_samples, fingerprint, request_id })

@@ -238,6 +238,9 @@ pub enum OpKind {
     Broadcast,
     /// No data.
     Barrier,
+    /// Sum of i64 elements where they are on the devices, in one piece: the host's sums go in
+    /// several, and NCCL would wait for the rest for ever.
+    AllReduceI64There,
 }
 
 impl OpKind {
@@ -249,6 +252,7 @@ impl OpKind {
             Self::AllReduceF32 => "all_reduce_f32",
             Self::Broadcast => "broadcast",
             Self::Barrier => "barrier",
+            Self::AllReduceI64There => "all_reduce_i64_there",
         }
     }
 }

@@ -68,7 +68,7 @@ pub(crate) struct Route {
 }
 
 /// A route and how far its bytes got.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Flow {
     route: Route,
     /// Bytes sent, header included.
@@ -76,11 +76,21 @@ pub(crate) struct Flow {
     /// Bytes received, header included.
     received: usize,
     header: [u8; HEADER_BYTES],
+    /// Directions in which the socket had nothing to move when it was last tried: in a large group
+    /// a call for each of them would cost more than the bytes.
+    stalled: PollFlags,
 }
 
 impl From<Route> for Flow {
     fn from(route: Route) -> Self {
-        Self { route, ..Self::default() }
+        let (header, stalled) = ([0; HEADER_BYTES], PollFlags::empty());
+        Self { route, sent: 0, received: 0, header, stalled }
+    }
+}
+
+impl Default for Flow {
+    fn default() -> Self {
+        Self::from(Route::default())
     }
 }
 
@@ -185,6 +195,7 @@ impl<'a> Exchange<'a> {
             } else if shares_memory && turns_left > 0 {
                 turns_left -= 1;
                 std::thread::yield_now();
+                self.look(&mut fds)?;
             } else {
                 self.wait(&mut fds, left.min(TICK))?;
             }
@@ -255,7 +266,7 @@ impl<'a> Exchange<'a> {
     fn send(&mut self, idx: usize, header: &[u8; HEADER_BYTES]) -> io::Result<usize> {
         let sendable: usize = self.sendable(idx);
         let flow = &mut self.flows[idx];
-        if flow.sent >= sendable {
+        if flow.sent >= sendable || flow.stalled.contains(PollFlags::OUT) {
             return Ok(0);
         }
         let link: &Link = &self.links[idx];
@@ -273,6 +284,7 @@ impl<'a> Exchange<'a> {
             link.write(&[IoSlice::new(piece(self.buffer, &flow.route.send_gated, from, to))])
         };
         let n: usize = moved_bytes(result, ErrorKind::WriteZero)?;
+        flow.stalled.set(PollFlags::OUT, n == 0 && link.rings.is_none());
         flow.sent += n;
         Ok(n)
     }
@@ -280,7 +292,7 @@ impl<'a> Exchange<'a> {
     fn receive(&mut self, idx: usize) -> io::Result<usize> {
         let receivable: usize = self.receivable(idx);
         let flow = &mut self.flows[idx];
-        if flow.received >= receivable {
+        if flow.received >= receivable || flow.stalled.contains(PollFlags::IN) {
             return Ok(0);
         }
         let parts_end: usize = HEADER_BYTES + flow.route.receive_parts;
@@ -295,7 +307,9 @@ impl<'a> Exchange<'a> {
             let end = flow.route.receive_final.end.min(start + CHUNK_BYTES);
             &mut self.buffer[start..end]
         };
-        let n: usize = moved_bytes(self.links[idx].read(target), ErrorKind::UnexpectedEof)?;
+        let link: &Link = &self.links[idx];
+        let n: usize = moved_bytes(link.read(target), ErrorKind::UnexpectedEof)?;
+        flow.stalled.set(PollFlags::IN, n == 0 && link.rings.is_none());
         flow.received += n;
         Ok(n)
     }
@@ -363,12 +377,30 @@ impl<'a> Exchange<'a> {
             }
             if !self.interest(idx).is_empty() {
                 links[idx].woken();
+                self.flows[idx].stalled = PollFlags::empty();
                 continue;
             }
             if !self.flows[idx].is_done() {
                 return Err(self.lost(idx, ErrorKind::UnexpectedEof.into()));
             }
             self.departed.get_or_insert((idx, Instant::now()));
+        }
+        Ok(())
+    }
+
+    /// Notices, without sleeping, which sockets can move something again.
+    fn look(&mut self, fds: &mut Vec<PollFd<'a>>) -> Result<(), CollectiveError> {
+        fds.clear();
+        let links: &'a [Link] = self.links;
+        let wanted = |idx: &usize| self.flows[*idx].stalled.intersects(self.interest(*idx));
+        let stalled: Vec<usize> = (0..links.len()).filter(wanted).collect();
+        if stalled.is_empty() {
+            return Ok(());
+        }
+        fds.extend(stalled.iter().map(|&idx| PollFd::new(&links[idx].stream, self.interest(idx))));
+        sleep_on(fds, Duration::ZERO)?;
+        for (idx, _) in stalled.into_iter().zip(&*fds).filter(|(_, fd)| !fd.revents().is_empty()) {
+            self.flows[idx].stalled = PollFlags::empty();
         }
         Ok(())
     }
@@ -441,6 +473,7 @@ fn encode_header(op: &OpDescription) -> [u8; HEADER_BYTES] {
         OpKind::Broadcast => 3,
         OpKind::Barrier => 4,
         OpKind::AllReduceI32 => 5,
+        OpKind::AllReduceI64There => 6,
     };
     out[6..8].copy_from_slice(&op.root.to_le_bytes());
     out[8..16].copy_from_slice(&op.op_seq.to_le_bytes());
@@ -458,6 +491,7 @@ fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Option<OpDescription> {
         3 => OpKind::Broadcast,
         4 => OpKind::Barrier,
         5 => OpKind::AllReduceI32,
+        6 => OpKind::AllReduceI64There,
         _ => return None,
     };
     let u64_at = |at: usize| {

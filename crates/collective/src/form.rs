@@ -11,7 +11,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
 
-use lacuna_types::{Generation, RunId};
+use lacuna_types::{Generation, RunId, WORLD_MAX};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
@@ -22,7 +22,7 @@ use crate::handshake::{
 };
 use crate::link::Link;
 use crate::share::share;
-use crate::{AbortHandle, CollectiveError, MissingPeer, Refusal, TrainerListener, WORLD_MAX};
+use crate::{AbortHandle, CollectiveError, MissingPeer, Refusal, TrainerListener};
 
 /// How long an accepted connection may take to prove itself. A dialer sends at once and answers
 /// in one round trip; the rest is for machines with more ranks than cores.
@@ -32,9 +32,9 @@ const DIAL_DEADLINE: Duration = Duration::from_secs(4);
 /// Pause before a failed dial is repeated: short beside the seconds a generation change may take,
 /// long enough to cost nothing.
 const REDIAL_PAUSE: Duration = Duration::from_millis(25);
-/// Bound on connections that are not proven yet: the largest group all at once, and as many
-/// strangers. Beyond it the oldest goes: a member proves itself within milliseconds.
-const PENDING_MAX: usize = 2 * WORLD_MAX;
+/// Strangers whose connections are kept for a handshake, beside a whole group at once and as many
+/// again. Beyond them the oldest goes: a member proves itself within milliseconds.
+const STRANGERS_MAX: usize = 64;
 
 /// One generation of a run, as one of its members needs it to connect.
 #[derive(Clone)]
@@ -67,7 +67,7 @@ impl Group {
     fn check(&self) -> Result<(), CollectiveError> {
         let (rank, world) = (self.rank, self.members.len());
         let invalid = |reason: String| Err(CollectiveError::InvalidGroup { reason });
-        if !(1..=WORLD_MAX).contains(&world) {
+        if !(1..=WORLD_MAX as usize).contains(&world) {
             return invalid(format!("{world} members, allowed are 1 to {WORLD_MAX}"));
         }
         if rank >= world {
@@ -151,7 +151,7 @@ impl<'a> Forming<'a> {
 
     fn advance(&mut self) -> Result<(), CollectiveError> {
         let now = Instant::now();
-        for dial in &mut self.dials {
+        for dial in self.dials.iter_mut().filter(|dial| dial.has_to_act(now)) {
             if let Some(stream) = dial.advance(now, &self.plan, &self.group.key)? {
                 self.links[dial.rank] = Some(stream);
             }
@@ -161,6 +161,10 @@ impl<'a> Forming<'a> {
         }
         let mut pending: Vec<Inbound> = Vec::with_capacity(self.inbound.len());
         for mut inbound in std::mem::take(&mut self.inbound) {
+            if !inbound.has_to_act(now) {
+                pending.push(inbound);
+                continue;
+            }
             match inbound.advance(now, &self.plan, &self.group.key) {
                 Ok(None) => pending.push(inbound),
                 Ok(Some(rank)) => self.links[rank] = Some(inbound.conn.stream),
@@ -173,10 +177,11 @@ impl<'a> Forming<'a> {
 
     fn accept(&mut self, now: Instant) -> Result<(), CollectiveError> {
         // The bound keeps a flood of connections from starving the handshakes.
-        for _ in 0..PENDING_MAX {
+        let pending_max: usize = 2 * self.links.len() + STRANGERS_MAX;
+        for _ in 0..pending_max {
             match self.listener.socket.accept() {
                 Ok((stream, addr)) => {
-                    if self.inbound.len() == PENDING_MAX {
+                    if self.inbound.len() == pending_max {
                         let oldest = self.inbound.remove(0);
                         Stray::Crowded.log(oldest.addr, self.group);
                     }
@@ -231,28 +236,40 @@ impl<'a> Forming<'a> {
         missing
     }
 
-    fn wait(&self, timeout: Duration) -> Result<(), CollectiveError> {
+    /// Sleeps until a connection can go on, and notes which: in a large group trying each of them
+    /// after each event would be most of the work.
+    fn wait(&mut self, timeout: Duration) -> Result<(), CollectiveError> {
         let mut fds: Vec<PollFd<'_>> = Vec::new();
-        if self.awaits_inbound() {
+        let mut stirred: Vec<&mut bool> = Vec::new();
+        let mut timeout: Duration = timeout;
+        for Inbound { conn, stirs, .. } in &mut self.inbound {
+            fds.push(PollFd::new(&conn.stream, PollFlags::IN));
+            stirred.push(stirs);
+        }
+        for Dial { state, stirs, .. } in &mut self.dials {
+            let (stream, events) = match state {
+                DialState::Connecting { stream, .. } => (&*stream, PollFlags::OUT),
+                DialState::Challenged { conn, .. } | DialState::Proven { conn } => {
+                    (&conn.stream, PollFlags::IN)
+                }
+                DialState::Resting { .. } => {
+                    timeout = timeout.min(REDIAL_PAUSE);
+                    continue;
+                }
+                DialState::Done => continue,
+            };
+            fds.push(PollFd::new(stream, events));
+            stirred.push(stirs);
+        }
+        let own: usize = self.group.rank;
+        if self.links[own + 1..].iter().any(Option::is_none) {
             fds.push(PollFd::new(&self.listener.socket, PollFlags::IN));
         }
-        for inbound in &self.inbound {
-            fds.push(PollFd::new(&inbound.conn.stream, PollFlags::IN));
+        sleep_on(&mut fds, timeout)?;
+        for (stirs, fd) in stirred.into_iter().zip(&fds) {
+            *stirs = !fd.revents().is_empty();
         }
-        let mut timeout: Duration = timeout;
-        for dial in &self.dials {
-            match &dial.state {
-                DialState::Connecting { stream, .. } => {
-                    fds.push(PollFd::new(stream, PollFlags::OUT));
-                }
-                DialState::Challenged { conn, .. } | DialState::Proven { conn } => {
-                    fds.push(PollFd::new(&conn.stream, PollFlags::IN));
-                }
-                DialState::Resting { .. } => timeout = timeout.min(REDIAL_PAUSE),
-                DialState::Done => {}
-            }
-        }
-        sleep_on(&mut fds, timeout)
+        Ok(())
     }
 }
 
@@ -304,12 +321,18 @@ struct Inbound {
     expires: Instant,
     /// What was asked of the dialer, once its Hello was accepted.
     challenge: Option<(Hello, Nonce)>,
+    /// Whether something may have come in since it was looked at.
+    stirs: bool,
 }
 
 impl Inbound {
     fn new(stream: TcpStream, addr: SocketAddr, now: Instant) -> io::Result<Self> {
         let expires = now + HANDSHAKE_DEADLINE;
-        Ok(Self { conn: Conn::new(stream)?, addr, expires, challenge: None })
+        Ok(Self { conn: Conn::new(stream)?, addr, expires, challenge: None, stirs: true })
+    }
+
+    fn has_to_act(&self, now: Instant) -> bool {
+        self.stirs || now >= self.expires
     }
 
     /// Goes on with the handshake; returns the dialer's rank once it is proven.
@@ -400,6 +423,8 @@ struct Dial {
     state: DialState,
     /// The last thing that happened, for the report when time is up.
     last: String,
+    /// Whether its connection may have gone on since it was looked at.
+    stirs: bool,
 }
 
 enum DialState {
@@ -437,7 +462,16 @@ impl From<io::Error> for DialFault {
 impl Dial {
     fn new(rank: usize, addr: SocketAddr) -> Self {
         let state = DialState::Resting { until: Instant::now() };
-        Self { rank, addr, state, last: String::from("not tried") }
+        Self { rank, addr, state, last: String::from("not tried"), stirs: true }
+    }
+
+    fn has_to_act(&self, now: Instant) -> bool {
+        match self.state {
+            DialState::Resting { until: at } => now >= at,
+            DialState::Connecting { expires: at, .. } => self.stirs || now >= at,
+            DialState::Challenged { .. } | DialState::Proven { .. } => self.stirs,
+            DialState::Done => false,
+        }
     }
 
     /// Goes on; returns the stream once both ends are proven.

@@ -1,4 +1,5 @@
-//! Collectives between workers: the trait, TCP, NCCL, and the conformance suite.
+//! Collectives between workers: the trait, TCP with shared memory inside a machine, NCCL, and the
+//! conformance suite.
 //!
 //! A *collective* connects the members of one generation of a run. It sums gradients
 //! ([`Collective::all_reduce_i64`], [`Collective::all_reduce_f32`]) and hands state to joiners
@@ -10,8 +11,9 @@
 //!   decides who belongs to the next generation, and the survivors form it over the same listener.
 //! - **It never retries an operation.** The caller computes a failed step again whole.
 //! - **It does not encrypt.** Members prove knowledge of the generation's key once per connection;
-//!   the payload travels in clear and unauthenticated afterwards. Until transport security exists,
-//!   listeners bind to loopback only (see [`Exposure`]).
+//!   the payload travels in clear and unauthenticated afterwards: the workers' network has to be a
+//!   private one. A listener leaves loopback only with [`Exposure::Trusted`], for callers that
+//!   authenticate workers.
 //! - It has no async code and starts no threads, but for those that abort NCCL.
 //!
 //! Start reading at `traits.rs` (the contract), then `exchange.rs` (how bytes move) and `link.rs`
@@ -43,7 +45,3 @@ pub use listener::{Exposure, TrainerListener};
 pub use nccl::{NcclCollective, NcclSetup, SetupError};
 pub use tcp::TcpCollective;
 pub use traits::{Collective, DeviceCollective, OpLedger, OpProgress};
-
-/// Largest group. A full mesh has `n·(n-1)/2` connections and every rank holds `n - 1` of them
-/// plus as many receive slots; beyond this, hierarchical sums are the better design.
-pub const WORLD_MAX: usize = 64;

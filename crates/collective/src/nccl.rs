@@ -186,19 +186,15 @@ impl NcclCollective {
         };
         staging.follow(after).map_err(device)?;
         let stream = staging.raw_stream();
-        // In the pieces of the host's entry: ranks of either kind may be in one group.
-        const PIECE: usize = Staging::BYTES / size_of::<i64>();
-        for first in (0..count).step_by(PIECE) {
-            let (n, at) = (PIECE.min(count - first), buffer.as_ptr().wrapping_byte_add(first * 8));
-            // SAFETY: the buffer is borrowed until the sum is there; after a fault until the abort
-            // has returned, or the error says that it must not be freed.
-            let launched =
-                unsafe { self.comm.all_reduce(at, at, n, DataType::I64, ReduceOp::Sum, stream) };
-            if let Err(error) = launched {
-                return Err(self.blame(error));
-            }
-            self.wait(end, |this| Ok(this.comm.poll() == Ok(Progress::Done)))?;
+        let at = buffer.as_ptr();
+        // SAFETY: the buffer is borrowed until the sum is there; after a fault until the abort has
+        // returned, or the error says that it must not be freed.
+        let launched =
+            unsafe { self.comm.all_reduce(at, at, count, DataType::I64, ReduceOp::Sum, stream) };
+        if let Err(error) = launched {
+            return Err(self.blame(error));
         }
+        self.wait(end, |this| Ok(this.comm.poll() == Ok(Progress::Done)))?;
         if let Some(staging) = &self.staging {
             staging.mark().map_err(device)?;
         }
@@ -465,7 +461,7 @@ impl DeviceCollective for NcclCollective {
     ) -> Result<(), CollectiveError> {
         let (end, n_bytes) = (Instant::now() + deadline, count * size_of::<i64>());
         assert!(n_bytes <= buffer.n_bytes(), "{count} i64 in {} bytes", buffer.n_bytes());
-        let agreed = self.mesh.agree(OpKind::AllReduceI64, 0, n_bytes as u64, end);
+        let agreed = self.mesh.agree(OpKind::AllReduceI64There, 0, n_bytes as u64, end);
         agreed.map_err(|fault| self.give_up(fault))?;
         if let Err(fault) = self.sum_there(buffer, count, after, end) {
             let fault = self.give_up(fault);

@@ -16,6 +16,10 @@ use crate::reduce::{Lane, sum_in_rank_order};
 use crate::traits::{Collective, OpLedger};
 use crate::{AbortHandle, CollectiveError, Group, OpDescription, OpKind, TrainerListener};
 
+/// Bound on a member's receive slots: with more than 65 members they take less than a whole chunk
+/// of each.
+const SLOTS_BYTES_MAX: usize = 64 * CHUNK_BYTES;
+
 /// A member of a group whose members are joined by TCP connections.
 pub struct TcpCollective {
     rank: usize,
@@ -146,7 +150,9 @@ impl TcpCollective {
         gate: Gate,
         deadline: Instant,
     ) -> Result<(), CollectiveError> {
-        let stride: usize = segment.len().min(CHUNK_BYTES).next_multiple_of(size_of::<i64>());
+        let share: usize = SLOTS_BYTES_MAX / self.links.len().max(1);
+        let stride: usize =
+            segment.len().min(CHUNK_BYTES).min(share).next_multiple_of(size_of::<i64>());
         let n_slots: usize = if matches!(gate, Gate::Summed(_)) { self.links.len() } else { 0 };
         let slots_needed: usize = n_slots * stride / size_of::<i64>();
         if self.slots.len() < slots_needed {

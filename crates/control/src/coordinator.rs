@@ -77,6 +77,8 @@ pub struct Coordinator {
     shot: BTreeSet<(WorkerId, Incarnation)>,
     /// How often members were missed since the last step.
     suspicions: BTreeMap<WorkerId, u32>,
+    /// How often a member's store was away while its peers had data, since the last step.
+    outages: BTreeMap<WorkerId, u32>,
     /// Verdicts in a row that nobody waits for anybody.
     slow_verdicts: u32,
     /// Steps known to be applied.
@@ -130,6 +132,7 @@ impl Coordinator {
             last_change: None,
             shot: BTreeSet::new(),
             suspicions: BTreeMap::new(),
+            outages: BTreeMap::new(),
             slow_verdicts: 0,
             progress,
             fruitless: 0,

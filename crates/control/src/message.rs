@@ -196,6 +196,8 @@ pub enum FaultKind {
     Communicator,
     /// This worker cannot read data.
     Storage,
+    /// The store of the data, or of the checkpoint to start from, did not answer in time.
+    Outage,
     /// The checkpoint to start from cannot be loaded here, by its fault or this worker's.
     Checkpoint,
     /// The run itself cannot go on (not a worker's fault).

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 use std::fmt;
 use std::sync::Arc;
 
-use lacuna_types::{Generation, Incarnation, Step, WorkerId};
+use lacuna_types::{Generation, Incarnation, Step, WORLD_MAX, WorkerId};
 
 /// A member of a generation; its rank is its place in the plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,7 +129,7 @@ pub struct CheckpointRef {
 /// A step takes as long as its busiest member has slots, `ceil(V / N)`: of the sizes up to `max`
 /// that make it shortest, the smallest is taken (not below `min`), and the others stay warm spares.
 pub fn group_size(n_slots: u32, available: usize, min: usize, max: usize) -> usize {
-    let most = available.min(max).min(n_slots as usize);
+    let most = available.min(max).min(n_slots as usize).min(WORLD_MAX as usize);
     if most == 0 {
         return 0;
     }
@@ -249,6 +249,7 @@ mod tests {
         assert_eq!(group_size(8, 20, 1, 5), 4);
         assert_eq!(group_size(2, 5, 1, 5), 2);
         assert_eq!(group_size(8, 0, 1, 5), 0);
+        assert_eq!(group_size(4096, 3000, 1, 4000), 1024, "no more than a group may have");
     }
 
     #[test]

@@ -229,7 +229,7 @@ pub const DRAIN_ALONE: Duration = Duration::from_secs(15);
 
 /// Number of the change that workers without a coordinator stop for: above any that one gives, and
 /// small enough that its square can be summed.
-pub const ORPHAN_CHANGE: u64 = 1 << 24;
+pub const ORPHAN_CHANGE: u64 = 1 << 23;
 
 /// The machine. One for each trainer process.
 #[derive(Debug)]

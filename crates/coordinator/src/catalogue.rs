@@ -102,12 +102,14 @@ fn examine_place(dir: &RunDir, spec: &RunSpec) -> Result<(), CatalogueError> {
 
 impl Catalogue {
     /// Claims the run for this coordinator, with `epoch` or the first free one above it, and looks
-    /// at what is there.
+    /// at what is there. What is left of attempts goes, but for those of the generation `trains`,
+    /// whose members may come back and complete them.
     pub fn open(
         spec: RunSpec,
         n_samples: u64,
         fingerprint: String,
         epoch: CoordEpoch,
+        trains: Option<Generation>,
     ) -> Result<(Self, Found), CatalogueError> {
         let run: RunId = spec.run_id();
         let dir = RunDir::open(&spec.checkpoint.to, run).map_err(failed)?;
@@ -134,7 +136,8 @@ impl Catalogue {
             )));
         }
         let generation = catalog::highest_generation(&dir).map_err(failed)?;
-        lacuna_checkpoint::retain::collect_garbage(&dir, generation.next(), &[]).map_err(failed)?;
+        let current = trains.unwrap_or(generation.next());
+        lacuna_checkpoint::retain::collect_garbage(&dir, current, &[]).map_err(failed)?;
         let found = Found { newest, generation, probe, damaged };
         let is_reading = Arc::default();
         let catalogue = Catalogue { dir, spec, n_samples, fingerprint, epoch, is_reading };

@@ -14,11 +14,11 @@ use lacuna_api::v1;
 use lacuna_spec::RunSpec;
 use lacuna_types::RunId;
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tonic::Status;
 use tracing::{info, warn};
 
-use crate::catalogue::{Catalogue, Found};
+use crate::catalogue::{Catalogue, CatalogueError, Found};
 use crate::grpc::specs::etag_of;
 use crate::registry::{Shared, lock};
 use crate::store::StoredRun;
@@ -29,6 +29,9 @@ const OPENING_MAX: usize = 64;
 const OPENING: Duration = Duration::from_secs(120);
 /// How long until one that did not open is tried again.
 const AGAIN: Duration = Duration::from_secs(30);
+
+/// The reading of a run's checkpoints, on a thread of its own.
+type OpenTask = JoinHandle<Result<(Catalogue, Found), CatalogueError>>;
 
 /// A run that is not open.
 #[derive(Clone, Debug)]
@@ -158,9 +161,12 @@ impl Shared {
         let mut first = JoinSet::new();
         for (id, _) in self.opening.all() {
             let (shared, turns) = (self.clone(), turns.clone());
-            first.spawn(async move { (!shared.try_open(&id, &turns).await).then_some(id) });
+            first.spawn(async move {
+                let mut opening = None;
+                (!shared.try_open(&id, &turns, &mut opening).await).then_some((id, opening))
+            });
         }
-        let mut rest: Vec<RunId> = Vec::new();
+        let mut rest: Vec<(RunId, Option<OpenTask>)> = Vec::new();
         while let Some(tried) = first.join_next().await {
             // A panic in one was printed.
             rest.extend(tried.ok().flatten());
@@ -168,30 +174,44 @@ impl Shared {
         self.opening.settled.store(true, Ordering::Release);
         self.runs_changed();
         let mut again = JoinSet::new();
-        for id in rest {
+        for (id, mut opening) in rest {
             let (shared, turns) = (self.clone(), turns.clone());
             again.spawn(async move {
                 while shared.opening.get(&id).is_some() {
-                    tokio::time::sleep(AGAIN).await;
-                    shared.try_open(&id, &turns).await;
+                    if opening.is_none() {
+                        tokio::time::sleep(AGAIN).await;
+                    }
+                    shared.try_open(&id, &turns, &mut opening).await;
                 }
             });
         }
         while again.join_next().await.is_some() {}
     }
 
-    /// Tries to open a run; tells whether there is nothing left to do.
-    async fn try_open(self: &Arc<Self>, id: &RunId, turns: &Semaphore) -> bool {
+    /// Tries to open a run; tells whether there is nothing left to do. What takes longer than
+    /// [`OPENING`] is left in `opening`, for the next call to wait for: a second reader beside it
+    /// would be no faster, and would fence off whoever comes first.
+    async fn try_open(
+        self: &Arc<Self>,
+        id: &RunId,
+        turns: &Semaphore,
+        opening: &mut Option<OpenTask>,
+    ) -> bool {
         // Never closed.
         let _turn = turns.acquire().await;
         let Some(Unopened { stored, spec, order, .. }) = self.opening.get(id) else { return true };
         let (wanted, n_samples, print) =
             (spec.clone(), stored.n_samples, stored.fingerprint.clone());
         let epoch = self.epoch;
-        let open = move || Catalogue::open(wanted, n_samples, print, epoch);
-        let opened = match tokio::time::timeout(OPENING, tokio::task::spawn_blocking(open)).await {
-            Ok(Ok(opened)) => opened.map_err(|err| err.to_string()),
-            Ok(Err(err)) => Err(err.to_string()),
+        let trains = stored.saved.plan.as_ref().map(|plan| plan.generation);
+        let open = move || Catalogue::open(wanted, n_samples, print, epoch, trains);
+        let task = opening.get_or_insert_with(|| tokio::task::spawn_blocking(open));
+        let opened = match tokio::time::timeout(OPENING, &mut *task).await {
+            Ok(answer) => {
+                *opening = None;
+                let opened = answer.map_err(|err| err.to_string());
+                opened.and_then(|opened| opened.map_err(|err| err.to_string()))
+            }
             Err(_) => Err(format!("no answer for {OPENING:?}")),
         };
         let opened = opened.and_then(|opened| self.put_to_work(stored, spec, opened, order));

@@ -472,12 +472,16 @@ impl RunTask {
                 return;
             }
             let Some(checkpoint) = saved else { return };
-            let over = if others == 0 { over.as_slice() } else { &[] };
+            // A commit that is under way needs parts that would be in nobody's way otherwise; the
+            // next one cleans up.
+            let cleans = others == 0;
             let say = |(warning, text)| {
                 // Fails only when the task is gone.
                 let _ = queue.blocking_send(Input::Remark { warning, text });
             };
-            catalogue.clean_up(generation, over).map(say);
+            if cleans {
+                catalogue.clean_up(generation, &over).map(say);
+            }
             catalogue.read_back(&checkpoint).map(say);
         });
     }

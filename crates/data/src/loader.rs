@@ -233,8 +233,11 @@ struct Inner {
 }
 
 impl LoadError {
-    /// Tells whether a store did not answer in time: nothing is wrong with this worker or its data.
+    /// Tells whether a store did not answer in time: nothing is known of this worker or its data.
     pub fn is_passing(&self) -> bool {
+        if matches!(self, LoadError::Deadline { .. }) {
+            return true;
+        }
         let LoadError::Sample { source, .. } = self else { return false };
         let SampleError::Read(ReadSampleError::Io { source, .. }) = &**source else { return false };
         let of_store = source.get_ref().and_then(|error| error.downcast_ref::<StoreError>());
@@ -437,7 +440,12 @@ impl Inner {
             let place = error.place().clone();
             let text = chain(&error);
             let source = Box::new(error);
-            if !source.is_bad_sample() || self.config.bad_samples == BadSamplePolicy::Fail {
+            // A sample that does not decode, or is corrupt at a source that all share, is the same
+            // everywhere, and so is what replaces it. A file's rotten bytes are this machine's, and
+            // another one would train on the right ones.
+            let is_same_everywhere =
+                source.is_bad_sample() && (dataset.is_remote() || !source.is_corrupt());
+            if !is_same_everywhere || self.config.bad_samples == BadSamplePolicy::Fail {
                 return Err(LoadError::Sample { slot, source });
             }
             self.n_bad.fetch_add(1, Ordering::Relaxed);

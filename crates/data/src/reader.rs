@@ -38,6 +38,12 @@ impl SampleError {
         !matches!(self, SampleError::Read(ReadSampleError::Io { .. }))
     }
 
+    /// Tells whether the bytes are not those that were indexed. Other copies of the shard, on other
+    /// machines or another day, may still have them.
+    pub fn is_corrupt(&self) -> bool {
+        matches!(self, SampleError::Read(ReadSampleError::Corrupt { .. }))
+    }
+
     /// Returns where the sample lies.
     pub fn place(&self) -> &SamplePlace {
         match self {

@@ -45,7 +45,12 @@ typedef unsigned char u8;
 #define DIV(a, b) __fdiv_rn(a, b)
 #define SQRT(a) __fsqrt_rn(a)
 #define RAISE(place, bit) atomicOr(place, bit)
-#define RAISE_TO(place, value) atomicMax(place, value)
+// It only rises: most values are not above what is there, and need no atomic operation.
+#define RAISE_TO(place, value) \
+  do { \
+    const u32 raised = (value); \
+    if (raised > *(volatile u32 *)(place)) atomicMax(place, raised); \
+  } while (0)
 static __device__ u32 bits_of(float x) { return __float_as_uint(x); }
 #endif
 

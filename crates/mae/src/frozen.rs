@@ -22,6 +22,7 @@ pub struct FrozenMae {
     normalize: Normalize,
     mean: Vec<f64>,
     std: Vec<f64>,
+    norm_after_mean: bool,
 }
 
 /// Position tables other than the sine-cosine ones, for the grid of the model.
@@ -102,7 +103,15 @@ impl FrozenMae {
             normalize: Normalize::new(mean, std),
             mean: mean.to_vec(),
             std: std.to_vec(),
+            norm_after_mean: false,
         }
+    }
+
+    /// Returns the same model with its last norm behind the mean of the patches, as timm's `fc_norm`
+    /// is: [`Pool::Mean`] is then what timm's head reads, and [`Pool::Tokens`] come before it.
+    #[must_use]
+    pub fn norm_after_mean(self, after: bool) -> Self {
+        FrozenMae { norm_after_mean: after, ..self }
     }
 
     /// Returns the same model on `device`; what goes in and comes out stays on the host.
@@ -124,6 +133,7 @@ impl FrozenMae {
             normalize: self.normalize.clone(),
             mean: self.mean.clone(),
             std: self.std.clone(),
+            norm_after_mean: self.norm_after_mean,
         }
     }
 
@@ -176,11 +186,16 @@ impl FrozenMae {
     pub fn pooled(&self, pixels: &[u8], pool: Pool) -> Vec<f32> {
         runtime::pin_threads();
         tch::no_grad(|| {
-            let tokens_bnd = self.mae.encode(&self.images(pixels));
-            match pool {
-                Pool::Cls => copy(&tokens_bnd.select(1, 0)),
-                Pool::Mean => copy(&self.mean_patch(&tokens_bnd)),
-                Pool::Tokens => copy(&tokens_bnd),
+            let images_bchw = self.images(pixels);
+            match (pool, self.norm_after_mean) {
+                (Pool::Mean, true) => {
+                    let mean_bd = self.mean_patch(&self.mae.tokens(&images_bchw));
+                    copy(&self.mae.last_norm(&mean_bd))
+                }
+                (Pool::Tokens, true) => copy(&self.mae.tokens(&images_bchw)),
+                (Pool::Cls, _) => copy(&self.mae.encode(&images_bchw).select(1, 0)),
+                (Pool::Mean, false) => copy(&self.mean_patch(&self.mae.encode(&images_bchw))),
+                (Pool::Tokens, false) => copy(&self.mae.encode(&images_bchw)),
             }
         })
     }

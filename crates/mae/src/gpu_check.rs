@@ -116,12 +116,17 @@ pub fn run(args: &GpuCheckArgs) -> anyhow::Result<u8> {
     report.repeats("micro", &micro, MICRO_IMAGES, device);
     let repeated = args.images.first().context("`--images` names no number")?;
     report.repeats(&args.model, &model, *repeated, device);
-    report.device(args, device);
+    let keep = |report: &Report| write(args, report, &cuda, None);
+    keep(&report)?;
     for &images in &args.images {
         report.throughput(args, &model, images, device, EXACT);
         report.throughput(args, &model, images, device, Kernels { deterministic: false, ..EXACT });
     }
-    write(args, &report, &cuda, None)?;
+    // Last, because a kernel's wild access ends all that a process can do with its device. Written
+    // after each item: what hangs is ended from outside.
+    keep(&report)?;
+    report.device(args, device, &keep)?;
+    keep(&report)?;
     let failed = report.items.iter().filter(|item| !item.passed).count();
     println!(
         "gpu-check: {} of {} items passed, {}",
@@ -183,15 +188,21 @@ impl Report {
     }
 
     /// The arithmetic, the engine and NCCL on the device.
-    fn device(&mut self, args: &GpuCheckArgs, device: Device) {
+    fn device(
+        &mut self,
+        args: &GpuCheckArgs,
+        device: Device,
+        keep: &dyn Fn(&Report) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         let library = &args.transport.cuda_library;
         if device == Device::Cpu && library.is_none() {
-            return;
+            return Ok(());
         }
         let compiler = if device == Device::Cpu { library.clone() } else { cuda::nvrtc() };
         let (driver, n_slots) = (library.clone(), 4);
         let place = DevicePlace { device, ordinal: 0, driver, compiler, n_slots };
         self.add("device.arithmetic".to_string(), attempt(|| device::arithmetic(&place)));
+        keep(self)?;
         for &(word, precision) in Precision::ALL {
             // A CPU has no such products, and its engine refuses them.
             if device == Device::Cpu && precision == Precision::Tf32 {
@@ -201,11 +212,13 @@ impl Report {
             self.add(name, attempt(|| device::contract(&place, precision)));
             let name = format!("device.task.{word}");
             self.add(name, attempt(|| device::task(&place, precision)));
+            keep(self)?;
         }
         if let Err(err) = context::set_kernels(EXACT) {
             self.add("device.kernels".to_string(), Err(err.into()));
         }
         self.add("nccl.pair".to_string(), attempt(|| nccl::pair(&args.transport)));
+        Ok(())
     }
 
     /// Times slots; passes where they ran and gave finite losses.
@@ -219,12 +232,7 @@ impl Report {
     ) {
         let word = if kernels.deterministic { "exact" } else { "free" };
         let name = format!("throughput.{}.{images}.{word}", args.model);
-        let timed = attempt(|| {
-            context::set_kernels(kernels)?;
-            Slots::new(model, images, device).time(args.slots)
-        });
-        let timed =
-            timed.and_then(|timed| context::set_kernels(EXACT).map(|()| timed).map_err(Into::into));
+        let timed = with_kernels(kernels, || Slots::new(model, images, device).time(args.slots));
         let result = timed.map(|timed| {
             let rate = f64::from(images) / timed.median_seconds;
             let flops = rate * model.train_flops();
@@ -248,6 +256,16 @@ impl Report {
         });
         self.add(name, result);
     }
+}
+
+/// Runs one item with other kernels, and takes the exact ones again whatever became of it.
+fn with_kernels<T>(kernels: Kernels, f: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let found = attempt(|| {
+        context::set_kernels(kernels)?;
+        f()
+    });
+    context::set_kernels(EXACT)?;
+    found
 }
 
 /// Runs one item; what libtorch refuses, which tch reports by panicking, is an error.

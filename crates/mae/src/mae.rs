@@ -96,9 +96,20 @@ impl Mae {
     /// Encodes whole images without a mask: final-norm class token, then all patches, `[b, 1 + l,
     /// d]`.
     pub fn encode(&self, images_bchw: &Tensor) -> Tensor {
+        self.last_norm(&self.tokens(images_bchw))
+    }
+
+    /// Encodes whole images without a mask up to the last norm: class token, then all patches, `[b,
+    /// 1 + l, d]`.
+    pub fn tokens(&self, images_bchw: &Tensor) -> Tensor {
         let patches_blp = patchify(images_bchw, self.patch_size);
         let n_patches = patches_blp.size()[1];
-        self.encode_patches(&patches_blp, &self.pos_embed_1nd.narrow(1, 1, n_patches))
+        self.patch_tokens(&patches_blp, &self.pos_embed_1nd.narrow(1, 1, n_patches))
+    }
+
+    /// Applies the encoder's last norm to `[…, d]`.
+    pub fn last_norm(&self, x: &Tensor) -> Tensor {
+        self.norm.forward(x)
     }
 
     /// Encodes the kept patches in shuffled order, each with the position it has in the image.
@@ -107,15 +118,15 @@ impl Mae {
         let pos_ld = self.pos_embed_1nd.narrow(1, 1, l).squeeze_dim(0);
         let pos_bkd =
             pos_ld.index_select(0, &masks.ids_keep_bk.reshape(-1)).view([b, -1, pos_ld.size()[1]]);
-        self.encode_patches(&pick(patches_blp, &masks.ids_keep_bk), &pos_bkd)
+        self.last_norm(&self.patch_tokens(&pick(patches_blp, &masks.ids_keep_bk), &pos_bkd))
     }
 
-    fn encode_patches(&self, patches_bkp: &Tensor, pos_bkd: &Tensor) -> Tensor {
+    fn patch_tokens(&self, patches_bkp: &Tensor, pos_bkd: &Tensor) -> Tensor {
         let x_bkd = self.patch_embed.forward(patches_bkp) + pos_bkd;
         // The class token's row of the table is zero, so nothing is added to it.
         let cls_b1d = self.cls_token_11d.expand([x_bkd.size()[0], -1, -1], false);
         let x_bnd = Tensor::cat(&[cls_b1d, x_bkd], 1);
-        self.norm.forward(&run(&self.blocks, x_bnd))
+        run(&self.blocks, x_bnd)
     }
 
     /// Puts encoded patches back in their places and fills the others with the mask token: what the

@@ -10,6 +10,7 @@ use lacuna_mae::classify::EncoderWeights;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_tests::{Binaries, Cluster, Fixture, Seen, said, send_signal};
 use rustix::process::Signal;
+use tch::Tensor;
 
 const STEPS: u64 = 120;
 
@@ -231,12 +232,36 @@ fn exported(fixture: &Fixture) {
     };
     let (code, _, err) = features("ckpt/finetune-1");
     assert!(code == 2 && err.contains("--layout timm"), "{code} {err}");
-    let (code, out, err) = features("export-finetune-1-timm/timm.safetensors");
-    assert!(code == 0 && fixture.path("tuned.npy").is_file(), "{code} {out} {err}");
+    let weights = "export-finetune-1-timm/timm.safetensors";
+    let (code, out, err) = features(weights);
+    assert!(code == 0, "{code} {out} {err}");
+    the_head_makes_logits_of_the_features(fixture, weights);
     let (code, _, err) = export("finetune-1", "hf");
     assert!(code == 2 && err.contains("the layout `timm` only"), "{err}");
     let (code, _, err) = export("linear-1", "timm");
     assert!(code == 2 && err.contains("linear probe"), "{err}");
+}
+
+/// The default features of a fine-tuned encoder are what its head reads.
+fn the_head_makes_logits_of_the_features(fixture: &Fixture, weights: &str) {
+    let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
+        .args(["predict", "ckpt/finetune-1", "--data", "data", "--out", "logits.npy"])
+        .current_dir(fixture.dir.path())
+        .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
+        .output();
+    let (code, _, err) = said(&command.expect("it starts"));
+    assert_eq!(code, 0, "{err}");
+    let read = |name: &str| Tensor::read_npy(fixture.path(name)).expect("an array");
+    let tensors = Tensor::read_safetensors(fixture.path(weights)).expect("weights");
+    let head = |name: &str| {
+        let found = tensors.iter().find(|(known, _)| known == name);
+        found.map(|(_, tensor)| tensor.shallow_clone()).expect("a head")
+    };
+    let (features, logits) = (read("tuned.npy"), read("logits.npy"));
+    let got = features.linear(&head("head.weight"), Some(head("head.bias")));
+    let off = (got - &logits).abs().max().double_value(&[]);
+    assert!(off < 1e-5, "off by {off:e}");
+    assert!(logits.std(true).double_value(&[]) > 1e-3, "they say something");
 }
 
 /// Classifies with what a run learned: better than guessing, and the report says so.

@@ -32,7 +32,7 @@ pub use load::{
     INHERITANCE_DEPTH_MAX, Loaded, OVERRIDES_MAX, ReadText, SPEC_BYTES_MAX, from_json, parse_file,
     parse_text,
 };
-pub use plan::{Memory, PlanReport, WorkerRow, plan};
+pub use plan::{Memory, PlanReport, WorkerRow, plan, task_warnings};
 pub use problem::{PROBLEMS_MAX, Place, Problem, Problems, SpecError};
 pub use run_spec::{
     AutoOr, BAD_SAMPLES_FREE, BAD_SAMPLES_SHARE, BadSamples, CHECKPOINT_SCHEMES, CacheMode,

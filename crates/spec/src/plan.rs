@@ -4,6 +4,8 @@
 mod memory;
 mod warnings;
 
+pub use warnings::task_warnings;
+
 use std::fmt;
 
 use lacuna_recipe::order::{OrderMode, default_mode};

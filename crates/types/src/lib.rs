@@ -35,6 +35,12 @@ impl std::ops::Add<Duration> for Timestamp {
     }
 }
 
+/// Most members of one group, and so most workers that train one run at the same time.
+///
+/// Every pair of members is connected: a member holds a socket for each other one, and no more than
+/// this were tried (docs/benchmarks/scale.md).
+pub const WORLD_MAX: u32 = 1024;
+
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*

@@ -3755,6 +3755,8 @@ pub enum FaultKind {
     Local = 4,
     /// The checkpoint to start from cannot be loaded here.
     Checkpoint = 5,
+    /// A store did not answer in time.
+    Outage = 6,
 }
 impl FaultKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -3769,6 +3771,7 @@ impl FaultKind {
             Self::Run => "FAULT_KIND_RUN",
             Self::Local => "FAULT_KIND_LOCAL",
             Self::Checkpoint => "FAULT_KIND_CHECKPOINT",
+            Self::Outage => "FAULT_KIND_OUTAGE",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -3780,6 +3783,7 @@ impl FaultKind {
             "FAULT_KIND_RUN" => Some(Self::Run),
             "FAULT_KIND_LOCAL" => Some(Self::Local),
             "FAULT_KIND_CHECKPOINT" => Some(Self::Checkpoint),
+            "FAULT_KIND_OUTAGE" => Some(Self::Outage),
             _ => None,
         }
     }

@@ -136,13 +136,6 @@ pub fn describe(weights: &Weights, given: &Given) -> Result<Described, DescribeE
         Err(error) => return Err(error.into()),
     }
     notices.extend(model_config(weights).map_or(Vec::new(), |c| config_notices(c, &config)));
-    if weights.tensors().any(|(name, _)| name.starts_with("fc_norm.")) {
-        notices.push(
-            "the last norm is `fc_norm`: timm averages patches before it, here it is applied to \
-             each of them"
-                .to_string(),
-        );
-    }
     let has_decoder = inferred.decoder.is_some();
     let normalization = said.normalization;
     Ok(Described { form: inferred.form, config, has_decoder, normalization, notices })
@@ -294,9 +287,18 @@ fn said_by_export(weights: &Weights, text: &str) -> Result<Said, ImportError> {
     })
 }
 
+/// Reads what timm's document on the hub says, which has no `model_type`.
+fn said_by_timm(weights: &Weights) -> Said {
+    let pretrained = weights.config.as_ref().and_then(|(_, config)| config.get("pretrained_cfg"));
+    let floats = |key: &str| -> Option<Vec<f64>> {
+        pretrained?.get(key)?.as_array()?.iter().map(Value::as_f64).collect()
+    };
+    Said { normalization: floats("mean").zip(floats("std")), ..Said::default() }
+}
+
 /// Reads what the documents of transformers say.
 fn said_by_documents(weights: &Weights) -> Said {
-    let Some(config) = model_config(weights) else { return Said::default() };
+    let Some(config) = model_config(weights) else { return said_by_timm(weights) };
     let number = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
     let field = |key: &str| config.get(key).and_then(number);
     let img_size = config.get("image_size").and_then(|size| match size.as_array() {

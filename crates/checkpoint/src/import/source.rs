@@ -140,6 +140,11 @@ impl Weights {
         Ok(hasher.finalize())
     }
 
+    /// Tells whether the last norm is timm's `fc_norm`, which comes behind the mean of the patches.
+    pub fn has_pooled_norm(&self) -> bool {
+        self.tensors().any(|(name, _)| name.starts_with("fc_norm."))
+    }
+
     /// Returns the tensors by name.
     pub(super) fn tensors(&self) -> impl Iterator<Item = (&String, &Tensor)> {
         self.tensors.iter().map(|(name, (_, tensor))| (name, tensor))

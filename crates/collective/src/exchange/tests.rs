@@ -4,7 +4,8 @@ use crate::{OpDescription, OpKind};
 #[test]
 fn headers_come_back_as_they_were() {
     let sums = [OpKind::AllReduceI64, OpKind::AllReduceI32, OpKind::AllReduceF32];
-    let kinds = sums.into_iter().chain([OpKind::Broadcast, OpKind::Barrier]);
+    let others = [OpKind::Broadcast, OpKind::Barrier, OpKind::AllReduceI64There];
+    let kinds = sums.into_iter().chain(others);
     for kind in kinds {
         let op = OpDescription { op_seq: u64::MAX - 1, kind, root: 513, bytes: 1 << 40 };
         assert_eq!(decode_header(&encode_header(&op)), Some(op));

@@ -229,6 +229,28 @@ fn setups_say_what_is_missing() {
     assert_eq!(there, format!("NCCL 2.28.9 (`{}`), cuda1", path.display()));
 }
 
+/// NCCL would wait for ever: the one sum comes in pieces, and the other in one.
+#[test]
+fn a_sum_on_devices_and_one_of_hosts_do_not_meet() {
+    let mut members = group(2);
+    let errors = on_each(&mut members, |member| {
+        let device = setup(member.rank()).device;
+        let stream = Stream::new(&device).unwrap();
+        let mut buffer = DeviceBuffer::new(&device, 800).unwrap();
+        let done = match member.rank() {
+            0 => member.all_reduce_i64(&mut [0; 100], PATIENT),
+            _ => {
+                let there = member.on_device().expect("NCCL sums on devices");
+                there.all_reduce_i64_there(&mut buffer, 100, &stream, PATIENT)
+            }
+        };
+        done.expect_err("they are different operations")
+    });
+    for error in errors {
+        assert!(matches!(error, CollectiveError::Mismatch { .. }), "{error}");
+    }
+}
+
 #[test]
 fn buffers_of_a_device_are_summed_where_they_are() {
     let mut members = group(3);

@@ -370,3 +370,18 @@ fn listeners_stay_on_loopback_unless_trusted() {
     let again = TrainerListener::bind(taken.advertised(), None, Exposure::Loopback);
     assert!(matches!(again, Err(BindError::Bind { .. })));
 }
+
+/// As many members as a group of eight machines with twelve devices each has: 9,120 sockets.
+#[test]
+fn conforms_in_a_large_world() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let mut world = 96;
+    if limit.maximum.is_some_and(|files| files < 10_000) {
+        println!("a world of 24 only: this system allows {:?} open files", limit.maximum);
+        world = 24;
+    }
+    conformance::sums_and_copies(&make_group_of_sockets, world, &[5, 1_009]);
+}

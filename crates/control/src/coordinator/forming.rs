@@ -44,6 +44,8 @@ pub(super) struct Group {
     /// The change that members were asked to stop for.
     pub change: Option<Change>,
     pub attempt: Option<Attempt>,
+    /// Whether its state could not be saved where it stands, because some of it leave.
+    pub cannot_save: bool,
     /// Digests of states by step and rank, until all ranks have said theirs.
     pub votes: BTreeMap<Step, BTreeMap<usize, u64>>,
     /// Newest operation that a member is known to have entered.
@@ -101,6 +103,7 @@ impl Group {
             held: BTreeMap::new(),
             change: None,
             attempt: None,
+            cannot_save: false,
             votes: BTreeMap::new(),
             op_seq: 0,
             moved: now,
@@ -201,8 +204,13 @@ impl Coordinator {
 
     /// With no group: forms one once there are enough workers and no more are about to come.
     pub(super) fn consider_first_group(&mut self, now: Timestamp) {
-        if let Some(why) = self.saved.stopping.clone() {
-            self.end(Ending::Stopped { step: self.progress, why });
+        if let Some(mut why) = self.saved.stopping.clone() {
+            // Nobody trains, so what is saved is what there is to go on from.
+            let step = self.saved.checkpoint.as_ref().map_or(Step(0), |saved| saved.step);
+            if self.progress > step {
+                why += &format!("; steps after {step}, up to {}, were not saved", self.progress);
+            }
+            self.end(Ending::Stopped { step, why });
             return;
         }
         let usable = |(id, w): &(&WorkerId, &Worker)| w.usable() && self.is_free(id);

@@ -9,12 +9,16 @@ use lacuna_types::{Generation, Incarnation, Timestamp, WorkerId};
 use super::conduct::Strike;
 use super::forming::{Group, Stage};
 use super::{Cause, Coordinator};
-use crate::message::Beat;
+use crate::message::{Beat, Phase};
 
 /// A group gets this many times its longest step before it counts as stuck.
 const PATIENCE: u32 = 5;
-/// And this many times the usual limit for its first step, which warms caches up.
-const FIRST_STEP: u32 = 10;
+/// And this many times the usual limit for its first steps, which warm caches up: as many, and as
+/// much longer, as members wait for each other.
+const WARM_UP: (u64, u32) = (5, 10);
+/// How long a member may wait for data before it holds the group up: a little longer than it waits
+/// by itself.
+const DATA_PATIENCE_MS: u64 = 150_000;
 
 /// Verdicts in a row that nobody waits before whoever computes is taken for hung: five minutes with
 /// the usual limit, and fifty of the longest step.
@@ -30,6 +34,8 @@ enum Verdict {
     Slow(Vec<(WorkerId, Incarnation, String)>),
     /// These did not enter an operation in which others wait, with one line for each.
     Culprits(Vec<(WorkerId, Incarnation, String)>),
+    /// Those who did not enter it wait for data, and may yet get it.
+    Patience,
     /// All are in one operation.
     Network(String),
 }
@@ -37,9 +43,10 @@ enum Verdict {
 impl Coordinator {
     /// When a running group counts as stuck.
     pub(super) fn stall_at(&self, group: &Group) -> Timestamp {
-        let first = self.saved.started == Some(self.progress);
+        let (steps, longer) = WARM_UP;
+        let warming_up = self.saved.started.is_some_and(|at| self.progress.0 < at.0 + steps);
         let limit = self.timing.stall.max(PATIENCE * group.longest);
-        group.moved + if first { FIRST_STEP * limit } else { limit }
+        group.moved + if warming_up { longer * limit } else { limit }
     }
 
     /// Notes that a member has entered an operation: the group got further.
@@ -97,6 +104,7 @@ impl Coordinator {
                 }
             }
             Verdict::Culprits(culprits) => self.end_hung(now, culprits),
+            Verdict::Patience => self.group.as_mut().expect("just seen").moved = now,
             Verdict::Network(line) => self.blame_network(now, &line),
         }
     }
@@ -156,6 +164,15 @@ impl Coordinator {
             .filter(|m| !is_in(&m.worker) && !waits_too(&m.worker))
             .map(|m| (m.worker.clone(), m.incarnation, line(&m.worker)))
             .collect();
+        let lacks_data = |(worker, ..): &(WorkerId, Incarnation, String)| {
+            let lacks = |(b, age): (&Beat, u64)| {
+                b.phase == Phase::Data && b.phase_ms + age < DATA_PATIENCE_MS
+            };
+            beat(worker).is_some_and(lacks)
+        };
+        if !culprits.is_empty() && culprits.iter().all(lacks_data) {
+            return Verdict::Patience;
+        }
         if !culprits.is_empty() {
             return Verdict::Culprits(culprits);
         }

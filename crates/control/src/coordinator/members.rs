@@ -11,6 +11,9 @@ use crate::message::{Beat, FaultKind, StepMark, ToWorker};
 /// Highest generation that a worker is believed to be in: numbers above it leave no room.
 const GENERATION_MAX: Generation = Generation(1 << 62);
 
+/// Outages of its store that a member may report while its peers have data, before it is unfit.
+const OUTAGES_MAX: u32 = 3;
+
 /// What the coordinator knows of a worker.
 #[derive(Clone, Debug)]
 pub(super) struct Worker {
@@ -197,6 +200,7 @@ impl Coordinator {
         self.network_hangs = 0;
         self.slow_verdicts = 0;
         self.suspicions.clear();
+        self.outages.clear();
         self.fruitless = 0;
         self.tell_unlisted(false);
     }
@@ -290,7 +294,14 @@ impl Coordinator {
             FaultKind::Checkpoint => {
                 self.is_unfit(worker, detail);
             }
-            FaultKind::Communicator => {}
+            FaultKind::Outage if self.is_away_for_it_alone(worker, generation) => {
+                self.is_unfit(worker, &format!("others have their data, but: {detail}"));
+            }
+            // The next group waits again, as long as it takes.
+            FaultKind::Outage if self.member_of(worker, generation).is_some() => {
+                self.fruitless = self.fruitless.saturating_sub(1);
+            }
+            FaultKind::Communicator | FaultKind::Outage => {}
         }
         if self.member_of(worker, generation).is_some() {
             let names = self.names_of(suspects);
@@ -300,6 +311,24 @@ impl Coordinator {
             }
             self.disturb(now, Cause::Fault, &format!("{worker} reports: {detail}{names}"));
         }
+    }
+
+    /// Counts an outage that one member reports while its peers already wait in a sum; tells
+    /// whether it was the last that it may have before a step is applied.
+    fn is_away_for_it_alone(&mut self, worker: &WorkerId, generation: Generation) -> bool {
+        let Some((group, _)) = self.member_of(worker, generation) else { return false };
+        let others: Vec<WorkerId> =
+            group.plan.members.iter().map(|m| m.worker.clone()).filter(|m| m != worker).collect();
+        let has_data = |id: &WorkerId| {
+            let beat = self.workers.get(id).and_then(|w| w.beat.as_ref());
+            beat.is_some_and(|beat| beat.generation == generation && beat.in_op)
+        };
+        if others.is_empty() || !others.iter().all(has_data) {
+            return false;
+        }
+        let n = self.outages.entry(worker.clone()).or_default();
+        *n += 1;
+        *n >= OUTAGES_MAX
     }
 
     /// Says who the ranks are that a member speaks of.

@@ -10,6 +10,7 @@ use crate::plan::Member;
 
 /// How many times the limit of forming members may take that all say that they load a state.
 const LOADS_MAX: u32 = 20;
+
 impl Coordinator {
     /// Gives a forming generation up whose time is over, without those who did not answer, and
     /// kills processes whose abort hangs.
@@ -27,7 +28,7 @@ impl Coordinator {
         let silent = (0..group.plan.world()).filter(|&rank| !answered(rank));
         let silent: Vec<Member> = silent.map(|rank| group.plan.members[rank].clone()).collect();
         let nobody_did = silent.len() == group.plan.world();
-        if group.stage == Stage::Syncing && nobody_did && self.all_load(group, now) {
+        if group.stage == Stage::Syncing && self.all_load(group, &silent, now) {
             let group = self.group.as_mut().expect("just seen");
             group.deadline = now + self.timing.forming;
             return;
@@ -40,14 +41,17 @@ impl Coordinator {
         self.disturb(now, Cause::Stuck, "forming took too long");
     }
 
-    /// Tells whether all members say that they are at it: a large state takes its time to load.
-    fn all_load(&self, group: &Group, now: Timestamp) -> bool {
+    /// Tells whether all who have not answered say that they are at it: a large state takes its
+    /// time to load, and one member longer than another. Where some are done already, the others
+    /// must be loading by themselves: nobody of them can wait for a peer's bytes any more.
+    fn all_load(&self, group: &Group, silent: &[Member], now: Timestamp) -> bool {
+        let alone = silent.len() < group.plan.world();
         let busy = |m: &Member| {
             let beat = self.workers.get(&m.worker).and_then(|w| w.beat.as_ref());
-            beat.is_some_and(|beat| beat.phase == Phase::Sync)
+            beat.is_some_and(|beat| beat.phase == Phase::Sync && !(alone && beat.in_op))
         };
         let patience = LOADS_MAX * self.timing.forming;
-        now.since(group.formed) < patience && group.plan.members.iter().all(busy)
+        now.since(group.formed) < patience && silent.iter().all(busy)
     }
 
     /// A member did not answer where others did: whoever beats and does not answer hangs.

@@ -53,6 +53,10 @@ impl Coordinator {
                 return because(Cause::Left, format!("{} leaves: {why}", member.worker));
             }
         }
+        if group.attempt.is_some() {
+            // Standing still until a checkpoint is written would cost more than these changes gain.
+            return None;
+        }
         let (world, most) = (group.plan.world(), self.config.workers_max);
         if world > most {
             let why = format!("the run takes at most {most} of its {world} workers now");
@@ -68,7 +72,7 @@ impl Coordinator {
 
     /// When the group should be asked to take more workers in; `None` if no worker would help.
     pub(super) fn join_time(&self) -> Option<Timestamp> {
-        let group = self.group.as_ref()?;
+        let group = self.group.as_ref().filter(|group| group.attempt.is_none())?;
         if self.workers.len() <= group.plan.world() {
             return None;
         }
@@ -92,6 +96,9 @@ impl Coordinator {
 
     /// When slots should be shared out anew among the same members.
     pub(super) fn reslot_time(&self, group: &Group) -> Option<Timestamp> {
+        if group.attempt.is_some() {
+            return None;
+        }
         let watched = group.uneven_since? + self.timing.straggler_window;
         let gap = self.last_change.map_or(watched, |at| at + self.timing.voluntary_gap);
         Some(watched.max(gap))
@@ -167,10 +174,21 @@ impl Coordinator {
             let record = self.workers.get(&m.worker);
             record.is_some_and(|w| w.stream_lost.is_some() && w.leaving.is_none())
         };
-        if group.attempt.is_some() || group.plan.members.iter().any(away) {
+        let is_last_word = group.attempt.as_ref().is_some_and(|a| a.held || a.committing);
+        if is_last_word || group.plan.members.iter().any(away) {
             // A broken stream may come back within its grace.
             return;
         }
+        if group.attempt.is_some() {
+            let leaves = group.change.as_ref().is_some_and(|change| change.cause == Cause::Left);
+            if !leaves {
+                return;
+            }
+            // Who leaves has no time for what training would have hidden.
+            self.close_attempt("its members stand still, and one of them leaves");
+            self.record(Record::CheckpointAsked);
+        }
+        let Some(group) = &self.group else { return };
         let &(step, digest) = group.held.values().next().expect("members stand here");
         // A later one may come from a generation that is over and whose commit came late.
         let saved = self.saved.checkpoint.as_ref().is_some_and(|c| c.step >= step);
@@ -180,7 +198,8 @@ impl Coordinator {
         let keeps = |m: &crate::plan::Member| remaining.contains(&m.worker);
         // Those who take over have nothing in memory.
         let all_leave = !group.plan.members.iter().any(keeps);
-        if (finished || self.saved.stopping.is_some() || too_few || all_leave) && !saved {
+        let ends = finished || self.saved.stopping.is_some();
+        if (ends || ((too_few || all_leave) && !group.cannot_save)) && !saved {
             self.propose(now, true);
         } else if finished {
             self.end(Ending::Finished { step, digest });

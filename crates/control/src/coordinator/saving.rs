@@ -202,7 +202,8 @@ impl Coordinator {
         self.broadcast(&group, &ToWorker::Committed { step, manifest });
     }
 
-    /// Gives the attempt up. Training goes on; an end that needs a checkpoint tries again.
+    /// Gives the attempt up. Training goes on; an end that needs a checkpoint tries again. Where
+    /// members only leave, those who stay keep the state in memory instead.
     pub(super) fn attempt_failed(&mut self, why: &str) {
         let Some(attempt) = self.close_attempt(why) else { return };
         self.failed_attempts.0 += 1;
@@ -210,6 +211,11 @@ impl Coordinator {
             self.failed_attempts.1 += 1;
             let n = self.failed_attempts.1;
             self.note("not-saved", true, format!("checkpoint attempt {n} in a row failed: {why}"));
+            if n >= self.timing.failed_attempts && !self.stands_at_an_end() {
+                self.failed_attempts.1 = 0;
+                self.group.as_mut().expect("it had an attempt").cannot_save = true;
+                return;
+            }
             (n, self.timing.failed_attempts)
         } else {
             self.note("not-saved", true, format!("checkpoint given up, training goes on: {why}"));
@@ -221,8 +227,15 @@ impl Coordinator {
         }
     }
 
+    /// Tells whether the run is over where its members stand.
+    fn stands_at_an_end(&self) -> bool {
+        let last = Step(self.config.total_steps);
+        let stands = self.group.as_ref().and_then(|group| group.held.values().next());
+        self.saved.stopping.is_some() || stands.is_some_and(|(step, _)| *step >= last)
+    }
+
     /// Tells everybody that nobody waits for the attempt any more; returns it.
-    fn close_attempt(&mut self, why: &str) -> Option<Attempt> {
+    pub(super) fn close_attempt(&mut self, why: &str) -> Option<Attempt> {
         let group = self.group.as_mut()?;
         let attempt = group.attempt.take()?;
         let group = group.clone();

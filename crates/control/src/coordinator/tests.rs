@@ -1,6 +1,7 @@
 mod any_events;
 mod bad_samples;
 mod inquiries;
+mod patience;
 mod transcripts;
 
 use super::*;

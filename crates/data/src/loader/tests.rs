@@ -229,8 +229,6 @@ fn with_bad_samples(root: &Path, n: u32, bad: &[u32]) -> Arc<Dataset> {
 fn bad_samples_are_replaced_the_same_way_everywhere() {
     let root = tempfile::tempdir().unwrap();
     let dataset = with_bad_samples(root.path(), 48, &[3, 17, 18]);
-    let shard = dataset.place(SampleId(30)).shard;
-    damage(&shard, dataset.index().record(SampleId(30)).offset + 50);
     let events: Arc<Mutex<Vec<BadSample>>> = Arc::default();
     let mut batches: Vec<Vec<SlotBatch>> = Vec::new();
     for threads in [1, 4] {
@@ -242,7 +240,7 @@ fn bad_samples_are_replaced_the_same_way_everywhere() {
         let loader = Loader::new(config).unwrap();
         let mut stream = loader.stream(Step(0), Step(2), vec![0, 1, 2, 3]).unwrap();
         batches.push((0..8).map(|_| stream.next(DEADLINE).unwrap()).collect());
-        assert!(loader.n_bad() >= 4);
+        assert!(loader.n_bad() >= 3);
     }
     assert_eq!(batches[0], batches[1]);
     let ids: Vec<SampleId> = batches[0].iter().flat_map(|b| b.samples.clone()).collect();
@@ -250,11 +248,27 @@ fn bad_samples_are_replaced_the_same_way_everywhere() {
     let mut events = events.lock().unwrap().clone();
     events.sort_by_key(|bad| (bad.ordered, bad.place.sample, bad.stand_in));
     assert!(events.len().is_multiple_of(2), "both loaders met the same");
-    let corrupt = events.iter().find(|bad| bad.place.sample == SampleId(30)).unwrap();
-    assert!(corrupt.error.contains("is corrupt: crc"), "{}", corrupt.error);
-    assert!(corrupt.error.contains("000000030-0030.png"), "{}", corrupt.error);
     let cut = events.iter().find(|bad| bad.place.sample == SampleId(3)).unwrap();
     assert!(cut.error.contains("the Png data does not decode"), "{}", cut.error);
+}
+
+/// Another machine's copy of the shard may be sound, and what is trained on must not depend on whose
+/// slot it is.
+#[test]
+fn bytes_that_rotted_in_a_file_are_not_replaced() {
+    let root = tempfile::tempdir().unwrap();
+    let dataset = with_bad_samples(root.path(), 24, &[]);
+    let shard = dataset.place(SampleId(13)).shard;
+    damage(&shard, dataset.index().record(SampleId(13)).offset + 50);
+    let loader = Loader::new(config(dataset, 1)).unwrap();
+    let failed: Vec<LoadError> =
+        (0..4).filter_map(|index| loader.load(slot(0, index)).err()).collect();
+    let [error] = &failed[..] else { panic!("one slot has the sample: {failed:?}") };
+    assert!(!error.is_passing());
+    let text = chain(error);
+    assert!(text.contains("is corrupt: crc"), "{text}");
+    assert!(text.contains("000000013-0013.png"), "{text}");
+    assert_eq!(loader.n_bad(), 0);
 }
 
 #[test]

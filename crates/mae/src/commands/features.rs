@@ -22,9 +22,9 @@ pub struct FeaturesArgs {
     /// Packed images, a folder or URL; labels are taken from its index.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// What of an image is its feature.
-    #[arg(long, value_enum, default_value = "cls")]
-    pool: PoolArg,
+    /// What of an image is its feature [default: cls; mean where timm's `fc_norm` is the last norm].
+    #[arg(long, value_enum)]
+    pool: Option<PoolArg>,
     #[command(flatten)]
     size: SizeArgs,
     #[command(flatten)]
@@ -65,13 +65,14 @@ impl PoolArg {
             PoolArg::Tokens => Pool::Tokens,
         }
     }
+}
 
-    fn name(self) -> &'static str {
-        match self {
-            PoolArg::Cls => "cls",
-            PoolArg::Mean => "mean",
-            PoolArg::Tokens => "tokens",
-        }
+/// Returns the word that chooses it.
+fn name_of(pool: Pool) -> &'static str {
+    match pool {
+        Pool::Cls => "cls",
+        Pool::Mean => "mean",
+        Pool::Tokens => "tokens",
     }
 }
 
@@ -83,7 +84,7 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
     let (model, table) = loaded.build(&args.size)?;
     let model = model.on(args.compute.device()?);
     let dataset = batches::open(&args.data)?;
-    let (pool, n) = (args.pool.pool(), dataset.n_samples());
+    let (pool, n) = (loaded.pool(args.pool.map(PoolArg::pool))?, dataset.n_samples());
     let [height, width] = model.model().img_size;
     let content = Content {
         labels: (0..n).map(|id| dataset.label(SampleId(id))).collect(),
@@ -93,7 +94,7 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
             ("lacuna.data", dataset.fingerprint().to_string()),
             ("lacuna.decoder", DECODER_ID.to_string()),
             ("lacuna.img_size", format!("{height}x{width}")),
-            ("lacuna.pool", args.pool.name().to_string()),
+            ("lacuna.pool", name_of(pool).to_string()),
             ("lacuna.position_table", table.clone()),
             ("lacuna.source", loaded.origin.to_string()),
         ],
@@ -134,7 +135,10 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
         .map(u64::to_string)
         .collect();
     if !bad.is_empty() {
-        eprintln!("{} images could not be read, their rows are NaN: {}", bad.len(), bad.join(", "));
+        let (n, ids) = (bad.len(), bad.join(", "));
+        let (images, rows) =
+            if n == 1 { ("image", "its row is") } else { ("images", "their rows are") };
+        eprintln!("{n} {images} could not be read, {rows} NaN: {ids}");
     }
     let files = file.finish()?;
     let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
@@ -145,7 +149,7 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
         names.join(" and "),
         grouped(n),
         sides.join(" x "),
-        args.pool.name(),
+        name_of(pool),
         args.data.display(),
         loaded.origin,
         grouped(n_labelled as u64),

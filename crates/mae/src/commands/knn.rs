@@ -43,9 +43,9 @@ pub struct KnnArgs {
     /// A neighbour's vote weighs exp(cosine / temperature).
     #[arg(long, default_value_t = 0.07, value_name = "T")]
     temperature: f64,
-    /// What of an image is its feature.
-    #[arg(long, value_enum, default_value = "cls")]
-    pool: PoolArg,
+    /// What of an image is its feature [default: cls; mean where timm's `fc_norm` is the last norm].
+    #[arg(long, value_enum)]
+    pool: Option<PoolArg>,
     /// Share of each class's training images that vote, above 0 and up to 1.
     #[arg(long, default_value_t = 1.0, value_name = "F")]
     label_fraction: f64,
@@ -152,6 +152,14 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     let (encoder, table) = loaded.build(&args.size)?;
     let device = args.compute.device()?;
     let (train, val) = (batches::open(&args.train)?, batches::open(&args.val)?);
+    if train.fingerprint() == val.fingerprint() {
+        return Err(usage(format!(
+            "`{}` and `{}` are the same images, and each would find itself: hold some out with \
+             `lacuna data subset DIR OUT --label-fraction F`, and the others with --rest",
+            args.train.display(),
+            args.val.display()
+        )));
+    }
     batches::same_classes(&args.train, &args.val)?;
     let train_ids = chosen(&train, args.label_fraction, args.seed, "--train", &args.train)?;
     let val_ids = chosen(&val, 1.0, args.seed, "--val", &args.val)?;
@@ -163,7 +171,8 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
         FrozenMae::new(model, &loaded.mean, &loaded.std, &params).on(device)
     });
     let encoder = encoder.on(device);
-    let pool = if args.pool == PoolArg::Cls { Pool::Cls } else { Pool::Mean };
+    let asked = args.pool.map(|pool| if pool == PoolArg::Cls { Pool::Cls } else { Pool::Mean });
+    let pool = loaded.pool(asked)?;
     let extractor = Extractor { encoder, random, raw: with(Baseline::Raw), pool };
     // Whoever cannot write is told before an hour of computing.
     let file = Partial::create(&args.out)?;
@@ -191,7 +200,7 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     let report = KnnReport {
         origin: &loaded.origin,
         model: extractor.encoder.model(),
-        pool: if args.pool == PoolArg::Cls { "cls" } else { "mean" },
+        pool: if pool == Pool::Cls { "cls" } else { "mean" },
         position_table: &table,
         temperature: args.temperature,
         label_fraction: args.label_fraction,

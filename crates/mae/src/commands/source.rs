@@ -12,7 +12,7 @@ use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::load::{find_step, load_params};
 use lacuna_checkpoint::{catalog, chain};
 use lacuna_data::ImageShape;
-use lacuna_mae::frozen::{FrozenMae, OwnTables};
+use lacuna_mae::frozen::{FrozenMae, OwnTables, Pool};
 use lacuna_mae::pos_resize::{Resample, resize_table};
 use lacuna_recipe::keymap::import::Form;
 use lacuna_recipe::keymap::timm;
@@ -102,6 +102,8 @@ pub struct Loaded {
     pub params: Vec<f32>,
     /// Where it comes from.
     pub origin: Origin,
+    /// Whether its last norm is timm's `fc_norm`, behind the mean of the patches.
+    pub norm_after_mean: bool,
     own: OwnTables,
     /// How its library resamples tables.
     resample: Resample,
@@ -191,6 +193,7 @@ impl SourceArgs {
                 form: None,
                 data: Some(spec.data.shards.clone()),
             },
+            norm_after_mean: false,
             own: OwnTables::default(),
             resample: Resample::Plain,
             model: spec.model,
@@ -233,6 +236,7 @@ impl SourceArgs {
             std,
             params: read.params,
             origin: Origin { source: shown, step: None, form: Some(form), data: None },
+            norm_after_mean: weights.has_pooled_norm(),
             own: OwnTables { encoder: read.encoder_table, decoder: read.decoder_table },
             resample: if form == Form::Timm { Resample::Antialias } else { Resample::Plain },
         })
@@ -360,7 +364,23 @@ impl Loaded {
         // The decoder's is for the stored grid, and features do not need it.
         let decoder = self.own.decoder.clone().filter(|_| from == to);
         let tables = OwnTables { encoder: table, decoder };
-        Ok((FrozenMae::with_tables(&model, &self.mean, &self.std, &self.params, &tables), note))
+        let built = FrozenMae::with_tables(&model, &self.mean, &self.std, &self.params, &tables);
+        Ok((built.norm_after_mean(self.norm_after_mean), note))
+    }
+
+    /// Chooses what of an image is its feature, where `asked` does not say it: what the model's own
+    /// head would read.
+    pub fn pool(&self, asked: Option<Pool>) -> anyhow::Result<Pool> {
+        match asked {
+            None if self.norm_after_mean => Ok(Pool::Mean),
+            None => Ok(Pool::Cls),
+            Some(Pool::Cls) if self.norm_after_mean => Err(usage(format!(
+                "`{}` was trained to read the mean of its patches (`fc_norm`), and its class token \
+                 means nothing: take --pool mean",
+                self.origin.source
+            ))),
+            Some(pool) => Ok(pool),
+        }
     }
 
     /// Builds the model for images of its own size.

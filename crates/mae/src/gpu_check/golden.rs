@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use lacuna_mae::context::{self, EXACT, Kernels};
+use lacuna_mae::context::{EXACT, Kernels};
 use lacuna_mae::mae::{Mae, Masks, PosTables};
 use lacuna_mae::weights::Weights;
 use lacuna_recipe::model::ModelConfig;
@@ -134,10 +134,9 @@ impl Golden {
             Precision::Bf16 => params.half_products().trainable(),
             Precision::F32 | Precision::Tf32 => params,
         };
-        context::set_kernels(Kernels { tf32: precision == Precision::Tf32, ..EXACT })?;
-        let computed = self.differentiate(&case, &params, Kind::Float);
-        context::set_kernels(EXACT)?;
-        let (loss, grad) = computed?;
+        let kernels = Kernels { tf32: precision == Precision::Tf32, ..EXACT };
+        let (loss, grad) =
+            super::with_kernels(kernels, || self.differentiate(&case, &params, Kind::Float))?;
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
         let cosine =
             dot(&grad, &want_grad) / (dot(&grad, &grad) * dot(&want_grad, &want_grad)).sqrt();

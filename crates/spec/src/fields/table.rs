@@ -1,6 +1,7 @@
 //! The entries of the table.
 
 use lacuna_recipe::order::LANES_MAX;
+use lacuna_types::WORLD_MAX;
 
 use super::{Field, Interval, Kind, Mark};
 use crate::run_spec::{
@@ -12,8 +13,8 @@ use crate::run_spec::{
 pub(crate) const SCHEMA: u64 = 1;
 /// Largest batch: counts of samples stay exact in f32 up to here.
 const BATCH_MAX: u32 = 1 << 24;
-/// Most workers of a run: the control plane is built and tested for thousands, not more.
-pub(crate) const WORKERS_MAX: u32 = 4096;
+/// Most workers of a run, and most spares.
+pub(crate) const WORKERS_MAX: u32 = WORLD_MAX;
 /// Largest block of the order: more samples than any data set has.
 const BLOCK_MAX: u64 = 1 << 48;
 /// Most threads of a loader: beyond any machine's cores.

@@ -8,6 +8,8 @@ use crate::units::{Cadence, Length, grouped};
 /// largest elements.
 const EXACT32_SLOTS_MAX: u32 = 1024;
 const EXACT32_BITS: u32 = 15;
+/// What pre-training takes.
+const PRETRAINING_BETAS: [f64; 2] = [0.9, 0.95];
 /// Batch below which LARS is warned about.
 const LARS_BATCH_MIN: u32 = 4096;
 /// Least room for chunks of remote shards that is of use: four, of 16 MiB each.
@@ -39,16 +41,7 @@ pub(super) fn warnings(
             grouped(n_params)
         ));
     }
-    if let Some(TaskSpec { encoder: None, pool: Pool::Avg | Pool::Cls, .. }) = &spec.task {
-        out.push(
-            "`task.encoder` is not set, so that the encoder begins from the seed: it should name \
-             a run, like \"runs/mine\", or a file of weights"
-                .to_string(),
-        );
-    }
-    if let Some(task) = &spec.task {
-        recipes(&mut out, spec, task);
-    }
+    out.extend(task_warnings(spec, per_epoch));
     shares(&mut out, spec, workers, spec.n_slots());
     arithmetic(&mut out, spec, per_epoch);
     checkpoints(&mut out, spec, per_epoch);
@@ -56,9 +49,43 @@ pub(super) fn warnings(
     out
 }
 
+/// Lists what of a `[task]` is probably not wanted, worth saying whenever its run begins;
+/// `per_epoch` as in a plan.
+pub fn task_warnings(spec: &RunSpec, per_epoch: Option<u64>) -> Vec<String> {
+    let mut out: Vec<String> = Vec::new();
+    let Some(task) = &spec.task else { return out };
+    if let TaskSpec { encoder: None, pool: Pool::Avg | Pool::Cls, .. } = task {
+        out.push(
+            "`task.encoder` is not set, so that the encoder begins from the seed: it should name \
+             a run, like \"runs/mine\", or a file of weights"
+                .to_string(),
+        );
+    }
+    recipes(&mut out, spec, task);
+    let steps = per_epoch.and_then(|per_epoch| spec.train.duration.steps(per_epoch));
+    // After 3 / (1 - ema) updates a twentieth of the average is still what the run began with.
+    if let Some((ema, steps)) = task.ema.zip(steps)
+        && (steps as f64) < 3.0 / (1.0 - ema)
+    {
+        out.push(format!(
+            "`task.ema` = {ema:?} averages over more than this run's {steps} steps: the average \
+             stays near the weights that it began with"
+        ));
+    }
+    out
+}
+
 /// What of a task's settings is another recipe's.
 fn recipes(out: &mut Vec<String>, spec: &RunSpec, task: &TaskSpec) {
     let batch = spec.train.batch;
+    if task.kind == TaskKind::Finetune && spec.optim.betas == PRETRAINING_BETAS {
+        out.push(
+            "`optim` is that of pre-training: fine-tuning has `betas` = [0.9, 0.999], \
+             `decay_tokens` = false and a larger `base_lr` (presets `demo-finetune`, \
+             `base-finetune`)"
+                .to_string(),
+        );
+    }
     if task.optimizer == Optimizer::Lars && batch < LARS_BATCH_MIN {
         out.push(format!(
             "`task.optimizer` = \"lars\" with a batch of {batch}: it learns next to nothing with \
@@ -148,7 +175,9 @@ fn better_workers(spec: &RunSpec, n_slots: u32) -> String {
 
 fn arithmetic(out: &mut Vec<String>, spec: &RunSpec, per_epoch: Option<u64>) {
     let (peak, decay) = (spec.peak_lr(), spec.optim.weight_decay);
-    if peak > PEAK_MAX {
+    // LARS fits a step to each tensor's size, and a probe's SGD has one layer.
+    let by_adamw = spec.task.as_ref().is_none_or(|task| task.optimizer == Optimizer::AdamW);
+    if by_adamw && peak > PEAK_MAX {
         out.push(format!(
             "the learning rate peaks at {peak:?}: `optim.base_lr` = {:?} counts for a batch of \
              256 and is raised with the batch",

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use lacuna_collective::{AbortHandle, Collective, CollectiveError, Group};
 use lacuna_control::message::{FaultKind, Phase, StepMark};
 use lacuna_control::plan::{Origin as SyncOrigin, Plan, Sync};
-use lacuna_control::worker::Report;
+use lacuna_control::worker::{ORPHAN_CHANGE, Report};
 use lacuna_data::loader::{LoadError, Loader, SlotStream};
-use lacuna_recipe::reduce::{Request, Summary, Verdict};
+use lacuna_recipe::reduce::{REQUEST_ID_MAX, Request, Summary, Verdict};
 use lacuna_recipe::state::{Counters, state_digest};
 use lacuna_recipe::step::SlotBatch;
 use lacuna_types::{AttemptSeq, Generation, Incarnation, Slot, Step, WorkerId};
@@ -31,6 +31,11 @@ use crate::transport::Peers;
 
 /// Longest wait for one slot of data: far above any healthy read, below anybody's patience.
 const DATA_DEADLINE: Duration = Duration::from_secs(120);
+/// How often a worker that waits for data looks whether its group is still there.
+const DATA_LOOK: Duration = Duration::from_secs(5);
+
+// The control word takes every number that a worker may raise.
+const _: () = assert!(ORPHAN_CHANGE <= REQUEST_ID_MAX);
 
 /// The loop's own state.
 pub struct StepLoop {
@@ -101,7 +106,7 @@ impl StepError {
             StepError::Collective(err) => communicator_fault(err),
             StepError::Engine(_) | StepError::Reduce(_) => FaultKind::Local,
             // The group forms again, and the state stays: the store may answer by then.
-            StepError::Data(err) if err.is_passing() => FaultKind::Communicator,
+            StepError::Data(err) if err.is_passing() => FaultKind::Outage,
             StepError::Data(_) => FaultKind::Storage,
             StepError::NonFinite { .. } => FaultKind::Run,
         }
@@ -254,6 +259,7 @@ impl StepLoop {
                 let kind = match &err {
                     SyncError::Collective(CollectiveError::Aborted { .. }) => return None,
                     SyncError::Collective(err) => communicator_fault(err),
+                    SyncError::Checkpoint(err) if err.is_outage() => FaultKind::Outage,
                     SyncError::Checkpoint(_) | SyncError::OtherCheckpoint { .. } => {
                         FaultKind::Checkpoint
                     }
@@ -302,7 +308,7 @@ impl StepLoop {
         while self.step() < total {
             let started = Instant::now();
             let step = self.step();
-            let batches = self.load(&mut stream, &slots, step, &mut meter)?;
+            let batches = self.load(group, &mut stream, &slots, &mut meter)?;
             let deadline = meter.deadline(step - first);
             let summary = self.reduce_step(group, &batches, &mut math, deadline, &mut meter)?;
             batches.into_iter().for_each(|batch| self.loader.recycle(batch));
@@ -315,18 +321,28 @@ impl StepLoop {
         Ok(())
     }
 
+    /// Waits for this worker's slots of the next step; gives up when the group is called off.
     fn load(
         &self,
+        group: &Membership,
         stream: &mut SlotStream,
         slots: &[u32],
-        step: u64,
         meter: &mut Meter,
     ) -> Result<Vec<SlotBatch>, StepError> {
+        let step = self.step();
         self.shared.enter(step, Phase::Data);
         let started = Instant::now();
         let mut batches: Vec<SlotBatch> = Vec::with_capacity(slots.len());
         for &index in slots {
-            let batch = stream.next(DATA_DEADLINE)?;
+            let asked = Instant::now();
+            let batch = loop {
+                match stream.next(DATA_LOOK) {
+                    Err(LoadError::Deadline { .. }) if asked.elapsed() < DATA_DEADLINE => {
+                        group.abort.check()?;
+                    }
+                    found => break found?,
+                }
+            };
             assert_eq!(batch.slot, Slot { step: Step(step), index }, "the stream keeps its order");
             batches.push(batch);
         }

@@ -59,12 +59,23 @@ impl Told {
     }
 
     pub fn beat(&mut self, name: &str, step: u64, op_seq: u64, in_op: bool, phase: Phase) {
+        self.beat_since(name, step, (op_seq, in_op), phase, 6000);
+    }
+
+    fn beat_since(
+        &mut self,
+        name: &str,
+        step: u64,
+        (op_seq, in_op): (u64, bool),
+        phase: Phase,
+        phase_ms: u64,
+    ) {
         let (generation, step) = (self.machine.saved().generation, Step(step));
         let beat = Beat {
             generation,
             step,
             phase,
-            phase_ms: 6000,
+            phase_ms,
             op_seq,
             in_op,
             slot_us: 1000,
@@ -75,7 +86,7 @@ impl Told {
     }
 
     /// Brings workers to training at step 0 in generation 1, and forgets what was said on the way.
-    fn train(names: &[&str]) -> Told {
+    pub fn train(names: &[&str]) -> Told {
         let mut told = Told::new(Saved::default());
         for name in names {
             told.hello(name, None, 0, false);
@@ -226,9 +237,9 @@ fn whoever_has_not_entered_an_operation_in_which_others_wait_is_to_blame() {
     for ms in (0..40).map(|n| 500 + n * 900) {
         told.ms = ms;
         let op = 20 + u64::from(ms > 900);
-        told.beat("a", 4, op, true, Phase::Reduce);
-        told.beat("b", 4, 20, false, Phase::Data);
-        told.beat("c", 4, op, true, Phase::Reduce);
+        told.beat("a", 6, op, true, Phase::Reduce);
+        told.beat("b", 6, 20, false, Phase::Compute);
+        told.beat("c", 6, op, true, Phase::Reduce);
     }
     let at = told.text.find("    note stuck").expect("it is noticed");
     let told = Told {
@@ -243,14 +254,29 @@ fn whoever_has_not_entered_an_operation_in_which_others_wait_is_to_blame() {
     };
     told.check(expect![[r#"
         many beats
-            note stuck: b:0 holds step 4 up: in data since 6.9 s, while a:0, c:0 wait in operation 21
-            to b:0: Exit { code: 1, why: "b:0 holds step 4 up: in data since 6.9 s, while a:0, c:0 wait in operation 21" }
-            kill b:0: b:0 holds step 4 up: in data since 6.9 s, while a:0, c:0 wait in operation 21
+            note stuck: b:0 holds step 6 up: in compute since 6.9 s, while a:0, c:0 wait in operation 21
+            to b:0: Exit { code: 1, why: "b:0 holds step 6 up: in compute since 6.9 s, while a:0, c:0 wait in operation 21" }
+            kill b:0: b:0 holds step 6 up: in compute since 6.9 s, while a:0, c:0 wait in operation 21
             disconnect b:0
-            note lost: worker b:0 lost at step 4 (it holds the group up; last phase data)
+            note lost: worker b:0 lost at step 6 (it holds the group up; last phase compute)
             to a:0: revoke 1
             to b:0: revoke 1
     "#]]);
+}
+
+#[test]
+fn who_waits_for_data_holds_nobody_up_until_it_should_have_given_up_itself() {
+    let mut told = Told::train(&["a", "b", "c"]);
+    let stuck = |told: &Told| told.text.contains("note stuck");
+    for ms in (0..400).map(|n| 500 + n * 900) {
+        told.ms = ms;
+        let op = 20 + u64::from(ms > 900);
+        told.beat("a", 6, op, true, Phase::Reduce);
+        told.beat_since("b", 6, (20, false), Phase::Data, ms);
+        told.beat("c", 6, op, true, Phase::Reduce);
+        assert!(ms > 150_000 || !stuck(&told), "{}", told.text);
+    }
+    assert!(stuck(&told), "nobody is waited for for ever");
 }
 
 #[test]
