@@ -123,7 +123,8 @@ run() {
     # One CPU thread, as trainers have; cuBLAS then keeps one workspace and with it one algorithm.
     LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torch \
         OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
-        timeout 240 "$folder/lacuna-worker" gpu-check --golden "$folder/golden" --out "$out" "$@" || code=$?
+        timeout 240 "$folder/lacuna-worker" gpu-check --golden "$folder/golden" --out "$out" \
+        "$@" || code=$?
     # What failed above may be no matter to a run.
     if [ "$code" != 78 ]; then
         LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \

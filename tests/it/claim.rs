@@ -37,7 +37,7 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !condition() {
         assert!(Instant::now() < deadline, "waited in vain until {what}");
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::yield_now();
     }
 }
 
@@ -201,7 +201,7 @@ fn a_killed_coordinator_comes_back_and_the_run_goes_on() {
     assert_eq!(seen.run.generation, 1);
 }
 
-/// Workers that were without a coordinator for long stand still, with their state, until it is back.
+/// Workers that were without a coordinator for long stand still with their state until it is back.
 #[test]
 fn a_coordinator_that_is_away_for_long_finds_its_workers_standing_with_their_state() {
     let fixture = fixture();

@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let number = |idx: usize, default: usize| numbers.get(idx).copied().unwrap_or(default);
     let (world, n_bytes, repeats) = (number(0, 64), number(1, 1_000_000), number(2, 5));
     match numbers[3.min(numbers.len())..] {
-        [first, count] => host(world, n_bytes / size_of::<i64>(), repeats, first..first + count),
+        [first, count] => host(n_bytes / size_of::<i64>(), repeats, first..first + count),
         _ => launch(world, n_bytes, repeats),
     }
 }
@@ -98,12 +98,7 @@ fn launch(world: usize, n_bytes: usize, repeats: usize) -> Result<(), Box<dyn Er
 }
 
 /// Is the members `ranks` of the group.
-fn host(
-    world: usize,
-    n: usize,
-    repeats: usize,
-    ranks: std::ops::Range<usize>,
-) -> Result<(), Box<dyn Error>> {
+fn host(n: usize, repeats: usize, ranks: std::ops::Range<usize>) -> Result<(), Box<dyn Error>> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit)?;

@@ -24,6 +24,10 @@ use crate::link::Link;
 use crate::share::share;
 use crate::{AbortHandle, CollectiveError, MissingPeer, Refusal, TrainerListener};
 
+mod stray;
+
+use stray::Stray;
+
 /// How long an accepted connection may take to prove itself. A dialer sends at once and answers
 /// in one round trip; the rest is for machines with more ranks than cores.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
@@ -371,48 +375,6 @@ impl Inbound {
 
     fn unless_late(&self, now: Instant) -> Result<Option<usize>, Stray> {
         if now < self.expires { Ok(None) } else { Err(Stray::Silent) }
-    }
-}
-
-/// Why a connection to this rank was closed.
-enum Stray {
-    Garbage,
-    Silent,
-    Crowded,
-    Broken(io::Error),
-    Refused { refusal: Refusal, generation: u64 },
-}
-
-impl From<io::Error> for Stray {
-    fn from(error: io::Error) -> Self {
-        Self::Broken(error)
-    }
-}
-
-impl Stray {
-    /// Logs the reason. Remains of other generations are ordinary after failures; the rest is not.
-    fn log(&self, addr: SocketAddr, group: &Group) {
-        let (rank, generation) = (group.rank, group.generation);
-        match self {
-            Self::Broken(error) => {
-                tracing::debug!(%addr, rank, %generation, %error, "connection broke in handshake");
-            }
-            Self::Refused { refusal: Refusal::OtherGeneration, generation: theirs } => {
-                tracing::debug!(%addr, rank, %generation, theirs, "refused other generation");
-            }
-            Self::Refused { refusal, .. } => {
-                tracing::warn!(%addr, rank, %generation, ?refusal, "refused connection");
-            }
-            Self::Garbage => {
-                tracing::warn!(%addr, rank, %generation, "closed connection that sent garbage");
-            }
-            Self::Silent => {
-                tracing::warn!(%addr, rank, %generation, "closed connection that kept silent");
-            }
-            Self::Crowded => {
-                tracing::warn!(%addr, rank, %generation, "closed oldest of too many connections");
-            }
-        }
     }
 }
 

@@ -107,8 +107,8 @@ impl FrozenMae {
         }
     }
 
-    /// Returns the same model with its last norm behind the mean of the patches, as timm's `fc_norm`
-    /// is: [`Pool::Mean`] is then what timm's head reads, and [`Pool::Tokens`] come before it.
+    /// Returns the same model with its last norm behind the mean of the patches, as `fc_norm` of
+    /// timm is: [`Pool::Mean`] is then what timm's head reads, and [`Pool::Tokens`] come before it.
     #[must_use]
     pub fn norm_after_mean(self, after: bool) -> Self {
         FrozenMae { norm_after_mean: after, ..self }

@@ -1,7 +1,8 @@
 //! A trainer process: one device, one run at a time.
 
 pub mod bad_samples;
-pub mod gallery;
+pub mod fault;
+mod gallery;
 pub mod job;
 mod meter;
 pub mod metrics;

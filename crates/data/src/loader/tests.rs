@@ -252,8 +252,8 @@ fn bad_samples_are_replaced_the_same_way_everywhere() {
     assert!(cut.error.contains("the Png data does not decode"), "{}", cut.error);
 }
 
-/// Another machine's copy of the shard may be sound, and what is trained on must not depend on whose
-/// slot it is.
+/// Another machine's copy of the shard may be sound, and what is trained on must not depend on
+/// whose slot it is.
 #[test]
 fn bytes_that_rotted_in_a_file_are_not_replaced() {
     let root = tempfile::tempdir().unwrap();

@@ -22,7 +22,7 @@ pub struct FeaturesArgs {
     /// Packed images, a folder or URL; labels are taken from its index.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// What of an image is its feature [default: cls; mean where timm's `fc_norm` is the last norm].
+    /// What of an image is its feature [default: cls, or mean where the last norm is `fc_norm`].
     #[arg(long, value_enum)]
     pool: Option<PoolArg>,
     #[command(flatten)]

@@ -43,7 +43,7 @@ pub struct KnnArgs {
     /// A neighbour's vote weighs exp(cosine / temperature).
     #[arg(long, default_value_t = 0.07, value_name = "T")]
     temperature: f64,
-    /// What of an image is its feature [default: cls; mean where timm's `fc_norm` is the last norm].
+    /// What of an image is its feature [default: cls, or mean where the last norm is `fc_norm`].
     #[arg(long, value_enum)]
     pool: Option<PoolArg>,
     /// Share of each class's training images that vote, above 0 and up to 1.

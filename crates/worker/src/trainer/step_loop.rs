@@ -18,6 +18,7 @@ use lacuna_types::{AttemptSeq, Generation, Incarnation, Slot, Step, WorkerId};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use super::fault::{StepError, communicator_fault, suspects_of};
 use super::gallery::Gallery;
 use super::job::Job;
 use super::meter::{Meter, memory_in_use, mfu};
@@ -26,11 +27,15 @@ use super::saver::Saver;
 use super::shared::{Order, SharedHandle};
 use super::sync::{SyncError, synchronise};
 use crate::engine::{Engine, EngineError, Yardstick, whole_probe};
-use crate::step_math::{MathError, StepMath};
+use crate::step_math::StepMath;
 use crate::transport::Peers;
 
 /// Longest wait for one slot of data: far above any healthy read, below anybody's patience.
 const DATA_DEADLINE: Duration = Duration::from_secs(120);
+/// How long members have to connect, and how much longer for each: none may be slower than others
+/// by more than a busy machine makes it.
+const FORMING: Duration = Duration::from_secs(30);
+const FORMING_OF_EACH: Duration = Duration::from_millis(50);
 /// How often a worker that waits for data looks whether its group is still there.
 const DATA_LOOK: Duration = Duration::from_secs(5);
 
@@ -43,9 +48,9 @@ pub struct StepLoop {
     pub job: Job,
     /// Who this is.
     pub identity: (WorkerId, Incarnation),
-    /// Computes.
+    /// The model on its device, with parameters and moments.
     pub engine: Box<dyn Engine>,
-    /// Loads.
+    /// Gives the samples of slots.
     pub loader: Loader,
     /// Writes checkpoints.
     pub saver: Saver,
@@ -73,44 +78,6 @@ struct Membership {
     rank: usize,
     comm: Box<dyn Collective>,
     abort: AbortHandle,
-}
-
-/// Why a step did not come to its end.
-#[derive(Debug, thiserror::Error)]
-enum StepError {
-    #[error(transparent)]
-    Collective(#[from] CollectiveError),
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-    #[error(transparent)]
-    Data(#[from] LoadError),
-    #[error(transparent)]
-    Reduce(#[from] lacuna_recipe::reduce::ReduceError),
-    #[error("{n} steps in a row were not finite, up to step {step} ({detail})")]
-    NonFinite { n: u32, step: u64, detail: String },
-}
-
-impl From<MathError> for StepError {
-    fn from(err: MathError) -> Self {
-        match err {
-            MathError::Collective(err) => StepError::Collective(err),
-            MathError::Engine(err) => StepError::Engine(err),
-            MathError::Reduce(err) => StepError::Reduce(err),
-        }
-    }
-}
-
-impl StepError {
-    fn kind(&self) -> FaultKind {
-        match self {
-            StepError::Collective(err) => communicator_fault(err),
-            StepError::Engine(_) | StepError::Reduce(_) => FaultKind::Local,
-            // The group forms again, and the state stays: the store may answer by then.
-            StepError::Data(err) if err.is_passing() => FaultKind::Outage,
-            StepError::Data(_) => FaultKind::Storage,
-            StepError::NonFinite { .. } => FaultKind::Run,
-        }
-    }
 }
 
 impl StepLoop {
@@ -228,7 +195,7 @@ impl StepLoop {
                 return None;
             }
         };
-        let deadline = Duration::from_secs(30) + Duration::from_millis(50) * plan.world() as u32;
+        let deadline = FORMING + FORMING_OF_EACH * plan.world() as u32;
         let mut comm = match self.peers.connect(&group, abort.clone(), deadline) {
             Ok(comm) => comm,
             Err(CollectiveError::Aborted { .. }) => return None,
@@ -296,6 +263,7 @@ impl StepLoop {
         self.counters.as_ref().expect("there is a state").step
     }
 
+    /// Applies one step after the other, up to the last one or one that says stop.
     fn train_steps(&mut self, group: &mut Membership) -> Result<(), StepError> {
         let total = self.job.resolved.total_steps;
         let slots = group.plan.members[group.rank].slots.clone();
@@ -310,7 +278,7 @@ impl StepLoop {
             let step = self.step();
             let batches = self.load(group, &mut stream, &slots, &mut meter)?;
             let deadline = meter.deadline(step - first);
-            let summary = self.reduce_step(group, &batches, &mut math, deadline, &mut meter)?;
+            let summary = self.compute_step(group, &batches, &mut math, deadline, &mut meter)?;
             batches.into_iter().for_each(|batch| self.loader.recycle(batch));
             meter.step_done(started.elapsed());
             self.after_step(group, &summary, &mut meter)?;
@@ -354,7 +322,7 @@ impl StepLoop {
 
     /// Computes this worker's slots, sums over the group, and applies what comes out: again with
     /// other exponents after an overflow, and where the step only measured.
-    fn reduce_step(
+    fn compute_step(
         &mut self,
         group: &mut Membership,
         batches: &[SlotBatch],
@@ -462,6 +430,7 @@ impl StepLoop {
         save
     }
 
+    /// Does what a step that was applied asks for: copies a checkpoint aside, draws, reports.
     fn after_step(
         &mut self,
         group: &Membership,
@@ -480,7 +449,17 @@ impl StepLoop {
             }
         }
         self.draw(group.rank, step == self.job.resolved.total_steps);
-        let spec = &self.job.spec;
+        self.mark(group, summary, meter)
+    }
+
+    /// Reports the step where that is due, with a digest where that is.
+    fn mark(
+        &mut self,
+        group: &Membership,
+        summary: &Summary,
+        meter: &mut Meter,
+    ) -> Result<(), StepError> {
+        let (spec, step) = (&self.job.spec, self.step());
         let due = step.is_multiple_of(spec.train.digest_every);
         let digest = if due { Some(self.digest()?) } else { None };
         let last = step == self.job.resolved.total_steps || summary.stop;
@@ -546,15 +525,6 @@ impl StepLoop {
     }
 }
 
-/// A communicator that failed can be formed again, unless this process has lost its device.
-fn communicator_fault(err: &CollectiveError) -> FaultKind {
-    match err {
-        CollectiveError::SharedDevice { .. } => FaultKind::Unfit,
-        err if err.ends_process() => FaultKind::Local,
-        _ => FaultKind::Communicator,
-    }
-}
-
 fn group_of(
     job: &Job,
     plan: &Plan,
@@ -575,37 +545,4 @@ fn group_of(
 fn describe_samples(batch: &SlotBatch) -> String {
     let ids: Vec<String> = batch.samples.iter().map(ToString::to_string).collect();
     format!("slot {}: samples {}", batch.slot.index, ids.join(" "))
-}
-
-/// Lists the ranks that an error speaks of. A transparent error has its inner one's causes, and not
-/// that one itself among them: it is looked into by kind.
-fn suspects_of(err: &(dyn std::error::Error + 'static)) -> Vec<usize> {
-    let of = |err: &(dyn std::error::Error + 'static)| -> Option<Vec<usize>> {
-        let here = err.downcast_ref::<CollectiveError>();
-        let step = err.downcast_ref::<StepError>().and_then(|err| match err {
-            StepError::Collective(inner) => Some(inner),
-            _ => None,
-        });
-        let sync = err.downcast_ref::<SyncError>().and_then(|err| match err {
-            SyncError::Collective(inner) => Some(inner),
-            _ => None,
-        });
-        here.or(step).or(sync).map(CollectiveError::suspects)
-    };
-    std::iter::successors(Some(err), |err| err.source()).find_map(of).unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_is_missing_is_told_whatever_the_operation() {
-        let lost = || CollectiveError::Timeout { op_seq: 7, waiting_for: vec![2] };
-        assert_eq!(suspects_of(&lost()), [2]);
-        assert_eq!(suspects_of(&StepError::from(lost())), [2]);
-        assert_eq!(suspects_of(&SyncError::from(lost())), [2]);
-        let other = StepError::NonFinite { n: 1, step: 2, detail: String::new() };
-        assert!(suspects_of(&other).is_empty());
-    }
 }
