@@ -1,8 +1,11 @@
 # An index of what can be done here, one line each; the work is in scripts/ and xtask/.
 .DEFAULT_GOAL := help
-.PHONY: help peers proto setup build demo demo-color downstream test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-parity bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check gpu-bench clean clean-all
+.PHONY: help peers proto setup build install demo demo-color downstream test check fmt clippy tidy deny ci bench bench-data bench-allreduce bench-parity bench-ckpt bench-stall sim chaos bench-recovery bench-goodput bench-overhead bench-scale strace gpu-check gpu-bench clean clean-all
 # Histories that `make sim` plays.
 SEEDS ?= 100000
+
+# Where `make install` puts things.
+PREFIX ?= /opt/lacuna
 
 # Every crate, but without libtorch not the one that links it.
 CRATES := --workspace $(if $(LIBTORCH)$(wildcard third_party/libtorch/build-version),,--exclude lacuna-mae)
@@ -17,6 +20,8 @@ setup: ## check the tools, fetch libtorch, build (CUDA=1 fetches the CUDA librar
 	@python3 scripts/setup.py
 build: ## build `lacuna` and `lacuna-worker` into target/release
 	@cargo build --release --package lacuna-cli --package lacuna-mae $(FEATURES)
+install: build ## put programs and libtorch into PREFIX, a folder to copy (/opt/lacuna)
+	@scripts/install.sh "$(PREFIX)"
 demo: build ## pack images, train with two workers, kill one, look at the result (DATA_DIR=folder)
 	@python3 scripts/demo.py
 demo-color: build ## pre-train on colour textures, look at them, probe for materials (fetches 336 MB)

@@ -237,7 +237,7 @@ class Readme(unittest.TestCase):
             (self.home / "target").mkdir(exist_ok=True)
             if not (self.home / "target" / "release").exists():
                 (self.home / "target" / "release").symlink_to(self.bin)
-        if command == "lacuna train run.toml":
+        if command.startswith("lacuna train run.toml "):
             # A smaller machine: the rest of run.toml is as `lacuna init` wrote it.
             path = self.home / "run.toml"
             text = path.read_text()
@@ -317,9 +317,8 @@ class Readme(unittest.TestCase):
                 say("readme", "not run: `tensorboard --logdir tb` (tensorboard is not here)")
         elif command.startswith("curl"):
             self.assertIn("lacuna_run_step", self.run_one(command))
-        elif command == "lacuna plan run.toml":
-            # The preset's batch is larger than this data, and the plan says so.
-            self.assertIn("samples", self.run_one(command, codes=(2,)))
+        elif command.startswith("lacuna train run.toml "):
+            self.run_one("lacuna train run.toml")
         else:
             out = self.run_one(command)
             if command.startswith("target/release/lacuna train"):

@@ -23,6 +23,8 @@ fn main() {
     };
     println!("cargo::rerun-if-changed={}", library.display());
     if let Some(folder) = real.parent() {
+        // First where `make install` puts it, beside the program.
+        println!("cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN/../lib/lacuna/torch/lib");
         println!("cargo::rustc-link-arg=-Wl,-rpath,{}", folder.display());
         println!("cargo::metadata=folder={}", folder.display());
     }

@@ -13,12 +13,26 @@ use crate::{fixture, golden_image, photographs};
 const PHOTOGRAPHS: u64 = 42;
 const EPOCHS: u64 = 3;
 
-/// Overwrites the bytes of a packed sample.
+/// Overwrites the second half of a packed sample's bytes.
 fn overwrite(dataset: &Dataset, id: SampleId, bytes: impl Fn(u32) -> u8) {
     let (place, record) = (dataset.place(id), dataset.index().record(id));
-    let bytes: Vec<u8> = (0..record.bytes).map(bytes).collect();
+    let half = record.bytes / 2;
+    let bytes: Vec<u8> = (half..record.bytes).map(bytes).collect();
     let shard = std::fs::File::options().write(true).open(&place.shard).unwrap();
-    shard.write_all_at(&bytes, place.offset).unwrap();
+    shard.write_all_at(&bytes, place.offset + u64::from(half)).unwrap();
+}
+
+/// Indexes shards as they are now: what is damaged in them is the data then.
+fn index_again(fixture: &Fixture, folder: &str, n_samples: u64) {
+    std::fs::remove_file(fixture.path(folder).join("index.lacuna")).unwrap();
+    let (code, out, err) = said(&fixture.run(&["data", "index", folder]));
+    assert_eq!(code, 0, "{out}{err}");
+    assert_eq!(Dataset::open(&fixture.path(folder)).unwrap().n_samples(), n_samples);
+}
+
+/// Beginnings of a picture inside of it.
+fn beginnings(i: u32) -> u8 {
+    if i.is_multiple_of(2) { 0xff } else { 0xc0 }
 }
 
 /// Packs photographs of which four are damaged, each in its own way; returns where those lie.
@@ -40,8 +54,9 @@ fn pack_damaged(fixture: &Fixture) -> Vec<SamplePlace> {
         places.into_iter().find(is_it).expect("it was packed")
     };
     let bad = ["cut", "lies", "photo-420-3", "progressive-5"].map(find);
-    overwrite(&dataset, bad[2].sample, |_| 0);
-    overwrite(&dataset, bad[3].sample, |i| (i.wrapping_mul(2_654_435_761) >> 24) as u8);
+    overwrite(&dataset, bad[2].sample, beginnings);
+    overwrite(&dataset, bad[3].sample, beginnings);
+    index_again(fixture, "jpegs", PHOTOGRAPHS);
     bad.into()
 }
 
@@ -88,7 +103,7 @@ fn damaged_images_are_replaced_alike_and_named_once_an_epoch() {
         }
         assert_eq!(seen.count("bad_sample") as u64, EPOCHS * bad.len() as u64, "{}", seen.text());
         let all = seen.text();
-        assert!(all.contains("the Jpeg data is cut off") && all.contains("corrupt: crc"), "{all}");
+        assert!(all.contains("the Jpeg data is cut off"), "{all}");
     }
 }
 
@@ -99,6 +114,7 @@ fn too_many_damaged_images_fail_the_run_and_say_how_many_and_where() {
     let n = 12;
     assert!(n < BAD_IN_ROW_MAX, "no slot fails by itself");
     (0..n).for_each(|id| overwrite(&dataset, SampleId(id.into()), |_| 0));
+    index_again(&fixture, "data", 256);
     let spec = fixture.spec("broken", 200, &[]);
     let (code, out, err) = said(&fixture.run(&["train", spec.to_str().unwrap(), "--workers", "2"]));
     assert_eq!(code, 74, "{out}{err}");
@@ -114,4 +130,16 @@ fn too_many_damaged_images_fail_the_run_and_say_how_many_and_where() {
     let (code, out, err) =
         said(&fixture.run(&["train", allowed.to_str().unwrap(), "--workers", "2"]));
     assert_eq!(code, 0, "{out}{err}");
+}
+
+/// What is trained on must not depend on whose copy of a shard is sound: such a machine is unfit.
+#[test]
+fn rotten_bytes_of_a_file_are_replaced_by_nothing_and_named() {
+    let fixture = fixture();
+    let dataset = Dataset::open(&fixture.path("data")).unwrap();
+    overwrite(&dataset, SampleId(77), |_| 0);
+    let spec = fixture.spec("rotten", 200, &[]);
+    let (code, out, err) = said(&fixture.run(&["train", spec.to_str().unwrap(), "--workers", "1"]));
+    assert_eq!(code, 74, "{out}{err}");
+    assert!(err.contains("sample 77 (") && err.contains("is corrupt: crc"), "{out}{err}");
 }

@@ -217,11 +217,12 @@ fn a_coordinator_that_is_away_for_long_finds_its_workers_standing_with_their_sta
     let stand = || log().matches("standing still at the next boundary").count() == 2;
     wait_until("both stand still", stand);
     cluster.start_coordinator();
+    cluster.wait(&run, "they go on", |seen| seen.count("formed") == 2);
+    assert_eq!([cluster.pid("a:cpu0"), cluster.pid("a:cpu1")], pids, "the same processes");
     let seen = cluster.wait_end(&run);
     assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
     assert_eq!(seen.count("lost"), 0, "{}", seen.text());
     assert!(!log().contains("panicked"), "{}", log());
-    assert_eq!([cluster.pid("a:cpu0"), cluster.pid("a:cpu1")], pids, "the same processes");
 }
 
 #[test]

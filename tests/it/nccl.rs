@@ -52,7 +52,7 @@ fn sums_over_nccl_have_the_bits_of_tcp_in_every_world() {
     assert!(log(&fixture, "a").contains("NCCL 2.28.9"), "it was NCCL: {}", log(&fixture, "a"));
 }
 
-/// State, sums and updates on the device: the numbers of the host, and all of them in one group.
+/// State, sums and updates on the device: the numbers of the host.
 #[test]
 fn a_state_on_a_device_has_the_bits_of_the_host() {
     let fixture = fixture();
@@ -62,8 +62,7 @@ fn a_state_on_a_device_has_the_bits_of_the_host() {
     let run = cluster.submit(&spec);
     let there = [("LACUNA_FAKE_DEVICE", "1")];
     add(&mut cluster, "a", 2, &there);
-    // One keeps its state on the host, and sums over NCCL with the others.
-    add(&mut cluster, "b", 1, &[]);
+    add(&mut cluster, "b", 1, &there);
     cluster.wait(&run, "three train", |seen| seen.run.workers.len() == 3 && seen.step() >= 10);
     lacuna_tests::send_signal(cluster.pid("a:cpu1"), Signal::KILL);
     let healed = |seen: &Seen| {

@@ -26,6 +26,19 @@ pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Largest picture that a worker sends: three images of a thousand pixels a side.
 pub const PICTURE_BYTES_MAX: usize = 8 << 20;
 
+/// Asks for as many open files as the system allows this process, because each connection is one;
+/// processes that it starts inherit that. Returns why it did not work, if it did not.
+pub fn raise_open_files() -> Result<(), String> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return Ok(());
+    }
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit)
+        .map_err(|error| format!("the limit on open files stays as it is: {error}"))
+}
+
 /// Makes a `request_id` that nobody else has: 128 random bits.
 pub fn new_request_id() -> String {
     let mut bytes = [0u8; 16];

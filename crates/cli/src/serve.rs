@@ -84,18 +84,6 @@ pub struct CoordinatorArgs {
     waits: Vec<String>,
 }
 
-/// Asks for as many open files as the system allows: each worker takes one.
-fn raise_file_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    if limit.current != limit.maximum {
-        limit.current = limit.maximum;
-        if let Err(err) = setrlimit(Resource::Nofile, limit) {
-            info!(error = %err, "the limit on open files stays as it is");
-        }
-    }
-}
-
 /// Changes waits as the command line says.
 fn set_waits(timing: &mut Timing, waits: &[String]) -> Result<(), String> {
     for wait in waits {
@@ -122,7 +110,9 @@ pub fn default_state() -> PathBuf {
 pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
     init_logs("info");
     let mut timing = if args.local { Timing::one_machine() } else { Timing::cluster() };
-    raise_file_limit();
+    if let Err(why) = lacuna_api::raise_open_files() {
+        info!("{why}");
+    }
     set_waits(&mut timing, &args.waits).map_err(|text| Coded::error(exit::USAGE, text))?;
     let runtime = runtime()?;
     let ended = runtime.block_on(async {

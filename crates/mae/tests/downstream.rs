@@ -466,7 +466,7 @@ fn bad_input_is_named() {
     assert!(err.contains("sample 9 (") && err.contains("is corrupt"), "{err}");
     assert!(!desk.path("g.npy").exists() && !desk.path("g.npy.partial").exists());
     let (_, err) = desk.run(0, &[&words[..], &["--nan-for-bad"]].concat());
-    assert!(err.contains("1 images could not be read, their rows are NaN: 9"), "{err}");
+    assert!(err.contains("1 image could not be read, its row is NaN: 9"), "{err}");
     let (whole, holed) = (npy(&desk.path("f.npy")), npy(&desk.path("g.npy")));
     let width = whole.len() / N_VAL as usize;
     for (i, (got, want)) in holed.iter().zip(&whole).enumerate() {

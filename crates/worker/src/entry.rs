@@ -31,7 +31,12 @@ pub fn dispatch(args: WorkerArgs, backend: impl Backend) -> ExitCode {
             let _ = std::io::stdout().flush();
             backend.end(code)
         }
-        None => finish(agent::run(args.agent, backend)),
+        None => {
+            if let Err(why) = lacuna_api::raise_open_files() {
+                tracing::info!("{why}");
+            }
+            finish(agent::run(args.agent, backend))
+        }
     }
 }
 

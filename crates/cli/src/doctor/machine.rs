@@ -38,11 +38,12 @@ pub(super) fn shared_memory() -> Finding {
             let free = found.f_bavail.saturating_mul(found.f_frsize);
             let text = format!("{} free in {place}", size(free));
             let verdict = if free < SHARED_MIN { Verdict::Note } else { Verdict::Fine };
-            let advice = if free < SHARED_MIN { "; a container needs --shm-size=1g" } else { "" };
+            let few = "; NCCL uses it between GPUs: a container needs --shm-size=1g";
+            let advice = if free < SHARED_MIN { few } else { "" };
             finding("shared memory", verdict, text + advice)
         }
         Err(err) => {
-            let text = format!("{place}: {err}; workers of one machine will sum through sockets");
+            let text = format!("{place}: {err}; NCCL uses it between GPUs of a machine");
             finding("shared memory", Verdict::Note, text)
         }
     }

@@ -313,7 +313,7 @@ fn bad_at_the_source_is_bad_everywhere_alike() {
         let place = desk.local.place(SampleId(id));
         damage(&place.shard, place.offset + 9);
     }
-    let want = batches(&desk.local, OrderMode::Block);
+    let want = batches(&desk.open(None), OrderMode::Block);
     for bytes_max in [None, Some(1 << 30)] {
         for _ in 0..2 {
             let dataset = desk.open(bytes_max);
