@@ -295,8 +295,8 @@ class Readme(unittest.TestCase):
             self.start(command, "device|worker|trainer")
         elif command.startswith("lacuna-worker --coordinator http://10.0.0.1"):
             at = command.replace("10.0.0.1:7070", f"127.0.0.1:{self.far}")
-            at = at.replace("10.0.0.2", "127.0.0.1")
-            self.start(f"{at} --devices cpu:1 --node-name other", "worker|trainer")
+            at = at.replace("10.0.0.2", "127.0.0.1").replace("--devices all", "--devices cpu:1")
+            self.start(f"{at} --node-name other", "trainer")
         elif command.startswith("lacuna submit run.toml -c http://10.0.0.1"):
             at = command.replace("10.0.0.1:7070", f"127.0.0.1:{self.far}")
             out = self.run_one(f"{at} --set name=far --set train.duration=20step")
