@@ -28,7 +28,7 @@ use self::repair::{DoctorArgs, RebuildArgs};
 use crate::Coded;
 use crate::client::Output;
 use crate::data::talk::{count, io, put, put_json, rows, size, usage};
-use crate::voice::talk;
+use crate::verbosity::talk;
 use lacuna_spec::units::grouped;
 
 /// `lacuna ckpt`.

@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::connect::{Connect, parse_time};
 use crate::progress::{Progress, ProgressMode, run_json, short_bytes};
-use crate::voice::talk;
+use crate::verbosity::talk;
 use crate::{runtime, spec};
 
 /// How results are printed.
@@ -160,7 +160,7 @@ async fn create(
     loop {
         let once = async { connect.client().await?.create_run(request.clone()).await };
         match once.await {
-            Err(err) if !crate::look::is_final(&err) && since.elapsed() < connect.patience() => {
+            Err(err) if !crate::inspect::is_final(&err) && since.elapsed() < connect.patience() => {
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
             answer => return answer,
@@ -378,7 +378,7 @@ pub(crate) async fn follow(
         match result {
             Ok(Some(run)) => break Ok(Some(run)),
             Ok(None) => alone = None,
-            Err(err) if crate::look::is_final(&err) => break Err(err.into()),
+            Err(err) if crate::inspect::is_final(&err) => break Err(err.into()),
             Err(err) => {
                 let since = *alone.get_or_insert_with(Instant::now);
                 if since.elapsed() > connect.patience() {

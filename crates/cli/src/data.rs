@@ -2,7 +2,7 @@
 
 mod bench;
 mod index;
-mod look;
+mod inspect;
 mod simulate;
 mod subset;
 pub(crate) mod talk;
@@ -26,13 +26,13 @@ use serde_json::json;
 
 use self::bench::BenchArgs;
 use self::index::IndexArgs;
-use self::look::{OrderArgs, StatsArgs};
+use self::inspect::{OrderArgs, StatsArgs};
 use self::simulate::SimulateArgs;
 use self::subset::SubsetArgs;
 use self::talk::{Meter, count, io, put, put_json, rows, size, usage};
 use self::verify::VerifyArgs;
 use crate::client::Output;
-use crate::voice::talk;
+use crate::verbosity::talk;
 
 /// `lacuna data`.
 #[derive(Args, Debug)]
@@ -161,8 +161,8 @@ pub fn data(args: DataArgs) -> anyhow::Result<u8> {
         DataCommand::Index(args) => index::run(&args),
         DataCommand::Simulate(args) => simulate::run(&args),
         DataCommand::Verify(args) => verify::run(&args),
-        DataCommand::Stats(args) => look::stats(&args),
-        DataCommand::ShowOrder(args) => look::show_order(&args),
+        DataCommand::Stats(args) => inspect::stats(&args),
+        DataCommand::ShowOrder(args) => inspect::show_order(&args),
         DataCommand::Bench(args) => bench::bench(&args),
     }
 }

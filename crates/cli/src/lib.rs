@@ -4,24 +4,24 @@
 //! [`lacuna_types::exit`]. Start reading at [`main`].
 #![forbid(unsafe_code)]
 
-mod act;
 mod ckpt;
 mod client;
 mod connect;
 mod data;
+mod data_check;
 mod doctor;
-mod fit;
+mod inspect;
 mod journal;
 mod logs;
-mod look;
 mod plan;
 mod progress;
+mod run_commands;
 mod screen;
 mod secrets;
 mod serve;
 mod spec;
 mod train;
-mod voice;
+mod verbosity;
 
 use std::process::ExitCode;
 
@@ -46,7 +46,7 @@ struct Args {
     #[command(flatten, next_help_heading = "Coordinator")]
     connect: connect::Connect,
     #[command(flatten)]
-    voice: voice::Voice,
+    voice: verbosity::Voice,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -74,32 +74,32 @@ enum Command {
     /// Wait until a run has ended.
     Wait(client::WaitArgs),
     /// Show what happened to a run.
-    Events(look::EventsArgs),
+    Events(inspect::EventsArgs),
     /// Show what a run's workers log.
     Logs(logs::LogsArgs),
     /// Stop a run at its next boundary, with a checkpoint; `lacuna resume` lets it go on.
     #[command(visible_alias = "pause")]
-    Stop(act::StopArgs),
+    Stop(run_commands::StopArgs),
     /// End a run now, without a checkpoint; `lacuna resume` lets it go on from its newest one.
-    Cancel(act::CancelArgs),
+    Cancel(run_commands::CancelArgs),
     /// Let a stopped, cancelled, paused or failed run go on.
-    Resume(act::ResumeArgs),
+    Resume(run_commands::ResumeArgs),
     /// Change how many workers train a run, from its next boundary on.
-    Scale(act::ScaleArgs),
+    Scale(run_commands::ScaleArgs),
     /// Compare two specifications, of files or of runs.
-    Diff(look::DiffArgs),
+    Diff(inspect::DiffArgs),
     /// Checkpoint a run at its next boundary.
-    Checkpoint(act::CheckpointArgs),
+    Checkpoint(run_commands::CheckpointArgs),
     /// List workers: those of runs, and those that wait for one.
     Workers(client::WorkersArgs),
     /// Take a worker out at the next boundary.
-    Drain(act::WorkerArgs),
+    Drain(run_commands::WorkerArgs),
     /// Let a worker back in that was kept out because it did harm.
-    Release(act::WorkerArgs),
+    Release(run_commands::WorkerArgs),
     /// Keep a machine out of every run for some time.
-    Ban(act::BanArgs),
+    Ban(run_commands::BanArgs),
     /// Give silent members of a run up, so that others begin without them.
-    Force(act::ForceArgs),
+    Force(run_commands::ForceArgs),
     /// Show what a coordinator has written down of its runs, also while it runs.
     Journal(journal::JournalArgs),
     /// List, check and export checkpoints.
@@ -111,10 +111,10 @@ enum Command {
     /// Make certificates, which encrypt and prove who somebody is.
     Tls(secrets::TlsArgs),
     /// Print a script that completes the command line.
-    Completions(look::CompletionsArgs),
+    Completions(inspect::CompletionsArgs),
     /// Write manual pages.
     #[command(hide = true)]
-    Man(look::ManArgs),
+    Man(inspect::ManArgs),
 }
 
 /// An error that has its own exit code.
@@ -148,7 +148,7 @@ pub fn main() -> ExitCode {
         eprintln!("error: no command; see `lacuna --help`");
         return ExitCode::from(exit::USAGE);
     };
-    if voice::is_verbose() {
+    if verbosity::is_verbose() {
         init_logs("warn");
     }
     match run(command) {
@@ -198,22 +198,22 @@ fn run(command: Command) -> anyhow::Result<u8> {
         Command::Status(args) => client::status(args),
         Command::Watch(args) => client::watch(args),
         Command::Wait(args) => client::wait(args),
-        Command::Events(args) => look::events(args),
-        Command::Cancel(args) => act::cancel(args),
+        Command::Events(args) => inspect::events(args),
+        Command::Cancel(args) => run_commands::cancel(args),
         Command::Logs(args) => logs::logs(args),
-        Command::Ban(args) => act::ban(args),
-        Command::Resume(args) => act::resume(args),
-        Command::Scale(args) => act::scale(args),
-        Command::Diff(args) => look::diff(args),
+        Command::Ban(args) => run_commands::ban(args),
+        Command::Resume(args) => run_commands::resume(args),
+        Command::Scale(args) => run_commands::scale(args),
+        Command::Diff(args) => inspect::diff(args),
         Command::Doctor(args) => doctor::doctor(args),
-        Command::Completions(args) => look::completions(args),
-        Command::Man(args) => look::man(args),
-        Command::Stop(args) => act::stop(args),
-        Command::Checkpoint(args) => act::checkpoint(args),
+        Command::Completions(args) => inspect::completions(args),
+        Command::Man(args) => inspect::man(args),
+        Command::Stop(args) => run_commands::stop(args),
+        Command::Checkpoint(args) => run_commands::checkpoint(args),
         Command::Workers(args) => client::workers(args),
-        Command::Drain(args) => act::drain(args),
-        Command::Release(args) => act::release(args),
-        Command::Force(args) => act::force(args),
+        Command::Drain(args) => run_commands::drain(args),
+        Command::Release(args) => run_commands::release(args),
+        Command::Force(args) => run_commands::force(args),
         Command::Journal(args) => journal::journal(args),
         Command::Ckpt(args) => ckpt::ckpt(args),
         Command::Token(args) => secrets::token(args),
@@ -284,7 +284,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 fn init_logs(usual: &'static str) {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new(voice::log_filter(usual)));
+        .unwrap_or_else(|_| EnvFilter::new(verbosity::log_filter(usual)));
     // Fails only where one was set up already.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

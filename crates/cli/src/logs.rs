@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use crate::client::Output;
 use crate::connect::Connect;
-use crate::look::is_final;
+use crate::inspect::is_final;
 use crate::runtime;
 
 /// How long a line waits for its like from other workers.

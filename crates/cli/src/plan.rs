@@ -13,8 +13,8 @@ use lacuna_types::{RunId, exit};
 
 use crate::client::Output;
 use crate::data::talk::{io as io_error, put, usage};
-use crate::fit;
-use crate::voice::talk;
+use crate::data_check;
+use crate::verbosity::talk;
 
 /// `lacuna plan`.
 #[derive(Args, Debug)]
@@ -87,7 +87,7 @@ pub fn plan(args: PlanArgs) -> anyhow::Result<u8> {
     let Loaded { mut spec, .. } = loaded;
     spec.resolve_paths(&std::env::current_dir().context("find the current folder")?);
     let (n_samples, code, misfits) = match Dataset::open(Path::new(&spec.data.shards)) {
-        Ok(dataset) => (Some(dataset.n_samples()), exit::OK, fit::misfits(&dataset, &spec)),
+        Ok(dataset) => (Some(dataset.n_samples()), exit::OK, data_check::misfits(&dataset, &spec)),
         Err(error) => {
             let code = tell_no_data(&spec, error);
             (None, code, Vec::new())

@@ -10,7 +10,7 @@ use lacuna_api::v1::watch_run_response::Update;
 use lacuna_spec::units::grouped;
 
 use crate::screen::Screen;
-use crate::voice::{is_quiet, talk};
+use crate::verbosity::{is_quiet, talk};
 
 /// Lines of what happened before that are shown to who begins to look.
 const LINES_BEFORE: u64 = 40;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use lacuna_coordinator::door::{Role, TokenLine, new_token};
+use lacuna_coordinator::auth::{Role, TokenLine, new_token};
 use lacuna_types::exit;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
@@ -47,7 +47,7 @@ struct NewArgs {
 }
 
 fn role(text: &str) -> Result<Role, String> {
-    text.parse().map_err(|err: lacuna_coordinator::door::NotARole| err.to_string())
+    text.parse().map_err(|err: lacuna_coordinator::auth::NotARole| err.to_string())
 }
 
 /// `lacuna tls`.

@@ -8,8 +8,8 @@ use lacuna_data::Dataset;
 use lacuna_spec::{RunSpec, SpecError, TaskSpec, encoder_at, parse_file, task_warnings};
 use lacuna_types::exit;
 
-use crate::voice::talk;
-use crate::{Coded, fit};
+use crate::verbosity::talk;
+use crate::{Coded, data_check};
 
 /// Reads the spec at `path` with `overrides` laid over it; relative paths start from its folder.
 pub fn read(path: &Path, overrides: &[String]) -> anyhow::Result<RunSpec> {
@@ -58,7 +58,7 @@ pub fn request(spec: &mut RunSpec, resume: bool) -> anyhow::Result<v1::CreateRun
         let own = Path::new(&spec.checkpoint.to).join(spec.run_id().as_str()).join("ckpt");
         check_task(task, &dataset, own.is_dir())?;
     }
-    for misfit in fit::misfits(&dataset, spec) {
+    for misfit in data_check::misfits(&dataset, spec) {
         talk!("warning: {misfit}");
     }
     let n_samples = dataset.n_samples();

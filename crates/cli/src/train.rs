@@ -20,7 +20,7 @@ use tokio::process::{Child, Command};
 
 use crate::progress::{Progress, ProgressMode};
 use crate::serve::coded;
-use crate::voice::{is_verbose, talk};
+use crate::verbosity::{is_verbose, talk};
 use crate::{Coded, init_logs, runtime, spec};
 
 /// `lacuna train`.

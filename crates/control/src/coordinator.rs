@@ -21,13 +21,13 @@ mod forming;
 mod hang;
 mod inquiry;
 mod members;
+mod note_texts;
 mod overdue;
 mod returning;
 mod running;
 mod saving;
 mod status;
-mod told;
-mod words;
+mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -43,7 +43,7 @@ use forming::{Group, Stage};
 use inquiry::Inquiry;
 use members::Worker;
 use returning::LastStarted;
-pub use words::{
+pub use types::{
     Cause, Command, CommitOrder, Ending, Event, Examination, Hello, Note, RunConfig, Status,
     WhenBusy, WorkerStatus,
 };

@@ -17,7 +17,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use crate::door::{self, Door};
+use crate::auth::{self, Door};
 use crate::etcd::{Election, Etcd, EtcdError, Leadership, OwnThread};
 use crate::registry::{FILES_FOLDER, STATE_FILE};
 use crate::service::{Options, Service, StartError};
@@ -170,7 +170,7 @@ fn tls_of(ensemble: &Ensemble) -> Result<Option<tonic::transport::ClientTlsConfi
     let read = |dir: &PathBuf| Credentials::read(None, Some(dir));
     let credentials: Result<Option<Credentials>, TlsError> =
         ensemble.tls.as_ref().map(read).transpose();
-    let credentials = credentials.map_err(door::DoorError::from)?;
+    let credentials = credentials.map_err(auth::DoorError::from)?;
     Ok(credentials.and_then(|credentials| credentials.tls_config()))
 }
 

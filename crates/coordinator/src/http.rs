@@ -19,16 +19,16 @@ use lacuna_types::RunId;
 use tokio::sync::Semaphore;
 use tokio_stream::{Stream, StreamExt as _};
 
-use crate::door::Viewer;
+use crate::auth::Viewer;
 use crate::grpc::Grpc;
 use crate::registry::{Shared, lock};
 use crate::store::{SqliteStore, StoreError};
 
+mod actions;
 mod chart;
-mod deeds;
+mod checkpoint_cache;
 pub(crate) mod metrics;
 mod page;
-mod shelf;
 
 /// How often the list of runs is fetched again.
 const LIST_EVERY: Duration = Duration::from_secs(3);
@@ -56,7 +56,7 @@ pub(crate) struct Web {
     /// One page reads at a time: others wait here, and not on threads that commits need.
     turn: Arc<Semaphore>,
     /// Lists of checkpoints.
-    shelf: Arc<shelf::Shelf>,
+    shelf: Arc<checkpoint_cache::Shelf>,
 }
 
 /// Routes of everything that is not gRPC.
@@ -73,7 +73,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .route("/runs/{run}", get(run))
         .route("/runs/{run}/notices", get(notices))
         .route("/runs/{run}/diff/{other}", get(diff))
-        .route("/runs/{run}/do/{deed}", post(deeds::act))
+        .route("/runs/{run}/do/{deed}", post(actions::act))
         .route("/runs/{run}/pictures/{step}/{index}", get(picture))
         .route("/page.css", get(|| async { asset("text/css", include_str!("http/page.css")) }))
         .route("/page.js", get(|| async { asset("text/javascript", include_str!("http/page.js")) }))

@@ -8,10 +8,10 @@
 #![forbid(unsafe_code)]
 
 mod account;
+pub mod auth;
 mod bans;
 pub mod catalogue;
 pub mod clock;
-pub mod door;
 pub mod ensemble;
 mod etcd;
 mod grpc;
@@ -21,14 +21,14 @@ mod opening;
 mod otlp;
 mod registry;
 pub mod run;
-mod scribe;
 pub mod service;
+mod state_writer;
 pub mod store;
 mod times;
 mod track;
 mod waiting;
 
-pub use door::Security;
+pub use auth::Security;
 #[cfg(feature = "otlp")]
 pub use otlp::{Otlp, OtlpError};
 pub use service::{Options, Service, StartError};

@@ -20,14 +20,14 @@ use crate::bans::Bans;
 use crate::catalogue::Catalogue;
 use crate::etcd::EtcdError;
 use crate::grpc::create::Naming;
+use crate::grpc::idempotency::Once;
 use crate::grpc::logs::Logs;
 use crate::grpc::node_of;
-use crate::grpc::once::Once;
 use crate::grpc::specs::etag_of;
 use crate::opening::Opening;
 use crate::run::{Input, RunEnds, RunTask, SessionSender};
-use crate::scribe::Scribe;
 use crate::service::Options;
+use crate::state_writer::Scribe;
 use crate::store::{Store, StoreError, StoredRun};
 use crate::track::Follower;
 

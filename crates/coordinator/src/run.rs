@@ -23,7 +23,7 @@ use crate::account::{Account, figures as figures_of};
 use crate::catalogue::Catalogue;
 use crate::clock::now_ms;
 use crate::registry::Shared;
-use crate::scribe::Down;
+use crate::state_writer::Down;
 use crate::store::{Entry, StoredRun, Update};
 
 mod derived;

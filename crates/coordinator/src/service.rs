@@ -24,7 +24,7 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tracing::{info, warn};
 
-use crate::door::{self, Door, DoorError, Guarded, Places, Security, guarded};
+use crate::auth::{self, Door, DoorError, Guarded, Places, Security, guarded};
 use crate::grpc::Grpc;
 use crate::http;
 use crate::registry::{STATE_FILE, Shared};
@@ -310,7 +310,7 @@ async fn routes(shared: Arc<Shared>, door: Arc<Door>) -> Routes {
         .add_service(reflection().build_v1().expect("the descriptors are ours"))
         .add_service(reflection().build_v1alpha().expect("the descriptors are ours"));
     let all = routes.into_axum_router().merge(http::router(shared)).fallback(http::not_found);
-    Routes::from(all.layer(from_fn_with_state(door, door::check)))
+    Routes::from(all.layer(from_fn_with_state(door, auth::check)))
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

@@ -19,7 +19,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tonic::service::Routes;
 
-use crate::door::{self, Door};
+use crate::auth::{self, Door};
 use crate::grpc::Grpc;
 use crate::service::{self, StartError};
 
@@ -86,7 +86,7 @@ async fn serve(
     health.set_not_serving::<CheckpointServiceServer<Grpc>>().await;
     let others = move |request: Request| async move { answer(&standing.borrow(), &request) };
     let all = Routes::new(health_service).into_axum_router().fallback(others);
-    let routes = Routes::from(all.layer(from_fn_with_state(door.clone(), door::check)));
+    let routes = Routes::from(all.layer(from_fn_with_state(door.clone(), auth::check)));
     service::serve_until(listener, &door, routes, stop).await
 }
 

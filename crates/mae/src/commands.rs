@@ -11,6 +11,7 @@ pub mod predict;
 pub mod reconstruct;
 pub mod report;
 pub mod source;
+pub mod statistics;
 
 use anyhow::Context as _;
 use lacuna_mae::runtime::start_again_pinned;

@@ -147,6 +147,8 @@ fn other_data_is_no_training_set(fixture: &Fixture) {
     };
     let make = ["data", "synthetic", "data", "--n", "64", "--size", "8x8", "--seed", "9"];
     std::fs::rename(fixture.path("data"), fixture.path("moved")).expect("a move");
+    let kept = fixture.path("ckpt/linear-1/probe-statistics.json");
+    std::fs::remove_file(&kept).expect("it was judged before");
     let (code, text) = judge(&[]);
     assert!(code == 74 && text.contains("--train says"), "{code} {text}");
     let (code, _, err) = said(&fixture.run(&make));
@@ -159,6 +161,13 @@ fn other_data_is_no_training_set(fixture: &Fixture) {
     assert!(code == 2 && text.contains("a run's own folder"), "{code} {text}");
     let (code, text) = judge(&["--train", "moved"]);
     assert_eq!(code, 0, "{text}");
+    // From then on they are kept, and the training set is not needed; another view has others.
+    let report = || std::fs::read(fixture.path("moved.json")).expect("a report");
+    let with_data = report();
+    let (code, text) = judge(&[]);
+    assert!(code == 0 && report() == with_data, "{text}");
+    let (code, text) = judge(&["--crop-pct", "0.875"]);
+    assert!(code == 74 && text.contains("and the run learned from"), "{code} {text}");
     std::fs::remove_dir_all(fixture.path("data")).expect("the other data goes");
     std::fs::rename(fixture.path("moved"), fixture.path("data")).expect("a move back");
 }

@@ -2,10 +2,10 @@
 
 pub mod bad_samples;
 pub mod fault;
-mod gallery;
 pub mod job;
 mod meter;
 pub mod metrics;
+mod reconstructions;
 pub mod save_meter;
 pub mod saver;
 pub mod session;

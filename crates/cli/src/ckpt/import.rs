@@ -15,7 +15,7 @@ use lacuna_types::{Step, exit};
 
 use crate::data::talk::{count, io, put, usage};
 use crate::spec;
-use crate::voice::talk;
+use crate::verbosity::talk;
 
 /// `lacuna ckpt import`.
 #[derive(Args, Debug)]

@@ -15,7 +15,7 @@ use lacuna_types::{Step, exit};
 
 use super::{find, list, run_dir, split_step, stored_spec};
 use crate::data::talk::{count, io, put, usage};
-use crate::voice::confirm;
+use crate::verbosity::confirm;
 
 /// `lacuna ckpt hold`.
 #[derive(Args, Debug)]

@@ -17,7 +17,7 @@ use lacuna_types::{RunId, Step, exit};
 use super::run_dir;
 use crate::Coded;
 use crate::data::talk::{io, put, size, usage};
-use crate::voice::talk;
+use crate::verbosity::talk;
 
 /// `lacuna ckpt doctor`.
 #[derive(Args, Debug)]

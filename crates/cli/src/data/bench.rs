@@ -25,7 +25,7 @@ use self::report::Results;
 use super::talk::{io, put, put_json, usage};
 use super::{open, pack_error, parse_size, shape, threads};
 use crate::client::Output;
-use crate::voice::talk;
+use crate::verbosity::talk;
 use lacuna_spec::units::grouped;
 
 /// Images of a slot, as in the presets for small images.

@@ -11,7 +11,7 @@ use lacuna_types::SampleId;
 
 use super::talk::{count, io, usage};
 use super::{ShardArgs, run_pack};
-use crate::voice::talk;
+use crate::verbosity::talk;
 
 /// `lacuna data subset`.
 #[derive(Args, Debug)]

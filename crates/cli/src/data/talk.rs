@@ -9,7 +9,7 @@ use lacuna_data::Progress;
 use lacuna_types::exit;
 
 use crate::Coded;
-use crate::voice::talk;
+use crate::verbosity::talk;
 use lacuna_spec::units::grouped;
 pub(crate) use lacuna_spec::units::size;
 

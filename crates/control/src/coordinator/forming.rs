@@ -8,7 +8,7 @@ use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId, exit};
 use super::members::Worker;
 use super::returning::LastStarted;
 use super::saving::Attempt;
-use super::{Cause, Command, Coordinator, Ending, told};
+use super::{Cause, Command, Coordinator, Ending, note_texts};
 use crate::journal::{Record, Saved};
 use crate::message::ToWorker;
 use crate::plan::{
@@ -304,7 +304,7 @@ impl Coordinator {
 
     fn describe_forming(&self, plan: &Plan, n_spares: usize, why: &str) -> String {
         let (size, n_slots) = (plan.world(), self.config.n_slots);
-        let members = told::workers(size);
+        let members = note_texts::workers(size);
         let mut text = format!("forming generation {}: {members} ({why})", plan.generation);
         if n_spares > 0 {
             let all = size + n_spares;
@@ -523,7 +523,7 @@ impl Coordinator {
         self.checkpoint_base.0 = self.checkpoint_base.0.min(resume_step);
         self.last_started = Some(LastStarted::of(&group, resume_step, now));
         self.broadcast(&group, &ToWorker::Start { generation, resume_step });
-        self.note("formed", false, told::started(&group, broken, now));
+        self.note("formed", false, note_texts::started(&group, broken, now));
         self.last_change = Some(now);
     }
 

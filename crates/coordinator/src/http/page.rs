@@ -8,9 +8,9 @@ use lacuna_spec::units::{grouped, size};
 use lacuna_track::Figures;
 use lacuna_types::{BuildId, RunId};
 
+use super::actions::{Deed, deeds_in};
 use super::chart::{self, Curve};
-use super::deeds::{Deed, deeds_in};
-use super::shelf::Seen;
+use super::checkpoint_cache::Seen;
 use crate::clock::rfc3339;
 use crate::grpc::messages::{run_message, run_of_view};
 use crate::registry::Shared;

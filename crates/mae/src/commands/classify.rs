@@ -1,8 +1,6 @@
 //! `lacuna-worker eval classify`: how often a fine-tuned model or a probe names the right class.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
@@ -26,6 +24,7 @@ use super::feature_file::Partial;
 use super::page::{Mistake, Page, Pictures};
 use super::report::{self, Side, result_json};
 use super::source::{run_dir, shape_of};
+use super::statistics::{Statistics, statistics_of};
 use super::{io, usage};
 
 /// Which classifier of a run, and how it sees and computes.
@@ -99,10 +98,6 @@ struct Judged {
     mistakes: Vec<Mistake>,
     shape: ImageShape,
 }
-
-/// How many images, and sums and sums of squares of what a head reads: the same for all
-/// checkpoints of a probe.
-type Statistics = (u64, Vec<f64>, Vec<f64>);
 
 /// Format of the report.
 const SCHEMA: &str = "lacuna-eval-classify/2";
@@ -320,82 +315,17 @@ pub fn load(
     let head = Head::new(task, &spec.model, scale, encoder.as_ref(), &params);
     let mut head = head.on(args.compute.device()?);
     if head.wants_statistics() {
-        let (n, sums, squares) = match statistics {
+        let known = match statistics {
             Some(known) => known,
-            none => {
-                let train = training_data(manifest, spec, args)?;
-                none.insert(take_statistics(&head, spec, &train, args)?)
-            }
+            none => none.insert(statistics_of(&head, dir, manifest, (spec, task), args)?),
         };
-        head.set_statistics(*n, sums, squares);
+        head.set_statistics(known.n, &known.sums, &known.squares);
     }
     Ok(head)
 }
 
-/// Opens the data that a checkpoint's run learned from.
-fn training_data(manifest: &Manifest, spec: &RunSpec, args: &ModelArgs) -> anyhow::Result<Dataset> {
-    let path = args.train_of(spec);
-    let train = batches::open(path).context(
-        "open the training data: a probe's batch norm divides by its statistics (--train says \
-         where it lies now)",
-    )?;
-    let (found, learned) =
-        (train.fingerprint().to_string(), &manifest.state.facts.data_fingerprint);
-    if found != *learned {
-        return Err(io(format!(
-            "`{}` has fingerprint {found}, and the run learned from {learned}: a probe's batch \
-             norm divides by the statistics of what it learned from (--train says where that is)",
-            path.display()
-        )));
-    }
-    Ok(train)
-}
-
-/// Computes what a probe's batch norm divides by over the whole training set, so that it does not
-/// depend on batches.
-fn take_statistics(
-    head: &Head,
-    spec: &RunSpec,
-    train: &Dataset,
-    args: &ModelArgs,
-) -> anyhow::Result<Statistics> {
-    let ids: Vec<u64> = (0..train.n_samples()).collect();
-    let (mut sums, mut squares): (Vec<f64>, Vec<f64>) = (Vec::new(), Vec::new());
-    // Training passed by what cannot be read, too.
-    let unread: Mutex<BTreeSet<u64>> = Mutex::default();
-    let images = Images {
-        dataset: train,
-        shape: shape_of(&spec.model),
-        view: args.view,
-        ids: &ids,
-        batch: args.compute.batch(),
-        unread: Some(&unread),
-    };
-    let workers: Vec<Head> = threads(args, &ids).map(|_| head.share()).collect();
-    let work = |head: &mut Head, pixels: &[u8]| head.features(pixels);
-    images.for_each("train", workers, work, |at, features| {
-        let width = head.feature_width();
-        sums.resize(width, 0.0);
-        squares.resize(width, 0.0);
-        for (row, id) in features.chunks_exact(width).zip(&ids[at..]) {
-            if unread.lock().unwrap_or_else(PoisonError::into_inner).contains(id) {
-                continue;
-            }
-            for ((sum, square), x) in sums.iter_mut().zip(&mut squares).zip(row) {
-                *sum += f64::from(*x);
-                *square += f64::from(*x) * f64::from(*x);
-            }
-        }
-        Ok(())
-    })?;
-    let n_unread = unread.into_inner().unwrap_or_else(PoisonError::into_inner).len();
-    if n_unread > 0 {
-        eprintln!("train: {n_unread} images that cannot be read are left out of its statistics");
-    }
-    Ok(((ids.len() - n_unread) as u64, sums, squares))
-}
-
-fn threads(args: &ModelArgs, ids: &[u64]) -> std::ops::Range<usize> {
+/// One for each thread that computes on images `ids`.
+pub fn threads(args: &ModelArgs, ids: &[u64]) -> std::ops::Range<usize> {
     0..args.compute.threads().min(ids.len().div_ceil(args.compute.batch()))
 }
 

@@ -15,10 +15,10 @@ use lacuna_types::{Generation, Incarnation, Timestamp, WorkerId, exit};
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
-use super::gallery::Gallery;
 use super::job::Job;
 use super::meter::memory_in_use;
 use super::metrics::MetricsFile;
+use super::reconstructions::Gallery;
 use super::save_meter::SaveMeter;
 use super::saver::Saver;
 use super::shared::{Order, Shared, SharedHandle};

@@ -10,7 +10,7 @@ use lacuna_control::plan::{Plan, Sync};
 use lacuna_types::{AttemptSeq, Generation, Step};
 
 use super::bad_samples::BadSampleQueue;
-use super::gallery::PictureQueue;
+use super::reconstructions::PictureQueue;
 
 /// What the session orders the step loop to do.
 #[derive(Debug)]

@@ -19,10 +19,10 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::fault::{StepError, communicator_fault, suspects_of};
-use super::gallery::Gallery;
 use super::job::Job;
 use super::meter::{Meter, memory_in_use, mfu};
 use super::metrics::MetricsFile;
+use super::reconstructions::Gallery;
 use super::saver::Saver;
 use super::shared::{Order, SharedHandle};
 use super::sync::{SyncError, synchronise};

@@ -14,7 +14,7 @@ use lacuna_types::exit;
 
 use crate::client::Output;
 use crate::connect::Connect;
-use crate::voice::talk;
+use crate::verbosity::talk;
 use crate::{Coded, runtime, spec};
 
 /// `lacuna events`.

@@ -78,7 +78,7 @@ pub fn log_filter(usual: &'static str) -> &'static str {
 /// Says something beside the result, unless nothing of the kind is wanted.
 macro_rules! talk {
     ($($args:tt)*) => {
-        if !$crate::voice::is_quiet() {
+        if !$crate::verbosity::is_quiet() {
             eprintln!($($args)*);
         }
     };

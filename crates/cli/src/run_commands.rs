@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::client::{Output, follow, put_run};
 use crate::connect::{Connect, parse_time};
 use crate::progress::{Progress, ProgressMode, run_json, short_duration};
-use crate::voice::{confirm, talk};
+use crate::verbosity::{confirm, talk};
 use crate::{Coded, runtime};
 
 /// How a command says what it did, and to whom.

@@ -9,7 +9,7 @@ use lacuna_types::RunId;
 use tonic::{Request, Status};
 
 use super::{Problem, Web};
-use crate::door::Viewer;
+use crate::auth::Viewer;
 use crate::grpc::Grpc;
 use crate::registry::Shared;
 
