@@ -1,5 +1,5 @@
-//! Statistics of what a probe's head reads, over its whole training set: what its batch norm divides
-//! by where it is judged.
+//! Statistics of what a probe's head reads, over its whole training set: what its batch norm
+//! divides by where it is judged.
 //!
 //! They are computed once and kept in the run's folder, so that whoever predicts needs the training
 //! set neither for an hour nor at all.
