@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -79,6 +80,47 @@ class Flags(unittest.TestCase):
         self.assertGreater(n_checked, 20)
 
 
+    def test_the_coordinator_takes_the_arguments_of_each_file(self):
+        folder = binaries()
+        if folder is None:
+            say("deploy", "skipped: no `lacuna` and `lacuna-worker` in target (make setup)")
+            self.skipTest("no programs")
+        manifest = (DEPLOY / "k8s" / "coordinator.yaml").read_text()
+        image = (DEPLOY / "docker" / "Dockerfile.coordinator").read_text()
+        unit = (DEPLOY / "systemd" / "lacuna-coordinator.service").read_text()
+        lists = {"k8s": re.findall(r"(?m)^ +- (coordinator|--\S+)$", manifest),
+                 "docker": re.findall(r'"([^"]+)"', image[image.index("CMD"):]),
+                 "systemd": re.search(r"ExecStart=\S+ (.*)", unit).group(1).split()}
+        for name, words in lists.items():
+            with self.subTest(name=name), tempfile.TemporaryDirectory() as work:
+                self.assertIn("coordinator", words)
+                tokens = pathlib.Path(work) / "tokens"
+                made = run(folder / "lacuna", "token", "new", "--role", "view", "--add-to", tokens,
+                           "--out", f"{work}/view.token")
+                self.assertEqual(made.returncode, 0, made.stderr)
+                text = " ".join(words).replace("0.0.0.0:7070", "127.0.0.1:0")
+                text = text.replace("${LISTEN}", "127.0.0.1:0")
+                text = re.sub(r"(--state[= ])\S+", rf"\1{work}/state", text)
+                text = re.sub(r"(--token-file[= ])\S+", rf"\1{tokens}", text)
+                with subprocess.Popen([folder / "lacuna", *text.split()], text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                    said = process.stdout.readline()
+                    process.terminate()
+                    process.wait(timeout=SECONDS_MAX)
+                    self.assertIn("listening on", said, process.stderr.read())
+
+
+def own_address():
+    """Returns this machine's address in a network, if it has one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            # Nothing is sent: it only chooses the way.
+            one.connect(("192.0.2.1", 9))
+            return one.getsockname()[0]
+        except OSError:
+            return None
+
+
 # Flags of apt, cargo, useradd and install in Dockerfiles.
 OTHERS = {"--yes", "--no-install-recommends", "--uid", "--create-home", "--release", "--locked",
           "--package", "--from"}
@@ -140,15 +182,16 @@ class Slurm(unittest.TestCase):
 
     def setUp(self):
         folder = binaries()
-        address = shutil.which("hostname") and run("hostname", "-I").stdout.split()
+        address = own_address()
         if folder is None or not address:
-            say("deploy", "the Slurm scripts are not run: no programs, or no `hostname -I`")
+            say("deploy", "the Slurm scripts are not run: no programs, or no network address")
             self.skipTest("nothing to run them with")
         self.home = pathlib.Path(tempfile.mkdtemp(prefix="lacuna-deploy-"))
         self.addCleanup(shutil.rmtree, self.home, ignore_errors=True)
         self.env = dict(os.environ, HOME=str(self.home), LACUNA_HOME=str(self.home / "lacuna"),
                         LACUNA_PORT="0", OMP_NUM_THREADS="1", SLURM_ARRAY_TASK_ID="3",
-                        SLURM_JOB_ID="1",
+                        SLURM_JOB_ID="1", LACUNA_ADDRESS=address,
+                        LACUNA_STATE=str(self.home / "state"),
                         PATH=os.pathsep.join([str(folder), os.environ["PATH"]]))
         (self.home / "lacuna").mkdir()
         self.running = []

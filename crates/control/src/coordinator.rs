@@ -86,6 +86,8 @@ pub struct Coordinator {
     fruitless: u32,
     /// Checkpoint attempts in a row that failed, and those of them at a boundary.
     failed_attempts: (u32, u32),
+    /// Attempts given up for members that left, since the newest checkpoint.
+    closed_for_leaves: u32,
     /// Times in a row that the group was stuck and no member was to blame.
     network_hangs: u32,
     deaths: Deaths,
@@ -137,6 +139,7 @@ impl Coordinator {
             progress,
             fruitless: 0,
             failed_attempts: (0, 0),
+            closed_for_leaves: 0,
             network_hangs: 0,
             deaths: Deaths::default(),
             last_waiting: String::new(),

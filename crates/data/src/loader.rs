@@ -235,9 +235,6 @@ struct Inner {
 impl LoadError {
     /// Tells whether a store did not answer in time: nothing is known of this worker or its data.
     pub fn is_passing(&self) -> bool {
-        if matches!(self, LoadError::Deadline { .. }) {
-            return true;
-        }
         let LoadError::Sample { source, .. } = self else { return false };
         let SampleError::Read(ReadSampleError::Io { source, .. }) = &**source else { return false };
         let of_store = source.get_ref().and_then(|error| error.downcast_ref::<StoreError>());

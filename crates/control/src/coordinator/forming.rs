@@ -190,10 +190,13 @@ impl Coordinator {
         let gives = |(id, w): &(&WorkerId, &Worker)| {
             w.leaving.is_some() && w.would_be_usable() && w.holds_a_state() && self.is_free(id)
         };
-        let leavers: Vec<WorkerId> =
+        let mut leavers: Vec<WorkerId> =
             self.workers.iter().filter(gives).map(|(id, _)| id.clone()).collect();
         // They are not kept from going for a group that cannot be formed.
         let enough = staying.len() + leavers.len() >= self.config.workers_min;
+        // Whoever stays must have a place beside them, or nobody takes their state.
+        let size = self.wanted_size(staying.len() + leavers.len());
+        leavers.truncate(size.saturating_sub(1));
         if enough { leavers } else { Vec::new() }
     }
 

@@ -18,7 +18,7 @@ const PATIENCE: u32 = 5;
 const WARM_UP: (u64, u32) = (5, 10);
 /// How long a member may wait for data before it holds the group up: a little longer than it waits
 /// by itself.
-const DATA_PATIENCE_MS: u64 = 150_000;
+const DATA_PATIENCE_MS: u64 = 240_000;
 
 /// Verdicts in a row that nobody waits before whoever computes is taken for hung: five minutes with
 /// the usual limit, and fifty of the longest step.

@@ -7,6 +7,7 @@ use super::forming::Stage;
 use super::{Cause, Command, Coordinator, Ending, Hello};
 use crate::journal::Record;
 use crate::message::{Beat, FaultKind, StepMark, ToWorker};
+use crate::plan::Member;
 
 /// Highest generation that a worker is believed to be in: numbers above it leave no room.
 const GENERATION_MAX: Generation = Generation(1 << 62);
@@ -294,14 +295,8 @@ impl Coordinator {
             FaultKind::Checkpoint => {
                 self.is_unfit(worker, detail);
             }
-            FaultKind::Outage if self.is_away_for_it_alone(worker, generation) => {
-                self.is_unfit(worker, &format!("others have their data, but: {detail}"));
-            }
-            // The next group waits again, as long as it takes.
-            FaultKind::Outage if self.member_of(worker, generation).is_some() => {
-                self.fruitless = self.fruitless.saturating_sub(1);
-            }
-            FaultKind::Communicator | FaultKind::Outage => {}
+            FaultKind::Outage => self.on_outage(worker, generation, detail),
+            FaultKind::Communicator => {}
         }
         if self.member_of(worker, generation).is_some() {
             let names = self.names_of(suspects);
@@ -313,22 +308,31 @@ impl Coordinator {
         }
     }
 
-    /// Counts an outage that one member reports while its peers already wait in a sum; tells
-    /// whether it was the last that it may have before a step is applied.
-    fn is_away_for_it_alone(&mut self, worker: &WorkerId, generation: Generation) -> bool {
-        let Some((group, _)) = self.member_of(worker, generation) else { return false };
-        let others: Vec<WorkerId> =
-            group.plan.members.iter().map(|m| m.worker.clone()).filter(|m| m != worker).collect();
-        let has_data = |id: &WorkerId| {
-            let beat = self.workers.get(id).and_then(|w| w.beat.as_ref());
-            beat.is_some_and(|beat| beat.generation == generation && beat.in_op)
+    /// A store did not answer a member in time. Where nobody has what it lacks, the store is away:
+    /// the next group waits again, as long as it takes. Where all others have it, it is this
+    /// member's way there that is broken, and after some times it is unfit. In between, generations
+    /// in vain count as any others.
+    fn on_outage(&mut self, worker: &WorkerId, generation: Generation, detail: &str) {
+        let Some((group, _)) = self.member_of(worker, generation) else { return };
+        let group = group.clone();
+        let syncing = group.stage == Stage::Syncing;
+        let has_it = |(rank, member): &(usize, &Member)| {
+            let beat = self.workers.get(&member.worker).and_then(|w| w.beat.as_ref());
+            let sums = beat.is_some_and(|beat| beat.generation == generation && beat.in_op);
+            if syncing { group.synced.contains_key(rank) } else { sums }
         };
-        if others.is_empty() || !others.iter().all(has_data) {
-            return false;
+        let others = || group.plan.members.iter().enumerate().filter(|(_, m)| m.worker != *worker);
+        match others().filter(has_it).count() {
+            0 => self.fruitless = self.fruitless.saturating_sub(1),
+            n if n == others().count() => {
+                let times = self.outages.entry(worker.clone()).or_default();
+                *times += 1;
+                if *times >= OUTAGES_MAX {
+                    self.is_unfit(worker, &format!("others have what they need, but: {detail}"));
+                }
+            }
+            _ => {}
         }
-        let n = self.outages.entry(worker.clone()).or_default();
-        *n += 1;
-        *n >= OUTAGES_MAX
     }
 
     /// Says who the ranks are that a member speaks of.

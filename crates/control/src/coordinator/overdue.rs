@@ -6,7 +6,7 @@ use super::conduct::Strike;
 use super::forming::{Group, Stage};
 use super::{Cause, Coordinator};
 use crate::message::Phase;
-use crate::plan::Member;
+use crate::plan::{Member, Origin};
 
 /// How many times the limit of forming members may take that all say that they load a state.
 const LOADS_MAX: u32 = 20;
@@ -46,6 +46,11 @@ impl Coordinator {
     /// must be loading by themselves: nobody of them can wait for a peer's bytes any more.
     fn all_load(&self, group: &Group, silent: &[Member], now: Timestamp) -> bool {
         let alone = silent.len() < group.plan.world();
+        let origin = group.sync.as_ref().map(|sync| &sync.origin);
+        if alone && matches!(origin, Some(Origin::Memory { .. })) {
+            // Nothing is loaded: a state on its way has extended the limit already.
+            return false;
+        }
         let busy = |m: &Member| {
             let beat = self.workers.get(&m.worker).and_then(|w| w.beat.as_ref());
             beat.is_some_and(|beat| beat.phase == Phase::Sync && !(alone && beat.in_op))

@@ -42,7 +42,7 @@ impl Coordinator {
         self.broadcast(&group, &ToWorker::Hold { generation, change, why });
     }
 
-    fn wanted_change(&self, now: Timestamp) -> Option<Change> {
+    pub(super) fn wanted_change(&self, now: Timestamp) -> Option<Change> {
         let because = |cause, why: String| Some(Change { cause, why, shares: None });
         if let Some(why) = &self.saved.stopping {
             return because(Cause::Left, why.clone());
@@ -129,6 +129,25 @@ impl Coordinator {
         Some((fair, why))
     }
 
+    /// Tells whether the members that stand have no time to wait for the checkpoint under way. One
+    /// is given up so between two that are written: where many leave, some must come to an end.
+    fn hurries(&self, group: &Group) -> bool {
+        let leaves = |m: &crate::plan::Member| {
+            self.workers.get(&m.worker).is_some_and(|w| w.leaving.is_some())
+        };
+        let of_this_state = |attempt: &super::saving::Attempt| {
+            let snapshots = &attempt.snapshots;
+            snapshots.len() == group.plan.world()
+                && snapshots.values().zip(group.held.values()).all(|(a, b)| a.0 == b.0)
+        };
+        let stops = self.saved.stopping.is_some();
+        // A run that stops needs a checkpoint of this very state, which it may be.
+        let is_wanted = stops && group.attempt.as_ref().is_some_and(of_this_state);
+        (stops || group.plan.members.iter().any(leaves))
+            && !is_wanted
+            && self.closed_for_leaves == 0
+    }
+
     pub(super) fn on_held(
         &mut self,
         now: Timestamp,
@@ -180,12 +199,14 @@ impl Coordinator {
             return;
         }
         if group.attempt.is_some() {
-            let leaves = group.change.as_ref().is_some_and(|change| change.cause == Cause::Left);
-            if !leaves {
+            if !self.hurries(group) {
                 return;
             }
             // Who leaves has no time for what training would have hidden.
-            self.close_attempt("its members stand still, and one of them leaves");
+            let why = "its members stand still, and one of them leaves";
+            self.close_attempt(why);
+            self.note("not-saved", true, format!("checkpoint given up: {why}"));
+            self.closed_for_leaves += 1;
             self.record(Record::CheckpointAsked);
         }
         let Some(group) = &self.group else { return };
@@ -210,7 +231,8 @@ impl Coordinator {
             let stood = || (Cause::Checkpoint, "its members stood still".to_string());
             let (cause, why) = change.unwrap_or_else(stood);
             self.fruitless = 0;
-            if too_few {
+            // Without a group, who leaves hands a state over that nobody else has.
+            if too_few || (all_leave && !saved) {
                 self.disturb(now, cause, &why);
             } else {
                 self.reform = None;

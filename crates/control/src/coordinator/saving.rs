@@ -84,7 +84,11 @@ impl Coordinator {
                 let why = format!("the next one is due at step {step}");
                 self.close_attempt(&why);
                 self.note("not-saved", true, format!("checkpoint given up: {why}"));
-                self.propose(now, false);
+                // What waits for a checkpoint's end must not wait for ever.
+                match self.wanted_change(now) {
+                    Some(change) => self.hold(change),
+                    None => self.propose(now, false),
+                }
             }
             WhenBusy::Wait => {
                 let why = format!("a checkpoint is due at step {step} and one is being written");
@@ -191,6 +195,7 @@ impl Coordinator {
         }
         self.checkpoint_base = (self.checkpoint_base.0.max(checkpoint.step), now);
         self.failed_attempts = (0, 0);
+        self.closed_for_leaves = 0;
         let CheckpointRef { step, manifest } = checkpoint;
         self.note("saved", false, format!("checkpoint of step {step} committed ({manifest})"));
         let Some(group) = self.group.as_mut().filter(|_| mine) else {

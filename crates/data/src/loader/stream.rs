@@ -27,6 +27,8 @@ pub struct SlotStream {
     threads: Vec<JoinHandle<()>>,
     /// When the slot before was delivered.
     last: Option<Instant>,
+    /// Since when the slot that comes next is waited for, over calls that gave up.
+    asked: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -161,7 +163,8 @@ impl SlotStream {
             ahead,
         });
         let n_all = n_threads + n_ahead;
-        let mut stream = SlotStream { shared, threads: Vec::with_capacity(n_all), last: None };
+        let mut stream =
+            SlotStream { shared, threads: Vec::with_capacity(n_all), last: None, asked: None };
         for i in 0..n_all {
             let shared = stream.shared.clone();
             let (name, work): (&str, fn(&Shared)) =
@@ -185,7 +188,8 @@ impl SlotStream {
     /// After [`LoadError::Deadline`] the same slot can be asked for again; any other error takes
     /// the slot's place, and the next call goes on behind it.
     pub fn next(&mut self, deadline: Duration) -> Result<SlotBatch, LoadError> {
-        let start = Instant::now();
+        let called = Instant::now();
+        let start = *self.asked.get_or_insert(called);
         let shared = &self.shared;
         let mut state = shared.lock();
         loop {
@@ -195,6 +199,7 @@ impl SlotStream {
             }
             if let Some(result) = state.loaded.remove(&number) {
                 state.delivered += 1;
+                self.asked = None;
                 let ready = state.loaded.len();
                 drop(state);
                 shared.room.notify_one();
@@ -213,7 +218,7 @@ impl SlotStream {
             if state.loading == 0 {
                 return Err(LoadError::Died);
             }
-            let left = deadline.saturating_sub(start.elapsed());
+            let left = deadline.saturating_sub(called.elapsed());
             if left.is_zero() {
                 let slot = shared.slot(number);
                 let waited = start.elapsed();

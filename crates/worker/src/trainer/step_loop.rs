@@ -300,12 +300,15 @@ impl StepLoop {
         let step = self.step();
         self.shared.enter(step, Phase::Data);
         let started = Instant::now();
+        // A store has its own limit, twice: for what was on its way, and for asking again.
+        let of_store = Duration::from_secs(self.job.spec.data.deadline_seconds.into());
+        let limit = DATA_DEADLINE.max(2 * of_store + DATA_LOOK);
         let mut batches: Vec<SlotBatch> = Vec::with_capacity(slots.len());
         for &index in slots {
             let asked = Instant::now();
             let batch = loop {
                 match stream.next(DATA_LOOK) {
-                    Err(LoadError::Deadline { .. }) if asked.elapsed() < DATA_DEADLINE => {
+                    Err(LoadError::Deadline { .. }) if asked.elapsed() < limit => {
                         group.abort.check()?;
                     }
                     found => break found?,

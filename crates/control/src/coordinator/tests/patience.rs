@@ -96,8 +96,46 @@ fn whose_store_is_away_while_others_have_data_is_unfit_after_three_times() {
         told.form(generation, members, Some(0), 0);
     }
     assert!(told.text.contains("unfit"), "{}", told.text);
-    assert!(told.text.contains("others have their data"), "{}", told.text);
+    assert!(told.text.contains("others have what they need"), "{}", told.text);
     assert!(told.machine.saved().ending.is_none());
+}
+
+/// The same of a checkpoint: who loaded it is in no operation, but has synchronised.
+#[test]
+fn who_alone_cannot_reach_the_checkpoint_is_unfit_after_three_times() {
+    let mut told = Told::train(&["a", "b"]);
+    fault(&mut told, "a", FaultKind::Communicator);
+    for generation in (2..5).map(Generation) {
+        assert!(!told.text.contains("unfit"), "{}", told.text);
+        told.wait(300);
+        for name in ["a", "b"] {
+            let (state, trained) = (None, Generation(0));
+            told.say(name, ToCoordinator::Prepared { generation, state, trained, kept: false });
+        }
+        told.tell("the id is drawn", Event::CommId { generation, comm_id: vec![1; 32] });
+        told.say("b", ToCoordinator::Synced { generation, step: Step(0), digest: 5 });
+        fault(&mut told, "a", FaultKind::Outage);
+    }
+    assert!(told.text.contains("unfit"), "{}", told.text);
+}
+
+/// Some have their data and some have not: nobody is to blame alone, and it ends some time.
+#[test]
+fn an_outage_for_some_ends_as_any_other_generations_in_vain() {
+    let mut told = Told::train(&["a", "b", "c"]);
+    for generation in 2..20 {
+        if told.machine.saved().ending.is_some() {
+            break;
+        }
+        told.beat("b", 0, 1, false, Phase::Data);
+        told.beat("c", 0, 1, true, Phase::Reduce);
+        fault(&mut told, "a", FaultKind::Outage);
+        told.wait(300);
+        told.form(generation, &["a", "b", "c"], Some(0), 0);
+    }
+    let ending = told.machine.saved().ending.clone();
+    assert!(matches!(ending, Some(Ending::Paused { .. })), "{ending:?} {}", told.text);
+    assert!(!told.text.contains("unfit"), "{}", told.text);
 }
 
 /// Brings two members to a boundary because one leaves, below the fewest that may train.
@@ -158,6 +196,54 @@ fn a_leave_gives_a_slow_checkpoint_up() {
     assert!(told.text.contains("AbortAttempt"), "{}", told.text);
     assert!(told.text.contains("note forming: forming generation 2: 2 workers"), "{}", told.text);
     assert!(told.machine.saved().checkpoint_asked, "the next group makes one");
+}
+
+/// All who hold the state leave, and it cannot be saved: one of them hands it to who stays.
+#[test]
+fn a_state_that_cannot_be_saved_is_handed_over() {
+    let mut told = Told::train(&["a", "b"]);
+    told.hello("c", None, 0, false);
+    told.say("c", ToCoordinator::Warm { probe: 7 });
+    for name in ["a", "b"] {
+        told.beat(name, 8, 9, false, Phase::Compute);
+        told.say(name, ToCoordinator::Leaving { why: "a notice".to_string() });
+    }
+    for name in ["a", "b"] {
+        let step = Step(8);
+        told.say(name, ToCoordinator::Held { generation: GENERATION, step, digest: 5 });
+    }
+    for attempt in 1..=u64::from(Timing::one_machine().failed_attempts) {
+        let detail = "no space left on device".to_string();
+        let (generation, attempt) = (GENERATION, AttemptSeq(attempt));
+        told.say("b", ToCoordinator::PartFailed { generation, attempt, detail });
+    }
+    told.wait(1000);
+    let plan = told.machine.saved().plan.clone().expect("a plan");
+    let members: Vec<&str> = plan.members.iter().map(|m| m.worker.as_str()).collect();
+    assert_eq!(plan.generation, Generation(2), "{}", told.text);
+    assert!(members.contains(&"c:0"), "{members:?} {}", told.text);
+    assert!(members.contains(&"a:0") || members.contains(&"b:0"), "{members:?} {}", told.text);
+}
+
+/// Where one leaves after the other, a checkpoint still comes to its end now and then.
+#[test]
+fn the_second_leave_waits_for_the_checkpoint() {
+    let mut told = Told::train(&["a", "b", "c"]);
+    told.machine.closed_for_leaves = 1;
+    told.tell("an operator wants a checkpoint", Event::Checkpoint);
+    let (generation, attempt) = (GENERATION, AttemptSeq(1));
+    for name in ["a", "b", "c"] {
+        let step = Step(6);
+        told.say(name, ToCoordinator::Snapshotted { generation, attempt, step, digest: 5 });
+    }
+    told.say("c", ToCoordinator::Leaving { why: "a notice".to_string() });
+    for name in ["a", "b", "c"] {
+        told.say(name, ToCoordinator::Held { generation, step: Step(8), digest: 5 });
+    }
+    assert!(!told.text.contains("AbortAttempt"), "{}", told.text);
+    let checkpoint = CheckpointRef { step: Step(6), manifest: "m".into() };
+    told.tell("committed", Event::CheckpointDone { generation, attempt, checkpoint });
+    assert!(told.text.contains("note forming: forming generation 2: 2 workers"), "{}", told.text);
 }
 
 /// Joining can wait until a checkpoint is written: standing still meanwhile costs everybody.
