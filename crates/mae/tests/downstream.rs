@@ -403,6 +403,10 @@ fn bad_input_is_named() {
             ["eval", "knn", "runs/mid", "--train", "train", "--val", "val", "--out", "k.json"];
         [&words, more].concat().into_iter().map(str::to_string).collect()
     };
+    let knn_of = |train: &str, val: &str| -> Vec<String> {
+        let words = ["eval", "knn", "runs/mid", "--train", train, "--val", val, "--out", "k.json"];
+        words.into_iter().map(str::to_string).collect()
+    };
     let draw = |source: &str, more: &[&str]| -> Vec<String> {
         [&["reconstruct", source], more].concat().into_iter().map(str::to_string).collect()
     };
@@ -424,6 +428,7 @@ fn bad_input_is_named() {
         (features("runs/mid", &["--out", "f.txt"]), 2, "cannot be used multiple times"),
         (features("runs/mid", &["--pool", "max"]), 2, "--pool"),
         (knn(&["--k", "0"]), 2, "--k"),
+        (knn_of("train", "train"), 2, "are the same images, and each would find itself"),
         (knn(&["--k", "500"]), 2, "--k 500 needs more than 60 training samples"),
         (knn(&["--temperature", "0"]), 2, "--temperature must be above 0"),
         (knn(&["--label-fraction", "1.5"]), 2, "--label-fraction must be in (0, 1]"),

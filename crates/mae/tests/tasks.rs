@@ -231,17 +231,21 @@ fn exported(fixture: &Fixture) {
     }
     assert!(!names.iter().any(|name| name.starts_with("norm.") || name.contains("decoder")));
     // Features of the run itself have no meaning yet; of what it became they do.
-    let features = |source: &str| {
+    let features_of = |source: &str, more: &[&str]| {
         let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
             .args(["features", source, "--data", "data", "--out", "tuned.npy"])
+            .args(more)
             .current_dir(fixture.dir.path())
             .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
             .output();
         said(&command.expect("it starts"))
     };
+    let features = |source: &str| features_of(source, &[]);
     let (code, _, err) = features("ckpt/finetune-1");
     assert!(code == 2 && err.contains("--layout timm"), "{code} {err}");
     let weights = "export-finetune-1-timm/timm.safetensors";
+    let (code, _, err) = features_of(weights, &["--pool", "cls"]);
+    assert!(code == 2 && err.contains("take --pool mean"), "{code} {err}");
     let (code, out, err) = features(weights);
     assert!(code == 0, "{code} {out} {err}");
     the_head_makes_logits_of_the_features(fixture, weights);

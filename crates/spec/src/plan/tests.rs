@@ -56,13 +56,17 @@ fn what_is_allowed_and_not_wanted() {
         &["checkpoint.keep.every=5ep"],
         &["checkpoint.keep.every=5ep", "checkpoint.every=15min"],
         &["checkpoint.to=d", "data.cache.dir=d", "data.cache.size=5MB"],
+        &["task.kind=\"finetune\"", "task.classes=10", "task.ema=0.9999"],
+        &["task.kind=\"linear\"", "task.classes=10", "task.encoder=\"runs/a\""],
     ];
     let mut out = String::new();
     for overrides in cases {
         let text = "base = \"preset:demo\"\nschema = 1\nname = \"a\"\ndata.shards = \"d\"";
         let set: Vec<String> = overrides.iter().map(ToString::to_string).collect();
         let spec = parse_text("run.toml", text, &set).unwrap().spec;
-        let warnings = plan(&spec, None).warnings;
+        // A task's warnings are those of a run that begins, whose data is known.
+        let n_samples = spec.task.is_some().then_some(60_000);
+        let warnings = plan(&spec, n_samples).warnings;
         out += &format!("> {}\n{}\n\n", overrides.join(" "), warnings.join("\n"));
     }
     want.assert_eq(&out);

@@ -15,9 +15,8 @@ fn fault(told: &mut Told, name: &str, kind: FaultKind) {
     told.say(name, ToCoordinator::Fault { generation, kind, suspects, detail });
 }
 
-/// One node reads a large checkpoint more slowly than the other.
-#[test]
-fn who_loads_longer_than_others_is_waited_for() {
+/// Brings `a` and `b` to where each loads the state.
+fn loading() -> Told {
     let mut told = Told::new(Saved::default());
     for name in ["a", "b"] {
         told.hello(name, None, 0, false);
@@ -30,6 +29,13 @@ fn who_loads_longer_than_others_is_waited_for() {
         told.say(name, ToCoordinator::Prepared { generation, state, trained, kept: false });
     }
     told.tell("the id is drawn", Event::CommId { generation: GENERATION, comm_id: vec![1; 32] });
+    told
+}
+
+/// One node reads a large checkpoint more slowly than the other.
+#[test]
+fn who_loads_longer_than_others_is_waited_for() {
+    let mut told = loading();
     let synced = ToCoordinator::Synced { generation: GENERATION, step: Step(0), digest: 5 };
     told.say("a", synced.clone());
     let forming = Timing::one_machine().forming;
@@ -47,18 +53,7 @@ fn who_loads_longer_than_others_is_waited_for() {
 /// One that waits for a peer's bytes while that peer is done does hang.
 #[test]
 fn who_hangs_in_an_operation_that_others_completed_is_not_waited_for() {
-    let mut told = Told::new(Saved::default());
-    for name in ["a", "b"] {
-        told.hello(name, None, 0, false);
-        told.say(name, ToCoordinator::Warm { probe: 7 });
-    }
-    told.wait(500);
-    for name in ["a", "b"] {
-        let (state, trained) = (None, Generation(0));
-        let generation = GENERATION;
-        told.say(name, ToCoordinator::Prepared { generation, state, trained, kept: false });
-    }
-    told.tell("the id is drawn", Event::CommId { generation: GENERATION, comm_id: vec![1; 32] });
+    let mut told = loading();
     told.say("a", ToCoordinator::Synced { generation: GENERATION, step: Step(0), digest: 5 });
     let end = told.ms + 2 * Timing::one_machine().forming.as_millis() as u64;
     while told.ms < end {
