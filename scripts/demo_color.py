@@ -184,6 +184,8 @@ def split(folder):
         for part, label in places.items():
             count[part] += 1
             place = OUT / "images" / part / label / path.name
+            if place.exists():
+                continue
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 place.hardlink_to(path)
@@ -192,13 +194,28 @@ def split(folder):
     return count
 
 
+def begin():
+    """Makes the folder. One that a call with the same recipe was interrupted in is gone on with:
+    trainings by themselves, and what they are judged by is not computed again."""
+    recipe = json.dumps([SPEC, TASK, WAYS, STEPS, TEST_EVERY, MATERIALS], indent=1)
+    stamp = OUT / "recipe.json"
+    if stamp.exists() and stamp.read_text() == recipe:
+        say(PROGRAM, f"going on in {OUT.name}")
+        return
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    stamp.write_text(recipe)
+
+
 def learn(kind, features, seed):
     """Trains a probe or fine-tunes, and returns how often it is right on the test's files."""
     name = f"{kind}-{features}-{seed}"
     (OUT / f"{name}.toml").write_text(TASK.format(
         name=name, kind=kind, seed=seed, classes=len(MATERIALS), more=WAYS[kind][features]))
-    run(BIN / "lacuna", "train", f"{name}.toml", "--workers", "2", "--progress", "off")
     report = OUT / f"{name}.json"
+    if report.exists():
+        return json.loads(report.read_text())["results"][-1]["top1"]
+    run(BIN / "lacuna", "train", f"{name}.toml", "--workers", "2", "--progress", "off")
     run(BIN / "lacuna-worker", "eval", "classify", f"runs/{name}", "--val", "materials-test",
         "--out", report, "--page", report.with_suffix(".html"))
     return json.loads(report.read_text())["results"][-1]["top1"]
@@ -227,11 +244,11 @@ def main():
     except debian.NoPackage as reason:
         say(PROGRAM, f"skipped: {reason}")
         return EXIT_NO_DATA
-    shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir()
+    begin()
     count = split(folder)
     for part in PARTS:
-        run(BIN / "lacuna", "data", "pack", OUT / "images" / part, part)
+        if not (OUT / part / "pack.json").exists():
+            run(BIN / "lacuna", "data", "pack", OUT / "images" / part, part)
     (OUT / "textures.toml").write_text(SPEC.format(steps=STEPS))
     run(BIN / "lacuna", "train", "textures.toml")
     run(BIN / "lacuna-worker", "reconstruct", "runs/textures", "--data", "materials-test",
@@ -258,6 +275,7 @@ def main():
     for name, cells in rows.items():
         raw, random, trained = (shown(cell) if cell else "–" for cell in cells)
         print(f"{name:22} {raw:>14} {random:>14} {trained:>14}")
+    (OUT / "recipe.json").unlink()  # The next call begins anew.
     print("\nLook at demo-color-out/textures.png (original | masked | filled in | random weights),"
           "\nand at knn.html and finetune-pre-trained-0.html beside it.")
     return 0

@@ -240,6 +240,7 @@ class Slurm(unittest.TestCase):
         (self.home / "run.toml").write_text(
             'schema = 1\nname = "job"\nbase = "preset:micro"\ndata.shards = "data"\n'
             'train.duration = "6step"\noptim.warmup = "1step"\ncheckpoint.to = "runs"\n')
+        self.env["LACUNA_DEVICES"] = "cpu"
         process, _ = self.start("workers.sbatch", "trainer")
         said = self.lacuna("submit", "run.toml", "-c", url, "--token-file", "my.token", "--watch")
         self.assertIn("step 6/6", said)

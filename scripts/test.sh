@@ -63,6 +63,9 @@ fi
 if [ -z "${LACUNA_PEERS_PYTHON:-}" ]; then
     skip peers "tests of grpcurl, buf, a Python client, TensorBoard: no environment (make peers)"
 fi
+if ! "${LACUNA_PEERS_PYTHON:-false}" -c "import torch, timm, transformers" 2> /dev/null; then
+    skip timm "features and weights beside timm and transformers (docs/weights.md says how)"
+fi
 etcd=${LACUNA_ETCD:-third_party/tools/bin/etcd}
 if [ ! -x "$etcd" ] && ! command -v etcd > /dev/null; then
     skip etcd "tests of several coordinators: no etcd (make peers)"

@@ -73,13 +73,12 @@ pub enum ClientError {
         urls: String,
     },
     /// Nobody answers there.
-    #[error("no coordinator answers at {url}")]
+    #[error("no coordinator answers at {url}: {why}")]
     Unreachable {
         /// Where.
         url: String,
         /// What the network said.
-        #[source]
-        source: tonic::transport::Error,
+        why: String,
     },
     /// No answer came in time.
     #[error("no answer in time: the coordinator may still be at it, and `--timeout` gives it more")]
@@ -221,15 +220,31 @@ async fn leader_at(
     Ok(leads.then_some(connection))
 }
 
+/// Returns what an error comes from in the end; each layer above says that it failed.
+fn root(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.last().map_or_else(String::new, ToString::to_string)
+}
+
+/// Completes `host:port`, as others write an address, to a URL; `None` for what is neither.
+fn full_url(text: &str, has_tls: bool) -> Option<String> {
+    if text.starts_with("http://") || text.starts_with("https://") {
+        return Some(text.to_string());
+    }
+    let (host, port) = text.rsplit_once(':')?;
+    let is_host = !host.is_empty() && !host.contains("://");
+    let scheme = if has_tls { "https" } else { "http" };
+    (is_host && port.parse::<u16>().is_ok()).then(|| format!("{scheme}://{text}"))
+}
+
 async fn connect_to(
     url: &str,
     timeout: Duration,
     credentials: &Credentials,
 ) -> Result<Connection, ClientError> {
     let address = |source| ClientError::Address { url: url.to_string(), source };
-    if !url.starts_with("http://") && !url.starts_with("https://") {
-        return Err(address(None));
-    }
+    let tls = credentials.tls_config();
+    let url = &full_url(url, tls.is_some()).ok_or_else(|| address(None))?;
     let mut endpoint = Endpoint::from_shared(url.to_string())
         .map_err(|err| address(Some(err)))?
         .connect_timeout(timeout)
@@ -237,7 +252,6 @@ async fn connect_to(
         .keep_alive_timeout(KEEP_ALIVE.1)
         .keep_alive_while_idle(true)
         .tcp_nodelay(true);
-    let tls = credentials.tls_config();
     if url.starts_with("https://") != tls.is_some() {
         return Err(ClientError::Scheme { url: url.to_string(), has_files: tls.is_some() });
     }
@@ -247,7 +261,7 @@ async fn connect_to(
     }
     let unreachable = |source: tonic::transport::Error| match alert_in(&source) {
         Some(why) => ClientError::Certificate { why },
-        None => ClientError::Unreachable { url: url.to_string(), source },
+        None => ClientError::Unreachable { url: url.to_string(), why: root(&source) },
     };
     let channel = endpoint.connect().await.map_err(unreachable)?;
     Ok(InterceptedService::new(channel, Bearer::of(credentials)))
@@ -537,5 +551,22 @@ impl Client {
         let request = self.request(v1::ForceRunRequest { run_id: run_id.to_string() });
         self.runs.force_run(request).await?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_needs_no_scheme() {
+        let url = |text| full_url(text, false);
+        assert_eq!(url("head:7070").as_deref(), Some("http://head:7070"));
+        assert_eq!(url("[::1]:7070").as_deref(), Some("http://[::1]:7070"));
+        assert_eq!(full_url("head:7070", true).as_deref(), Some("https://head:7070"));
+        assert_eq!(full_url("http://head", true).as_deref(), Some("http://head"));
+        for bad in ["", "head", ":7070", "head:port", "head:70700", "ftp://head:7070"] {
+            assert_eq!(url(bad), None, "{bad}");
+        }
     }
 }

@@ -36,7 +36,7 @@ pub enum TlsError {
         dir: PathBuf,
     },
     /// A certificate is none that TLS takes.
-    #[error("`{}` is no certificate that can be used: {why}", path.display())]
+    #[error("`{}` is not a certificate that can be used: {why}", path.display())]
     NotACertificate {
         /// The file.
         path: PathBuf,

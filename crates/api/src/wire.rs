@@ -96,6 +96,7 @@ fn kind_to_wire(kind: FaultKind) -> v1::FaultKind {
         FaultKind::Outage => v1::FaultKind::Outage,
         FaultKind::Checkpoint => v1::FaultKind::Checkpoint,
         FaultKind::Run => v1::FaultKind::Run,
+        FaultKind::Data => v1::FaultKind::Data,
         // The difference is the worker's own affair.
         FaultKind::Local | FaultKind::Unfit => v1::FaultKind::Local,
     }
@@ -108,6 +109,7 @@ fn kind_from_wire(value: i32) -> Result<FaultKind, WireError> {
         Ok(v1::FaultKind::Outage) => Ok(FaultKind::Outage),
         Ok(v1::FaultKind::Checkpoint) => Ok(FaultKind::Checkpoint),
         Ok(v1::FaultKind::Run) => Ok(FaultKind::Run),
+        Ok(v1::FaultKind::Data) => Ok(FaultKind::Data),
         Ok(v1::FaultKind::Local) => Ok(FaultKind::Local),
         Ok(v1::FaultKind::Unspecified) | Err(_) => Err(WireError::Unknown { field: "kind", value }),
     }

@@ -168,7 +168,7 @@ impl RunDir {
         }
         Some(match name.parse::<RunId>() {
             Ok(run) => RunDir::open(root, run),
-            Err(error) => Err(failed(format!("its last part is no name of a run: {error}"))),
+            Err(error) => Err(failed(format!("its last part is not a name of a run: {error}"))),
         })
     }
 

@@ -88,6 +88,26 @@ pub fn plan_retention(
     Ok(out)
 }
 
+/// Chooses what a cadence of `every` steps keeps for good: of the checkpoints in `entries` the
+/// first at or after each multiple.
+///
+/// A checkpoint is saved some steps after it is due, so that few lie on a multiple. What was chosen
+/// once stays chosen, whatever else is removed.
+///
+/// # Panics
+/// If `every` is zero.
+pub fn chosen(entries: &[Entry], every: u64) -> Vec<Step> {
+    let mut steps: Vec<Step> = entries.iter().filter_map(Entry::good).map(Manifest::step).collect();
+    steps.sort_unstable();
+    let mut last = None;
+    let mut is_first = |step: &Step| {
+        let multiple = step.0 / every;
+        last.replace(multiple) != Some(multiple) && (multiple > 0 || step.0 == 0)
+    };
+    steps.retain(|step| is_first(step));
+    steps
+}
+
 /// Plans and removes; call it after a commit only.
 pub fn retain(
     dir: &RunDir,

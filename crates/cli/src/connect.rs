@@ -233,7 +233,7 @@ pub(crate) fn parse_time(text: &str) -> Result<Duration, String> {
     let seconds = number.parse::<u64>().ok().zip(factor).and_then(|(n, f)| n.checked_mul(f));
     match seconds {
         Some(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
-        _ => Err(format!("`{text}` is no time such as 90s, 15min, 24h or 7d")),
+        _ => Err(format!("`{text}` is not a time such as 90s, 15min, 24h or 7d")),
     }
 }
 

@@ -172,7 +172,7 @@ fn parse_size(text: &str) -> Result<[u32; 2], String> {
     let (height, width) = text.split_once('x').unwrap_or((text, text));
     match (height.parse(), width.parse()) {
         (Ok(height), Ok(width)) => Ok([height, width]),
-        _ => Err("is no size, such as 28x28".to_string()),
+        _ => Err("is not a size, such as 28x28".to_string()),
     }
 }
 

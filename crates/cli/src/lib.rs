@@ -77,12 +77,12 @@ enum Command {
     Events(inspect::EventsArgs),
     /// Show what a run's workers log.
     Logs(logs::LogsArgs),
-    /// Stop a run at its next boundary, with a checkpoint; `lacuna resume` lets it go on.
+    /// Stop a run at its next boundary, with a checkpoint; `lacuna resume` continues it.
     #[command(visible_alias = "pause")]
     Stop(run_commands::StopArgs),
-    /// End a run now, without a checkpoint; `lacuna resume` lets it go on from its newest one.
+    /// End a run now, without a checkpoint; `lacuna resume` continues from its newest one.
     Cancel(run_commands::CancelArgs),
-    /// Let a stopped, cancelled, paused or failed run go on.
+    /// Continue a stopped, cancelled, paused or failed run.
     Resume(run_commands::ResumeArgs),
     /// Change how many workers train a run, from its next boundary on.
     Scale(run_commands::ScaleArgs),
@@ -94,21 +94,21 @@ enum Command {
     Workers(client::WorkersArgs),
     /// Take a worker out at the next boundary.
     Drain(run_commands::WorkerArgs),
-    /// Let a worker back in that was kept out because it did harm.
+    /// Let a quarantined worker back in.
     Release(run_commands::WorkerArgs),
     /// Keep a machine out of every run for some time.
     Ban(run_commands::BanArgs),
-    /// Give silent members of a run up, so that others begin without them.
+    /// Give up silent members of a run, so that others can begin without them.
     Force(run_commands::ForceArgs),
-    /// Show what a coordinator has written down of its runs, also while it runs.
+    /// Show a coordinator's journal of its runs, also while it is running.
     Journal(journal::JournalArgs),
     /// List, check and export checkpoints.
     Ckpt(ckpt::CkptArgs),
-    /// Look whether this machine can train.
+    /// Check whether this machine can train.
     Doctor(doctor::DoctorArgs),
-    /// Make tokens, which prove who somebody is.
+    /// Create tokens, which authenticate users and workers.
     Token(secrets::TokenArgs),
-    /// Make certificates, which encrypt and prove who somebody is.
+    /// Create certificates for mutual TLS.
     Tls(secrets::TlsArgs),
     /// Print a script that completes the command line.
     Completions(inspect::CompletionsArgs),

@@ -111,7 +111,9 @@ fn range_of(workers: &str) -> anyhow::Result<String> {
     let (min, max) = text.split_once(':').unwrap_or((&text, &text));
     match (min.parse::<u32>(), max.parse::<u32>()) {
         (Ok(min @ 1..), Ok(max)) if min <= max => Ok(format!("{min}:{max}")),
-        _ => Err(usage(format!("--workers `{workers}` is no number of workers, like 8 or 2..8"))),
+        _ => {
+            Err(usage(format!("--workers `{workers}` is not a number of workers, like 8 or 2..8")))
+        }
     }
 }
 
@@ -165,7 +167,7 @@ fn new_spec(preset: &str, name: &RunId, shards: &str) -> anyhow::Result<String> 
         toml(shards)
     );
     let loaded = parse_text("new spec", &least, &[]).map_err(|error| {
-        usage(format!("the preset `{preset}` alone is no run, choose another one: {error}"))
+        usage(format!("the preset `{preset}` alone is not a run, choose another one: {error}"))
     })?;
     let mut out = format!(
         "# A run of Lacuna, based on the preset `{preset}`.\n\

@@ -33,7 +33,7 @@ impl Screen {
     /// Takes the terminal; the error says why it cannot be had.
     pub fn open() -> std::io::Result<Self> {
         if !std::io::stdout().is_terminal() {
-            return Err(std::io::Error::other("stdout is no terminal"));
+            return Err(std::io::Error::other("stdout is not a terminal"));
         }
         let terminal = ratatui::try_init().inspect_err(|_| ratatui::restore())?;
         let (updates, inbox) = sync_channel(QUEUE);

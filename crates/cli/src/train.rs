@@ -13,11 +13,13 @@ use lacuna_api::client::Client;
 use lacuna_api::v1;
 use lacuna_control::timing::Timing;
 use lacuna_coordinator::{Options, Security, Service};
+use lacuna_cuda::Driver;
 use lacuna_data::is_url;
 use lacuna_spec::{RunSpec, Workers};
 use lacuna_types::{BuildId, exit};
 use tokio::process::{Child, Command};
 
+use crate::data::talk::count;
 use crate::progress::{Progress, ProgressMode};
 use crate::serve::coded;
 use crate::verbosity::{is_verbose, talk};
@@ -56,6 +58,7 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
     spec.elastic.workers = Workers { min: spec.elastic.workers.min.min(n), max: n };
     let request = spec::request(&mut spec, true)?;
     let (worker, _) = find_worker()?;
+    tell_of_devices(&args);
     let place = local_place(&spec);
     let saved = Path::new(&spec.checkpoint.to).join(&spec.name);
     std::fs::create_dir_all(place.join("logs"))
@@ -93,6 +96,17 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
 fn local_place(spec: &RunSpec) -> PathBuf {
     let to = if is_url(&spec.checkpoint.to) { "runs" } else { &spec.checkpoint.to };
     Path::new(to).join(&spec.name)
+}
+
+/// Tells who did not name devices that there are some, which are many times as fast.
+fn tell_of_devices(args: &TrainArgs) {
+    if args.devices.is_some() || args.workers.is_some() {
+        return;
+    }
+    if let Ok(n @ 1..) = Driver::load(None).and_then(|driver| driver.n_devices()) {
+        let n = count(n.into(), "GPU");
+        talk!("note: this machine has {n}, and this trains on the CPU: `--devices cuda` uses them");
+    }
 }
 
 /// One trainer a core unless told otherwise, within what the spec allows.

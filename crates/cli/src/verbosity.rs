@@ -11,13 +11,13 @@ use crate::Coded;
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub struct Voice {
     /// Say nothing but results and errors.
-    #[arg(long, short, global = true, help_heading = "Talk", conflicts_with = "verbose")]
+    #[arg(long, short, global = true, help_heading = "Output", conflicts_with = "verbose")]
     quiet: bool,
     /// Say more: what is going on inside; twice for all of it.
-    #[arg(long, short, global = true, help_heading = "Talk", action = clap::ArgAction::Count)]
+    #[arg(long, short, global = true, help_heading = "Output", action = clap::ArgAction::Count)]
     verbose: u8,
-    /// Do not ask before what cannot be undone; elsewhere than on a terminal nothing is asked.
-    #[arg(long, short = 'y', global = true, help_heading = "Talk")]
+    /// Do not ask for confirmation of what cannot be undone; asked on a terminal only.
+    #[arg(long, short = 'y', global = true, help_heading = "Output")]
     yes: bool,
 }
 

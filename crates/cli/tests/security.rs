@@ -117,7 +117,7 @@ fn an_open_address_needs_a_lock() {
     for (file, content, expected) in [
         ("empty", "", "has no token"),
         ("bad", "view:12\n", "line 1: expected `role:sha256 of the token in hex`"),
-        ("role", "boss:12\n", "`boss` is no role: view, submit, worker or admin"),
+        ("role", "boss:12\n", "`boss` is not a role: expected view, submit, worker or admin"),
     ] {
         let path = folder.path().join(file);
         std::fs::write(&path, content).unwrap();

@@ -206,13 +206,11 @@ impl Coordinator {
         let Event::Message { message, .. } = event else {
             return false;
         };
-        let by_steps = |step: Step, every: u64| step.0 >= self.checkpoint_base.0.0 + every;
-        let saves = |step: Step| self.config.checkpoint_steps.is_some_and(|n| by_steps(step, n));
         match message {
-            ToCoordinator::Beat(beat) => !saves(beat.step),
-            ToCoordinator::StepMark(mark) => !saves(mark.step),
+            ToCoordinator::Beat(beat) => !self.saves_at(beat.step),
+            ToCoordinator::StepMark(mark) => !self.saves_at(mark.step),
             ToCoordinator::Held { step, .. } | ToCoordinator::Snapshotted { step, .. } => {
-                self.group.is_some() && !saves(*step)
+                self.group.is_some() && !self.saves_at(*step)
             }
             ToCoordinator::Prepared { .. }
             | ToCoordinator::Synced { .. }

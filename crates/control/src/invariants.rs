@@ -328,7 +328,7 @@ impl Observer {
             return Some(format!("{worker} applied a step in generation {generation} of no plan"));
         };
         let Some(rank) = seen.plan.members.iter().position(|m| m.worker == *worker) else {
-            return Some(format!("{worker} is no member of generation {generation}"));
+            return Some(format!("{worker} is not a member of generation {generation}"));
         };
         let start = *seen.start.get_or_insert(Step(step.0.saturating_sub(1)));
         let own = seen.last[rank].unwrap_or(start);

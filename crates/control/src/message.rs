@@ -202,6 +202,8 @@ pub enum FaultKind {
     Checkpoint,
     /// The run itself cannot go on (not a worker's fault).
     Run,
+    /// Nor can it with this data, which every worker finds the same.
+    Data,
     /// This process or device is broken.
     Local,
     /// Nor would another process of this worker do: it is started wrongly.

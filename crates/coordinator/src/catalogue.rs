@@ -12,6 +12,7 @@ use lacuna_checkpoint::commit::{self, CommitError, Context};
 use lacuna_checkpoint::doctor;
 use lacuna_checkpoint::layout::{Attempt, RunDir};
 use lacuna_checkpoint::manifest::{Loss, Manifest, Parent, RunFacts};
+use lacuna_checkpoint::retain;
 use lacuna_checkpoint::run_file::RunFile;
 use lacuna_checkpoint::write::Receipt;
 use lacuna_control::coordinator::{CommitOrder, Examination};
@@ -279,11 +280,9 @@ impl Catalogue {
         let Some(last) = NonZeroUsize::new(keep.last as usize) else { return Ok(Vec::new()) };
         let entries = catalog::list(&self.dir).map_err(failed)?;
         let every = self.keep_every_steps();
-        let kept = |step: &Step| every.is_some_and(|every| step.0.is_multiple_of(every));
-        let in_use: Vec<Step> = entries.iter().map(|e| e.step).filter(kept).collect();
+        let in_use = every.map_or_else(Vec::new, |every| retain::chosen(&entries, every));
         let now = rfc3339(SystemTime::now());
-        let done =
-            lacuna_checkpoint::retain::retain(&self.dir, last, &in_use, &now).map_err(failed)?;
+        let done = retain::retain(&self.dir, last, &in_use, &now).map_err(failed)?;
         self.collect(generation, over)?;
         Ok(done.delete)
     }
@@ -302,14 +301,13 @@ impl Catalogue {
 
     /// Removes what is left of attempts from before `generation` and of those that are `over`.
     pub fn collect(&self, generation: Generation, over: &[Attempt]) -> Result<(), CatalogueError> {
-        let removed = lacuna_checkpoint::retain::collect_garbage(&self.dir, generation, over);
+        let removed = retain::collect_garbage(&self.dir, generation, over);
         removed.map(drop).map_err(failed)
     }
 
     fn keep_every_steps(&self) -> Option<u64> {
         let resolved = self.spec.resolve(self.n_samples).ok()?;
-        let per_epoch = resolved.geometry.steps_per_epoch();
-        cadence_steps(self.spec.checkpoint.keep.every.as_ref()?, per_epoch)
+        self.spec.checkpoint.keep.every?.steps(resolved.geometry.steps_per_epoch())
     }
 
     fn facts(&self, step: Step, probe: Option<u64>, loss: Option<f64>) -> RunFacts {

@@ -75,9 +75,9 @@ impl Ensemble {
             Some(url) if !is_url(url) => wrong(format!(
                 "`--advertise-url`: `{url}` begins with neither http:// nor https://"
             )),
-            None if addr.ip().is_unspecified() => {
-                wrong(format!("`--listen {addr}` is no address to reach: give `--advertise-url`"))
-            }
+            None if addr.ip().is_unspecified() => wrong(format!(
+                "`--listen {addr}` is not an address to reach: give `--advertise-url`"
+            )),
             _ if self.lease < LEASE_MIN => {
                 wrong(format!("`--etcd-lease` must be at least {LEASE_MIN:?}"))
             }

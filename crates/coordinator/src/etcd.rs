@@ -40,7 +40,7 @@ pub(crate) const BYTES_MAX: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum EtcdError {
     /// An endpoint that is none.
-    #[error("`{endpoint}` is no endpoint of etcd, such as http://127.0.0.1:2379")]
+    #[error("`{endpoint}` is not an endpoint of etcd, such as http://127.0.0.1:2379")]
     Endpoint {
         /// What was given.
         endpoint: String,

@@ -25,7 +25,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum OtlpError {
     /// The address.
-    #[error("`{endpoint}` is no address of a collector, such as http://127.0.0.1:4317")]
+    #[error("`{endpoint}` is not an address of a collector, such as http://127.0.0.1:4317")]
     Endpoint {
         /// What was given.
         endpoint: String,

@@ -62,7 +62,7 @@ fn a_machine_without_a_driver_is_told_so() {
 #[test]
 fn a_library_without_the_functions_is_too_old() {
     let libc = Path::new("libc.so.6");
-    let error = Driver::load(Some(libc)).expect_err("the C library is no driver");
+    let error = Driver::load(Some(libc)).expect_err("the C library is not a driver");
     let expected = "the NVIDIA driver in `libc.so.6` is too old: it has no `cuInit`";
     assert_eq!(error.to_string(), expected);
 }

@@ -50,7 +50,7 @@ pub enum ReadIdxError {
     },
     /// Another kind of file.
     #[error(
-        "`{}` is no idx file of {what}: it starts with {found:08x}, not {expected:08x}",
+        "`{}` is not an idx file of {what}: it starts with {found:08x}, not {expected:08x}",
         path.display()
     )]
     Magic {

@@ -36,7 +36,7 @@ pub(crate) fn label_of(value: i128) -> Result<Option<u32>, String> {
     match u32::try_from(value) {
         Ok(label) if label <= LABEL_MAX => Ok(Some(label)),
         _ if value == -1 => Ok(None),
-        _ => Err(format!("its label {value} is no number up to {LABEL_MAX}")),
+        _ => Err(format!("its label {value} is not a number up to {LABEL_MAX}")),
     }
 }
 
@@ -115,7 +115,7 @@ pub enum ReadIndexError {
         source: io::Error,
     },
     /// Some other file.
-    #[error("`{}` is no index: it does not start with LACUNAIX", path.display())]
+    #[error("`{}` is not an index: it does not start with LACUNAIX", path.display())]
     NotAnIndex {
         /// The file.
         path: PathBuf,

@@ -34,7 +34,7 @@ pub use dataset::{Access, Dataset};
 pub use lacuna_pixels::{DECODER_ID, ImageShape, SHAPE_SIDE_MAX, probe_pixels};
 pub use lacuna_store::{Limits, Stop, Store, is_url};
 pub use loader::{Loader, LoaderConfig, SlotStream};
-pub use reader::SampleReader;
+pub use reader::{SampleError, SampleReader};
 
 /// How far a long operation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

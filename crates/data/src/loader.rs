@@ -9,7 +9,7 @@ mod metrics;
 mod stream;
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use lacuna_recipe::mask::MaskOrder;
 use lacuna_recipe::order::{EpochOrder, OrderError, OrderSpec, substitute};
 use lacuna_recipe::step::{Geometry, GeometryError, SlotBatch};
 use lacuna_store::{Stop, StoreError};
-use lacuna_types::{SampleId, Slot, Step};
+use lacuna_types::{LOADER_THREADS_MAX, SampleId, Slot, Step};
 
 use self::metrics::Meters;
 pub use self::metrics::{LoaderStats, LoaderWatch, SAMPLE_BOUNDS_US};
@@ -32,11 +32,15 @@ use lacuna_pixels::ImageShape;
 /// Bad samples in a row that fail a slot: scattered damage is repaired, a broken disk is not.
 pub const BAD_IN_ROW_MAX: u32 = 100;
 
-/// Most threads of a stream; no machine has more cores to spare.
-pub const THREADS_MAX: usize = 512;
+/// Most threads of a stream.
+pub const THREADS_MAX: usize = LOADER_THREADS_MAX as usize;
 
 /// Most slots computed ahead: enough for any device, and a bound on memory.
 pub const AHEAD_SLOTS_MAX: usize = 4096;
+
+/// Most bytes of pixels computed ahead, where a step has many slots: 110 slots of 64 images of 224
+/// by 224.
+pub const AHEAD_BYTES_MAX: usize = 1 << 30;
 
 /// Orders kept: the current epoch's, and the next one's while prefetching crosses the border.
 const ORDERS_KEPT: usize = 2;
@@ -99,7 +103,8 @@ pub struct LoaderConfig {
     pub n_patches: usize,
     /// Threads of a stream, 1 to [`THREADS_MAX`].
     pub threads: usize,
-    /// Slots that a stream computes ahead, 1 to [`AHEAD_SLOTS_MAX`].
+    /// Slots that a stream computes ahead, 1 to [`AHEAD_SLOTS_MAX`]; a step's, where those are
+    /// more, as far as [`AHEAD_BYTES_MAX`] goes.
     pub ahead_slots: usize,
     /// What to do with bad samples.
     pub bad_samples: BadSamplePolicy,
@@ -181,12 +186,12 @@ pub enum LoadError {
         #[source]
         source: Box<SampleError>,
     },
-    /// All samples of a bad sample's chunk are bad.
-    #[error("slot {} of step {} finds no good sample in a chunk of {n}", slot.index, slot.step)]
+    /// All samples are bad.
+    #[error("slot {} of step {} finds no good sample among {n}", slot.index, slot.step)]
     NoStandIn {
         /// The slot.
         slot: Slot,
-        /// Samples of the chunk.
+        /// Samples of the data set.
         n: u64,
         /// The last of them.
         #[source]
@@ -228,6 +233,8 @@ struct Inner {
     readers: Mutex<Vec<SampleReader>>,
     /// Memory of batches that were given back, at most as many as a stream holds.
     spare_pixels: Mutex<Vec<Vec<u8>>>,
+    /// Most slots that a stream was to hold so far.
+    held_most: AtomicUsize,
     n_bad: AtomicU64,
     meters: Meters,
 }
@@ -239,6 +246,16 @@ impl LoadError {
         let SampleError::Read(ReadSampleError::Io { source, .. }) = &**source else { return false };
         let of_store = source.get_ref().and_then(|error| error.downcast_ref::<StoreError>());
         matches!(of_store, Some(StoreError::Deadline { .. }))
+    }
+
+    /// Tells whether every worker would fail alike, because the data itself cannot be trained on as
+    /// the run wants it.
+    pub fn is_of_the_data(&self) -> bool {
+        match self {
+            LoadError::Sample { source, .. } => source.is_same_everywhere(),
+            LoadError::TooManyBad { .. } | LoadError::NoStandIn { .. } => true,
+            _ => false,
+        }
     }
 }
 
@@ -252,6 +269,7 @@ impl Loader {
                 orders: Mutex::new(Vec::new()),
                 readers: Mutex::new(Vec::new()),
                 spare_pixels: Mutex::new(Vec::new()),
+                held_most: AtomicUsize::new(0),
                 n_bad: AtomicU64::new(0),
                 meters: Meters::default(),
             }),
@@ -279,7 +297,7 @@ impl Loader {
     /// a decoded sample.
     pub fn recycle(&self, batch: SlotBatch) {
         let mut spare = self.inner.lock_spare_pixels();
-        if spare.len() < self.inner.config.ahead_slots {
+        if spare.len() < self.inner.held_most.load(Ordering::Relaxed) {
             spare.push(batch.pixels);
         }
     }
@@ -333,6 +351,14 @@ fn check(config: &LoaderConfig) -> Result<(), LoaderConfigError> {
 }
 
 impl Inner {
+    /// Returns how many slots a stream computes ahead that has `n_slots` in each step: what loads
+    /// while a step is computed is the whole next one.
+    fn ahead_slots(&self, n_slots: usize) -> usize {
+        let LoaderConfig { ahead_slots, geometry, shape, .. } = &self.config;
+        let fit = AHEAD_BYTES_MAX / (geometry.slot_batch as usize * shape.bytes());
+        (*ahead_slots).max(n_slots.min(fit))
+    }
+
     fn order(&self, epoch: u32) -> Arc<EpochOrder> {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(order) = orders.iter().find(|order| order.epoch() == epoch) {
@@ -437,12 +463,11 @@ impl Inner {
             let place = error.place().clone();
             let text = chain(&error);
             let source = Box::new(error);
-            // A sample that does not decode, or is corrupt at a source that all share, is the same
-            // everywhere, and so is what replaces it. A file's rotten bytes are this machine's, and
-            // another one would train on the right ones.
-            let is_same_everywhere =
-                source.is_bad_sample() && (dataset.is_remote() || !source.is_corrupt());
-            if !is_same_everywhere || self.config.bad_samples == BadSamplePolicy::Fail {
+            // What replaces a sample that does not decode is the same everywhere. Bytes that are
+            // not the indexed ones are another matter: another machine's copy, or a cache that was
+            // filled before, has the right ones, and would train on them.
+            let replaces = self.config.bad_samples == BadSamplePolicy::Substitute;
+            if !replaces || !source.is_same_everywhere() {
                 return Err(LoadError::Sample { slot, source });
             }
             self.n_bad.fetch_add(1, Ordering::Relaxed);
@@ -451,9 +476,8 @@ impl Inner {
                 let n = *bad_in_row;
                 return Err(LoadError::TooManyBad { slot, n, source });
             }
-            let chunk = order.chunk_of(ordered);
-            let n = chunk.end - chunk.start;
-            let Some(stand_in) = substitute(order.seed, epoch, ordered, chunk, attempt) else {
+            let (chunk, n) = (order.chunk_of(ordered), dataset.n_samples());
+            let Some(stand_in) = substitute(order.seed, epoch, ordered, (chunk, n), attempt) else {
                 return Err(LoadError::NoStandIn { slot, n, source });
             };
             (self.config.on_bad_sample)(&BadSample { slot, ordered, place, error: text, stand_in });

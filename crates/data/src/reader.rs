@@ -33,15 +33,26 @@ pub enum SampleError {
 }
 
 impl SampleError {
-    /// Tells whether the sample itself is bad; otherwise reading failed and says nothing about it.
+    /// Tells whether the sample itself is bad; otherwise reading failed, or memory was short, which
+    /// says nothing about it.
     pub fn is_bad_sample(&self) -> bool {
-        !matches!(self, SampleError::Read(ReadSampleError::Io { .. }))
+        !matches!(
+            self,
+            SampleError::Read(ReadSampleError::Io { .. })
+                | SampleError::Decode { source: DecodeError::Memory { .. }, .. }
+        )
     }
 
     /// Tells whether the bytes are not those that were indexed. Other copies of the shard, on other
-    /// machines or another day, may still have them.
+    /// machines, in caches or another day, may still have them.
     pub fn is_corrupt(&self) -> bool {
         matches!(self, SampleError::Read(ReadSampleError::Corrupt { .. }))
+    }
+
+    /// Tells whether every machine finds the sample bad, at any time: it has the bytes that were
+    /// indexed, and they are no usable image.
+    pub fn is_same_everywhere(&self) -> bool {
+        self.is_bad_sample() && !self.is_corrupt()
     }
 
     /// Returns where the sample lies.

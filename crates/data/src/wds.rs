@@ -103,7 +103,7 @@ pub enum BuildIndexError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// A pattern of names that means nothing.
-    #[error("`{pattern}` is no pattern of shards such as train-{{000000..000099}}.tar: {why}")]
+    #[error("`{pattern}` is not a pattern of shards such as train-{{000000..000099}}.tar: {why}")]
     Pattern {
         /// The pattern.
         pattern: String,

@@ -33,6 +33,6 @@ fn the_kernels_compile_for_all_supported_devices() {
         assert!(cubin.starts_with(b"\x7fELF"), "{name}: a cubin is an ELF file");
     }
     let error = compiler.compile("wrong.cu", "void f( {", &Architecture::named("sm_80"));
-    let error = error.expect_err("it is no source").to_string();
+    let error = error.expect_err("it is not a source").to_string();
     assert!(error.contains("wrong.cu(1)"), "{error}");
 }

@@ -434,7 +434,7 @@ fn bad_input_is_named() {
         (knn(&["--label-fraction", "1.5"]), 2, "--label-fraction must be in (0, 1]"),
         (knn(&["--baseline", "none,raw"]), 2, "--baseline none stands alone"),
         (draw("timm.safetensors", &["--image", "text.png"]), 2, "holds an encoder alone"),
-        (draw("runs/mid", &["--image", "text.png"]), 2, "`text.png` is no usable image"),
+        (draw("runs/mid", &["--image", "text.png"]), 2, "`text.png` is not a usable image"),
         (draw("runs/mid", &["--image", "none.png"]), 74, "failed to read --image `none.png`"),
         (draw("runs/mid", &["--images", "0"]), 2, "`--images` must be between 1 and 256"),
         (draw(&source, &[]), 2, "--heads"),

@@ -5,10 +5,12 @@
 
 use std::path::PathBuf;
 
+use lacuna_data::Dataset;
 use lacuna_data::synthetic::N_CLASSES;
 use lacuna_mae::classify::EncoderWeights;
 use lacuna_recipe::model::ModelConfig;
 use lacuna_tests::{Binaries, Cluster, Fixture, Seen, said, send_signal};
+use lacuna_types::SampleId;
 use rustix::process::Signal;
 use tch::Tensor;
 
@@ -109,6 +111,7 @@ fn tasks_have_the_same_bits_for_any_workers_and_over_a_kill() {
     weights_say_what_they_are(&fixture);
     weights_stay_what_they_were(&fixture);
     judged(&fixture, "linear-1");
+    what_cannot_be_read_is_in_no_statistics(&fixture);
     other_data_is_no_training_set(&fixture);
     // What was fine-tuned stands for itself.
     std::fs::rename(fixture.path("ckpt/pre"), fixture.path("elsewhere")).expect("a move");
@@ -125,12 +128,39 @@ fn weights_say_what_they_are(fixture: &Fixture) {
     let file = format!("{to}/timm.safetensors");
     let micro = ModelConfig::preset("micro").expect("a preset");
     let (mean, std) = ([0.5; 3], [0.25; 3]);
-    EncoderWeights::read(&file, &micro, (&mean, &std)).expect("it fits");
+    EncoderWeights::read(&file, &micro, (&mean, &std), true).expect("it fits");
     let other = ModelConfig { heads: 4, ..micro.clone() };
-    let error = EncoderWeights::read(&file, &other, (&mean, &std)).unwrap_err().to_string();
+    let error = EncoderWeights::read(&file, &other, (&mean, &std), true).unwrap_err().to_string();
     assert!(error.contains("`model.heads` is 2 there and 4 here"), "{error}");
-    let error = EncoderWeights::read(&file, &micro, (&[0.4; 3], &std)).unwrap_err().to_string();
+    let error =
+        EncoderWeights::read(&file, &micro, (&[0.4; 3], &std), true).unwrap_err().to_string();
     assert!(error.contains("it has seen images with `data.mean` [0.5, 0.5, 0.5]"), "{error}");
+}
+
+/// Statistics of a part of the images would be kept and be wrong for ever.
+fn what_cannot_be_read_is_in_no_statistics(fixture: &Fixture) {
+    let (from, to) = (fixture.path("data"), fixture.path("rotten"));
+    std::fs::create_dir(&to).expect("a folder");
+    for entry in std::fs::read_dir(&from).expect("the data").flatten() {
+        std::fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy");
+    }
+    let place = Dataset::open(&to).expect("the copy").place(SampleId(5));
+    let mut bytes = std::fs::read(&place.shard).expect("a shard");
+    bytes[place.offset as usize + 20] ^= 1;
+    std::fs::write(&place.shard, bytes).expect("a damaged shard");
+    let kept = fixture.path("ckpt/linear-1/probe-statistics.json");
+    let before = std::fs::read(&kept).expect("it was judged before");
+    std::fs::remove_file(&kept).expect("it goes");
+    let eval = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
+        .args(["eval", "classify", "ckpt/linear-1", "--val", "data", "--out", "rotten.json"])
+        .args(["--train", "rotten"])
+        .current_dir(fixture.dir.path())
+        .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
+        .output();
+    let (code, _, err) = said(&eval.expect("it starts"));
+    assert!(code == 74 && err.contains("sample 5 (") && err.contains("is corrupt"), "{code} {err}");
+    assert!(!kept.exists(), "what was not computed is not kept");
+    std::fs::write(&kept, before).expect("as it was");
 }
 
 /// A probe's statistics are those of what it learned from, wherever that lies now.
@@ -230,25 +260,37 @@ fn exported(fixture: &Fixture) {
         assert!(names.iter().any(|known| *known == name), "{name}: {names:?}");
     }
     assert!(!names.iter().any(|name| name.starts_with("norm.") || name.contains("decoder")));
-    // Features of the run itself have no meaning yet; of what it became they do.
+    // Features of the run and of its export are the same.
     let features_of = |source: &str, more: &[&str]| {
         let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
-            .args(["features", source, "--data", "data", "--out", "tuned.npy"])
+            .args(["features", source, "--data", "data", "--out", "tuned.npy", "--force"])
             .args(more)
             .current_dir(fixture.dir.path())
             .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
             .output();
         said(&command.expect("it starts"))
     };
-    let features = |source: &str| features_of(source, &[]);
-    let (code, _, err) = features("ckpt/finetune-1");
-    assert!(code == 2 && err.contains("--layout timm"), "{code} {err}");
+    let features = |source: &str| {
+        let (code, out, err) = features_of(source, &[]);
+        assert!(code == 0, "{source}: {code} {out} {err}");
+        std::fs::read(fixture.path("tuned.npy")).expect("features")
+    };
+    let (code, _, err) = features_of("ckpt/linear-1", &[]);
+    assert!(code == 2 && err.contains("the encoder of another one"), "{code} {err}");
     let weights = "export-finetune-1-timm/timm.safetensors";
     let (code, _, err) = features_of(weights, &["--pool", "cls"]);
     assert!(code == 2 && err.contains("take --pool mean"), "{code} {err}");
-    let (code, out, err) = features(weights);
-    assert!(code == 0, "{code} {out} {err}");
+    assert!(features("ckpt/finetune-1") == features(weights), "of the run and of its export");
     the_head_makes_logits_of_the_features(fixture, weights);
+    // Its norm is for the mean of the patches: what reads tokens behind it would read nothing.
+    let (place, micro) = (fixture.path(weights), ModelConfig::preset("micro").expect("a preset"));
+    let place = place.to_str().expect("a plain path");
+    let encoder = |reads_tokens: bool| {
+        EncoderWeights::read(place, &micro, (&[0.5; 3], &[0.25; 3]), reads_tokens)
+    };
+    let error = encoder(true).unwrap_err().to_string();
+    assert!(error.contains("its last norm is `fc_norm`"), "{error}");
+    encoder(false).expect("fine-tuned again it begins anew");
     let (code, _, err) = export("finetune-1", "hf");
     assert!(code == 2 && err.contains("the layout `timm` only"), "{err}");
     let (code, _, err) = export("linear-1", "timm");
@@ -277,6 +319,28 @@ fn the_head_makes_logits_of_the_features(fixture: &Fixture, weights: &str) {
     assert!(logits.std(true).double_value(&[]) > 1e-3, "they say something");
 }
 
+/// Holds the numbers of a report against its confusion matrix: rows are true classes.
+fn agrees_with_itself(result: &serde_json::Value) {
+    let list = |value: &serde_json::Value| value.as_array().expect("a list").clone();
+    let number = |value: &serde_json::Value| value.as_f64().expect("a number");
+    let confusion: Vec<Vec<f64>> = list(&result["confusion"])
+        .iter()
+        .map(|row| list(row).iter().map(number).collect())
+        .collect();
+    assert_eq!(confusion.len(), N_CLASSES as usize);
+    let all: f64 = confusion.iter().flatten().sum();
+    let right: f64 = (0..confusion.len()).map(|class| confusion[class][class]).sum();
+    let share = |key: &str| number(&result[key]);
+    assert!((share("top1") - right / all).abs() < 1e-9, "{result}");
+    assert!(share("top5") >= share("top1"), "{result}");
+    for of in list(&result["per_class"]) {
+        let row = &confusion[of["class"].as_u64().expect("a class") as usize];
+        let n: f64 = row.iter().sum();
+        let right = row[of["class"].as_u64().expect("a class") as usize];
+        assert_eq!((number(&of["samples"]), number(&of["top1"])), (n, right / n), "{result}");
+    }
+}
+
 /// Classifies with what a run learned: better than guessing, and the report says so.
 fn judged(fixture: &Fixture, run: &str) {
     let folder = format!("ckpt/{run}");
@@ -300,6 +364,9 @@ fn judged(fixture: &Fixture, run: &str) {
     assert_eq!(results.last().expect("one")["step"], STEPS);
     assert!(results.len() >= 3, "every checkpoint: {text}");
     assert_eq!(report["val"]["fingerprint"], results[0]["train_fingerprint"], "one data set");
+    for result in results {
+        agrees_with_itself(result);
+    }
     let states: std::collections::BTreeSet<_> =
         results.iter().map(|one| one["state_digest"].as_str().expect("a digest")).collect();
     assert_eq!(states.len(), results.len(), "each is another state");
@@ -309,6 +376,45 @@ fn judged(fixture: &Fixture, run: &str) {
         "{run}: {best} of guessing's {}",
         1.0 / f64::from(N_CLASSES)
     );
+}
+
+/// Validation beside a run: each checkpoint as it comes, and the last one ends it.
+#[test]
+fn a_run_is_judged_while_it_trains() {
+    let fixture = fixture();
+    pretrain(&fixture);
+    let mut judge = None;
+    run(&fixture, "followed", &keys("finetune", "1:1"), |cluster, run| {
+        cluster.add("a", 1);
+        cluster.wait(run, "a checkpoint", |seen| seen.run.checkpoint_step.is_some());
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
+        command
+            .args(["eval", "classify", "ckpt/followed", "--val", "data", "--out", "followed.json"])
+            .args(["--follow", "--patience", "2min", "--tensorboard", "tb", "--hold-best"])
+            .current_dir(fixture.dir.path())
+            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped());
+        judge = Some(command.spawn().expect("it starts"));
+    });
+    let output = judge.expect("it was started").wait_with_output().expect("it ends");
+    let (code, out, err) = said(&output);
+    assert_eq!(code, 0, "{out}{err}");
+    let text = std::fs::read_to_string(fixture.path("followed.json")).expect("a report");
+    let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let results = report["results"].as_array().expect("results");
+    let steps: Vec<u64> = results.iter().map(|r| r["step"].as_u64().expect("a step")).collect();
+    assert!(steps.is_sorted() && steps.len() >= 2 && steps.last() == Some(&STEPS), "{steps:?}");
+    assert!(out.contains("is held by best"), "{out}");
+    assert!(std::fs::read_dir(fixture.path("tb")).expect("a folder").count() >= 1);
+    // Alone it has nothing to choose from.
+    let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
+        .args(["eval", "classify", "ckpt/followed", "--val", "data", "--out", "x.json"])
+        .arg("--hold-best")
+        .current_dir(fixture.dir.path())
+        .output();
+    let (code, _, err) = said(&command.expect("it starts"));
+    assert!(code == 2 && err.contains("--all or --follow"), "{err}");
 }
 
 /// An average of the weights is part of the state: equal digests over a kill, and it is judged and

@@ -81,7 +81,7 @@ pub fn inject(list: &str) {
         std::mem::forget(library);
         accepted
     };
-    assert!(accepted, "{list:?} is no list of faults");
+    assert!(accepted, "{list:?} is not a list of faults");
 }
 
 #[cfg(test)]

@@ -121,10 +121,7 @@ impl Decoder {
         self.region = whole(self.size);
         let (got, region, layout) = match codec {
             #[cfg(feature = "turbo")]
-            Codec::Jpeg => self.decode_jpeg(bytes, wanted).map_err(|source| {
-                let source = Box::new(source);
-                DecodeError::Data { codec, source }
-            })?,
+            Codec::Jpeg => self.decode_jpeg(bytes, wanted)?,
             _ => {
                 let _ = wanted;
                 let (got, layout) = library::decode(codec, bytes, &mut self.raw)?;
@@ -169,8 +166,7 @@ impl Decoder {
             return Ok(None);
         }
         check_jpeg_end(bytes)?;
-        let planes = self.turbo.get_or_insert_with(Turbo::new).planes(bytes, out);
-        planes.map_err(|source| DecodeError::Data { codec, source: Box::new(source) })
+        Ok(self.turbo.get_or_insert_with(Turbo::new).planes(bytes, out)?)
     }
 
     /// Renders a box out of planes: the bytes that the JPEG gives.
@@ -200,9 +196,7 @@ impl Decoder {
             self.raw.resize(3 * size.height as usize * size.width as usize, 0);
             planes.smooth(crop, &mut self.smooth);
             let colours = self.colours.get_or_insert_with(Colours::new);
-            let converted = colours.convert((luma, stride), &self.smooth, size, &mut self.raw);
-            let codec = Codec::Jpeg;
-            converted.map_err(|source| DecodeError::Data { codec, source: Box::new(source) })?;
+            colours.convert((luma, stride), &self.smooth, size, &mut self.raw)?;
         }
         (self.size, self.region) = (held, crop);
         self.render(crop, flip, shape, out)

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 
+pub use lacuna_recipe::augment::SIDE_MAX as SHAPE_SIDE_MAX;
 use lacuna_recipe::augment::Size;
 use serde::{Deserialize, Serialize};
 
@@ -62,9 +63,6 @@ pub struct ImageShape {
     pub channels: u32,
 }
 
-/// Largest side of a model's images: far above any model, and small enough for 32-bit sizes.
-pub const SHAPE_SIDE_MAX: u32 = 8192;
-
 impl ImageShape {
     /// Returns the bytes of one image.
     pub fn bytes(&self) -> usize {
@@ -119,6 +117,14 @@ pub enum DecodeError {
         /// What the decoder said.
         #[source]
         source: Box<dyn Error + Send + Sync>,
+    },
+    /// There was no memory to decode it here; another machine, or a later try, may have some.
+    #[error("there is no memory to decode the {codec:?} data: {said}")]
+    Memory {
+        /// Format, by the first bytes.
+        codec: Codec,
+        /// What the decoder said.
+        said: String,
     },
     /// The decoder failed in a way that is its own bug.
     #[error("the {codec:?} decoder panicked")]

@@ -8,7 +8,7 @@ use lacuna_recipe::augment::{CropBox, Size};
 use turbojpeg_sys as tj;
 
 use crate::convert::{Layout, cmyk_to_rgb, make_room};
-use crate::format::PIXELS_MAX;
+use crate::format::{Codec, DecodeError, PIXELS_MAX};
 use crate::planes::{Chroma, PlaneBuffers, PlaneLayout, Smooth};
 
 /// A progressive image with more scans is an attack: a real one has about ten.
@@ -42,6 +42,20 @@ const WARNINGS: [&str; 7] = [
     "Unknown Adobe color transform code",
     "Warning: unknown JFIF revision number",
 ];
+
+/// What texts of refused allocations hold: libjpeg's `JERR_OUT_OF_MEMORY`, and libjpeg-turbo's
+/// own. An image that needs more than `MEMORY_MAX` ends with another text, everywhere.
+const NO_MEMORY: [&str; 2] = ["Insufficient memory", "Memory allocation failure"];
+
+impl From<TurboError> for DecodeError {
+    fn from(error: TurboError) -> Self {
+        let codec = Codec::Jpeg;
+        if NO_MEMORY.iter().any(|text| error.0.contains(text)) {
+            return DecodeError::Memory { codec, said: error.0 };
+        }
+        DecodeError::Data { codec, source: Box::new(error) }
+    }
+}
 
 /// A decompressor; one a thread.
 pub(crate) struct Turbo {

@@ -67,6 +67,9 @@ impl CropBox {
     }
 }
 
+/// Largest side of a model's images: far above any model, and small enough for 32-bit sizes.
+pub const SIDE_MAX: u32 = 8192;
+
 /// Height and width of an image, in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::augment::SIDE_MAX;
+
 /// Sizes of a masked autoencoder. All lengths are in pixels or elements.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -143,8 +145,8 @@ impl ModelConfig {
     pub fn problems(&self) -> Vec<ModelError> {
         let mut out: Vec<ModelError> = Vec::new();
         let ranges = [
-            ("img_size[0]", self.img_size[0], 16384),
-            ("img_size[1]", self.img_size[1], 16384),
+            ("img_size[0]", self.img_size[0], SIDE_MAX),
+            ("img_size[1]", self.img_size[1], SIDE_MAX),
             ("patch_size", self.patch_size, 1024),
             ("channels", self.channels, 1024),
             ("width", self.width, 65536),

@@ -198,26 +198,39 @@ enum Purpose {
     Chunks = 1,
     Block = 2,
     Substitute = 3,
+    Beyond = 4,
 }
 
 fn draws(seed: u64, epoch: u32, purpose: Purpose, address: u64) -> Draws {
     Draws::new(seed, Tag::Order, epoch, address).occurrence(purpose as u16)
 }
 
-/// Chooses a stand-in for a bad `sample`: for attempts 0, 1, … each other sample of its chunk once.
+/// Chooses a stand-in for a bad `sample`: for attempts 0, 1, … each other sample of its chunk once,
+/// and then each of the other chunks. `chunk` comes with the number of all samples.
 ///
-/// Returns `None` when the chunk has no further sample.
+/// Returns `None` when there is no further sample.
+///
+/// # Panics
+/// If the chunk does not hold the sample, or is no part of the data set.
 pub fn substitute(
     seed: u64,
     epoch: u32,
     sample: SampleId,
-    chunk: Range<u64>,
+    (chunk, n_samples): (Range<u64>, u64),
     attempt: u64,
 ) -> Option<SampleId> {
     assert!(chunk.contains(&sample.0), "the chunk holds the sample");
+    assert!(chunk.end <= n_samples, "the chunk is a part of the data set");
     let n_others: u64 = chunk.end - chunk.start - 1;
-    if attempt >= n_others {
-        return None;
+    if let Some(beyond) = attempt.checked_sub(n_others) {
+        // A chunk may hold one sample alone: a shard's last one, or a large image.
+        let n_beyond = n_samples - (chunk.end - chunk.start);
+        if beyond >= n_beyond {
+            return None;
+        }
+        let prp = Prp::new(&draws(seed, epoch, Purpose::Beyond, sample.0), n_beyond);
+        let other = prp.at(beyond);
+        return Some(SampleId(if other < chunk.start { other } else { other + n_others + 1 }));
     }
     let prp = Prp::new(&draws(seed, epoch, Purpose::Substitute, sample.0), n_others);
     let other = chunk.start + prp.at(attempt);

@@ -298,8 +298,9 @@ impl Reading {
     /// Returns what everybody does where the mean gradient does not matter, else `None`.
     pub fn verdict(&self) -> Option<Verdict> {
         match self {
-            Reading { overflow: true, .. } => Some(Verdict::Redo),
+            // No other exponents make it finite.
             Reading { non_finite: true, .. } => Some(Verdict::Skip(self.summary(0.0, Vec::new()))),
+            Reading { overflow: true, .. } => Some(Verdict::Redo),
             _ => None,
         }
     }

@@ -173,11 +173,11 @@ impl fmt::Display for Action {
 
 /// Reads `40ms` or `2s` as milliseconds.
 pub fn millis(text: &str) -> Result<u64, String> {
-    let bad = |_| format!("`{text}` is no time like 40ms or 2s");
+    let bad = |_| format!("`{text}` is not a time like 40ms or 2s");
     match (text.strip_suffix("ms"), text.strip_suffix('s')) {
         (Some(number), _) => number.parse().map_err(bad),
         (None, Some(number)) => number.parse::<u64>().map(|s| s * 1000).map_err(bad),
-        _ => Err(format!("`{text}` is no time like 40ms or 2s")),
+        _ => Err(format!("`{text}` is not a time like 40ms or 2s")),
     }
 }
 
@@ -239,7 +239,7 @@ impl FromStr for Action {
             ["force"] => A::Force,
             ["scale", min, max] => A::Scale(number(min)? as usize, number(max)? as usize),
             ["repair"] => A::Repair,
-            _ => return Err(format!("`{text}` is no command")),
+            _ => return Err(format!("`{text}` is not a command")),
         })
     }
 }

@@ -71,7 +71,7 @@ impl Cell {
             "--slot-ms" => self.slot_ms = whole()?,
             "--mean" => {
                 let mean = text.parse::<f64>().ok().filter(|mean| *mean > 0.0);
-                self.mean = mean.ok_or_else(|| format!("`{text}` of `{flag}` is no time"))?;
+                self.mean = mean.ok_or_else(|| format!("`{text}` of `{flag}` is not a time"))?;
             }
             "--latency-ms" => self.latency_ms = whole()?,
             "--warm-ms" => self.warm_ms = whole()?,
@@ -80,7 +80,7 @@ impl Cell {
             "--checkpoint" => self.checkpoint = whole()?,
             "--seconds" => self.seconds = whole()?,
             "--seed" => self.seed = whole()?,
-            _ => return Err(format!("`{flag}` is no flag of goodput")),
+            _ => return Err(format!("`{flag}` is not a flag of goodput")),
         }
         if self.workers > self.slots as usize {
             return Err(format!("{} workers share {} slots", self.workers, self.slots));

@@ -119,7 +119,7 @@ fn parse_condition(text: &str) -> Result<Condition, String> {
         ["fenced"] => C::Fenced,
         ["stale", n] => C::Stale(number(n)?),
         ["ended", word] => C::Ended(word.to_string()),
-        _ => return Err(format!("`{text}` is no condition")),
+        _ => return Err(format!("`{text}` is not a condition")),
     })
 }
 

@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::node::{self, find};
 use crate::presets;
 use crate::run_spec::{DEADLINE_SECONDS, RECONSTRUCTIONS, RunSpec};
+use crate::validate::task::usual_of_finetuning;
 
 pub use kind::{CADENCES_MAX, Interval, Kind};
 use table::FIELDS;
@@ -62,7 +63,7 @@ pub enum DefaultValue {
     /// That value.
     Value(Value),
     /// A value that follows from another key, in words.
-    Follows(&'static str),
+    Follows(String),
 }
 
 impl Field {
@@ -80,8 +81,12 @@ impl Field {
     pub fn default(&self) -> DefaultValue {
         match self.path {
             "data.lanes" => DefaultValue::Follows(
-                "the largest power of two up to 256 that divides `train.batch`",
+                "the largest power of two up to 256 that divides `train.batch`".to_string(),
             ),
+            "task.pool" => DefaultValue::Follows("`avg` to fine-tune, `cls` to probe".to_string()),
+            "task.optimizer" => {
+                DefaultValue::Follows("`adamw` to fine-tune, `lars` to probe".to_string())
+            }
             "data.deadline_seconds" => DefaultValue::Value(DEADLINE_SECONDS.into()),
             "data.cache.mode" => DefaultValue::Value("auto".into()),
             "data.cache.dir"
@@ -94,7 +99,10 @@ impl Field {
             | "task.ema"
             | "task.classes" => DefaultValue::Unset,
             "track.reconstructions.images" => DefaultValue::Value(RECONSTRUCTIONS.into()),
-            path if path.starts_with("task.") => DefaultValue::Follows("`task.kind`"),
+            path if path.starts_with("task.") => {
+                let usual = usual_of_finetuning(path).expect("all others are above");
+                DefaultValue::Follows(format!("`{usual:?}` to fine-tune"))
+            }
             path => {
                 let (defaults, _) = node::parse_toml(presets::DEFAULTS, 0);
                 let value = find(&defaults, path).and_then(|node| node.value.to_json());

@@ -287,7 +287,8 @@ impl Loader<'_> {
     ) -> Option<Document> {
         let preset = presets::find(name).map(|_| meant_preset(name));
         let (Some(path), Some(read)) = (path, self.read) else {
-            let message = format!("`base` = `{}` is a path, and this text is no file", echo(name));
+            let message =
+                format!("`base` = `{}` is a path, and this text is not a file", echo(name));
             let fix = preset.unwrap_or("use `preset:NAME`".to_string());
             return self.bad_base(base, message, Some(fix));
         };

@@ -61,7 +61,7 @@ fn row(field: &Field) -> String {
         DefaultValue::Required => "**required**".to_string(),
         DefaultValue::Unset => "not set".to_string(),
         DefaultValue::Value(value) => format!("`{}`", to_toml(&value)),
-        DefaultValue::Follows(words) => words.to_string(),
+        DefaultValue::Follows(words) => words,
     };
     let (key, kind, mark, doc) = (field.key(), field.kind, field.mark, field.doc);
     format!("| `{key}` | {kind} | {default} | {mark} | {doc} |\n")

@@ -333,7 +333,7 @@ pub struct CheckpointSpec {
 pub struct KeepSpec {
     pub last: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub every: Option<Cadence>,
+    pub every: Option<Length>,
 }
 
 /// Section `[track]`.

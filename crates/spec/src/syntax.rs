@@ -63,7 +63,7 @@ impl SyntaxError {
             if is_about_value(&message)
                 && let Some(fix) = value_fix(key, value)
             {
-                let message = format!("`{}` = {} is no TOML value", echo(key), echo(value));
+                let message = format!("`{}` = {} is not a TOML value", echo(key), echo(value));
                 return SyntaxError { offset, message, fix: Some(fix), kind };
             }
         }

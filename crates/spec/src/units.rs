@@ -19,7 +19,7 @@ pub const SECONDS_MAX: u64 = 10 * 365 * 86_400;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnitError {
     /// The text does not start with a whole number.
-    #[error("is no whole number with a unit, such as {expected}")]
+    #[error("is not a whole number with a unit, such as {expected}")]
     Number {
         /// An example of what is accepted.
         expected: &'static str,

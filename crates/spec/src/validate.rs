@@ -4,7 +4,7 @@ mod build;
 mod locations;
 mod read;
 mod suggest;
-mod task;
+pub(crate) mod task;
 mod track;
 
 use crate::fields::{Field, fields};

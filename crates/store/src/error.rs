@@ -7,7 +7,7 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The URL names no store.
-    #[error("`{url}` is no address of a store: {why}")]
+    #[error("`{url}` is not an address of a store: {why}")]
     Url {
         /// The URL.
         url: String,

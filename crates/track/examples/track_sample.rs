@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         return ExitCode::from(64);
     };
     let Ok(n_records) = n_records.parse::<usize>() else {
-        eprintln!("`{n_records}` is no number of records");
+        eprintln!("`{n_records}` is not a number of records");
         return ExitCode::from(64);
     };
     match write(Path::new(folder), n_records) {

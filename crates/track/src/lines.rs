@@ -83,7 +83,7 @@ impl Lines {
         lines.cut_torn()?;
         if let Some(line) = lines.backward()?.next_line()? {
             let Some(mark) = parse(&line) else {
-                return Err(lines.content("its last line is no numbered object".to_string()));
+                return Err(lines.content("its last line is not a numbered object".to_string()));
             };
             lines.last = mark.seq;
         }

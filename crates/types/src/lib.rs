@@ -41,6 +41,9 @@ impl std::ops::Add<Duration> for Timestamp {
 /// this were tried (docs/benchmarks/scale.md).
 pub const WORLD_MAX: u32 = 1024;
 
+/// Most threads that load samples in one process; no machine has more cores to spare.
+pub const LOADER_THREADS_MAX: u32 = 512;
+
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -184,7 +187,7 @@ pub struct BuildId {
 impl BuildId {
     /// Returns the identity of this build.
     pub fn this() -> Self {
-        BuildId { version: env!("CARGO_PKG_VERSION").to_string(), protocol: 5, numerics: 2 }
+        BuildId { version: env!("CARGO_PKG_VERSION").to_string(), protocol: 6, numerics: 2 }
     }
 }
 

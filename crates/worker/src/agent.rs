@@ -67,7 +67,7 @@ pub fn run(args: AgentArgs, backend: Arc<dyn Backend>) -> anyhow::Result<u8> {
         return Err(usage(message).into());
     }
     if args.on_drain == OnDrain::SlurmRequeue && args.slurm_job.is_none() {
-        let message = "--on-drain slurm-requeue: this is no Slurm job (SLURM_JOB_ID is not set)";
+        let message = "--on-drain slurm-requeue: this is not a Slurm job (SLURM_JOB_ID is not set)";
         return Err(usage(message.to_string()).into());
     }
     let node = args.node_name.clone().unwrap_or_else(host_name);

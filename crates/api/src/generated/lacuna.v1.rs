@@ -3757,6 +3757,8 @@ pub enum FaultKind {
     Checkpoint = 5,
     /// A store did not answer in time.
     Outage = 6,
+    /// The run cannot go on with its data, which every worker finds the same.
+    Data = 7,
 }
 impl FaultKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -3772,6 +3774,7 @@ impl FaultKind {
             Self::Local => "FAULT_KIND_LOCAL",
             Self::Checkpoint => "FAULT_KIND_CHECKPOINT",
             Self::Outage => "FAULT_KIND_OUTAGE",
+            Self::Data => "FAULT_KIND_DATA",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -3784,6 +3787,7 @@ impl FaultKind {
             "FAULT_KIND_LOCAL" => Some(Self::Local),
             "FAULT_KIND_CHECKPOINT" => Some(Self::Checkpoint),
             "FAULT_KIND_OUTAGE" => Some(Self::Outage),
+            "FAULT_KIND_DATA" => Some(Self::Data),
             _ => None,
         }
     }

@@ -84,7 +84,7 @@ impl Weights {
         for (tensor, file) in map {
             let file = file.as_str().filter(|name| is_plain(name)).ok_or_else(|| {
                 let file = file.to_string();
-                wrong(format!("{} is no name of a file beside it", file.escape_debug()))
+                wrong(format!("{} is not a name of a file beside it", file.escape_debug()))
             })?;
             wanted.entry(file).or_default().insert(tensor);
         }
@@ -210,7 +210,7 @@ fn is_plain(name: &str) -> bool {
 fn read_json(path: &Path) -> Result<Value, ImportError> {
     // A pipe would wait for somebody to write.
     if !path.is_file() {
-        let problem = "it is no regular file".to_string();
+        let problem = "it is not a regular file".to_string();
         return Err(ImportError::Index { path: path.to_path_buf(), problem });
     }
     let text = disk::read_small(path, DOCUMENT_BYTES_MAX)?;

@@ -47,7 +47,7 @@ impl TensorFile {
         let fs = |op: &'static str| move |e| ImportError::Fs(FsError::new(op, path, e));
         // A pipe would wait for somebody to write.
         if !std::fs::metadata(path).map_err(fs("inspect"))?.is_file() {
-            return Err(unsound(path, "it is no regular file"));
+            return Err(unsound(path, "it is not a regular file"));
         }
         let mut file = File::open(path).map_err(fs("open"))?;
         let size = file.metadata().map_err(fs("inspect"))?.len();
@@ -93,16 +93,16 @@ type Parsed = (BTreeMap<String, Tensor>, BTreeMap<String, String>);
 
 /// Reads tensors and metadata out of a header; the data is `start..end` of the file.
 fn parse(value: Value, start: u64, end: u64) -> Result<Parsed, String> {
-    let Value::Object(map) = value else { return Err("its header is no object".to_string()) };
+    let Value::Object(map) = value else { return Err("its header is not an object".to_string()) };
     let (mut tensors, mut metadata) = (BTreeMap::new(), BTreeMap::new());
     for (name, value) in map {
         let Value::Object(fields) = value else {
-            return Err(format!("`{}` is no object", name.escape_debug()));
+            return Err(format!("`{}` is not an object", name.escape_debug()));
         };
         if name == "__metadata__" {
             for (key, value) in fields {
                 let Value::String(text) = value else {
-                    return Err(format!("metadata `{}` is no text", key.escape_debug()));
+                    return Err(format!("metadata `{}` is not a string", key.escape_debug()));
                 };
                 metadata.insert(key, text);
             }

@@ -57,9 +57,9 @@ fn a_place_is_a_folder_or_a_url() {
     assert!(RunDir::open_url("/ckpt/r-7f3a").is_none());
     for (url, why) in [
         ("http://host/ckpt/r-7f3a", "plain HTTP cannot create"),
-        ("ftp://host/ckpt/r-7f3a", "is no address of a store"),
+        ("ftp://host/ckpt/r-7f3a", "is not an address of a store"),
         ("s3://r-7f3a", "it names no run"),
-        ("s3://bucket/a b", "no name of a run"),
+        ("s3://bucket/a b", "not a name of a run"),
     ] {
         let text = crate::chain(&RunDir::open_url(url).unwrap().unwrap_err());
         assert!(text.contains("failed to open `") && text.contains(why), "{url}: {text}");

@@ -46,6 +46,23 @@ fn what_must_stay_stays() {
 }
 
 #[test]
+fn a_cadence_keeps_the_first_at_or_after_each_multiple() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = run_dir(root.path());
+    for step in [3, 11, 14, 19, 42, 50, 61] {
+        tiny(step).save(&dir, 1);
+    }
+    let chosen = |dir: &RunDir| chosen(&list(dir).unwrap(), 10).iter().map(|s| s.0).collect();
+    let first: Vec<u64> = chosen(&dir);
+    assert_eq!(first, [11, 42, 50, 61]);
+    let kept: Vec<Step> = first.iter().map(|&step| Step(step)).collect();
+    retain(&dir, ONE, &kept, NOW).unwrap();
+    assert_eq!(steps(&dir), first);
+    let again: Vec<u64> = chosen(&dir);
+    assert_eq!(again, first, "what is gone changes nothing");
+}
+
+#[test]
 fn a_pin_that_cannot_be_read_stops_everything() {
     let root = tempfile::tempdir().unwrap();
     let dir = run_dir(root.path());

@@ -60,6 +60,14 @@ impl Layout {
 /// Imports weights.
 pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let mut spec = spec::read(&args.run, &args.overrides)?;
+    if spec.task.is_some() {
+        return Err(usage(format!(
+            "`{}` has a [task], whose run begins with the encoder that it names: set \
+             `task.encoder = \"{}\"` instead of importing",
+            args.run.display(),
+            args.file.display()
+        )));
+    }
     let dir = RunDir::open(&spec.checkpoint.to, spec.run_id());
     let dir = dir.map_err(|error| usage(lacuna_checkpoint::chain(&error)))?;
     // Before files are read that may be large, and again before anything is written.

@@ -9,7 +9,6 @@ use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::retain::{self, Hold, Retention};
 use lacuna_checkpoint::run_file::RunFile;
 use lacuna_checkpoint::storage::Published;
-use lacuna_coordinator::catalogue::cadence_steps;
 use lacuna_coordinator::clock::rfc3339;
 use lacuna_types::{Step, exit};
 
@@ -163,7 +162,7 @@ fn rules(dir: &RunDir, args: &GcArgs) -> anyhow::Result<(Option<NonZeroUsize>, V
     let last = args.keep_last.or(NonZeroUsize::new(keep.last as usize));
     let run = RunFile::read(dir).map_err(|error| io(&error))?;
     let every = match (keep.every, run) {
-        (Some(every), Some(run)) => cadence_steps(&every, run.steps_per_epoch),
+        (Some(every), Some(run)) => every.steps(run.steps_per_epoch),
         (Some(_), None) => {
             return Err(usage(
                 "the run has no run.json, without which checkpoint.keep.every is not known in \
@@ -172,6 +171,5 @@ fn rules(dir: &RunDir, args: &GcArgs) -> anyhow::Result<(Option<NonZeroUsize>, V
         }
         (None, _) => None,
     };
-    let kept = |step: &Step| every.is_some_and(|every| step.0.is_multiple_of(every));
-    Ok((last, entries.iter().map(|entry| entry.step).filter(kept).collect()))
+    Ok((last, every.map_or_else(Vec::new, |every| retain::chosen(&entries, every))))
 }

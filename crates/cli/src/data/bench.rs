@@ -93,14 +93,14 @@ enum Cut {
 fn parse_seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.01..=3600.0).contains(&seconds) => Ok(seconds),
-        _ => Err("is no number of seconds from 0.01 to 3600".to_string()),
+        _ => Err("is not a number of seconds from 0.01 to 3600".to_string()),
     }
 }
 
 fn parse_rate(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(rate) if (1.0..=1e12).contains(&rate) => Ok(rate),
-        _ => Err("is no number of images a second, from 1 on".to_string()),
+        _ => Err("is not a number of images a second, from 1 on".to_string()),
     }
 }
 

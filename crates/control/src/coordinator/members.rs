@@ -278,9 +278,9 @@ impl Coordinator {
             return;
         }
         match kind {
-            FaultKind::Run => {
-                let why = format!("{worker}: {detail}");
-                self.end(Ending::Failed { why, code: exit::FAILED });
+            FaultKind::Run | FaultKind::Data => {
+                let code = if kind == FaultKind::Data { exit::IO } else { exit::FAILED };
+                self.end(Ending::Failed { why: format!("{worker}: {detail}"), code });
                 return;
             }
             FaultKind::Storage | FaultKind::Local | FaultKind::Unfit => {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, WorkerId, exit};
 
 use super::forming::Change;
-use super::{Cause, Command, CommitOrder, Coordinator, Ending, WhenBusy};
+use super::{Cause, Command, CommitOrder, Coordinator, Ending, RunConfig, WhenBusy};
 use crate::journal::Record;
 use crate::message::ToWorker;
 use crate::plan::CheckpointRef;
@@ -45,11 +45,21 @@ impl Coordinator {
     }
 
     pub(super) fn checkpoint_due(&self, now: Timestamp) -> bool {
-        let (step, _) = self.checkpoint_base;
-        let by_steps = |every: u64| self.progress.0 >= step.0 + every;
         self.saved.checkpoint_asked
-            || self.config.checkpoint_steps.is_some_and(by_steps)
+            || self.saves_at(self.progress)
             || self.checkpoint_time().is_some_and(|at| at <= now)
+    }
+
+    /// Tells whether a checkpoint is due by steps where the run is at `step`: a multiple of the
+    /// cadence lies between the last one and there.
+    ///
+    /// Multiples, and not so many steps since the last one: that is saved some steps after it was
+    /// due, so that checkpoints would drift away from the steps that people ask for. The one of the
+    /// last step is made at the boundary there.
+    pub(super) fn saves_at(&self, step: Step) -> bool {
+        let RunConfig { checkpoint_steps, total_steps, .. } = self.config;
+        let (last, _) = self.checkpoint_base;
+        step.0 < total_steps && checkpoint_steps.is_some_and(|n| step.0 / n > last.0 / n)
     }
 
     /// Starts an attempt. `held`: everybody stands at one boundary already.

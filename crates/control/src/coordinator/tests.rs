@@ -1,5 +1,6 @@
 mod any_events;
 mod bad_samples;
+mod cadence;
 mod inquiries;
 mod patience;
 mod transcripts;
@@ -126,17 +127,20 @@ fn other_numbers_of_workers_count_at_once_and_are_said_once() {
 }
 
 #[test]
-fn a_run_fault_fails_the_run_with_its_reason() {
-    let mut c = running();
-    let kind = FaultKind::Run;
-    let detail = "3 steps in a row were not finite".to_string();
-    say(
-        &mut c,
-        9,
-        ToCoordinator::Fault { generation: Generation(1), kind, suspects: vec![], detail },
-    );
-    let Some(Ending::Failed { why, code }) = c.ended() else { panic!("{:?}", c.ended()) };
-    assert_eq!((why.as_str(), *code), ("a:0: 3 steps in a row were not finite", 1));
+fn a_fault_of_the_run_or_its_data_fails_the_run_with_its_reason() {
+    let cases = [
+        (FaultKind::Run, "3 steps in a row were not finite", exit::FAILED),
+        (FaultKind::Data, "slot 0 of step 0 met 101 bad samples in a row", exit::IO),
+    ];
+    for (kind, detail, wanted) in cases {
+        let mut c = running();
+        let (generation, suspects) = (Generation(1), vec![]);
+        let detail = detail.to_string();
+        let fault = ToCoordinator::Fault { generation, kind, suspects, detail: detail.clone() };
+        say(&mut c, 9, fault);
+        let Some(Ending::Failed { why, code }) = c.ended() else { panic!("{:?}", c.ended()) };
+        assert_eq!((why.as_str(), *code), (format!("a:0: {detail}").as_str(), wanted));
+    }
 }
 
 #[test]

@@ -48,7 +48,7 @@ impl fmt::Display for Role {
 
 /// A word that is no role.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no role: view, submit, worker or admin")]
+#[error("`{0}` is not a role: expected view, submit, worker or admin")]
 pub struct NotARole(String);
 
 impl FromStr for Role {

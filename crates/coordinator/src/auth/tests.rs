@@ -13,7 +13,7 @@ fn roles_and_what_they_may() {
     assert_eq!(may(Admin), [true; 4]);
     assert_eq!(
         "root".parse::<Role>().unwrap_err().to_string(),
-        "`root` is no role: view, submit, worker or admin"
+        "`root` is not a role: expected view, submit, worker or admin"
     );
 }
 

@@ -141,7 +141,7 @@ fn problem_of(path: &str) -> Option<String> {
     let field = fields().iter().find(|field| field.path == path);
     match field {
         _ if path == CHANGEABLE => None,
-        None => Some(format!("`{path}` is no key of a specification")),
+        None => Some(format!("`{path}` is not a key of a specification")),
         Some(field) => Some(format!(
             "`{path}` ({}) cannot change while a run is on: stop it, and submit it again",
             field.mark

@@ -305,7 +305,7 @@ fn facts(run: &v1::Run, again: u64) -> Vec<Fact> {
     if let Some(figures) = &run.figures {
         out.push(fact("images/s", grouped(figures.images_per_second as u64)));
         if let Some(mfu) = figures.mfu {
-            out.push(fact("of the peak (MFU)", format!("{:.0} %", 100.0 * mfu)));
+            out.push(fact("of the measured peak (MFU)", format!("{:.0} %", 100.0 * mfu)));
         }
         out.push(fact("waiting for data", format!("{:.1} %", 100.0 * figures.data_wait)));
         out.push(fact("steps skipped", grouped(figures.skipped)));

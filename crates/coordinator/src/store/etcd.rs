@@ -185,7 +185,7 @@ impl EtcdStore {
         rest: &str,
         value: &[u8],
     ) -> Result<(), StoreError> {
-        let strange = || content(key, "it is no key of a run");
+        let strange = || content(key, "it is not a key of a run");
         let (run, number) = rest.split_once('/').ok_or_else(strange)?;
         let run = run_of(key, run)?;
         let ends = self.ends.entry(run.clone()).or_default();

@@ -33,6 +33,11 @@ impl Downloaded {
         &bytes[from..from + record.bytes as usize]
     }
 
+    /// Tells whether every sample has the bytes that were indexed.
+    pub fn is_as_indexed(&self, index: &Index, chunk: usize) -> bool {
+        records(index, chunk).map(|record| record.crc).eq(self.crcs.iter().copied())
+    }
+
     /// Copies a sample's bytes.
     pub fn copy(&self, record: &SampleRecord, out: &mut Vec<u8>) {
         out.clear();
@@ -117,8 +122,8 @@ pub(crate) fn sample(
 
 /// Asks until an answer is as indexed, or comes twice alike.
 ///
-/// Which samples are bad must not depend on a worker's network: bytes that a proxy or a cable
-/// changed may not count as those of the sample.
+/// Bytes that a proxy or a cable changed may not count as those of the sample. What comes twice
+/// alike is handed on as it is, so that its reader says what is wrong with which sample.
 fn agreed<T>(
     store: &Store,
     name: &str,

@@ -11,7 +11,7 @@ use lacuna_recipe::order::{OrderMode, OrderParams};
 use lacuna_recipe::step::{Geometry, SlotBatch};
 use lacuna_store::Limits;
 use lacuna_store::testing::{Fault, Plan, Server, mixed};
-use lacuna_types::Step;
+use lacuna_types::{Slot, Step};
 use tempfile::TempDir;
 
 use super::*;
@@ -304,26 +304,42 @@ fn a_full_disk_costs_requests_only() {
     assert!(!desk.files("chunk").is_empty(), "what fits is kept");
 }
 
-/// What the store itself has wrong is a bad sample with the same stand-in as from files, cached or
-/// not; what differs each time is no answer at all.
+/// What rotted in a store is replaced by nothing, cached or not: who has it cached from before
+/// trains on the right bytes. What differs each time is no answer at all.
 #[test]
-fn bad_at_the_source_is_bad_everywhere_alike() {
+fn bytes_that_rotted_in_a_store_are_not_replaced() {
     let desk = desk(Duration::ZERO, faultless());
+    let before = desk.open(Some(1 << 30));
+    let want = batches(&before, OrderMode::Block);
     for id in [3, 77, 78] {
         let place = desk.local.place(SampleId(id));
         damage(&place.shard, place.offset + 9);
     }
-    let want = batches(&desk.open(None), OrderMode::Block);
+    assert!(batches(&before, OrderMode::Block) == want, "its cache was filled before");
+    drop(before);
+    fs::remove_dir_all(desk.folder.path().join("cache")).unwrap();
     for bytes_max in [None, Some(1 << 30)] {
         for _ in 0..2 {
             let dataset = desk.open(bytes_max);
-            assert!(batches(&dataset, OrderMode::Block) == want, "{bytes_max:?}");
+            let loader = Loader::new(config(dataset.clone(), OrderMode::Block)).unwrap();
+            let slots = (0..23).flat_map(|step| (0..4).map(move |index| (step, index)));
+            let slots = slots.map(|(step, index)| Slot { step: Step(step), index });
+            let failed: Vec<LoadError> = slots.filter_map(|slot| loader.load(slot).err()).collect();
+            assert!(failed.len() >= 3, "{bytes_max:?}: each sample in each epoch: {failed:?}");
+            assert!(failed.iter().all(|error| !error.is_of_the_data()), "{failed:?}");
+            assert_eq!(loader.n_bad(), 0);
             let error = dataset.sample(SampleId(3)).unwrap_err();
             let ReadSampleError::Corrupt { place, .. } = &error else { panic!("{error}") };
             assert!(place.member.as_deref().is_some_and(|name| name.ends_with(".png")), "{error}");
             assert!(error.to_string().contains("/bucket/packed/"), "{error}");
         }
     }
+    for id in [3, 77, 78] {
+        let place = desk.local.place(SampleId(id));
+        damage(&place.shard, place.offset + 9);
+    }
+    let repaired = batches(&desk.open(Some(1 << 30)), OrderMode::Block);
+    assert!(repaired == want, "no cache keeps what was wrong");
     let flip = std::sync::atomic::AtomicU64::new(0);
     let plan: Box<Plan> = Box::new(move |_, path| match path.ends_with(".tar") {
         // Another part of the bytes each time.

@@ -101,7 +101,7 @@ fn wrong_files_are_named() {
         bytes[at] = byte;
         bytes
     };
-    expect!["`x/index.lacuna` is no index: it does not start with LACUNAIX"]
+    expect!["`x/index.lacuna` is not an index: it does not start with LACUNAIX"]
         .assert_eq(&message(b"LACUNA"));
     expect!["index `x/index.lacuna` has version 2, this build reads 1: write it again with `lacuna data index`"]
         .assert_eq(&message(&changed(8, 2)));

@@ -1,6 +1,7 @@
 //! Slots computed ahead of their use, delivered in order.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -36,6 +37,8 @@ pub(super) struct Shared {
     pub inner: Arc<Inner>,
     first_step: Step,
     slots: Vec<u32>,
+    /// Slots that may be loaded and not delivered.
+    ahead_slots: u64,
     /// Slots of the whole stream.
     pub total: u64,
     state: Mutex<State>,
@@ -84,13 +87,12 @@ impl Shared {
 
     /// Waits for a slot to load; `None` when there will be none.
     fn claim(&self) -> Option<u64> {
-        let ahead = self.inner.config.ahead_slots as u64;
         let mut state = self.lock();
         loop {
             if self.stop.is_raised() || state.claimed == self.total {
                 return None;
             }
-            if state.claimed < state.delivered + ahead {
+            if state.claimed < state.delivered + self.ahead_slots {
                 state.claimed += 1;
                 return Some(state.claimed - 1);
             }
@@ -145,10 +147,13 @@ impl SlotStream {
         let n_threads = (inner.config.threads as u64).min(total) as usize;
         let ahead = Ahead::new(&inner, first_step.0);
         let n_ahead = if ahead.is_some() { ahead::THREADS } else { 0 };
+        let ahead_slots = inner.ahead_slots(slots.len());
+        inner.held_most.fetch_max(ahead_slots, Ordering::Relaxed);
         let shared = Arc::new(Shared {
             inner,
             first_step,
             slots,
+            ahead_slots: ahead_slots as u64,
             total,
             state: Mutex::new(State {
                 claimed: 0,

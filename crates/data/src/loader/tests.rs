@@ -74,6 +74,7 @@ fn recycled_batches_leave_no_trace() {
     let dataset = synthetic(folder.path(), 110, 20, 3);
     let reference = Loader::new(config(dataset.clone(), 1)).unwrap();
     let loader = Loader::new(config(dataset, 1)).unwrap();
+    loader.stream(Step(0), Step(1), vec![0, 1, 2]).unwrap();
     for (index, length) in [(0, 0), (1, 1 << 20), (2, 100), (3, 6 * 16 * 16 * 3)] {
         let mut old = reference.load(slot(0, 0)).unwrap();
         old.pixels = vec![0xaa; length];
@@ -204,7 +205,11 @@ fn a_stream_stays_within_its_ring() {
         }
         got => assert_eq!(got.unwrap().slot, slot(0, 3)),
     }
-    assert!(stream.n_ready() <= 3);
+    assert!(stream.n_ready() <= 4);
+    let ahead = |n_slots| loader.inner.ahead_slots(n_slots);
+    assert_eq!([ahead(1), ahead(3), ahead(4)], [3, 3, 4], "a step at least");
+    let fit = AHEAD_BYTES_MAX / (6 * loader.config().shape.bytes());
+    assert_eq!(ahead(usize::MAX), fit, "and not more than fits");
     let start = std::time::Instant::now();
     drop(stream);
     assert!(start.elapsed() < Duration::from_secs(1), "threads are joined quickly");
@@ -264,7 +269,7 @@ fn bytes_that_rotted_in_a_file_are_not_replaced() {
     let failed: Vec<LoadError> =
         (0..4).filter_map(|index| loader.load(slot(0, index)).err()).collect();
     let [error] = &failed[..] else { panic!("one slot has the sample: {failed:?}") };
-    assert!(!error.is_passing());
+    assert!(!error.is_passing() && !error.is_of_the_data());
     let text = chain(error);
     assert!(text.contains("is corrupt: crc"), "{text}");
     assert!(text.contains("000000013-0013.png"), "{text}");
@@ -295,10 +300,13 @@ fn too_many_bad_samples_fail_the_slot() {
         matches!(loader.load(slot(0, index)), Err(LoadError::TooManyBad { n: 101, .. }))
     });
     assert!(failed.count() >= 1);
+    let error = (0..4).find_map(|index| loader.load(slot(0, index)).err()).unwrap();
+    assert!(error.is_of_the_data(), "{error}");
     let few = with_bad_samples(&root.path().join("few"), 30, &(0..30).collect::<Vec<u32>>());
     let loader = Loader::new(config(few, 1)).unwrap();
     let error = loader.load(slot(0, 0)).unwrap_err();
     assert!(matches!(error, LoadError::NoStandIn { n: 30, .. }), "{error}");
+    assert!(error.is_of_the_data(), "{error}");
 }
 
 /// A read error says nothing about the sample, so nothing replaces it.

@@ -301,7 +301,7 @@ fn unusable_shards_are_named() {
         sample 0 of shard `DIR/shard.00000.mds` cannot be used: its columns have 165 bytes, it has 164
         sample 0 of shard `DIR/shard.00000.mds` cannot be used: its columns have 8589934614 bytes, it has 164
         sample 0 of shard `DIR/shard.00000.mds` cannot be used: its 7 bytes end inside its sizes
-        sample 0 of shard `DIR/shard.00000.mds` cannot be used: its label 16777216 is no number up to 16777214
+        sample 0 of shard `DIR/shard.00000.mds` cannot be used: its label 16777216 is not a number up to 16777214
     "#]]
     .assert_eq(&text);
 }

@@ -193,7 +193,7 @@ fn unusable_files_are_named() {
     let rows = images(0, 6);
     write_hf(&file, Compression::UNCOMPRESSED, &rows, &labels);
     expect![
-        "row 5 of `DIR/a.parquet` cannot be used: its label 16777216 is no number up to 16777214"
+        "row 5 of `DIR/a.parquet` cannot be used: its label 16777216 is not a number up to 16777214"
     ]
     .assert_eq(&refusal(std::slice::from_ref(&file), root));
     labels[5] = Some(1);

@@ -18,7 +18,7 @@ use lacuna_recipe::step::Normalize;
 use lacuna_spec::{EncoderPin, Pool, RunSpec, TaskKind, TaskSpec, encoder_at, parse_text};
 use lacuna_types::Step;
 use tch::{Device, Tensor};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Encoder, batch_normed, classifier_params, feature_width, finetuned_logits};
 use crate::pos_resize::{Resample, resize_table};
@@ -33,6 +33,11 @@ pub struct EncoderError {
     why: String,
 }
 
+/// Why weights whose norm comes behind the mean of the patches are no encoder for every task.
+const POOLED_NORM: &str = "its last norm is `fc_norm`, which was trained behind the mean of the \
+    patches and means nothing for single tokens: fine-tune it with `task.pool = \"avg\"`, or use \
+    `lacuna-worker features` and `eval knn`, which put it there";
+
 /// The tensors of a trained encoder, under timm's names, and its position table.
 #[derive(Clone, Debug)]
 pub struct EncoderWeights {
@@ -45,8 +50,14 @@ pub struct EncoderWeights {
 impl EncoderWeights {
     /// Reads the encoder of `model` from a checkpoint of a run, `RUN@STEP` or its newest one, or
     /// from weights of another library, `PATH@blake3:HEX` or whatever is there. `scale` is that of
-    /// the images that it will be shown.
-    pub fn read(place: &str, model: &ModelConfig, scale: Scale<'_>) -> Result<Self, EncoderError> {
+    /// the images that it will be shown, and `reads_tokens` whether single tokens are read behind
+    /// its last norm.
+    pub fn read(
+        place: &str,
+        model: &ModelConfig,
+        scale: Scale<'_>,
+        reads_tokens: bool,
+    ) -> Result<Self, EncoderError> {
         let failed = |why: String| EncoderError { place: place.to_string(), why };
         let table = || sincos_2d(model.width as usize, model.grid());
         let (run, pin) = encoder_at(place, |place| Path::new(place).exists());
@@ -61,6 +72,9 @@ impl EncoderWeights {
                 let weights = import::Weights::open(Path::new(run));
                 let weights = weights.map_err(|err| failed(chain(&err)))?;
                 check_content(&weights, pin).map_err(failed)?;
+                if reads_tokens && weights.has_pooled_norm() {
+                    return Err(failed(POOLED_NORM.to_string()));
+                }
                 let of_weights = of_weights(&weights, model, scale, table);
                 of_weights.map_err(failed)?
             }
@@ -81,7 +95,10 @@ impl EncoderWeights {
         scale: Scale<'_>,
     ) -> Result<Self, EncoderError> {
         match &task.encoder {
-            Some(place) => EncoderWeights::read(place, model, scale),
+            Some(place) => {
+                let begins_anew = task.kind == TaskKind::Finetune && task.pool == Pool::Avg;
+                EncoderWeights::read(place, model, scale, !begins_anew)
+            }
             None => Ok(EncoderWeights::fresh(model, seed)),
         }
     }
@@ -167,11 +184,20 @@ fn of_weights(
     let is_guess = |found: &Described| found.notices.iter().any(|text| text.contains("heads"));
     let described = match describe(None) {
         Ok(found) if !is_guess(&found) => Ok(found),
-        _ => describe(Some(model.heads)),
+        Ok(found) => {
+            let (said, guessed) = (model.heads, found.config.heads);
+            if said != guessed {
+                let text = "models of these sizes have other attention heads; the spec is believed";
+                warn!(model.heads = said, usual = guessed, "{text}");
+            }
+            describe(Some(said))
+        }
+        Err(_) => describe(Some(model.heads)),
     };
     let described = described.map_err(|err| chain(&err))?;
-    if let Some((mean, std)) = &described.normalization {
-        compare_scales((mean, std), scale)?;
+    match &described.normalization {
+        Some((mean, std)) => compare_scales((mean, std), scale)?,
+        None => info!("how pixels are normalised is not in the file: the spec is believed"),
     }
     described.notices.iter().for_each(|notice| info!("{notice}"));
     let (form, source) = (described.form, described.config);

@@ -1,3 +1,5 @@
+mod parts;
+
 use lacuna_recipe::adamw::AdamW;
 use lacuna_recipe::state::{Layout, Section};
 use lacuna_recipe::step::SlotBatch;

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use clap::Args;
 use lacuna_checkpoint::chain;
 use lacuna_data::pack::class_names;
-use lacuna_data::{Dataset, ImageShape, SampleReader};
+use lacuna_data::{Dataset, ImageShape, SampleError, SampleReader};
 use lacuna_mae::context::{self, Kernels};
 use lacuna_mae::cuda;
 use lacuna_spec::units::grouped;
@@ -148,9 +148,17 @@ pub struct Images<'a> {
     pub ids: &'a [u64],
     /// How many at a time.
     pub batch: usize,
-    /// Where numbers of images go that cannot be read, which are black then; without it, one that
-    /// cannot be read ends everything.
-    pub unread: Option<&'a Mutex<BTreeSet<u64>>>,
+    /// What is passed over; without it, one that cannot be read ends everything.
+    pub unread: Option<Unread<'a>>,
+}
+
+/// Images that are passed over: they are black, and their numbers are collected.
+#[derive(Clone, Copy, Debug)]
+pub struct Unread<'a> {
+    /// Their numbers.
+    pub ids: &'a Mutex<BTreeSet<u64>>,
+    /// Which errors are passed over; another one ends everything.
+    pub passes: fn(&SampleError) -> bool,
 }
 
 impl Images<'_> {
@@ -195,11 +203,11 @@ impl Images<'_> {
             let read = reader.centered(self.dataset, id, part, self.shape, out);
             match (read, self.unread) {
                 (Ok(()), _) => {}
-                (Err(_), Some(unread)) => {
+                (Err(error), Some(unread)) if (unread.passes)(&error) => {
                     out.fill(0);
-                    unread.lock().unwrap_or_else(PoisonError::into_inner).insert(id.0);
+                    unread.ids.lock().unwrap_or_else(PoisonError::into_inner).insert(id.0);
                 }
-                (Err(error), None) => {
+                (Err(error), _) => {
                     let hint = "`lacuna data verify` lists all that cannot be used";
                     return Err(io(format!("{}: {hint}", chain(&error))));
                 }

@@ -1,6 +1,9 @@
 //! `lacuna-worker eval classify`: how often a fine-tuned model or a probe names the right class.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
@@ -10,11 +13,13 @@ use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::load::{find_step, load_params};
 use lacuna_checkpoint::manifest::Manifest;
 use lacuna_checkpoint::retain::{self, Hold};
+use lacuna_checkpoint::run_file::RunFile;
 use lacuna_checkpoint::storage::Published;
 use lacuna_data::{DECODER_ID, Dataset, ImageShape};
 use lacuna_mae::classify::{EncoderWeights, Head, averaged, classifier_params};
 use lacuna_recipe::eval::metrics::Tally;
 use lacuna_recipe::state::Layout;
+use lacuna_spec::units::parse_duration;
 use lacuna_spec::{RunSpec, TaskKind, TaskSpec, parse_text};
 use lacuna_types::{SampleId, Step, exit};
 use serde_json::{Value, json};
@@ -66,6 +71,14 @@ pub struct ClassifyArgs {
     /// Classify with every checkpoint, and say which is best.
     #[arg(long, conflicts_with = "step")]
     all: bool,
+    /// Validate while the run trains: classify with every checkpoint as it is committed, up to the
+    /// run's last step. Figures for TensorBoard come with each, the report at the end.
+    #[arg(long, conflicts_with_all = ["step", "all"])]
+    follow: bool,
+    /// With --follow: end where there was no new checkpoint for so long.
+    #[arg(long, value_name = "TIME", default_value = "6h", value_parser = parse_duration)]
+    #[arg(requires = "follow")]
+    patience: Duration,
     /// Where the report goes, JSON.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -75,13 +88,16 @@ pub struct ClassifyArgs {
     tensorboard: Option<PathBuf>,
     /// Pin the best checkpoint under the name `best` (`best-ema` with --ema), and release the one
     /// that had the name before.
-    #[arg(long, requires = "all")]
+    #[arg(long)]
     hold_best: bool,
     /// A page to look at: confusion matrix, and the mistakes that the best checkpoint was surest
     /// of.
     #[arg(long, value_name = "FILE.html")]
     page: Option<PathBuf>,
 }
+
+/// Time between two looks for a new checkpoint.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Mistakes that a page shows.
 const MISTAKES_MAX: usize = 40;
@@ -104,6 +120,9 @@ const SCHEMA: &str = "lacuna-eval-classify/2";
 
 /// Classifies the validation set and writes the report.
 pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
+    if args.hold_best && !args.all && !args.follow {
+        return Err(usage("--hold-best chooses among several: give --all or --follow"));
+    }
     let dir = run_of(&args.run)?;
     let val = batches::open(&args.val)?;
     let ids: Vec<u64> =
@@ -117,30 +136,21 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     if let Some(folder) = &args.tensorboard {
         report::check_scalars(folder)?;
     }
-    let mut results: Vec<Judged> = Vec::new();
-    let mut n_classes = 0;
-    let mut statistics: Option<Statistics> = None;
-    for manifest in manifests(&dir, args)? {
-        let (spec, task) = task_of(&manifest)?;
-        batches::same_classes(args.model.train_of(&spec), &args.val)?;
-        n_classes = task.classes.max(val.index().n_classes());
-        let head = load(&dir, &manifest, (&spec, &task), &args.model, &mut statistics)?;
-        let (tally, mistakes) = judge(&head, &spec, (&val, &ids), &args.model)?;
-        println!(
-            "step {:>8}  top-1 {:6.2}%  top-5 {:6.2}%  per class {:6.2}%",
-            manifest.step,
-            100.0 * tally.top1(),
-            100.0 * tally.top5(),
-            100.0 * tally.mean_per_class()
-        );
-        results.push(Judged {
-            step: manifest.step,
-            state: manifest.state_digest.to_string(),
-            data: manifest.state.facts.data_fingerprint.clone(),
-            tally,
-            mistakes,
-            shape: shape_of(&spec.model),
-        });
+    let mut judging = Judging {
+        args,
+        dir: &dir,
+        val: &val,
+        ids: &ids,
+        results: Vec::new(),
+        passed: BTreeSet::new(),
+        n_classes: 0,
+        last_step: None,
+        statistics: None,
+    };
+    judging.judge_all()?;
+    let Judging { results, n_classes, .. } = judging;
+    if results.is_empty() {
+        return Err(no_checkpoint(&args.run));
     }
     // Of equal ones the earlier: what came after did not help.
     let better = |a: &&Judged, b: &&Judged| {
@@ -158,7 +168,96 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
     if let Some(file) = page {
         write_page(file, args, best, n_classes, &val)?;
     }
-    if let Some(folder) = &args.tensorboard {
+    if args.hold_best {
+        hold(&dir, args, best)?;
+    }
+    Ok(exit::OK)
+}
+
+/// The judging of a run's checkpoints, one after another.
+struct Judging<'a> {
+    args: &'a ClassifyArgs,
+    dir: &'a RunDir,
+    val: &'a Dataset,
+    ids: &'a [u64],
+    results: Vec<Judged>,
+    /// Steps of checkpoints that were removed before they were judged.
+    passed: BTreeSet<u64>,
+    n_classes: u32,
+    /// The run's last step, known with the first checkpoint.
+    last_step: Option<u64>,
+    statistics: Option<Statistics>,
+}
+
+impl Judging<'_> {
+    /// Judges what is asked for; with --follow also what is committed meanwhile.
+    fn judge_all(&mut self) -> anyhow::Result<()> {
+        let mut newest = Instant::now();
+        loop {
+            let n_before = self.results.len();
+            for manifest in manifests(self.dir, self.args)? {
+                let is_judged = self.results.iter().any(|judged| judged.step == manifest.step);
+                if !is_judged && !self.passed.contains(&manifest.step) {
+                    self.judge(&manifest)?;
+                }
+            }
+            if self.results.len() > n_before {
+                newest = Instant::now();
+                self.tell_tensorboard(n_before)?;
+            }
+            let is_last = |judged: &Judged| self.last_step.is_some_and(|last| judged.step >= last);
+            if !self.args.follow || self.results.iter().any(is_last) {
+                return Ok(());
+            }
+            let patience = self.args.patience;
+            if newest.elapsed() > patience {
+                eprintln!(
+                    "note: no new checkpoint for {patience:?}, the end of the run is not seen"
+                );
+                return Ok(());
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+    }
+
+    /// Judges one checkpoint, and says what came of it.
+    fn judge(&mut self, manifest: &Manifest) -> anyhow::Result<()> {
+        let (spec, task) = task_of(manifest)?;
+        batches::same_classes(self.args.model.train_of(&spec), &self.args.val)?;
+        self.n_classes = task.classes.max(self.val.index().n_classes());
+        self.last_step = last_step(self.dir, &spec)?;
+        let model = &self.args.model;
+        let loaded = load(self.dir, manifest, (&spec, &task), model, &mut self.statistics);
+        let head = match loaded {
+            Err(_) if self.args.follow && find_step(self.dir, Step(manifest.step)).is_err() => {
+                eprintln!("step {} was removed before it was judged", manifest.step);
+                self.passed.insert(manifest.step);
+                return Ok(());
+            }
+            loaded => loaded?,
+        };
+        let (tally, mistakes) = judge(&head, &spec, (self.val, self.ids), model)?;
+        println!(
+            "step {:>8}  top-1 {:6.2}%  top-5 {:6.2}%  per class {:6.2}%",
+            manifest.step,
+            100.0 * tally.top1(),
+            100.0 * tally.top5(),
+            100.0 * tally.mean_per_class()
+        );
+        self.results.push(Judged {
+            step: manifest.step,
+            state: manifest.state_digest.to_string(),
+            data: manifest.state.facts.data_fingerprint.clone(),
+            tally,
+            mistakes,
+            shape: shape_of(&spec.model),
+        });
+        Ok(())
+    }
+
+    /// Writes what came of all but the first `n` for TensorBoard, if that is wanted.
+    fn tell_tensorboard(&self, n: usize) -> anyhow::Result<()> {
+        let Some(folder) = &self.args.tensorboard else { return Ok(()) };
         let values = |one: &Judged| {
             let Judged { step, tally, .. } = one;
             let value = |name: &str, value: f64| (*step, format!("eval/{name}"), value);
@@ -168,13 +267,15 @@ pub fn classify(args: &ClassifyArgs) -> anyhow::Result<u8> {
                 value("top1_per_class", tally.mean_per_class()),
             ]
         };
-        let scalars: Vec<_> = results.iter().flat_map(values).collect();
-        report::write_scalars(folder, &scalars)?;
+        let scalars: Vec<_> = self.results[n..].iter().flat_map(values).collect();
+        report::write_scalars(folder, &scalars)
     }
-    if args.hold_best {
-        hold(&dir, args, best)?;
-    }
-    Ok(exit::OK)
+}
+
+/// Returns the last step of a run, where its length in steps is known.
+fn last_step(dir: &RunDir, spec: &RunSpec) -> anyhow::Result<Option<u64>> {
+    let run = RunFile::read(dir).map_err(|err| io(chain(&err)))?;
+    Ok(run.and_then(|run| spec.train.duration.steps(run.steps_per_epoch)))
 }
 
 /// Pins the best checkpoint, so that nothing removes it.
@@ -250,18 +351,18 @@ fn report(
 
 /// Lists the checkpoints that are asked for.
 fn manifests(dir: &RunDir, args: &ClassifyArgs) -> anyhow::Result<Vec<Manifest>> {
-    if !args.all {
+    if !args.all && !args.follow {
         return Ok(vec![manifest_of(dir, &args.run, args.model.step)?]);
     }
     let entries = catalog::list(dir).map_err(|err| io(chain(&err)))?;
     let mut all: Vec<Manifest> = entries.iter().filter_map(Entry::good).cloned().collect();
     all.sort_by_key(|manifest| manifest.step);
-    if all.is_empty() { Err(no_checkpoint(&args.run)) } else { Ok(all) }
+    Ok(all)
 }
 
 /// Finds the run in a folder or behind a URL.
 pub fn run_of(run: &Path) -> anyhow::Result<RunDir> {
-    run_dir(run)?.ok_or_else(|| usage(format!("`{}` is no run's folder", run.display())))
+    run_dir(run)?.ok_or_else(|| usage(format!("`{}` is not a run's folder", run.display())))
 }
 
 /// Finds a run's checkpoint of a step, or its newest one.

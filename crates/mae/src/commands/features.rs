@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use clap::{Args, ValueEnum};
-use lacuna_data::DECODER_ID;
+use lacuna_data::{DECODER_ID, SampleError};
 use lacuna_mae::frozen::{FrozenMae, Pool};
 use lacuna_spec::units::grouped;
 use lacuna_types::{SampleId, exit};
 
-use super::batches::{self, ComputeArgs, Images, ViewArgs};
+use super::batches::{self, ComputeArgs, Images, Unread, ViewArgs};
 use super::feature_file::{Content, FeatureFile, Format};
 use super::source::{Need, SizeArgs, SourceArgs, shape_of};
 
@@ -106,13 +106,14 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
     let batch = args.compute.batch();
     let (shape_in, view) = (shape_of(model.model()), args.view);
     let unread: Mutex<BTreeSet<u64>> = Mutex::default();
+    let passes = SampleError::is_bad_sample;
     let images = Images {
         dataset: &dataset,
         shape: shape_in,
         view,
         ids: &ids,
         batch,
-        unread: args.nan_for_bad.then_some(&unread),
+        unread: args.nan_for_bad.then_some(Unread { ids: &unread, passes }),
     };
     let n_threads = args.compute.threads().min(ids.len().div_ceil(batch));
     let workers: Vec<FrozenMae> = (0..n_threads).map(|_| model.share()).collect();

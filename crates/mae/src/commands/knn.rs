@@ -168,7 +168,8 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     let random = with(Baseline::Random).then(|| {
         let model = encoder.model();
         let params = random_params(model, args.seed);
-        FrozenMae::new(model, &loaded.mean, &loaded.std, &params).on(device)
+        let random = FrozenMae::new(model, &loaded.mean, &loaded.std, &params);
+        random.norm_after_mean(loaded.norm_after_mean).on(device)
     });
     let encoder = encoder.on(device);
     let asked = args.pool.map(|pool| if pool == PoolArg::Cls { Pool::Cls } else { Pool::Mean });

@@ -280,6 +280,6 @@ mod tests {
         let mut many = Page::new("many", "x", folder.path());
         many.confusion(&tally, MATRIX_MAX as u32 + 1);
         assert!(many.body.contains("<th>bag</th><td>1</td>"), "{}", many.body);
-        assert!(!many.body.contains("<th>2</th><th>2</th>"), "what is right is no mistake");
+        assert!(!many.body.contains("<th>2</th><th>2</th>"), "what is right is not a mistake");
     }
 }

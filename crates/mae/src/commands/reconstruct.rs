@@ -199,6 +199,6 @@ fn read_image(
     let choose = |size: Size| (CropBox::largest_centered(size, shape.size()), false);
     let decoded = decoder.decode_and_render(&bytes, choose, shape, out);
     decoded.map(|_| ()).map_err(|error| {
-        usage(format!("--image `{}` is no usable image: {}", path.display(), chain(&error)))
+        usage(format!("--image `{}` is not a usable image: {}", path.display(), chain(&error)))
     })
 }

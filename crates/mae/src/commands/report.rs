@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lacuna_checkpoint::layout::RunDir;
+use lacuna_data::pack::class_names;
 use lacuna_data::{DECODER_ID, Dataset};
 use lacuna_recipe::eval::metrics::{ClassTally, Tally};
 use lacuna_recipe::model::ModelConfig;
@@ -64,12 +65,18 @@ impl Side {
 
     /// Writes it as reports have it.
     pub fn json(&self) -> Value {
-        json!({
+        let mut out = json!({
             "path": self.path,
             "fingerprint": self.fingerprint,
             "samples": self.n_samples,
             "samples_used": self.n_used,
-        })
+        });
+        // Class c is the c-th of them.
+        let names = class_names(Path::new(&self.path));
+        if !names.is_empty() {
+            out["classes"] = json!(names);
+        }
+        out
     }
 }
 

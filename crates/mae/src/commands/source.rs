@@ -10,6 +10,7 @@ use lacuna_checkpoint::import::{
 };
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::load::{find_step, load_params};
+use lacuna_checkpoint::manifest::Manifest;
 use lacuna_checkpoint::{catalog, chain};
 use lacuna_data::ImageShape;
 use lacuna_mae::frozen::{FrozenMae, OwnTables, Pool};
@@ -19,7 +20,8 @@ use lacuna_recipe::keymap::timm;
 use lacuna_recipe::model::{ModelConfig, ParamSpec};
 use lacuna_recipe::pos_embed::sincos_2d;
 use lacuna_recipe::state::Layout;
-use lacuna_spec::parse_text;
+use lacuna_spec::classifier::{classifier_params, own_name};
+use lacuna_spec::{RunSpec, TaskKind, TaskSpec, parse_text};
 use lacuna_types::Step;
 
 use super::{io, usage};
@@ -169,14 +171,13 @@ impl SourceArgs {
         let spec = parse_text("the checkpoint's spec", &manifest.spec, &[])
             .context("read the spec stored in the checkpoint")?
             .spec;
-        if spec.task.is_some() {
+        if let Some(task) = &spec.task {
+            if task.kind == TaskKind::Finetune && need == Need::Encoder {
+                return self.load_tuned(dir, &manifest, &spec, task);
+            }
             let what = match need {
                 Need::Decoder => "no decoder, which pictures need",
-                Need::Encoder => {
-                    "no encoder by itself: `lacuna-worker eval classify` judges it, and \
-                     `lacuna ckpt export RUN --layout timm --to DIR` makes weights of a \
-                     fine-tuned one, which are read here"
-                }
+                Need::Encoder => "the encoder of another one, `task.encoder`: name that",
             };
             return Err(usage(format!("the run `{shown}` learns classes and has {what}")));
         }
@@ -197,6 +198,44 @@ impl SourceArgs {
             own: OwnTables::default(),
             resample: Resample::Plain,
             model: spec.model,
+        })
+    }
+
+    /// Loads the encoder of a fine-tuned model; its head is left out.
+    fn load_tuned(
+        &self,
+        dir: &RunDir,
+        manifest: &Manifest,
+        spec: &RunSpec,
+        task: &TaskSpec,
+    ) -> anyhow::Result<Loaded> {
+        let tuned = Layout::new(classifier_params(task, &spec.model));
+        let wanted = |param: &ParamSpec| !param.name.starts_with("head.");
+        let values = load_params(dir, manifest, &tuned, wanted).map_err(|e| io(chain(&e)))?;
+        let of = |name: &str| &values[tuned.range(tuned.find(name).expect("it is one of them"))];
+        let layout = Layout::new(spec.model.params());
+        let mut params = vec![0.0; layout.numel()];
+        for (block, param) in layout.params().iter().enumerate() {
+            if timm(&param.name).is_some() {
+                let name = own_name(task.pool, &param.name);
+                params[layout.range(block)].copy_from_slice(of(&name));
+            }
+        }
+        Ok(Loaded {
+            params,
+            mean: spec.data.mean.clone(),
+            std: spec.data.std.clone(),
+            origin: Origin {
+                source: self.source.display().to_string(),
+                step: Some(manifest.step),
+                form: None,
+                data: Some(spec.data.shards.clone()),
+            },
+            norm_after_mean: task.pool == lacuna_spec::Pool::Avg,
+            own: OwnTables { encoder: Some(of("pos_embed").to_vec()), decoder: None },
+            // As its export for timm is read.
+            resample: Resample::Antialias,
+            model: spec.model.clone(),
         })
     }
 

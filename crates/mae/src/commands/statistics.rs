@@ -12,12 +12,12 @@ use anyhow::Context as _;
 use lacuna_checkpoint::chain;
 use lacuna_checkpoint::layout::RunDir;
 use lacuna_checkpoint::manifest::Manifest;
-use lacuna_data::{DECODER_ID, Dataset};
+use lacuna_data::{DECODER_ID, Dataset, SampleError};
 use lacuna_mae::classify::Head;
 use lacuna_spec::{RunSpec, TaskSpec};
 use serde::{Deserialize, Serialize};
 
-use super::batches::{self, Images};
+use super::batches::{self, Images, Unread};
 use super::classify::{ModelArgs, threads};
 use super::io;
 use super::source::shape_of;
@@ -109,7 +109,7 @@ fn read(dir: &RunDir, path: &Path, of: &Of, width: usize) -> anyhow::Result<Opti
         Err(error) => return Err(io(chain(&error))),
     };
     let Ok(kept) = serde_json::from_slice::<Kept>(&text) else { return Ok(None) };
-    if kept.format != SCHEMA || kept.of != *of {
+    if kept.format != SCHEMA || kept.of != *of || kept.n == 0 {
         return Ok(None);
     }
     let sums = from_hex(&kept.sums).zip(from_hex(&kept.squares));
@@ -159,15 +159,16 @@ fn compute(
 ) -> anyhow::Result<Statistics> {
     let ids: Vec<u64> = (0..train.n_samples()).collect();
     let (mut sums, mut squares): (Vec<f64>, Vec<f64>) = (Vec::new(), Vec::new());
-    // Training passed by what cannot be read, too.
+    // Training passed over the same ones; what only this machine cannot read is no part of them.
     let unread: Mutex<BTreeSet<u64>> = Mutex::default();
+    let passes = SampleError::is_same_everywhere;
     let images = Images {
         dataset: train,
         shape: shape_of(&spec.model),
         view: args.view,
         ids: &ids,
         batch: args.compute.batch(),
-        unread: Some(&unread),
+        unread: Some(Unread { ids: &unread, passes }),
     };
     let workers: Vec<Head> = threads(args, &ids).map(|_| head.share()).collect();
     let work = |head: &mut Head, pixels: &[u8]| head.features(pixels);
@@ -188,9 +189,13 @@ fn compute(
     })?;
     let n_unread = unread.into_inner().unwrap_or_else(PoisonError::into_inner).len();
     if n_unread > 0 {
-        eprintln!("train: {n_unread} images that cannot be read are left out of its statistics");
+        eprintln!("train: {n_unread} images do not decode and are left out of its statistics");
     }
-    Ok(Statistics { n: (ids.len() - n_unread) as u64, sums, squares })
+    let n = (ids.len() - n_unread) as u64;
+    if n == 0 {
+        return Err(io("no image of the training data decodes".to_string()));
+    }
+    Ok(Statistics { n, sums, squares })
 }
 
 #[cfg(test)]

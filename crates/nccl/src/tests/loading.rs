@@ -46,7 +46,7 @@ fn a_library_that_is_found_by_its_path_comes_last() {
 
 #[test]
 fn another_library_is_no_nccl() {
-    let error = Library::open(Path::new("libc.so.6")).expect_err("the C library is no NCCL");
+    let error = Library::open(Path::new("libc.so.6")).expect_err("the C library is not NCCL");
     let expected = "the NCCL in `libc.so.6` has no `ncclGetVersion`: version 2.18.0 or newer is \
                     needed";
     assert_eq!(error.to_string(), expected);

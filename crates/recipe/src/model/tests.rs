@@ -26,6 +26,15 @@ fn sizes_of_the_published_models() {
     }
 }
 
+/// A classifier learns its position table, which neither recipe decays.
+#[test]
+fn position_tables_are_not_decayed() {
+    let list = ModelConfig::preset("micro").unwrap().params();
+    let token = list.iter().find(|param| param.name == "cls_token").unwrap().clone();
+    let table = ParamSpec { name: "pos_embed".to_string(), ..token };
+    assert!(!table.decays(true) && !table.decays(false));
+}
+
 #[test]
 fn flops_agree_with_the_published_table() {
     for (name, gflop) in [("base", 58.46), ("large", 124.23), ("huge", 290.99), ("small", 15.39)] {

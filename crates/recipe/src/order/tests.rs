@@ -103,19 +103,23 @@ proptest! {
     }
 
     #[test]
-    fn stand_ins_are_the_rest_of_the_chunk(
+    fn stand_ins_are_the_rest_of_the_chunk_and_then_of_all(
         seed in any::<u64>(),
         n in 1u64..300,
         at in 0u64..300,
+        behind in 0u64..300,
     ) {
-        let (chunk, bad) = (1000..1000 + n, SampleId(1000 + at % n));
+        let (chunk, bad) = (100..100 + n, SampleId(100 + at % n));
+        let n_samples = chunk.end + behind;
         let mut found: Vec<u64> = (0..)
-            .map_while(|attempt| substitute(seed, 2, bad, chunk.clone(), attempt))
+            .map_while(|attempt| substitute(seed, 2, bad, (chunk.clone(), n_samples), attempt))
             .map(|id| id.0)
             .collect();
-        found.sort_unstable();
-        let others: Vec<u64> = chunk.filter(|&id| id != bad.0).collect();
-        prop_assert_eq!(found, others);
+        let (inside, beyond) = found.split_at_mut(n as usize - 1);
+        inside.sort_unstable();
+        beyond.sort_unstable();
+        prop_assert!(inside.iter().copied().eq(chunk.clone().filter(|&id| id != bad.0)));
+        prop_assert!(beyond.iter().copied().eq((0..n_samples).filter(|id| !chunk.contains(id))));
     }
 }
 

@@ -1,7 +1,8 @@
 //! The entries of the table.
 
+use lacuna_recipe::augment::SIDE_MAX;
 use lacuna_recipe::order::LANES_MAX;
-use lacuna_types::WORLD_MAX;
+use lacuna_types::{LOADER_THREADS_MAX, WORLD_MAX};
 
 use super::{Field, Interval, Kind, Mark};
 use crate::run_spec::{
@@ -17,8 +18,6 @@ const BATCH_MAX: u32 = 1 << 24;
 pub(crate) const WORKERS_MAX: u32 = WORLD_MAX;
 /// Largest block of the order: more samples than any data set has.
 const BLOCK_MAX: u64 = 1 << 48;
-/// Most threads of a loader: beyond any machine's cores.
-const THREADS_MAX: u64 = 1024;
 /// Longest deadline of a read in seconds: a step waits two minutes for its data.
 const DEADLINE_MAX: u32 = 100;
 /// Highest limit of a rate: a terabyte a second.
@@ -79,7 +78,7 @@ pub(super) const FIELDS: &[Field] = &[
     display("name", Kind::Name, "\"my-run\"", "the run's name, unique on its coordinator"),
     maths(
         "model.img_size",
-        Kind::Sides { max: 16_384 },
+        Kind::Sides { max: SIDE_MAX as u64 },
         "[224, 224]",
         "height and width of an image in pixels; one number means both",
     ),
@@ -179,11 +178,11 @@ pub(super) const FIELDS: &[Field] = &[
         "data.bad_samples_max",
         Kind::Number(SHARE),
         "0.001",
-        "share of an epoch's samples that may be bad before the run fails; under 10 never do",
+        "share of bad samples in an epoch above which the run fails; fewer than 10 never fail it",
     ),
     placement(
         "data.threads",
-        Kind::AutoOr { min: 1, max: THREADS_MAX },
+        Kind::AutoOr { min: 1, max: LOADER_THREADS_MAX as u64 },
         "4",
         "threads of a worker that decode, or \"auto\"",
     ),
@@ -308,9 +307,9 @@ pub(super) const FIELDS: &[Field] = &[
     ),
     placement(
         "checkpoint.keep.every",
-        Kind::Cadence,
+        Kind::Length,
         "\"50ep\"",
-        "checkpoints that are kept for good, in step, ep, s, min or h",
+        "checkpoints that are kept for good: the first at or after each multiple",
     ),
     placement(
         "checkpoint.resume",

@@ -118,7 +118,7 @@ fn canonical_json_is_pinned() {
 #[test]
 fn json_and_toml_hold_the_whole_spec() {
     let spec = spec(&[
-        "checkpoint.keep.every=2h",
+        "checkpoint.keep.every=20ep",
         "data.shards=é \"quoted\"",
         "data.cache={ dir = \"/nvme\", size = \"64GiB\" }",
     ]);

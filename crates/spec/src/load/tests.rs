@@ -89,7 +89,7 @@ fn bad_bases() {
         out += &format!("> base = {base}\n{error}\n\n");
     }
     let error = parse_text("text", "base = \"tiny\"", &[]).unwrap_err();
-    out += &format!("> base = \"tiny\" in a text that is no file\n{error}\n");
+    out += &format!("> base = \"tiny\" in a text that is not a file\n{error}\n");
     expect_file!["../../transcripts/bases.txt"].assert_eq(&out);
 }
 

@@ -50,7 +50,6 @@ fn what_is_allowed_and_not_wanted() {
         &["optim.warmup=700step"],
         &["checkpoint.every=800step", "track.every=1000step"],
         &["checkpoint.every=[\"5min\", \"1h\", \"100step\", \"1ep\"]"],
-        &["checkpoint.keep.every=2h"],
         &["checkpoint.keep.every=600step"],
         &["checkpoint.keep.every=500step"],
         &["checkpoint.keep.every=5ep"],

@@ -125,8 +125,8 @@ fn shares(out: &mut Vec<String>, spec: &RunSpec, workers: &[WorkerRow], n_slots:
         match (better_slot_batch(spec), better_workers(spec, n_slots)) {
             (Some(slot_batch), _) => {
                 text += &format!(
-                    "; `train.slot_batch` = {slot_batch} avoids it, and is another run: it changes \
-                     the maths"
+                    "; `train.slot_batch` = {slot_batch} avoids it, but changes the results: give \
+                     the run another name"
                 );
             }
             (None, advice) => text += &advice,
@@ -229,13 +229,8 @@ fn checkpoints(out: &mut Vec<String>, spec: &RunSpec, per_epoch: Option<u64>) {
     if every.len() - n_times > 1 {
         out.push("of the steps and epochs in `checkpoint.every` only the shortest counts".into());
     }
-    match spec.checkpoint.keep.every {
-        None => {}
-        Some(Cadence::Seconds(_)) => out.push(
-            "`checkpoint.keep.every` is a time, and keeps nothing: give it in step or ep"
-                .to_string(),
-        ),
-        Some(Cadence::Length(keep)) => kept(out, every, keep, per_epoch),
+    if let Some(keep) = spec.checkpoint.keep.every {
+        kept(out, every, keep, per_epoch);
     }
     if longer(&spec.track.every) {
         let every = spec.track.every;

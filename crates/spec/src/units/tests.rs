@@ -33,12 +33,12 @@ fn anything_else_is_refused_with_a_reason() {
         out += "\n";
     }
     expect_test::expect![[r#"
-        "": is no whole number with a unit, such as "800ep" or "500step"
-        "ep": is no whole number with a unit, such as "800ep" or "500step"
+        "": is not a whole number with a unit, such as "800ep" or "500step"
+        "ep": is not a whole number with a unit, such as "800ep" or "500step"
         "5": needs a unit, such as "800ep" or "500step"
-        "5 ep": is no whole number with a unit, such as "800ep" or "500step"
-        "5.5ep": is no whole number with a unit, such as "800ep" or "500step"
-        "-5ep": is no whole number with a unit, such as "800ep" or "500step"
+        "5 ep": is not a whole number with a unit, such as "800ep" or "500step"
+        "5.5ep": is not a whole number with a unit, such as "800ep" or "500step"
+        "-5ep": is not a whole number with a unit, such as "800ep" or "500step"
         "5epochs": has the unit `epochs`, which is none of ep, step -> ep
         "5min": has the unit `min`, which is none of ep, step
         "0ep": must be from 1 to 4294967295ep

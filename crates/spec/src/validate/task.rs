@@ -15,6 +15,14 @@ const OF_FINETUNING: [&str; 7] = [
     "task.rand_augment",
 ];
 
+/// Their values where a spec fine-tunes and does not say.
+const USUAL: [f64; 7] = [0.75, 0.1, 0.8, 1.0, 0.1, 0.25, 9.0];
+
+/// Returns what a key of fine-tuning is where a spec does not say.
+pub(crate) fn usual_of_finetuning(path: &str) -> Option<f64> {
+    OF_FINETUNING.iter().position(|key| *key == path).map(|key| USUAL[key])
+}
+
 /// Values of these keys by which nothing is done.
 const NOTHING: [f64; 7] = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
 
@@ -31,9 +39,7 @@ impl Reader<'_> {
         };
         let classes = self.count("task.classes");
         let (pool, optimizer, usual) = match kind? {
-            TaskKind::Finetune => {
-                (Pool::Avg, Optimizer::AdamW, [0.75, 0.1, 0.8, 1.0, 0.1, 0.25, 9.0])
-            }
+            TaskKind::Finetune => (Pool::Avg, Optimizer::AdamW, USUAL),
             TaskKind::Linear => {
                 self.refuse_of_finetuning();
                 (Pool::Cls, Optimizer::Lars, NOTHING)

@@ -105,7 +105,7 @@ fn sizes() {
         "model.img_size = 30\nmodel.heads = 5\nmodel.decoder_width = 97",
         "model.depth = 100000\nmodel.patch_size = 0",
         "model.depth = 100000",
-        "model.img_size = 16384\nmodel.patch_size = 1",
+        "model.img_size = 8192\nmodel.patch_size = 1",
         "model.channels = 3",
     ];
     check(START, &cases, expect_file!["../../transcripts/sizes.txt"]);

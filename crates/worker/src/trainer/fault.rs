@@ -41,6 +41,8 @@ impl StepError {
             StepError::Engine(_) | StepError::Reduce(_) => FaultKind::Local,
             // The group forms again, and the state stays: the store may answer by then.
             StepError::Data(err) if err.is_passing() => FaultKind::Outage,
+            // Whoever takes the slot next would fail as this one did.
+            StepError::Data(err) if err.is_of_the_data() => FaultKind::Data,
             StepError::Data(_) => FaultKind::Storage,
             StepError::NonFinite { .. } => FaultKind::Run,
         }

@@ -41,12 +41,12 @@ fn headers_are_not_believed() {
         (one(&tensor("F32", "[-2]", "[0,8]")), 8, "`a` has no shape"),
         (one(&tensor("F32", "[2]", "[0]")), 8, "`a` has no pair of offsets"),
         (one(r#"{"shape":[2],"data_offsets":[0,8]}"#), 8, "`a` has no dtype"),
-        (one("[]"), 0, "`a` is no object"),
+        (one("[]"), 0, "`a` is not an object"),
         (two("[4,12]"), 12, "`b` overlaps another tensor"),
         (two("[12,20]"), 20, "`b` follows a hole"),
         (two("[0,8]"), 8, "`b` overlaps another tensor"),
-        (r#"{"__metadata__":{"a":1}}"#.to_string(), 0, "metadata `a` is no text"),
-        ("[]".to_string(), 0, "its header is no object"),
+        (r#"{"__metadata__":{"a":1}}"#.to_string(), 0, "metadata `a` is not a string"),
+        ("[]".to_string(), 0, "its header is not an object"),
     ];
     for (header, n_bytes, want) in rows {
         raw(&path, &header, n_bytes);
@@ -149,10 +149,10 @@ fn an_index_leads_to_its_own_files_only() {
     ] {
         let document = json!({ "weight_map": { "a": name } }).to_string();
         let shown = json!(name).to_string();
-        let want = format!("{start}{} is no name of a file beside it", shown.escape_debug());
+        let want = format!("{start}{} is not a name of a file beside it", shown.escape_debug());
         assert_eq!(with(&document), want);
     }
-    assert!(with(r#"{"weight_map": {"a": 3}}"#).ends_with("3 is no name of a file beside it"));
+    assert!(with(r#"{"weight_map": {"a": 3}}"#).ends_with("3 is not a name of a file beside it"));
     let twice = r#"{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}"#;
     assert!(with(twice).contains("cannot be understood: key \"a\" appears twice"));
     let one = r#"{"weight_map": {"a": "x.safetensors"}}"#;
@@ -239,7 +239,7 @@ fn a_digest_tells_weights_apart() {
         format!(r#"{{"{name}":{{"dtype":"{dtype}","shape":[2],"data_offsets":[0,8]}}}}"#)
     };
     let (plain, first) = (of("a", "F32"), digest("x.safetensors", &of("a", "F32"), 0));
-    assert_eq!(first, digest("y.safetensors", &plain, 0), "its own name is no matter");
+    assert_eq!(first, digest("y.safetensors", &plain, 0), "its own name does not matter");
     let spaced = plain.replace(":[2]", ": [2]");
     assert_eq!(first, digest("x.safetensors", &spaced, 0), "nor is how it is written");
     let told = plain.replacen('{', r#"{"__metadata__":{"heads":"2"},"#, 1);

@@ -99,7 +99,7 @@ pub fn infer(tensors: &[Foreign<'_>]) -> Result<Inferred, MapError> {
     }
     if differences.is_empty() && (out.width == 0 || !out.mlp_ratio.is_multiple_of(out.width)) {
         let Inferred { mlp_ratio: hidden, width, .. } = out;
-        differences.push(format!("an MLP of {hidden} is no multiple of the width {width}"));
+        differences.push(format!("an MLP of {hidden} is not a multiple of the width {width}"));
     }
     match differences.is_empty() {
         true => Ok(Inferred { mlp_ratio: out.mlp_ratio / out.width, ..out }),

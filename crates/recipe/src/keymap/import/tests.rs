@@ -307,7 +307,7 @@ fn sizes_that_make_no_model_are_refused() {
     assert_eq!(refused(&|t| set(t, projection, &[8, 1 << 40, 2, 2])), {
         "the number of channels is too large"
     });
-    let odd = "an MLP of 32 is no multiple of the width 0";
+    let odd = "an MLP of 32 is not a multiple of the width 0";
     assert_eq!(refused(&|t| set(t, projection, &[0, 3, 2, 2])), odd);
     let name = format!("blocks.{}.norm1.bias", u64::MAX);
     assert_eq!(refused(&|t| t.push((name.clone(), vec![8]))), "the number of blocks is too large");
