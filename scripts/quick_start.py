@@ -65,8 +65,9 @@ class Recording:
 
 
 def trainer_of(agent: int) -> int:
-    """Returns the process that an agent has started."""
-    return int(pathlib.Path(f"/proc/{agent}/task/{agent}/children").read_text().split()[0])
+    """Returns the process that an agent has started, from any of its threads."""
+    threads = pathlib.Path(f"/proc/{agent}/task").glob("*/children")
+    return int(next(pid for file in threads for pid in file.read_text().split()))
 
 
 def offline(record: Recording) -> str:

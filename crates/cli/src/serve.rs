@@ -37,7 +37,8 @@ pub struct CoordinatorArgs {
     #[arg(long, value_name = "FOLDER")]
     tls_dir: Option<PathBuf>,
 
-    /// Waits as on one machine: changes of the group come at once instead of being gathered.
+    /// Waits as on one machine: changes of the group come at once instead of being gathered, which
+    /// is also done on a loopback address.
     #[arg(long)]
     local: bool,
 
@@ -106,10 +107,21 @@ pub fn default_state() -> PathBuf {
     state.unwrap_or_else(|| home.join(".local/state")).join("lacuna")
 }
 
+/// Returns the waits where nobody sets them. Whoever reaches a loopback address is on this machine,
+/// or behind somebody who passes calls on, where silence may still be the network's.
+fn usual_waits(local: bool, listen: SocketAddr) -> Timing {
+    let (cluster, here) = (Timing::cluster(), Timing::one_machine());
+    match (local, listen.ip().is_loopback()) {
+        (true, _) => here,
+        (false, true) => Timing { disjoint: cluster.disjoint, ..here },
+        (false, false) => cluster,
+    }
+}
+
 /// Serves until a signal.
 pub fn coordinator(args: CoordinatorArgs) -> anyhow::Result<u8> {
     init_logs("info");
-    let mut timing = if args.local { Timing::one_machine() } else { Timing::cluster() };
+    let mut timing = usual_waits(args.local, args.listen);
     if let Err(why) = lacuna_api::raise_open_files() {
         info!("{why}");
     }
@@ -227,6 +239,18 @@ impl StopSignals {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn joiners_are_waited_for_where_they_come_from_elsewhere() {
+        let of = |local, listen: &str| usual_waits(local, listen.parse().unwrap());
+        assert_eq!(of(false, "10.0.0.1:7070"), Timing::cluster());
+        assert_eq!(of(true, "10.0.0.1:7070"), Timing::one_machine());
+        let here = of(false, "127.0.0.1:7070");
+        assert_eq!(here.join_window, Timing::one_machine().join_window);
+        assert_eq!(here.voluntary_gap, Timing::one_machine().voluntary_gap);
+        assert_eq!(here.disjoint, Timing::cluster().disjoint);
+        assert_eq!(here.problems(), Vec::<String>::new());
+    }
 
     #[test]
     fn waits_are_set_by_name_and_mistakes_are_named() {

@@ -433,7 +433,8 @@ fn weights_are_imported() {
     desk.run(74, &["ckpt", "import", "nowhere", "--run", "other.toml"]);
     // A task begins with the encoder that it names, and takes up no name here.
     let task = ["--set", "task.kind=linear", "--set", "task.classes=4"];
-    let (_, err) = desk.run(2, &[&["ckpt", "import", "out0", "--run", "other.toml"], &task[..]].concat());
+    let (_, err) =
+        desk.run(2, &[&["ckpt", "import", "out0", "--run", "other.toml"], &task[..]].concat());
     assert!(err.contains("set `task.encoder = \"out0\"` instead"), "{err}");
     assert!(!desk.path("runs/other").exists(), "nothing was written");
 }
