@@ -420,7 +420,7 @@ impl ChunkCache {
         }
         let downloaded = downloaded?;
         self.downloads.fetch_add(1, Ordering::Relaxed);
-        if !downloaded.is_as_indexed(&self.index, chunk) {
+        if part.is_some() && !downloaded.is_as_indexed(&self.index, chunk) {
             // The store may be repaired, and what lies here would be read all the same.
             let _ = self.drop_part(chunk);
         } else if let Some(part) = part.take()
