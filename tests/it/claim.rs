@@ -56,7 +56,8 @@ fn an_operator_changes_the_number_of_workers_and_no_bit() {
     let fixture = fixture();
     let mut cluster = Cluster::start(&fixture);
     let run = cluster.submit(&fixture.spec("scaled", STEPS, &[("elastic.workers", "\"2:2\"")]));
-    cluster.add("a", 3);
+    // Slow enough that three are there before the end.
+    cluster.add_with("a", 3, &[], &[("LACUNA_FAKE_SLOT_MS", "20")]);
     cluster.wait(&run, "some steps", |seen| seen.step() >= 15);
     let scale = |cluster: &Cluster<'_>, workers: &str| {
         let args = ["scale", "scaled", workers, "--coordinator", &cluster.url];

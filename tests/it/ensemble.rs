@@ -2,13 +2,14 @@
 //! etcd's own servers.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use lacuna_api::client::{Client, ClientError};
 use lacuna_api::error::{Reason, reason};
+use lacuna_tests::ports::free_addr;
 use lacuna_tests::processes::wait_for_end;
 use lacuna_tests::{Cluster, Fixture, Process, is_alive, said};
 use lacuna_types::exit;
@@ -29,10 +30,6 @@ fn etcd_program() -> Option<PathBuf> {
     let on_path = std::env::var_os("PATH").unwrap_or_default();
     let on_path = std::env::split_paths(&on_path).map(|folder| folder.join("etcd"));
     named.into_iter().chain([fetched]).chain(on_path).find(|path| path.is_file())
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Three servers of etcd.
@@ -56,7 +53,8 @@ impl Etcds {
             println!("skipped: there is no etcd (make peers)");
             return None;
         };
-        let ports = [(); 3].map(|()| (free_port(), free_port()));
+        let port = || free_addr().unwrap().port();
+        let ports = [(); 3].map(|()| (port(), port()));
         let folder = fixture.path("etcd");
         std::fs::create_dir(&folder).unwrap();
         let mut all = Etcds { program, folder, ports, servers: [None, None, None], tls };
@@ -114,7 +112,7 @@ struct Coordinators<'a> {
 
 impl<'a> Coordinators<'a> {
     fn start(fixture: &'a Fixture, etcds: &Etcds, n: usize) -> Self {
-        let ports = (0..n).map(|_| free_port()).collect();
+        let ports = (0..n).map(|_| free_addr().unwrap().port()).collect();
         let running = (0..n).map(|_| None).collect();
         let etcd_tls = etcds.tls.as_ref().map(|tls| tls.join("admin"));
         let etcd = etcds.endpoints();

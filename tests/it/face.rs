@@ -87,10 +87,11 @@ fn a_cancelled_run_frees_its_workers_at_once_and_can_go_on() {
         all.extend(["--coordinator", &url]);
         said(&fixture.run(&all))
     };
-    let keys = [("checkpoint.every", "[\"13step\"]")];
+    let keys = [("checkpoint.every", "[\"40step\"]")];
     let run = cluster.submit(&fixture.spec("unwanted", STEPS, &keys));
-    cluster.add("a", 2);
-    cluster.wait(&run, "a checkpoint", |seen| {
+    // The next checkpoint is more than a second away when the run is cancelled.
+    cluster.add_with("a", 2, &[], &[("LACUNA_FAKE_SLOT_MS", "10")]);
+    let before = cluster.wait(&run, "a checkpoint", |seen| {
         seen.run.checkpoint_step.is_some_and(|saved| seen.step() >= saved + 3)
     });
     let (code, out, err) = lacuna(&["cancel", "unwanted", "--why", "a typo"]);
@@ -102,8 +103,9 @@ fn a_cancelled_run_frees_its_workers_at_once_and_can_go_on() {
         "{out}"
     );
     assert_eq!((seen.run.state.as_str(), seen.run.why.as_str()), ("cancelled", "a typo"));
-    let mut after = seen.events.iter().skip_while(|event| !event.text.contains("a typo"));
-    assert!(after.all(|event| event.kind != "saved"), "nothing was saved for it: {}", seen.text());
+    assert!(seen.text().contains("a typo"), "{}", seen.text());
+    assert_eq!(Some(saved), before.run.checkpoint_step, "nothing was saved for it");
+    assert_eq!(seen.count("saved"), 1, "{}", seen.text());
     let (code, ..) = lacuna(&["wait", "unwanted"]);
     assert_eq!(code, i32::from(exit::WAIT_CANCELLED));
     let (code, out, _) = lacuna(&["cancel", "unwanted"]);

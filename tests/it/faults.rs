@@ -1,7 +1,10 @@
 //! Devices that hang, lie, die or slow down; machines that are taken away: who is named, and that
 //! no bit changes.
 
+use lacuna_checkpoint::commit;
+use lacuna_checkpoint::layout::{Attempt, RunDir};
 use lacuna_tests::{Cluster, Fixture, Seen, said};
+use lacuna_types::{AttemptSeq, CoordEpoch, Generation, Step};
 use rustix::process::Signal;
 
 use crate::fixture;
@@ -313,4 +316,30 @@ fn ends_say_how_and_new_processes_wait_longer() {
     let pauses: Vec<&str> = log.split("starting the trainer again").skip(1).collect();
     assert!(pauses[0].contains("pause=200ms"), "{log}");
     assert!(pauses.len() < 2 || pauses[1].contains("pause=400ms"), "{log}");
+}
+
+/// A coordinator whose run another one took gives the workers back, and removes nothing of what the
+/// other makes.
+#[test]
+fn a_run_that_another_coordinator_claimed_rests() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start(&fixture);
+    let keys = [("checkpoint.every", "[\"10step\"]"), ("elastic.workers", "\"1:1\"")];
+    let run = cluster.submit(&fixture.spec("taken", 100_000, &keys));
+    cluster.add("a", 1);
+    cluster.wait(&run, "a checkpoint", |seen| seen.run.checkpoint_step.is_some());
+    let dir = RunDir::new(fixture.path("ckpt"), run.parse().unwrap());
+    // To who lost the claim it looks like what is left of an old attempt.
+    let attempt = Attempt::new(Generation(0), AttemptSeq(1));
+    let part = dir.attempt(Step(3), attempt).join("part");
+    commit::claim(&dir, CoordEpoch(1000)).unwrap();
+    std::fs::create_dir_all(part.parent().unwrap()).unwrap();
+    std::fs::write(&part, "being made").unwrap();
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.state, "paused", "{}", seen.text());
+    assert!(seen.run.why.contains("another coordinator, start 1000,"), "{}", seen.run.why);
+    assert!(part.exists(), "{}", seen.text());
+    // Its worker serves the next run.
+    let other = cluster.submit(&fixture.spec("other", 20, &[]));
+    assert_eq!(cluster.wait_end(&other).run.state, "finished");
 }

@@ -25,7 +25,12 @@ fn scrape(cluster: &Cluster<'_>) -> BTreeMap<String, f64> {
 fn metrics_tell_what_groups_workers_and_checkpoints_did() {
     let fixture = fixture();
     let mut cluster = Cluster::start(&fixture);
-    let keys = [("checkpoint.every", "[\"13step\"]"), ("elastic.workers", "\"1:2\"")];
+    let keys = [
+        ("checkpoint.every", "[\"13step\"]"),
+        // Steps are faster than some disks; none of the saves is left out.
+        ("checkpoint.when_busy", "\"wait\""),
+        ("elastic.workers", "\"1:2\""),
+    ];
     let run = cluster.submit(&fixture.spec("counted", STEPS, &keys));
     cluster.add("a", 1);
     cluster.add("b", 1);
@@ -49,13 +54,13 @@ fn metrics_tell_what_groups_workers_and_checkpoints_did() {
     let seen = cluster.wait_end(&run);
     let metrics = scrape(&cluster);
     let of = |name: &str| metrics.get(&format!("{name}{{run=\"counted\"}}")).copied();
-    let formed = |cause: &str| {
-        let key = format!("lacuna_run_generations_total{{run=\"counted\",cause=\"{cause}\"}}");
-        metrics.get(&key).copied().unwrap_or(0.0)
-    };
-    assert_eq!(formed("lost"), 1.0, "{metrics:?}");
+    let prefix = "lacuna_run_generations_total{run=\"counted\",cause=\"";
+    let formed = |cause: &str| metrics.get(&format!("{prefix}{cause}\"}}")).copied().unwrap_or(0.0);
+    // The agent's word that it ended comes first, or else its peer's, who misses it.
+    assert!(formed("lost") + formed("fault") >= 1.0, "{metrics:?}");
     assert!(formed("ready") >= 1.0 && formed("disputed") == 0.0, "{metrics:?}");
-    let all: f64 = ["ready", "joined", "lost"].map(formed).iter().sum();
+    let of_all = metrics.iter().filter(|(key, _)| key.starts_with(prefix));
+    let all: f64 = of_all.map(|(_, n)| n).sum();
     assert_eq!(all, seen.run.generation as f64, "{metrics:?}");
 
     let batch = 32.0;

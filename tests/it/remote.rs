@@ -75,13 +75,14 @@ fn an_outage_costs_no_worker_and_no_bit() {
         ("elastic.workers", "\"2:2\""),
     ];
     let run = cluster.submit(&fixture.spec("outage", STEPS, &keys));
-    cluster.add("a", 2);
+    // Slow enough that the run does not end before its workers are looked at.
+    cluster.add_with("a", 2, &[], &[("LACUNA_FAKE_SLOT_MS", "10")]);
     cluster.wait(&run, "some steps", |seen| seen.step() >= 20);
     let pids = [cluster.pid("a:cpu0"), cluster.pid("a:cpu1")];
     away.store(true, Ordering::Relaxed);
     cluster.wait(&run, "the group forms anew", |seen| seen.count("formed") >= 2);
     away.store(false, Ordering::Relaxed);
-    let seen = cluster.wait(&run, "steps after it", |seen| seen.step() >= 100);
+    let seen = cluster.wait(&run, "steps after it", |seen| seen.step() >= 60);
     assert_eq!([cluster.pid("a:cpu0"), cluster.pid("a:cpu1")], pids, "{}", seen.text());
     let seen = cluster.wait_end(&run);
     assert_eq!(seen.run.state, "finished", "{}", seen.text());

@@ -10,6 +10,7 @@ pub mod chaos;
 pub mod dice;
 pub mod disks;
 pub mod history;
+pub mod ports;
 pub mod processes;
 pub mod proxy;
 pub mod rig;
@@ -490,9 +491,10 @@ impl<'a> Cluster<'a> {
         seen
     }
 
-    /// Waits until a run has ended.
+    /// Waits until a run has ended and all that was told of it is seen.
     pub fn wait_end(&self, run: &str) -> Seen {
-        self.wait(run, "the run ends", |seen| seen.run.exit_code.is_some())
+        let is_over = |seen: &Seen| seen.run.exit_code.is_some() && seen.seq >= seen.run.last_seq;
+        self.wait(run, "the run ends", is_over)
     }
 
     /// Returns the process id of a trainer.

@@ -7,12 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use lacuna_api::client::Client;
 use lacuna_api::v1;
 use rustix::process::Signal;
@@ -26,8 +26,6 @@ use crate::{Binaries, Fixture};
 const START: Duration = Duration::from_secs(30);
 /// Longest time for trainers to notice that their agent is gone.
 const END: Duration = Duration::from_secs(10);
-/// Ports for trainers, below those that Linux gives to outgoing connections by default.
-const PORTS: std::ops::Range<u16> = 20_000..32_000;
 /// Bytes of a log's end in reports.
 const TAIL_BYTES: u64 = 3000;
 /// Samples of a slot.
@@ -118,7 +116,6 @@ pub struct Rig<'a> {
     nodes: BTreeMap<String, Node>,
     /// Addresses that trainers of this rig, and no other processes, have on their command line.
     urls: BTreeSet<String>,
-    next_port: u16,
 }
 
 impl<'a> Rig<'a> {
@@ -136,7 +133,6 @@ impl<'a> Rig<'a> {
             coordinator: None,
             nodes: BTreeMap::new(),
             urls: BTreeSet::new(),
-            next_port: PORTS.start + (std::process::id() % 11_000) as u16,
         };
         rig.start_coordinator()?;
         Ok(rig)
@@ -200,7 +196,7 @@ impl<'a> Rig<'a> {
     pub fn add(&mut self, node: &str) -> anyhow::Result<()> {
         let coordinator: SocketAddr = self.listen.parse()?;
         let control = self.network.open(coordinator).context("open a proxy")?;
-        let bind = self.free_port()?;
+        let bind = crate::ports::free_addr()?;
         let mesh = self.network.open(bind).context("open a proxy")?;
         let url = format!("http://{}", control.addr());
         let mut command = Command::new(&self.bench.fixture.binaries.worker);
@@ -217,18 +213,6 @@ impl<'a> Rig<'a> {
         self.urls.insert(url);
         self.nodes.insert(node.to_string(), Node { agent, control, mesh });
         Ok(())
-    }
-
-    fn free_port(&mut self) -> anyhow::Result<SocketAddr> {
-        for _ in PORTS {
-            self.next_port =
-                if self.next_port + 1 < PORTS.end { self.next_port + 1 } else { PORTS.start };
-            let addr = SocketAddr::from(([127, 0, 0, 1], self.next_port));
-            if TcpListener::bind(addr).is_ok() {
-                return Ok(addr);
-            }
-        }
-        bail!("no free port from {} to {}", PORTS.start, PORTS.end)
     }
 
     /// Returns the names of the nodes.

@@ -79,6 +79,8 @@ pub struct Coordinator {
     suspicions: BTreeMap<WorkerId, u32>,
     /// How often a member's store was away while its peers had data, since the last step.
     outages: BTreeMap<WorkerId, u32>,
+    /// Generations in a row that ended because a store did not answer some of their members.
+    partial_outages: u32,
     /// Verdicts in a row that nobody waits for anybody.
     slow_verdicts: u32,
     /// Steps known to be applied.
@@ -135,6 +137,7 @@ impl Coordinator {
             shot: BTreeSet::new(),
             suspicions: BTreeMap::new(),
             outages: BTreeMap::new(),
+            partial_outages: 0,
             slow_verdicts: 0,
             progress,
             fruitless: 0,
@@ -186,6 +189,7 @@ impl Coordinator {
             Event::Cancel { .. } => {}
             Event::Checkpoint => self.record(Record::CheckpointAsked),
             Event::Force => self.on_force(),
+            Event::Superseded { why } => self.end(Ending::Paused { why }),
         }
         let moved = self.group.as_ref().map(|group| group.stage) != stage;
         let caused = self.out.iter().any(|command| !matches!(command, Command::Mark(_)));

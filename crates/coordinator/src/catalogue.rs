@@ -269,6 +269,24 @@ impl Catalogue {
         (manifest.state_digest.0 == order.digest).then(|| reference(manifest))
     }
 
+    /// Says which other coordinator has claimed the run's checkpoints since, if one has.
+    pub fn superseded(&self) -> Result<Option<String>, CatalogueError> {
+        let highest = commit::highest_claim(&self.dir).map_err(failed)?;
+        Ok(highest.filter(|theirs| *theirs > self.epoch).map(|theirs| {
+            format!(
+                "another coordinator, start {theirs}, has claimed the checkpoints in `{}` since: \
+                 nothing that this one (start {}) lets the run compute can be kept",
+                self.spec.checkpoint.to, self.epoch
+            )
+        }))
+    }
+
+    /// Only who holds the claim may remove anything: to others, parts of a checkpoint that is being
+    /// made look like what is left of a failed one.
+    fn is_ours(&self) -> Result<(), CatalogueError> {
+        self.superseded()?.map_or(Ok(()), |why| Err(CatalogueError(why)))
+    }
+
     /// Deletes checkpoints that no rule keeps, and what is left of attempts from before
     /// `generation` and of those that are `over`; returns the steps.
     pub fn retain(
@@ -276,6 +294,7 @@ impl Catalogue {
         generation: Generation,
         over: &[Attempt],
     ) -> Result<Vec<Step>, CatalogueError> {
+        self.is_ours()?;
         let keep = &self.spec.checkpoint.keep;
         let Some(last) = NonZeroUsize::new(keep.last as usize) else { return Ok(Vec::new()) };
         let entries = catalog::list(&self.dir).map_err(failed)?;
@@ -301,6 +320,7 @@ impl Catalogue {
 
     /// Removes what is left of attempts from before `generation` and of those that are `over`.
     pub fn collect(&self, generation: Generation, over: &[Attempt]) -> Result<(), CatalogueError> {
+        self.is_ours()?;
         let removed = retain::collect_garbage(&self.dir, generation, over);
         removed.map(drop).map_err(failed)
     }

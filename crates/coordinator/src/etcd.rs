@@ -29,8 +29,9 @@ const KEEP_DEADLINE: Duration = Duration::from_millis(500);
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// Largest answer that is read: a page of keys.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
-/// Keys of a page.
+/// Most keys of a page, and the bytes that it is meant to have: of large values it has fewer.
 const PAGE: i64 = 500;
+const PAGE_BYTES: usize = 4 << 20;
 /// Operations of a transaction: a server takes 128 unless it is told otherwise.
 pub(crate) const OPS_MAX: usize = 100;
 /// Bytes of a transaction: a server takes 1.5 MiB unless it is told otherwise.
@@ -184,11 +185,21 @@ impl Etcd {
     /// Returns all keys that begin with `prefix`, as they were at one moment, by key.
     pub async fn all(&self, prefix: &str) -> Result<Vec<Pair>, EtcdError> {
         let (mut out, mut revision) = (Vec::new(), 0);
-        let mut key = prefix.as_bytes().to_vec();
+        let (mut key, mut limit) = (prefix.as_bytes().to_vec(), PAGE);
         loop {
             let range_end = behind(prefix);
-            let range = m::RangeRequest { key, range_end, limit: PAGE, revision };
-            let page: m::RangeResponse = self.call("read the state", RANGE, range).await?;
+            let range = m::RangeRequest { key: key.clone(), range_end, limit, revision };
+            let page: m::RangeResponse = match self.call("read the state", RANGE, range).await {
+                Ok(page) => page,
+                // Small values were followed by large ones, or the way to a server is slow.
+                Err(EtcdError::Call { .. }) if limit > 1 => {
+                    limit = (limit / 4).max(1);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let bytes: usize = page.kvs.iter().map(|kv| kv.key.len() + kv.value.len()).sum();
+            limit = next_limit(page.kvs.len(), bytes);
             if revision == 0 {
                 revision = page.header.map_or(0, |header| header.revision);
             }
@@ -348,6 +359,12 @@ impl Etcd {
     }
 }
 
+/// Returns how many keys the next page may have, after one of `n` keys and `bytes`.
+fn next_limit(n: usize, bytes: usize) -> i64 {
+    let mean = bytes.div_ceil(n.max(1)).max(1);
+    ((PAGE_BYTES / mean) as i64).clamp(1, PAGE)
+}
+
 const RANGE: &str = "/etcdserverpb.KV/Range";
 const TXN: &str = "/etcdserverpb.KV/Txn";
 const GRANT: &str = "/etcdserverpb.Lease/LeaseGrant";
@@ -376,4 +393,17 @@ pub(crate) fn behind(prefix: &str) -> Vec<u8> {
     // Prefixes are ASCII.
     *end.last_mut().expect("a prefix") += 1;
     end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_have_as_many_keys_as_an_answer_has_room_for() {
+        assert_eq!(next_limit(500, 500 * 100), PAGE);
+        assert_eq!(next_limit(10, 10 << 20), 4);
+        assert_eq!(next_limit(1, 60 << 20), 1);
+        assert_eq!(next_limit(0, 0), PAGE);
+    }
 }

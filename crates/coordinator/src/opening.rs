@@ -42,6 +42,8 @@ pub(crate) struct Unopened {
     pub why: String,
     /// Place in order of creation.
     pub order: usize,
+    /// Whether its task is about to start: nobody may give it up any more.
+    starts: bool,
 }
 
 /// All that are not open.
@@ -63,9 +65,30 @@ impl Opening {
         lock(&self.runs).iter().map(|(id, run)| (id.clone(), run.clone())).collect()
     }
 
-    /// Forgets a run: it is open, or another one takes its name.
+    /// Forgets a run that is open.
     pub fn forget(&self, id: &RunId) {
         lock(&self.runs).remove(id);
+    }
+
+    /// Gives a run up for another one that takes its name; tells whether that could still be done.
+    pub fn give_up(&self, id: &RunId) -> bool {
+        let mut runs = lock(&self.runs);
+        if runs.get(id).is_some_and(|run| run.starts) {
+            return false;
+        }
+        runs.remove(id);
+        true
+    }
+
+    /// Begins to start the task of a run that was opened; tells whether it is wanted still.
+    fn begin(&self, id: &RunId, order: usize) -> bool {
+        match lock(&self.runs).get_mut(id).filter(|run| run.order == order) {
+            Some(run) => {
+                run.starts = true;
+                true
+            }
+            None => false,
+        }
     }
 
     /// Tells whether new workers may be given to runs: before each was tried, those that wanted
@@ -78,7 +101,7 @@ impl Opening {
         let mut runs = lock(&self.runs);
         let Some(run) = runs.get_mut(id) else { return false };
         let is_new = run.why != why;
-        run.why = why;
+        (run.why, run.starts) = (why, false);
         is_new
     }
 }
@@ -116,7 +139,7 @@ impl Shared {
             let why = "its checkpoints were not looked at yet".to_string();
             let order = self.next_order();
             let id = stored.run_id.clone();
-            runs.insert(id, Unopened { stored, spec, why, order });
+            runs.insert(id, Unopened { stored, spec, why, order, starts: false });
         }
     }
 
@@ -214,6 +237,10 @@ impl Shared {
             }
             Err(_) => Err(format!("no answer for {OPENING:?}")),
         };
+        if opened.is_ok() && !self.opening.begin(id, order) {
+            info!(run_id = %id, "open, and given up meanwhile");
+            return true;
+        }
         let opened = opened.and_then(|opened| self.put_to_work(stored, spec, opened, order));
         match opened {
             Ok(()) => {
@@ -250,5 +277,42 @@ impl Shared {
         }
         found.damaged.iter().for_each(|damaged| warn!(run_id = %id, "{damaged}"));
         self.start_run(stored, spec, catalogue, order)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lacuna_spec::parse_text;
+
+    use super::*;
+
+    /// Whoever takes a name over and whoever opened the run under it cannot both go on.
+    #[test]
+    fn a_run_is_given_up_or_starts() {
+        let text = "schema = 1\nname = \"x\"\nbase = \"preset:micro\"\ndata.shards = \"d\"";
+        let spec = parse_text("x.toml", text, &[]).unwrap().spec;
+        let id = spec.run_id();
+        let opening = Opening::default();
+        let expect = |order| {
+            let stored = StoredRun {
+                run_id: id.clone(),
+                spec: String::new(),
+                n_samples: 1,
+                fingerprint: String::new(),
+                saved: Default::default(),
+            };
+            let (spec, why) = (spec.clone(), String::new());
+            let run = Unopened { stored, spec, why, order, starts: false };
+            lock(&opening.runs).insert(id.clone(), run);
+        };
+        expect(1);
+        assert!(opening.give_up(&id));
+        assert!(!opening.begin(&id, 1), "it was given up");
+        expect(2);
+        assert!(!opening.begin(&id, 1), "it is another one");
+        assert!(opening.begin(&id, 2));
+        assert!(!opening.give_up(&id), "it is too late");
+        opening.say(&id, "no room".to_string());
+        assert!(opening.give_up(&id), "it did not start");
     }
 }

@@ -461,7 +461,11 @@ impl RunTask {
             let (generation, attempt) = (order.generation, order.attempt);
             let event = match catalogue.commit(&order, parent.as_ref(), probe, loss) {
                 Ok(checkpoint) => Event::CheckpointDone { generation, attempt, checkpoint },
-                Err(err) => Event::CheckpointFailed { generation, attempt, why: err.to_string() },
+                // Where even that cannot be read, the next attempt finds out.
+                Err(err) => match catalogue.superseded() {
+                    Ok(Some(why)) => Event::Superseded { why },
+                    _ => Event::CheckpointFailed { generation, attempt, why: err.to_string() },
+                },
             };
             let others = commits.fetch_sub(1, Ordering::AcqRel) - 1;
             let saved = match &event {

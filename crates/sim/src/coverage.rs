@@ -122,7 +122,7 @@ fn event(event: &Event) -> usize {
         Event::TrainerExited { .. } => 3,
         Event::CommId { .. } => 4,
         Event::CheckpointDone { .. } => 5,
-        Event::CheckpointFailed { .. } => 6,
+        Event::CheckpointFailed { .. } | Event::Superseded { .. } => 6,
         Event::Drain { .. } => 7,
         Event::Stop { .. } => 8,
         Event::Checkpoint => 9,

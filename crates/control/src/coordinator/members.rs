@@ -14,6 +14,9 @@ const GENERATION_MAX: Generation = Generation(1 << 62);
 
 /// Outages of its store that a member may report while its peers have data, before it is unfit.
 const OUTAGES_MAX: u32 = 3;
+/// Generations in a row that end because a store did not answer some of their members, before they
+/// count as any others in vain: with `data.deadline_seconds` of 50, the better part of an hour.
+pub(super) const PARTIAL_OUTAGES_MAX: u32 = 60;
 
 /// What the coordinator knows of a worker.
 #[derive(Clone, Debug)]
@@ -135,6 +138,7 @@ impl Coordinator {
         if let Some(before) = before.filter(|before| *before != incarnation) {
             self.lose_for_certain(now, worker, before, why);
         }
+        self.took_a_silent_name(worker, incarnation);
     }
 
     pub(super) fn on_warm(&mut self, now: Timestamp, worker: &WorkerId, probe: u64) {
@@ -202,6 +206,7 @@ impl Coordinator {
         self.slow_verdicts = 0;
         self.suspicions.clear();
         self.outages.clear();
+        self.partial_outages = 0;
         self.fruitless = 0;
         self.tell_unlisted(false);
     }
@@ -310,8 +315,8 @@ impl Coordinator {
 
     /// A store did not answer a member in time. Where nobody has what it lacks, the store is away:
     /// the next group waits again, as long as it takes. Where all others have it, it is this
-    /// member's way there that is broken, and after some times it is unfit. In between, generations
-    /// in vain count as any others.
+    /// member's way there that is broken, and after some times it is unfit. In between, as where
+    /// some have on their disks what the store does not give, it waits too, but not for ever.
     fn on_outage(&mut self, worker: &WorkerId, generation: Generation, detail: &str) {
         let Some((group, _)) = self.member_of(worker, generation) else { return };
         let group = group.clone();
@@ -330,6 +335,10 @@ impl Coordinator {
                 if *times >= OUTAGES_MAX {
                     self.is_unfit(worker, &format!("others have what they need, but: {detail}"));
                 }
+            }
+            _ if self.partial_outages < PARTIAL_OUTAGES_MAX => {
+                self.partial_outages += 1;
+                self.fruitless = self.fruitless.saturating_sub(1);
             }
             _ => {}
         }

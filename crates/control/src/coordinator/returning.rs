@@ -113,6 +113,17 @@ impl Coordinator {
         }
     }
 
+    /// A new process has the name of a member that fell silent: that one has ended, whatever was
+    /// heard of it.
+    pub(super) fn took_a_silent_name(&mut self, worker: &WorkerId, incarnation: Incarnation) {
+        let is_namesake = |(id, old): &(WorkerId, Incarnation)| id == worker && *old != incarnation;
+        if let Some(last) = &mut self.last_started
+            && last.members.iter().any(is_namesake)
+        {
+            last.over = true;
+        }
+    }
+
     /// Until when the newest group may be training unseen.
     pub(super) fn zombie_until(&self) -> Option<Timestamp> {
         let last = self.last_started.as_ref().filter(|last| !last.over)?;

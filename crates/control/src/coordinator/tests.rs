@@ -144,6 +144,19 @@ fn a_fault_of_the_run_or_its_data_fails_the_run_with_its_reason() {
 }
 
 #[test]
+fn a_run_that_another_coordinator_claimed_rests_at_once() {
+    let mut c = running();
+    let why = "start 9 has claimed its checkpoints".to_string();
+    let out = c.handle(Timestamp::from_millis(9), Event::Superseded { why: why.clone() });
+    let told =
+        |c: &Command| matches!(c, Command::Send { message: ToWorker::Exit { code: 0, .. }, .. });
+    assert!(out.iter().any(told), "its worker is free for others: {out:?}");
+    assert_eq!(c.ended(), Some(&Ending::Paused { why: why.clone() }));
+    let again = c.handle(Timestamp::from_millis(10), Event::Superseded { why });
+    assert_eq!(again, [], "it is said once");
+}
+
+#[test]
 fn no_worker_that_can_read_the_data_fails_the_run() {
     let mut c = running();
     let (generation, kind) = (Generation(1), FaultKind::Storage);

@@ -105,6 +105,11 @@ pub enum Event {
         /// Why, for people.
         why: String,
     },
+    /// Another coordinator has claimed the run's checkpoints: none of this one's counts any more.
+    Superseded {
+        /// Who, for people.
+        why: String,
+    },
     /// The driver has read a checkpoint whole, as far as it could; answers [`Command::Examine`].
     Examined {
         /// The checkpoint.

@@ -58,7 +58,8 @@ impl Grpc {
         let _turn = self.0.naming.turn(&id).await;
         match self.0.opening.get(&id) {
             // Whoever moves a run away from a place that does not answer does not wait for that.
-            Some(run) if run.spec.checkpoint.to != spec.checkpoint.to => self.0.opening.forget(&id),
+            Some(run)
+                if run.spec.checkpoint.to != spec.checkpoint.to && self.0.opening.give_up(&id) => {}
             _ => self.0.wait_open(&id, OPEN_PATIENCE).await?,
         }
         // What a run was created with counts from its second day on, so it must be open by now.

@@ -31,8 +31,10 @@ use super::{
 };
 use crate::etcd::{BYTES_MAX, Change, Etcd, EtcdError, Leadership, OPS_MAX, OwnThread, Pair};
 
-/// How long a write or the reading of the whole state may take.
+/// How long a write may take.
 const DEADLINE: Duration = Duration::from_secs(30);
+/// How long the reading of the whole state may take: each of its pages has a deadline of its own.
+const READ_DEADLINE: Duration = Duration::from_secs(600);
 /// Keys of updates that stay of a run.
 const TOLD_KEPT: u64 = 20_000;
 /// So many are deleted at a time.
@@ -112,7 +114,7 @@ impl EtcdStore {
         let (etcd, ends) = (etcd.on(&thread)?, BTreeMap::new());
         let mut store = EtcdStore { inner, etcd, thread, prefix, lead, ends };
         let (etcd, range) = (store.etcd.clone(), format!("{}/", store.prefix));
-        let pairs = store.call(async move { etcd.all(&range).await })()?;
+        let pairs = store.call_within(READ_DEADLINE, async move { etcd.all(&range).await })()?;
         store.fill(pairs)?;
         Ok(store)
     }
@@ -123,16 +125,29 @@ impl EtcdStore {
         T: Send + 'static,
         F: Future<Output = Result<T, EtcdError>> + Send + 'static,
     {
+        self.call_within(DEADLINE, call)
+    }
+
+    /// The same, for as long as is given.
+    fn call_within<T, F>(
+        &self,
+        deadline: Duration,
+        call: F,
+    ) -> impl FnOnce() -> Result<T, StoreError> + Send + use<T, F>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, EtcdError>> + Send + 'static,
+    {
         let (done, answer) = mpsc::sync_channel(1);
         self.thread.handle().spawn(async move {
             // Nobody waits any more where this fails.
             let _ = done.send(call.await);
         });
-        let late = |_| EtcdError::Call {
+        let late = move |_| EtcdError::Call {
             what: "answer",
-            why: format!("no answer within {} s", DEADLINE.as_secs()),
+            why: format!("no answer within {} s", deadline.as_secs()),
         };
-        move || Ok(answer.recv_timeout(DEADLINE).map_err(late)??)
+        move || Ok(answer.recv_timeout(deadline).map_err(late)??)
     }
 
     /// Begins changes; what comes back waits for them.

@@ -86,11 +86,12 @@ fn band_start(layout: &PlaneLayout, band: u32) -> u64 {
 impl PlaneCache {
     /// Opens the cache of a data set below `dir`, which is made if it is not there.
     ///
-    /// `bytes_max` bounds what all chunks of this data set take on the disk; once it is reached,
-    /// planes are read and no longer added.
+    /// `bytes_max` bounds what all chunks of this data set take on the disk, by this cache and the
+    /// others of `sharers` processes that open it at about this time: each may add its share of
+    /// what is left. Once it is reached, planes are read and no longer added.
     pub fn open(
         dir: &Path,
-        bytes_max: u64,
+        (bytes_max, sharers): (u64, usize),
         dataset: Arc<Dataset>,
         fill: Fill,
     ) -> Result<Self, OpenCacheError> {
@@ -108,10 +109,11 @@ impl PlaneCache {
             // What nobody asked for by name leaves the disk some room.
             Fill::WhenWaiting => bytes_max.min(bytes + room(&folder).map_err(failed)? / 10 * 9),
         };
+        let share = bytes_max.saturating_sub(bytes) / sharers.max(1) as u64;
         Ok(PlaneCache {
             folder,
             dataset,
-            bytes_max,
+            bytes_max: bytes + share,
             files: (0..n_files).map(|_| Mutex::new(None)).collect(),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),

@@ -357,6 +357,28 @@ fn of_two_that_differ_the_probe_tells_who_is_right() {
     "#]]);
 }
 
+/// A whole group's machines start again: each new process under a name is proof that the old one is
+/// gone, although nothing else said so.
+#[test]
+fn members_that_are_back_as_new_processes_wait_for_nobody() {
+    let mut told = Told::train(&["a", "b"]);
+    told.wait(3100);
+    assert_eq!(told.machine.status().workers.len(), 0, "{}", told.text);
+    told.text.clear();
+    for name in ["a", "b"] {
+        let worker = member(name).0;
+        let incarnation = Incarnation(900);
+        let (endpoint, generation) = ("h:1".into(), Generation(0));
+        let hello = Hello { worker, incarnation, endpoint, state: None, generation, up: false };
+        told.tell(&format!("{name}: hello from a new process"), Event::Hello(hello));
+        let (worker, message) = (member(name).0, ToCoordinator::Warm { probe: 7 });
+        told.tell("it is ready", Event::Message { worker, incarnation, message });
+    }
+    told.wait(500);
+    assert!(told.text.contains("forming generation 2: 2 workers"), "{}", told.text);
+    assert!(!told.text.contains("may be training on"), "{}", told.text);
+}
+
 #[test]
 fn members_that_fell_silent_together_may_be_training_on() {
     let mut told = Told::train(&["a", "b"]);

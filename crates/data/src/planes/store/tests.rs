@@ -50,7 +50,7 @@ fn fixture() -> Fixture {
 impl Fixture {
     fn cache(&self, bytes_max: u64) -> PlaneCache {
         let dir = self.dir.path().join("cache");
-        PlaneCache::open(&dir, bytes_max, self.dataset.clone(), Fill::Always).unwrap()
+        PlaneCache::open(&dir, (bytes_max, 1), self.dataset.clone(), Fill::Always).unwrap()
     }
 
     /// Renders every sample a few times and compares with what no cache gives.
@@ -98,6 +98,23 @@ fn planes_give_the_pixels_of_the_jpeg() {
     fixture.check(&again);
     assert_eq!((again.stats().misses, again.stats().hits), (0, KEPT * u64::from(N_CROPS)));
     assert!(again.stats().bytes > 0);
+}
+
+/// Each of several trainers of a machine may add its share: together they stay within the size.
+#[test]
+fn sharers_stay_within_the_size_together() {
+    let (alone, shared) = (fixture(), fixture());
+    let cache = alone.cache(u64::MAX);
+    alone.check(&cache);
+    let whole = cache.stats().bytes;
+    let dir = shared.dir.path().join("cache");
+    let open = || PlaneCache::open(&dir, (whole, 2), shared.dataset.clone(), Fill::Always).unwrap();
+    let (first, second) = (open(), open());
+    shared.check(&first);
+    shared.check(&second);
+    assert!(first.stats().full, "it is not all of it: {:?}", first.stats());
+    let added = [first.stats().bytes, second.stats().bytes];
+    assert!(added.iter().all(|bytes| (1..=whole / 2).contains(bytes)), "{added:?} of {whole}");
 }
 
 #[test]
@@ -209,7 +226,7 @@ fn a_chunk_that_cannot_be_opened_costs_no_pixel() {
     assert_eq!(cache.stats().hits, 0);
     let file = fixture.dir.path().join("a-file");
     fs::write(&file, b"").unwrap();
-    let error = PlaneCache::open(&file, 1, fixture.dataset.clone(), Fill::Always).unwrap_err();
+    let error = PlaneCache::open(&file, (1, 1), fixture.dataset.clone(), Fill::Always).unwrap_err();
     assert!(error.to_string().contains("a-file"), "{error}");
 }
 
@@ -232,8 +249,9 @@ fn a_full_disk_costs_decoding_only() {
 fn waiting_fills_the_cache() {
     let fixture = fixture();
     let dir = fixture.dir.path().join("cache");
-    let open =
-        || PlaneCache::open(&dir, u64::MAX, fixture.dataset.clone(), Fill::WhenWaiting).unwrap();
+    let open = || {
+        PlaneCache::open(&dir, (u64::MAX, 1), fixture.dataset.clone(), Fill::WhenWaiting).unwrap()
+    };
     let cache = open();
     fixture.check(&cache);
     assert_eq!((cache.stats().hits, cache.stats().bytes), (0, 0));
