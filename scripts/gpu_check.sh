@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks a GPU: golden values, equal bits, arithmetic, NCCL, first numbers, and a run that trains
-# twice to the same bits. One JSON file and some logs are the result.
+# to the same bits twice, and by two trainers over NCCL of which one is killed. One JSON file and
+# some logs are the result, after seven minutes at most.
 #
 #   gpu_check.sh          build; run if this machine has a GPU, else say how to run it elsewhere
 #   gpu_check.sh build    put all that a machine without Rust needs into target/gpu-check/
@@ -36,7 +37,8 @@ build() {
     for file in "${golden_files[@]}"; do cp "tests/golden/$file" "$folder/golden/"; done
     cp "$self" "$folder/gpu_check.sh"
     mkdir "$folder/bench"
-    cp "$here"/bench/{gpu,gpu_tables,pytorch_step,step}.py "$here/common.py" "$folder/bench/"
+    cp "$here"/bench/{gpu,gpu_pair,gpu_tables,pytorch_step,step}.py "$here/common.py" \
+        "$folder/bench/"
     cat > "$folder/bench.sh" <<'RUN'
 #!/usr/bin/env bash
 exec "$(dirname "${BASH_SOURCE[0]}")/gpu_check.sh" run-bench "$@"
@@ -128,18 +130,20 @@ run() {
     # What failed above may be no matter to a run.
     if [ "$code" != 78 ]; then
         LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
-            train_twice "$folder" "${OUT:-.}" || code=1
+            train_again "$folder" "${OUT:-.}" || [ "$code" != 0 ] || code=1
     fi
     case $code in
         0) say "passed; the record is $out" ;;
-        1) say "FAILED; the record is $out" ;;
-        *) say "could not run (exit code $code)" ;;
+        78) say "could not run" ;;
+        124) say "FAILED: it took too long and was ended; what it did is in $out" ;;
+        *) say "FAILED (exit code $code); the record is $out" ;;
     esac
     return "$code"
 }
 
-# Trains the same small run twice, in new processes, and compares the digests of the states.
-train_twice() { # folder, results
+# Trains the same small run twice, in new processes, and once more by two trainers, of which one is
+# killed; compares the digests of the states.
+train_again() { # folder, results
     local folder results work name code=0 digests=()
     folder=$(realpath "$1") results=$(realpath "$2") work=$(mktemp -d)
     (
@@ -147,12 +151,12 @@ train_twice() { # folder, results
         "$folder/lacuna" data synthetic data --n 512 --size 28x28 --channels 1 --seed 1
         "$folder/lacuna" init --preset demo --name first --data data
     ) > "$results/train-setup.log" 2>&1 || { say "FAILED: $results/train-setup.log"; return 1; }
+    local length=(--set 'train.duration="80step"' --set train.batch=32 --set train.slot_batch=8)
     for name in first second; do
         (
             cd "$work"
-            LACUNA_WORKER=$folder/lacuna-worker timeout 90 "$folder/lacuna" train run.toml \
-                --devices "${DEVICES:-cuda:0}" --set name="$name" --set 'train.duration="80step"' \
-                --set train.batch=32 --set train.slot_batch=8
+            LACUNA_WORKER=$folder/lacuna-worker timeout 60 "$folder/lacuna" train run.toml \
+                --devices "${DEVICES:-cuda:0}" --set name="$name" "${length[@]}"
         ) > "$results/train-$name.log" 2>&1 || code=$?
         # The workers' log says why, where one failed.
         cp "$work/runs/$name/logs/workers.log" "$results/train-$name-workers.log" || true
@@ -162,12 +166,21 @@ train_twice() { # folder, results
         fi
         digests+=("$(grep -o 'state digest [0-9a-f]*' "$results/train-$name.log" | tail -n 1)")
     done
-    rm -rf "$work"
     if [ -z "${digests[0]}" ] || [ "${digests[0]}" != "${digests[1]}" ]; then
         say "FAILED: two runs gave '${digests[0]}' and '${digests[1]}'"
         return 1
     fi
     say "trained twice on ${DEVICES:-cuda:0}: ${digests[0]}"
+    length+=(--set track.every=10step)
+    timeout 120 python3 "$folder/bench/gpu_pair.py" --bin "$folder" --work "$work" \
+        --log "$results" --device "${DEVICES:-cuda:0}" --want "${digests[0]##* }" \
+        "${length[@]}" > "$results/train-pair.log" 2>&1 || code=$?
+    rm -rf "$work"
+    tail -n 1 "$results/train-pair.log" >&2
+    if [ "$code" != 0 ]; then
+        say "FAILED: $results/train-pair.log"
+        return 1
+    fi
 }
 
 has_gpu() { [ -e /dev/nvidia0 ] || nvidia-smi --list-gpus >/dev/null 2>&1; }

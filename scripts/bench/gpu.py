@@ -87,6 +87,7 @@ class Bench:
         self.args, self.python = args, python
         self.ends = time.monotonic() + 60 * args.minutes
         self.left_out: list[str] = []
+        self.measured: Line = {}
 
     def run(self, name: str, command: list[str], n_lines: int = 1) -> list[Line]:
         """Returns the lines of JSON that a program prints; some where it is ended early."""
@@ -116,7 +117,8 @@ class Bench:
         small = ["--small"] if self.args.small else []
         lines = self.run("tables", [self.python, str(HERE / "gpu_tables.py"), "--device",
                                     self.args.device, *small])
-        return lines[-1] if lines else {}
+        self.measured = lines[-1] if lines else {}
+        return self.measured
 
     def ours(self, contest: Contest) -> list[Line]:
         """Trains our cases, in one process."""
@@ -135,23 +137,39 @@ class Bench:
         return [{**line, "case": name} for line in lines]
 
     def compare(self, all_of_them: list[Contest]) -> list[tuple[Contest, list[Line]]]:
-        """Lets everybody run once a round: one contest to its end, and then the next, so that what
-        is there when time is over can be believed. What is tuned for minutes has one round."""
+        """Lets everybody run beside ours, a card being not as fast all the time: in each round all
+        contests with what begins at once, then with what compiles first, and at the very end, once,
+        with what is tuned for minutes. So time that is over early leaves out what costs most."""
         found: list[tuple[Contest, list[Line]]] = [(contest, []) for contest in all_of_them]
-        rounds = [(number, False) for number in range(self.args.rounds)]
-        for contest, lines in found:
-            for number, is_tuned in [*rounds, (len(rounds), True)]:
+        rounds = [(number, kind) for number in range(self.args.rounds)
+                  for kind in ("eager", "compiled")]
+        for number, kind in [*rounds, (self.args.rounds, "tuned")]:
+            for contest, lines in found:
                 turns = [lambda name=name, contest=contest: self.peer(contest, name)
-                         for name, flags in contest.peers.items()
-                         if ("--mode" in flags) == is_tuned]
+                         for name, flags in contest.peers.items() if kind_of(flags) == kind]
                 if not turns:
                     continue
-                # Ours beside each of them: a card is not as fast all the time.
                 turns.insert(0, lambda contest=contest: self.ours(contest))
                 # Whoever runs second finds a warmer machine; turning the order shares that out.
                 for turn in turns[:: -1 if number % 2 else 1]:
                     lines += [{"round": number, **line} for line in turn()]
+                self.keep(found)
         return found
+
+    def keep(self, found: list[tuple[Contest, list[Line]]]) -> None:
+        """Writes what was measured so far."""
+        if self.args.out:
+            pathlib.Path(self.args.out).write_text(json.dumps({
+                "format": "lacuna-gpu-bench/1", "unix_seconds": int(time.time()),
+                "tables": self.measured, "lines": [line for _, lines in found for line in lines],
+                "left_out": self.left_out}, indent=1) + "\n", encoding="utf-8")
+
+
+def kind_of(flags: tuple[str, ...]) -> str:
+    """Tells how long a peer takes before its first step."""
+    if "--mode" in flags:
+        return "tuned"
+    return "compiled" if "--compile" in flags else "eager"
 
 
 def table(contest: Contest, lines: list[Line], peak: float | None, flops: float | None) -> str:
@@ -237,7 +255,7 @@ def parse() -> argparse.Namespace:
                         help="like base,large [default: all]")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a case in a round")
-    parser.add_argument("--minutes", type=float, default=8, help="after which nothing is begun")
+    parser.add_argument("--minutes", type=float, default=6, help="after which nothing is begun")
     parser.add_argument("--out", help="file for everything that was measured, JSON")
     return parser.parse_args()
 
@@ -254,11 +272,7 @@ def main() -> int:
     wanted = [contest for contest in contests(args.small)
               if args.models is None or contest.model in args.models]
     results = bench.compare(wanted)
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps({
-            "format": "lacuna-gpu-bench/1", "unix_seconds": int(time.time()), "tables": tables,
-            "lines": [line for _, lines in results for line in lines],
-            "left_out": bench.left_out}, indent=1) + "\n")
+    bench.keep(results)
     print(report(tables, results, bench.left_out))
     lines = [line for _, lines in results for line in lines]
     failed = [line["case"] for line in lines if line.get("error") or differs(line)]

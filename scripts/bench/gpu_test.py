@@ -1,7 +1,10 @@
 """Tests of gpu.py: what is compared, what is written, and what becomes of the time."""
 
 import argparse
+import json
+import pathlib
 import sys
+import tempfile
 import time
 import unittest
 
@@ -82,6 +85,34 @@ class Time(unittest.TestCase):
         program = "import signal; print('{}', flush=True); signal.pause()"
         self.assertEqual(bench.run("hangs", [sys.executable, "-c", program], n_lines=2), [{}])
         self.assertRegex(bench.left_out[0], r"hangs \(ended after [12] s\)")
+
+
+class Order(unittest.TestCase):
+    """Who runs when."""
+
+    def test_what_costs_most_comes_last_and_all_is_kept(self):
+        with tempfile.TemporaryDirectory() as folder:
+            out = pathlib.Path(folder) / "out.json"
+            bench = gpu.Bench(argparse.Namespace(minutes=1, rounds=2, out=out), sys.executable)
+            said = []
+
+            def turn(case):
+                said.append(case)
+                return [line(case, 1.0)]
+
+            bench.ours = lambda contest: turn(f"ours {contest.model}")
+            bench.peer = lambda contest, name: turn(name)
+            peers = {"eager": (), "compiled": ("--compile",),
+                     "tuned": ("--compile", "--mode", "max-autotune")}
+            bench.compare([gpu.Contest("base", 8, ("ours base",), peers),
+                           gpu.Contest("large", 8, ("ours large",), {"other": ()})])
+            self.assertEqual(said, [
+                "ours base", "eager", "ours large", "other", "ours base", "compiled",
+                "eager", "ours base", "other", "ours large", "compiled", "ours base",
+                "ours base", "tuned"])
+            kept = json.loads(out.read_text())
+            self.assertEqual([row["case"] for row in kept["lines"] if row["round"] == 2],
+                             ["ours base", "tuned"])
 
 
 class Tables(unittest.TestCase):

@@ -79,11 +79,15 @@ KERNEL quantise_add(const float *grad, i64 *sums, u32 *flags, u64 n, double scal
 
 // Writes f32(f64(sum) * scale / slots), and raises the largest magnitude's bits in max_bits.
 KERNEL mean_of(const i64 *sums, float *mean, u32 *max_bits, u64 n, double scale, double slots) {
+  u32 most = 0;
   for (EACH(i, n)) {
     const float value = (float)((double)sums[i] * scale / slots);
+    const u32 magnitude = bits_of(value) & 0x7fffffffu;
     mean[i] = value;
-    RAISE_TO(max_bits, bits_of(value) & 0x7fffffffu);
+    most = magnitude > most ? magnitude : most;
   }
+  // Once a thread: all of them read and write one word.
+  RAISE_TO(max_bits, most);
 }
 
 // Sums the squares of a stretch each: part k of n_parts takes every n_parts-th element from k on.

@@ -88,6 +88,8 @@ struct Item {
 struct Report {
     items: Vec<Item>,
     throughput: Vec<Value>,
+    /// Whether everything was tried: a process that is ended early has passed nothing.
+    complete: bool,
 }
 
 /// Checks the device and writes the file.
@@ -126,6 +128,7 @@ pub fn run(args: &GpuCheckArgs) -> anyhow::Result<u8> {
     // after each item: what hangs is ended from outside.
     keep(&report)?;
     report.device(args, device, &keep)?;
+    report.complete = true;
     keep(&report)?;
     let failed = report.items.iter().filter(|item| !item.passed).count();
     println!(
@@ -346,7 +349,8 @@ fn write(
         "device": match args.device { Target::Cuda => "cuda", Target::Cpu => "cpu" },
         "cuda": cuda,
         "environment": environment,
-        "passed": error.is_none() && report.items.iter().all(|item| item.passed),
+        "complete": report.complete,
+        "passed": report.complete && report.items.iter().all(|item| item.passed),
         "error": error,
         "items": items,
         "throughput": report.throughput,

@@ -67,6 +67,7 @@ fn everything_passes_on_a_cpu() {
     assert_eq!(code, 0, "{stdout}{stderr}");
     assert_eq!(file["format"], "lacuna-gpu-check/1");
     assert_eq!((&file["passed"], &file["device"]), (&true.into(), &"cpu".into()));
+    assert_eq!(file["complete"], true);
     assert!(file["error"].is_null() && file["cuda"].is_null());
     for tag in ["micro", "rect", "mid"] {
         for kind in ["f32", "f64"] {
@@ -170,6 +171,7 @@ fn without_cuda_it_says_what_is_missing() {
     assert!(error.starts_with("no CUDA library: ") || error.starts_with("no NVIDIA driver: "));
     assert_eq!(stderr.lines().last(), Some(format!("error: gpu-check: {error}").as_str()));
     assert_eq!((&file["passed"], file["items"].as_array().unwrap().len()), (&false.into(), 0));
+    assert_eq!(file["complete"], false);
 }
 
 #[test]

@@ -30,8 +30,6 @@ pub enum Progress {
 /// Settings of a communicator that a caller may choose; the rest is the library's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CommConfig {
-    /// Fewest thread blocks that an operation uses on the device.
-    pub min_ctas: Option<u32>,
     /// Most thread blocks that an operation uses on the device: fewer leave more to computation.
     pub max_ctas: Option<u32>,
 }
@@ -41,9 +39,6 @@ impl CommConfig {
         let mut raw = RawConfig::new();
         raw.blocking = 0;
         let number = |n: u32| c_int::try_from(n).unwrap_or(c_int::MAX);
-        if let Some(n) = self.min_ctas {
-            raw.min_ctas = number(n);
-        }
         if let Some(n) = self.max_ctas {
             raw.max_ctas = number(n);
         }

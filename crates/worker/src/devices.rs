@@ -47,7 +47,19 @@ fn parse_devices<E>(
         ("cuda", None) => (0..n_cuda().map_err(DevicesError::Cuda)?).collect(),
         ("cuda", Some(list)) => {
             let numbers: Result<Vec<u32>, _> = list.split(',').map(str::parse).collect();
-            numbers.map_err(|_| bad("after `cuda:` come numbers of devices, like 0,1"))?
+            let numbers =
+                numbers.map_err(|_| bad("after `cuda:` come numbers of devices, like 0,1"))?;
+            let n = n_cuda().map_err(DevicesError::Cuda)?;
+            // Another number may be a device that CUDA_VISIBLE_DEVICES hides: somebody else's.
+            if let Some(beyond) = numbers.iter().find(|number| **number >= n) {
+                let seen = std::env::var("CUDA_VISIBLE_DEVICES");
+                let seen =
+                    seen.map_or(String::new(), |v| format!(" (CUDA_VISIBLE_DEVICES is {v})"));
+                return Err(bad(&format!(
+                    "there is no device {beyond}: the driver shows {n}, from 0 on{seen}"
+                )));
+            }
+            numbers
         }
         _ => return Err(bad("expected `all`, `cpu`, `cpu:N`, `cuda` or `cuda:I,J`")),
     };
@@ -84,7 +96,9 @@ mod tests {
         assert_eq!(parse("cpu").unwrap(), ["cpu0"]);
         assert_eq!(parse("cpu:2").unwrap(), ["cpu0", "cpu1"]);
         assert_eq!(parse("cuda").unwrap(), ["cuda0", "cuda1", "cuda2"]);
-        assert_eq!(parse("cuda:5,1").unwrap(), ["cuda5", "cuda1"]);
+        assert_eq!(parse("cuda:2,1").unwrap(), ["cuda2", "cuda1"]);
+        let beyond = parse("cuda:0,3").unwrap_err();
+        assert!(beyond.contains("there is no device 3: the driver shows 3, from 0 on"), "{beyond}");
         for bad in ["", "gpu", "cpu:0", "cpu:65", "cpu:x", "cuda:", "cuda:x", "cuda:1,", "tpu:0"] {
             assert!(parse(bad).unwrap_err().contains("--devices"), "{bad}");
         }

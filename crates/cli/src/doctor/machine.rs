@@ -14,6 +14,8 @@ const FILES_MIN: u64 = 4096;
 const SHARED_MIN: u64 = 64 << 20;
 /// Below this a network holds most models back, Mb/s.
 const NETWORK_MIN: u64 = 1000;
+/// CUDA that the driver must serve for the libtorch that workers have, 2.11.0 for CUDA 13.0.
+const CUDA_MIN: u32 = 13;
 /// What NCCL is called where it is installed.
 const NCCL: &str = "libnccl.so.2";
 
@@ -77,8 +79,14 @@ pub(super) fn devices() -> Vec<Finding> {
     }
 }
 
+/// Tells whether a driver for this CUDA, `12.8`, runs the libtorch that workers have.
+fn serves(cuda: &str) -> bool {
+    let major = cuda.split('.').next().and_then(|major| major.parse::<u32>().ok());
+    major.is_some_and(|major| major >= CUDA_MIN)
+}
+
 fn describe(driver: &Driver) -> Finding {
-    let look = || -> Result<String, CudaError> {
+    let look = || -> Result<(String, String), CudaError> {
         let version = driver.version()?;
         let own = version.driver.map_or(String::new(), |own| format!("driver {own}, "));
         let device = |info: lacuna_cuda::DeviceInfo| {
@@ -86,10 +94,16 @@ fn describe(driver: &Driver) -> Finding {
             format!("{} ({}, sm_{major}{minor})", info.name, size(info.memory_bytes))
         };
         let devices: Vec<String> = driver.devices()?.into_iter().map(device).collect();
-        Ok(format!("{own}CUDA {}: {}", version.cuda, devices.join(", ")))
+        let text = format!("{own}CUDA {}: {}", version.cuda, devices.join(", "));
+        Ok((version.cuda, text))
     };
     match look() {
-        Ok(text) => finding("GPU", Verdict::Fine, text),
+        Ok((cuda, text)) if serves(&cuda) => finding("GPU", Verdict::Fine, text),
+        Ok((_, text)) => finding(
+            "GPU",
+            Verdict::Bad,
+            format!("{text}; workers on it need a driver for CUDA {CUDA_MIN} (580 or newer)"),
+        ),
         Err(error) => finding("GPU", Verdict::Bad, lacuna_checkpoint::chain(&error)),
     }
 }
@@ -160,6 +174,12 @@ fn judge_network(cards: &[Card]) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_driver_may_be_too_old() {
+        assert!(serves("13.0") && serves("14.1"));
+        assert!(!serves("12.8") && !serves("unknown"));
+    }
 
     #[test]
     fn cards_that_are_up_are_listed_and_slow_ones_noted() {

@@ -110,12 +110,16 @@ impl Rank {
 
     /// Waits for the line of a step and returns what it says.
     fn hear(&mut self, step: &str) -> anyhow::Result<String> {
-        let left = self.end.saturating_duration_since(Instant::now());
-        let line = match self.lines.recv_timeout(left) {
-            Ok(line) => line,
-            Err(RecvTimeoutError::Timeout) => bail!("rank {} did not say `{step}`", self.rank),
-            Err(RecvTimeoutError::Disconnected) => {
-                bail!("rank {} ended before it said `{step}`", self.rank)
+        let line = loop {
+            let left = self.end.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                // NCCL says things there too.
+                Ok(line) if !STEPS.iter().any(|step| line.starts_with(step)) => {}
+                Ok(line) => break line,
+                Err(RecvTimeoutError::Timeout) => bail!("rank {} did not say `{step}`", self.rank),
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("rank {} ended before it said `{step}`", self.rank)
+                }
             }
         };
         let said = line.strip_prefix(step).map(|rest| rest.trim().to_string());
