@@ -91,7 +91,7 @@ channels = 3
 
 [data]
 shards = "materials-train"
-crop_scale = [0.5, 1.0]
+{view}
 mean = [0.485, 0.456, 0.406]
 std = [0.229, 0.224, 0.225]
 
@@ -115,6 +115,8 @@ every = "50step"
 classes = {classes}
 {more}
 """
+# What is fixed cannot learn what crops have in common: probes see images as they are judged.
+VIEWS = {"linear": "crop_scale = [1.0, 1.0]\nflip = 0.0", "finetune": "crop_scale = [0.5, 1.0]"}
 # What each way of learning begins with. One rate for all layers that know nothing yet.
 ENCODER = 'encoder = "runs/textures"'
 WAYS = {"linear": {"pixels": 'pool = "pixels"', "random": "", "pre-trained": ENCODER},
@@ -197,7 +199,7 @@ def split(folder):
 def begin():
     """Makes the folder. One that a call with the same recipe was interrupted in is gone on with:
     trainings by themselves, and what they are judged by is not computed again."""
-    recipe = json.dumps([SPEC, TASK, WAYS, STEPS, TEST_EVERY, MATERIALS], indent=1)
+    recipe = json.dumps([SPEC, TASK, VIEWS, WAYS, STEPS, TEST_EVERY, MATERIALS], indent=1)
     stamp = OUT / "recipe.json"
     if stamp.exists() and stamp.read_text() == recipe:
         say(PROGRAM, f"going on in {OUT.name}")
@@ -211,7 +213,8 @@ def learn(kind, features, seed):
     """Trains a probe or fine-tunes, and returns how often it is right on the test's files."""
     name = f"{kind}-{features}-{seed}"
     (OUT / f"{name}.toml").write_text(TASK.format(
-        name=name, kind=kind, seed=seed, classes=len(MATERIALS), more=WAYS[kind][features]))
+        name=name, kind=kind, seed=seed, classes=len(MATERIALS), view=VIEWS[kind],
+        more=WAYS[kind][features]))
     report = OUT / f"{name}.json"
     if report.exists():
         return json.loads(report.read_text())["results"][-1]["top1"]

@@ -66,7 +66,7 @@ class Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         self.env = dict(os.environ, OMP_NUM_THREADS="1", RUST_LOG="warn")
         self.pretrained: set[int] = set()
-        self.known = known(args.known) if args.known else {}
+        self.known = known(args.known, self.recipe()) if args.known else {}
 
     def keep(self, name: str, found: dict) -> None:
         """Writes a small file that is there whole or not at all."""
@@ -74,13 +74,17 @@ class Bench:
         path.with_suffix(".part").write_text(json.dumps(found, indent=1))
         path.with_suffix(".part").rename(path)
 
-    def is_one_recipe(self) -> None:
-        """Refuses a folder whose results come of another recipe."""
+    def recipe(self) -> dict:
+        """Returns what all results of a folder have in common: steps, and specs by their names."""
         cases = [Case(protocol, features, fraction, 0)
                  for protocol in ("linear", "finetune") for features in FEATURES
                  for fraction in self.args.epochs[protocol]]
-        recipe = {"steps": self.args.steps,
-                  "specs": {case.name: self.spec(case, 6000) for case in cases}}
+        return {"steps": self.args.steps,
+                "specs": {case.name: self.spec(case, 6000) for case in cases}}
+
+    def is_one_recipe(self) -> None:
+        """Refuses a folder whose results come of another recipe."""
+        recipe = self.recipe()
         path = self.work / "recipe.json"
         if path.exists() and json.loads(path.read_text()) != recipe:
             raise Unfit(f"{self.work} has results of another recipe ({path.name} there): "
@@ -220,10 +224,13 @@ warmup = "{warmup}step"
         return float(json.loads(path.read_text())["top1"])
 
 
-def known(path: str) -> dict[Case, float]:
+def known(path: str, recipe: dict) -> dict[Case, float]:
     """Reads the results of an earlier call, as it wrote them into downstream.json."""
     try:
-        rows = json.loads(pathlib.Path(path).read_text())
+        earlier = json.loads(pathlib.Path(path).read_text())
+        rows = earlier["rows"]
+        if earlier["recipe"] != recipe:
+            raise Unfit(f"{path} has results of another recipe (`recipe` there)")
         return {Case(row["protocol"], row["features"], float(row["fraction"]), int(row["seed"])):
                 float(row["top1"]) for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -352,7 +359,9 @@ def main() -> int:
     text = table(args, found)
     (bench.work / "downstream.svg").write_text(plot(args, found))
     (bench.work / "downstream.json").write_text(json.dumps(
-        [{**dataclasses.asdict(case), "top1": value} for case, value in found.items()], indent=1))
+        {"recipe": bench.recipe(),
+         "rows": [{**dataclasses.asdict(case), "top1": value} for case, value in found.items()]},
+        indent=1))
     print(text)
     say(PROGRAM, f"{time.monotonic() - began:.0f} s; the plot is {bench.work}/downstream.svg")
     return 0

@@ -53,14 +53,17 @@ class Downstream(unittest.TestCase):
         rows = [{"protocol": case.protocol, "features": case.features, "fraction": case.fraction,
                  "seed": case.seed, "top1": top1} for case, top1 in found(args).items()]
         known = self.folder / "known.json"
-        known.write_text(json.dumps(rows))
+        recipe = downstream.Bench(args).recipe()
+        known.write_text(json.dumps({"recipe": recipe, "rows": rows}))
         bench = downstream.Bench(options(self.folder, known=known))
         case = Case("linear", "pre-trained", 0.01, 2)
         self.assertEqual(bench.top1(case), 0.52)
         bench.keep(f"{Case('knn', 'random', 0.1, 7).name}.json", {"top1": 0.25})
         self.assertEqual(bench.top1(Case("knn", "random", 0.1, 7)), 0.25)
-        known.write_text("[{}]")
-        with self.assertRaises(downstream.Unfit):
+        with self.assertRaisesRegex(downstream.Unfit, "another recipe"):
+            downstream.Bench(options(self.folder, known=known, steps=4000))
+        known.write_text('{"rows": [{}]}')
+        with self.assertRaisesRegex(downstream.Unfit, "no results"):
             downstream.Bench(options(self.folder, known=known))
 
     def test_a_folder_holds_one_recipe(self):

@@ -91,6 +91,8 @@ pub struct ExportOptions {
     pub image_mean: Vec<f64>,
     /// Deviation of each channel in training, for the image processor.
     pub image_std: Vec<f64>,
+    /// Names of a classifier's classes, in the order of its outputs; none where they are unknown.
+    pub classes: Vec<String>,
 }
 
 /// What was written.
@@ -200,7 +202,7 @@ pub fn export(
         mean: options.image_mean.clone(),
         std: options.image_std.clone(),
     };
-    let mut writer = Writer::new(dir, manifest, options.dtype, &about);
+    let mut writer = Writer::new(dir, manifest, options, &about);
     if !options.layout.is_hf() {
         let parent = out.parent().unwrap_or(Path::new(""));
         if !parent.as_os_str().is_empty() {

@@ -251,6 +251,13 @@ fn notices(
             "the file has no decoder: its {n} tensors are drawn from seed {seed}, as in a fresh run"
         ));
     }
+    if weights.has_pooled_norm() {
+        out.push(
+            "`fc_norm` is taken as the encoder's last norm: it has learned to read the mean of the \
+             patches, and comes before single tokens here"
+                .to_string(),
+        );
+    }
     for table in &plan.tables {
         out.extend(table_notice(weights, config, table)?);
     }

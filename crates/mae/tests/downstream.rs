@@ -198,6 +198,7 @@ fn any_source_and_any_number_of_threads_give_the_same_bits() {
             max_shard_bytes: MAX_SHARD_BYTES,
             image_mean: spec.data.mean.clone(),
             image_std: spec.data.std.clone(),
+            classes: Vec::new(),
         };
         export(&dir, &manifest, &spec.model, &options, &desk.path(name)).unwrap();
         // An export says its heads and its normalisation itself.
@@ -356,6 +357,8 @@ fn pictures_of_any_image_say_whose_statistics_they_show() {
     assert!(said.contains("3 rows of original"), "{said}");
     let (said, ..) = with(&["--norm-pix-loss", "false", "--data", "val", "--images", "1"]);
     assert!(said.contains("1 row of") && said.contains("as the model predicts them"), "{said}");
+    let (said, ..) = with(&["--mask-ratio", "0.5", "--data", "val", "--images", "1"]);
+    assert!(said.contains("32 of 64 patches are removed"), "{said}");
     // A run's own data, as its spec names it: seen from the folder where it trains.
     let (said, _) = desk.run(0, &["reconstruct", "runs/mid", "--images", "2"]);
     assert!(said.contains("`runs/mid` at step 0") && said.contains("2 rows"), "{said}");
@@ -386,6 +389,7 @@ fn bad_input_is_named() {
         max_shard_bytes: MAX_SHARD_BYTES,
         image_mean: spec.data.mean.clone(),
         image_std: spec.data.std.clone(),
+        classes: Vec::new(),
     };
     export(&dir, &manifest, &spec.model, &options, &desk.path("timm.safetensors")).unwrap();
     for (name, bytes) in [("a.pth", &b"PK\x03\x04"[..]), ("b.safetensors", b"PK\x03\x04 rest")] {
@@ -420,6 +424,8 @@ fn bad_input_is_named() {
         (features(&source, &["--heads", "4", "--mean", "1"]), 2, "--mean has 1 values for 3"),
         (features(&source, &["--heads", "4", "--std", "0,1,1"]), 2, "--std must be positive"),
         (features(&source, &["--heads", "4", "--step", "3"]), 2, "--step is for runs"),
+        (features(&source, &["--heads", "4", "--ema"]), 2, "--ema is for runs"),
+        (features("runs/mid", &["--ema"]), 2, "keeps no average of its weights (`task.ema`)"),
         (features("runs/mid", &["--heads", "4"]), 2, "--heads is for weights files"),
         (features("runs/mid", &["--step", "7"]), 74, "there is no checkpoint at step 7"),
         (features("runs/mid", &["--img-size", "30"]), 2, "must be a multiple of 4 (`patch_size`)"),
@@ -436,6 +442,7 @@ fn bad_input_is_named() {
         (draw("timm.safetensors", &["--image", "text.png"]), 2, "holds an encoder alone"),
         (draw("runs/mid", &["--image", "text.png"]), 2, "`text.png` is not a usable image"),
         (draw("runs/mid", &["--image", "none.png"]), 74, "failed to read --image `none.png`"),
+        (draw("runs/mid", &["--mask-ratio", "1"]), 2, "--mask-ratio does not fit: "),
         (draw("runs/mid", &["--images", "0"]), 2, "`--images` must be between 1 and 256"),
         (draw(&source, &[]), 2, "--heads"),
     ];

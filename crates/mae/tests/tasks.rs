@@ -249,6 +249,7 @@ fn exported(fixture: &Fixture) {
     };
     let (code, out, err) = export("finetune-1", "timm");
     assert_eq!(code, 0, "{err}");
+    assert!(err.contains("does not name 4 classes: the file will not either"), "{err}");
     assert!(out.contains("num_classes=4, global_pool=\"avg\""), "{out}");
     let file = std::fs::read(fixture.path("export-finetune-1-timm/timm.safetensors")).expect("it");
     let head = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
@@ -355,6 +356,7 @@ fn judged(fixture: &Fixture, run: &str) {
         .envs(lacuna_mae::runtime::CPU_ENV.iter().copied());
     let (code, text, err) = said(&command.output().expect("it starts"));
     assert_eq!(code, 0, "{text}{err}");
+    assert_eq!(err.matches("how well it remembers them").count(), 1, "{err}");
     let page = std::fs::read_to_string(out.with_extension("html")).expect("a page");
     assert!(page.contains("What was taken for what") && !page.contains("http"), "{page}");
     assert!(page.contains("data:image/png;base64,"), "mistakes are shown: {page}");
@@ -477,6 +479,21 @@ fn an_average_of_the_weights_is_kept_over_a_kill() {
     let (last, average) = (export("last", &[]), export("average", &["--ema"]));
     assert_eq!(last.len(), average.len(), "the same tensors");
     assert_ne!(last, average);
+    // So have features.
+    let features = |source: &str, more: &[&str]| {
+        let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
+            .args(["features", source, "--data", "data", "--out", "of.npy", "--force"])
+            .args(more)
+            .current_dir(fixture.dir.path())
+            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
+            .output();
+        let (code, out, err) = said(&command.expect("it starts"));
+        assert_eq!(code, 0, "{out}{err}");
+        std::fs::read(fixture.path("of.npy")).expect("features")
+    };
+    let average = features("ckpt/kept-1", &["--ema"]);
+    assert!(average == features("average.safetensors", &[]), "of the run and of its export");
+    assert!(average != features("ckpt/kept-1", &[]), "of the average");
     let plain = run(&fixture, "plain", &keys("finetune", "1:1"), |cluster, _| cluster.add("a", 1));
     assert_eq!(plain.figures[&STEPS].loss, alone.figures[&STEPS].loss, "it changes no step");
     let (code, text, _) = judge("plain", &["--ema"]);

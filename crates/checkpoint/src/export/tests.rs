@@ -16,6 +16,7 @@ fn options(layout: ExportLayout) -> ExportOptions {
         max_shard_bytes: MAX_SHARD_BYTES,
         image_mean: vec![0.485, 0.456, 0.406],
         image_std: vec![0.229, 0.224, 0.225],
+        classes: Vec::new(),
     }
 }
 
@@ -95,6 +96,20 @@ fn timm_has_the_encoder_alone() {
     for (name, tensor) in found {
         assert_eq!(tensor, want(&state, &name, Part::Whole), "{name}");
     }
+}
+
+#[test]
+fn classes_keep_their_names() {
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("vit.safetensors");
+    let about = |classes: Vec<String>| {
+        export_to(&micro(4), &ExportOptions { classes, ..options(ExportLayout::Timm) }, &path);
+        let bytes = std::fs::read(&path).unwrap();
+        SafeTensors::read_metadata(&bytes).unwrap().1.metadata().clone().unwrap()
+    };
+    let named = about(vec!["a \"b\"".to_string(), "ü".to_string()]);
+    assert_eq!(named["lacuna.classes"], r#"["a \"b\"","ü"]"#);
+    assert!(!about(Vec::new()).contains_key("lacuna.classes"));
 }
 
 #[test]

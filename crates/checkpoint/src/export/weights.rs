@@ -7,7 +7,7 @@ use std::path::Path;
 
 use lacuna_recipe::state::Section;
 
-use super::{ExportDtype, ExportError, Item, Source};
+use super::{ExportDtype, ExportError, ExportOptions, Item, Source};
 use crate::disk::{self, Partial};
 use crate::header::{self, HeaderTensor};
 use crate::import::{ABOUT_KEY, About};
@@ -27,14 +27,29 @@ pub(super) struct Writer<'a> {
     dtype: ExportDtype,
     /// What the files say of the model, JSON.
     about: String,
+    /// Names of the classes, a JSON array; nothing where they are unknown.
+    classes: Option<String>,
     reader: Reader<'a>,
 }
 
 impl<'a> Writer<'a> {
-    /// Writes tensors of one checkpoint as `dtype`; the files say `about` of the model.
-    pub fn new(dir: &'a RunDir, manifest: &'a Manifest, dtype: ExportDtype, about: &About) -> Self {
+    /// Writes tensors of one checkpoint; the files say `about` of the model.
+    pub fn new(
+        dir: &'a RunDir,
+        manifest: &'a Manifest,
+        options: &ExportOptions,
+        about: &About,
+    ) -> Self {
         let about = serde_json::to_string(about).expect("numbers and names are JSON");
-        Writer { manifest, dtype, about, reader: Reader::new(dir, manifest) }
+        let names = |names| serde_json::to_string(names).expect("text is JSON");
+        let classes = (!options.classes.is_empty()).then(|| names(&options.classes));
+        Writer {
+            manifest,
+            dtype: options.dtype,
+            about,
+            classes,
+            reader: Reader::new(dir, manifest),
+        }
     }
 
     /// Writes `items` into a file that does not have its name yet; returns it and its digest.
@@ -80,7 +95,7 @@ impl<'a> Writer<'a> {
         };
         let tensors: Vec<HeaderTensor> = items.iter().map(tensor).collect();
         let step = self.manifest.step.to_string();
-        let metadata = [
+        let mut metadata = vec![
             // Readers of PyTorch models refuse files without it.
             ("format", "pt"),
             ("lacuna.manifest", self.manifest.seal.as_str()),
@@ -88,6 +103,7 @@ impl<'a> Writer<'a> {
             ("lacuna.run", self.manifest.run.as_str()),
             ("lacuna.step", step.as_str()),
         ];
+        metadata.extend(self.classes.as_deref().map(|classes| ("lacuna.classes", classes)));
         header::render(&metadata, &tensors)
     }
 

@@ -6,8 +6,9 @@ use clap::{Args, ValueEnum};
 use lacuna_checkpoint::export::{
     ExportDtype, ExportError, ExportLayout, ExportOptions, Exported, MAX_SHARD_BYTES, export,
 };
+use lacuna_data::pack::class_names;
 use lacuna_recipe::model::ModelConfig;
-use lacuna_spec::{Pool, TaskKind, TaskSpec};
+use lacuna_spec::{Pool, RunSpec, TaskKind, TaskSpec};
 use lacuna_types::exit;
 
 use super::{pick, run_dir, stored_spec};
@@ -27,6 +28,10 @@ pub struct ExportArgs {
     /// Of a fine-tuned model the average of its weights (`task.ema`).
     #[arg(long)]
     ema: bool,
+    /// Of a fine-tuned model the data that it learned from, where they lie elsewhere than then
+    /// (`data.shards`): the file gets the names of their classes.
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
     /// Leave the decoder out; with `timm` it always is, with `hf` the folder is for `ViTMAEModel`.
     #[arg(long)]
     encoder_only: bool,
@@ -104,6 +109,7 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
         max_shard_bytes: args.max_shard_bytes,
         image_mean: spec.data.mean.clone(),
         image_std: spec.data.std.clone(),
+        classes: spec.task.as_ref().map_or(Vec::new(), |task| names_of(args, &spec, task)),
     };
     let exported = export(&dir, &manifest, &spec.model, &options, &out);
     let exported = exported.map_err(|error| match error {
@@ -116,6 +122,22 @@ pub(super) fn run(args: &ExportArgs) -> anyhow::Result<u8> {
     };
     put(&report(&exported, manifest.step, &hint))?;
     Ok(exit::OK)
+}
+
+/// Returns the names of a classifier's classes, as they stand beside the data that it learned from.
+fn names_of(args: &ExportArgs, spec: &RunSpec, task: &TaskSpec) -> Vec<String> {
+    let data = args.data.as_deref().unwrap_or(Path::new(&spec.data.shards));
+    let names = class_names(data);
+    if names.len() == task.classes as usize {
+        return names;
+    }
+    eprintln!(
+        "note: `{}` does not name {} classes: the file will not either (--data says where the data \
+         are that the run learned from)",
+        data.display(),
+        task.classes
+    );
+    Vec::new()
 }
 
 /// Finds out how a run of a task is exported.

@@ -224,6 +224,7 @@ impl Judging<'_> {
     fn judge(&mut self, manifest: &Manifest) -> anyhow::Result<()> {
         let (spec, task) = task_of(manifest)?;
         batches::same_classes(self.args.model.train_of(&spec), &self.args.val)?;
+        self.note_known_images(manifest);
         self.n_classes = task.classes.max(self.val.index().n_classes());
         self.last_step = last_step(self.dir, &spec)?;
         let model = &self.args.model;
@@ -253,6 +254,18 @@ impl Judging<'_> {
             shape: shape_of(&spec.model),
         });
         Ok(())
+    }
+
+    /// Tells whoever judges a run by the very images that it learned from.
+    fn note_known_images(&self, manifest: &Manifest) {
+        let learned_from = &manifest.state.facts.data_fingerprint;
+        if self.results.is_empty() && *learned_from == self.val.fingerprint().to_string() {
+            eprintln!(
+                "note: the run learned from `{}`, image by image: this tells how well it remembers \
+                 them, not what it makes of others (`lacuna data subset … --rest` holds some out)",
+                self.args.val.display()
+            );
+        }
     }
 
     /// Writes what came of all but the first `n` for TensorBoard, if that is wanted.

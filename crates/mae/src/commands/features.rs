@@ -118,10 +118,10 @@ pub fn features(args: &FeaturesArgs) -> anyhow::Result<u8> {
     let n_threads = args.compute.threads().min(ids.len().div_ceil(batch));
     let workers: Vec<FrozenMae> = (0..n_threads).map(|_| model.share()).collect();
     let work = |model: &mut FrozenMae, pixels: &[u8]| model.pooled(pixels, pool);
-    let width: usize = shape.iter().product();
+    let row_values: usize = shape.iter().product();
     images.for_each("features", workers, work, |at, mut rows| {
         let bad = unread.lock().unwrap_or_else(PoisonError::into_inner);
-        for (row, id) in rows.chunks_exact_mut(width).zip(&ids[at..]) {
+        for (row, id) in rows.chunks_exact_mut(row_values).zip(&ids[at..]) {
             if bad.contains(id) {
                 row.fill(f32::NAN);
             }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use base64::Engine as _;
 use image::{DynamicImage, GrayImage, RgbImage};
+use lacuna_data::pack::class_names;
 use lacuna_data::{Dataset, ImageShape, SampleReader};
 use lacuna_recipe::eval::metrics::Tally;
 use lacuna_types::SampleId;
@@ -66,14 +67,6 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// Reads the names of the classes that packing wrote beside the data; numbers stand for the others.
-fn names_of(data: &Path) -> Vec<String> {
-    let text = std::fs::read_to_string(data.join("pack.json")).unwrap_or_default();
-    let pack: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-    let names = pack["classes"].as_array().map(Vec::as_slice).unwrap_or_default();
-    names.iter().filter_map(|name| name.as_str().map(str::to_string)).collect()
-}
-
 impl Page {
     /// Begins a page about the data in `data`.
     pub fn new(title: &str, facts: &str, data: &Path) -> Self {
@@ -82,7 +75,7 @@ impl Page {
             "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title>\
              <style>{STYLE}</style><h1>{title}</h1><p class=\"soft\">{facts}</p>\n"
         );
-        Page { body, classes: names_of(data) }
+        Page { body, classes: class_names(data) }
     }
 
     fn name(&self, class: u32) -> String {

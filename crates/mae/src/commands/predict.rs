@@ -41,6 +41,7 @@ pub fn predict(args: &PredictArgs) -> anyhow::Result<u8> {
     let manifest = manifest_of(&dir, &args.run, args.model.step)?;
     let (spec, task) = task_of(&manifest)?;
     let head = load(&dir, &manifest, (&spec, &task), &args.model, &mut None)?;
+    batches::same_classes(args.model.train_of(&spec), &args.data)?;
     let dataset = batches::open(&args.data)?;
     let ids: Vec<u64> = (0..dataset.n_samples()).collect();
     let label = |id: u64| dataset.label(SampleId(id));

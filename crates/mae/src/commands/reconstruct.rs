@@ -40,6 +40,9 @@ pub struct ReconstructArgs {
     /// normalised patches.
     #[arg(long, value_enum, default_value = "visible")]
     statistics: StatisticsArg,
+    /// Share of the patches that is removed [default: the model's].
+    #[arg(long, value_name = "SHARE")]
+    mask_ratio: Option<f64>,
     /// Chooses masks.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -81,7 +84,13 @@ pub fn reconstruct(args: &ReconstructArgs) -> anyhow::Result<u8> {
         norm_pix_loss: args.norm_pix_loss,
         img_size: None,
     };
-    let loaded = args.source.load(Need::Decoder, hints)?;
+    let mut loaded = args.source.load(Need::Decoder, hints)?;
+    if let Some(mask_ratio) = args.mask_ratio {
+        loaded.model.mask_ratio = mask_ratio;
+        if let Some(problem) = loaded.model.problems().first() {
+            return Err(usage(format!("--mask-ratio does not fit: {problem}")));
+        }
+    }
     let shown = choose_images(args, &loaded)?;
     let model = loaded.build_as_stored();
     let random = random_params(&loaded.model, args.seed);
@@ -95,8 +104,10 @@ pub fn reconstruct(args: &ReconstructArgs) -> anyhow::Result<u8> {
     let rows = if n == 1 { "row" } else { "rows" };
     let text = format!(
         "{n} {rows} of original | masked | reconstruction by {} | reconstruction by random \
-         weights; {}",
+         weights; {} of {} patches are removed; {}",
         loaded.origin,
+        loaded.model.n_patches() - loaded.model.len_keep(),
+        loaded.model.n_patches(),
         said_of(statistics, &loaded.model)
     );
     write_png(&picture, &text, &args.out)?;

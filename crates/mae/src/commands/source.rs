@@ -20,7 +20,7 @@ use lacuna_recipe::keymap::timm;
 use lacuna_recipe::model::{ModelConfig, ParamSpec};
 use lacuna_recipe::pos_embed::sincos_2d;
 use lacuna_recipe::state::Layout;
-use lacuna_spec::classifier::{classifier_params, own_name};
+use lacuna_spec::classifier::{averaged, classifier_params, own_name};
 use lacuna_spec::{RunSpec, TaskKind, TaskSpec, parse_text};
 use lacuna_types::Step;
 
@@ -38,6 +38,9 @@ pub struct SourceArgs {
     /// Step of the run's checkpoint [default: the newest].
     #[arg(long)]
     step: Option<u64>,
+    /// Of a fine-tuned run the average of its weights (`task.ema`).
+    #[arg(long)]
+    ema: bool,
     /// Attention heads of the encoder, where a weights file does not say.
     #[arg(long, value_name = "N")]
     heads: Option<u32>,
@@ -171,6 +174,11 @@ impl SourceArgs {
         let spec = parse_text("the checkpoint's spec", &manifest.spec, &[])
             .context("read the spec stored in the checkpoint")?
             .spec;
+        if self.ema && spec.task.as_ref().is_none_or(|task| task.ema.is_none()) {
+            return Err(usage(format!(
+                "--ema: the run `{shown}` keeps no average of its weights (`task.ema`)"
+            )));
+        }
         if let Some(task) = &spec.task {
             if task.kind == TaskKind::Finetune && need == Need::Encoder {
                 return self.load_tuned(dir, &manifest, &spec, task);
@@ -209,10 +217,14 @@ impl SourceArgs {
         spec: &RunSpec,
         task: &TaskSpec,
     ) -> anyhow::Result<Loaded> {
-        let tuned = Layout::new(classifier_params(task, &spec.model));
-        let wanted = |param: &ParamSpec| !param.name.starts_with("head.");
-        let values = load_params(dir, manifest, &tuned, wanted).map_err(|e| io(chain(&e)))?;
-        let of = |name: &str| &values[tuned.range(tuned.find(name).expect("it is one of them"))];
+        let stored = |name: &str| if self.ema { averaged(name) } else { name.to_string() };
+        let mut tuned = classifier_params(task, &spec.model);
+        tuned.retain(|param| !param.name.starts_with("head."));
+        tuned.iter_mut().for_each(|param| param.name = stored(&param.name));
+        let tuned = Layout::new(tuned);
+        let values = load_params(dir, manifest, &tuned, |_| true).map_err(|e| io(chain(&e)))?;
+        let block = |name: &str| tuned.find(&stored(name)).expect("it is one of them");
+        let of = |name: &str| &values[tuned.range(block(name))];
         let layout = Layout::new(spec.model.params());
         let mut params = vec![0.0; layout.numel()];
         for (block, param) in layout.params().iter().enumerate() {
@@ -242,8 +254,10 @@ impl SourceArgs {
     /// Loads a weights file.
     fn load_weights(&self, need: Need, hints: Hints) -> anyhow::Result<Loaded> {
         let shown = self.source.display().to_string();
-        if self.step.is_some() {
-            return Err(usage(format!("--step is for runs, and `{shown}` is none")));
+        for (flag, given) in [("--step", self.step.is_some()), ("--ema", self.ema)] {
+            if given {
+                return Err(usage(format!("{flag} is for runs, and `{shown}` is none")));
+            }
         }
         let weights = Weights::open(&self.source).map_err(|e| unreadable(&self.source, e))?;
         let given = Given {

@@ -22,6 +22,10 @@ const NAMED_MAX: usize = 12;
 /// are smaller than this.
 const PEAK_MAX: f64 = 0.1;
 
+/// Samples of a slot below which a probe's batch norm is warned about: their mean and deviation are
+/// all that it sees in training.
+const NORM_SAMPLES_MIN: u32 = 32;
+
 /// Parameters above which a model is probably a slip of the hand: every worker holds all of them.
 const PARAMS_MAX: u64 = 100_000_000_000;
 /// Share of the wanted slot below which a smaller one is not advised: small slots waste a device.
@@ -99,6 +103,13 @@ fn recipes(out: &mut Vec<String>, spec: &RunSpec, task: &TaskSpec) {
                 .to_string(),
         );
     }
+    let slot_batch = spec.train.slot_batch;
+    if task.kind == TaskKind::Linear && slot_batch < NORM_SAMPLES_MIN {
+        out.push(format!(
+            "`train.slot_batch` = {slot_batch}: a probe's batch norm learns with the statistics of \
+             one slot, and is judged with those of all data; take {NORM_SAMPLES_MIN} or more"
+        ));
+    }
     if spec.train.slot_batch == 1 && (task.mixup > 0.0 || task.cutmix > 0.0) {
         out.push(
             "`train.slot_batch` = 1: `mixup` and `cutmix` have nobody to mix with".to_string(),
@@ -144,6 +155,10 @@ fn shares(out: &mut Vec<String>, spec: &RunSpec, workers: &[WorkerRow], n_slots:
 /// Finds the largest slot that serves every allowed number of workers well.
 fn better_slot_batch(spec: &RunSpec) -> Option<u32> {
     let (batch, workers) = (spec.train.batch, spec.elastic.workers);
+    // A probe's batch norm sees one slot: a smaller one is worse.
+    if spec.task.as_ref().is_some_and(|task| task.kind == TaskKind::Linear) {
+        return None;
+    }
     let serves = |slot_batch: &u32| {
         let n_slots = batch / slot_batch;
         let fine = |n| row(n_slots, n).efficiency >= EFFICIENCY_WARNING;

@@ -171,6 +171,7 @@ fn an_export_says_what_it_is_of() {
         max_shard_bytes: MAX_SHARD_BYTES,
         image_mean: vec![0.1, 0.2, 0.3],
         image_std: vec![0.4, 0.5, 0.6],
+        classes: Vec::new(),
     };
     export(&dir, &manifest, &model(), &options, &path).unwrap();
     let found = described(&path, &Given::default()).unwrap();

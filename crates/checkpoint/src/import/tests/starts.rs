@@ -23,6 +23,7 @@ fn exported(root: &Path, state: &Sample, layout: ExportLayout, max_shard_bytes: 
         max_shard_bytes,
         image_mean: vec![0.5; 3],
         image_std: vec![0.5; 3],
+        classes: Vec::new(),
     };
     let is_folder = matches!(layout, ExportLayout::Hf | ExportLayout::HfEncoder);
     let out = if is_folder { root.join("out") } else { root.join("out/x.safetensors") };
