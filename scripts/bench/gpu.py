@@ -152,7 +152,7 @@ class Bench:
                 turns.insert(0, lambda contest=contest: self.ours(contest))
                 # Whoever runs second finds a warmer machine; turning the order shares that out.
                 for turn in turns[:: -1 if number % 2 else 1]:
-                    lines += [{"round": number, **line} for line in turn()]
+                    lines += [{"round": number, "beside": kind, **line} for line in turn()]
                 self.keep(found)
         return found
 
@@ -176,13 +176,15 @@ def table(contest: Contest, lines: list[Line], peak: float | None, flops: float 
     """Lays a contest out as Markdown: rates, MFU, and the time of a step to our first case's."""
     out = (f"| {contest.model}, {contest.images} images a step | ms a step (range) | images/s "
            "| MFU | time to ours (range) |\n|---|---:|---:|---:|---:|\n")
-    by_case: dict[str, list[float]] = {}
+    by_case: dict[str, dict[tuple, float]] = {}
     for line in lines:
         if line.get("step_ms"):
-            by_case.setdefault(line["case"], []).append(line["step_ms"]["median"])
-    ours = by_case.get(contest.ours[0])
+            turn = (line.get("round"), line.get("beside"))
+            by_case.setdefault(line["case"], {})[turn] = line["step_ms"]["median"]
+    ours = by_case.get(contest.ours[0], {})
     for case in (*contest.ours, *contest.peers):
-        times = by_case.get(case)
+        by_turn = by_case.get(case, {})
+        times = list(by_turn.values())
         if not times:
             why = next((line["error"] for line in lines
                         if line["case"] == case and line.get("error")), "left out")
@@ -190,10 +192,11 @@ def table(contest: Contest, lines: list[Line], peak: float | None, flops: float 
             continue
         rate = contest.images / statistics.median(times) * 1e3
         mfu = f"{rate * flops / peak:.3f}" if peak and flops else "–"
-        ratio = "1" if times is ours else "–"
-        if ours and times is not ours:
-            ratios = [a / b for a, b in zip(times, ours)]
-            ratio = with_range(statistics.median(times) / statistics.median(ours), ratios, 3)
+        # Each with ours of the same turn: a card is not as fast all the time.
+        ratios = [ms / ours[turn] for turn, ms in by_turn.items() if turn in ours]
+        ratio = with_range(statistics.median(ratios), ratios, 3) if ratios else "–"
+        if by_turn is ours:
+            ratio = "1"
         out += f"| {case} | {spread(times)} | {rate:.0f} | {mfu} | {ratio} |\n"
     return out
 

@@ -41,13 +41,15 @@ class Reports(unittest.TestCase):
     CONTEST = gpu.Contest("base", 100, ("ours", "other"), {"peer": (), "slow": ()})
 
     def test_ratios_and_utilisation(self):
-        lines = [line("ours", 50.0), line("peer", 60.0), line("ours", 100.0), line("peer", 90.0),
+        lines = [line("ours", 50.0, round=0), line("peer", 60.0, round=0),
+                 line("ours", 75.0, round=0, beside="compiled"),
+                 line("ours", 100.0, round=1), line("peer", 90.0, round=1),
                  {"case": "other", "step_ms": None, "error": "out of memory"}]
         rows = gpu.table(self.CONTEST, lines, peak=4e12, flops=1e9).splitlines()[2:]
         self.assertEqual(rows, [
             "| ours | 75.0 (50.0–100.0) | 1333 | 0.333 | 1 |",
             "| other | out of memory | | | |",
-            "| peer | 75.0 (60.0–90.0) | 1333 | 0.333 | 1.000 (0.900–1.200) |",
+            "| peer | 75.0 (60.0–90.0) | 1333 | 0.333 | 1.050 (0.900–1.200) |",
             "| slow | left out | | | |",
         ])
 

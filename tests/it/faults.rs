@@ -342,4 +342,15 @@ fn a_run_that_another_coordinator_claimed_rests() {
     // Its worker serves the next run.
     let other = cluster.submit(&fixture.spec("other", 20, &[]));
     assert_eq!(cluster.wait_end(&other).run.state, "finished");
+    // Started again it leaves the claim where it is; asked to go on it takes the run back.
+    cluster.kill_coordinator();
+    cluster.start_coordinator();
+    let seen = cluster.wait(&run, "it is looked at", |seen| seen.run.state == "paused");
+    let claimed = || commit::highest_claim(&dir).unwrap().unwrap();
+    assert_eq!(claimed(), CoordEpoch(1000));
+    let (code, _, err) = said(&fixture.run(&["resume", "taken", "-c", &cluster.url]));
+    assert_eq!(code, 0, "{err}");
+    let before = seen.run.checkpoint_step;
+    cluster.wait(&run, "another checkpoint", |seen| seen.run.checkpoint_step > before);
+    assert!(claimed() > CoordEpoch(1000) && !part.exists());
 }

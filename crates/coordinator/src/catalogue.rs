@@ -104,22 +104,25 @@ fn examine_place(dir: &RunDir, spec: &RunSpec) -> Result<(), CatalogueError> {
 impl Catalogue {
     /// Claims the run for this coordinator, with `epoch` or the first free one above it, and looks
     /// at what is there. What is left of attempts goes, but for those of the generation `trains`,
-    /// whose members may come back and complete them.
+    /// whose members may come back and complete them. Without an epoch it looks only, and nothing
+    /// can be committed: of a run that rests, another coordinator may have the claim.
     pub fn open(
         spec: RunSpec,
         n_samples: u64,
         fingerprint: String,
-        epoch: CoordEpoch,
+        epoch: Option<CoordEpoch>,
         trains: Option<Generation>,
     ) -> Result<(Self, Found), CatalogueError> {
         let run: RunId = spec.run_id();
         let dir = RunDir::open(&spec.checkpoint.to, run).map_err(failed)?;
         let claimed = commit::highest_claim(&dir).map_err(failed)?;
-        if claimed.is_none() {
-            examine_place(&dir, &spec)?;
+        let ours = epoch.map(|epoch| epoch.max(claimed.unwrap_or_default().next()));
+        if let Some(ours) = ours {
+            if claimed.is_none() {
+                examine_place(&dir, &spec)?;
+            }
+            commit::claim(&dir, ours).map_err(failed)?;
         }
-        let epoch = epoch.max(claimed.unwrap_or_default().next());
-        commit::claim(&dir, epoch).map_err(failed)?;
         let entries = catalog::list(&dir).map_err(failed)?;
         let newest = catalog::newest_good(&entries).map(reference);
         let probe = catalog::newest_good(&entries)
@@ -137,12 +140,17 @@ impl Catalogue {
             )));
         }
         let generation = catalog::highest_generation(&dir).map_err(failed)?;
-        let current = trains.unwrap_or(generation.next());
-        lacuna_checkpoint::retain::collect_garbage(&dir, current, &[]).map_err(failed)?;
+        if ours.is_some() {
+            let current = trains.unwrap_or(generation.next());
+            lacuna_checkpoint::retain::collect_garbage(&dir, current, &[]).map_err(failed)?;
+        }
         let found = Found { newest, generation, probe, damaged };
         let is_reading = Arc::default();
+        let epoch = ours.unwrap_or_default();
         let catalogue = Catalogue { dir, spec, n_samples, fingerprint, epoch, is_reading };
-        catalogue.describe()?;
+        if ours.is_some() {
+            catalogue.describe()?;
+        }
         Ok((catalogue, found))
     }
 
@@ -279,6 +287,12 @@ impl Catalogue {
                 self.spec.checkpoint.to, self.epoch
             )
         }))
+    }
+
+    /// Tells whether the newest claim is this coordinator's.
+    pub fn has_claim(&self) -> Result<bool, CatalogueError> {
+        let highest = commit::highest_claim(&self.dir).map_err(failed)?;
+        Ok(highest == Some(self.epoch))
     }
 
     /// Only who holds the claim may remove anything: to others, parts of a checkpoint that is being

@@ -225,7 +225,8 @@ impl Shared {
         let Some(Unopened { stored, spec, order, .. }) = self.opening.get(id) else { return true };
         let (wanted, n_samples, print) =
             (spec.clone(), stored.n_samples, stored.fingerprint.clone());
-        let epoch = self.epoch;
+        // One that rests is claimed when it goes on.
+        let epoch = stored.saved.ending.is_none().then_some(self.epoch);
         let trains = stored.saved.plan.as_ref().map(|plan| plan.generation);
         let open = move || Catalogue::open(wanted, n_samples, print, epoch, trains);
         let task = opening.get_or_insert_with(|| tokio::task::spawn_blocking(open));

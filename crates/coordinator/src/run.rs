@@ -26,6 +26,7 @@ use crate::registry::Shared;
 use crate::state_writer::Down;
 use crate::store::{Entry, StoredRun, Update};
 
+mod claiming;
 mod derived;
 
 pub(crate) use derived::run_config;
@@ -549,10 +550,18 @@ impl RunTask {
             Ok(config) => config,
             Err(text) => return self.tell(Note { kind: "refused", warning: true, text }).await,
         };
-        self.keep_spec(spec)?;
         let mut saved = self.machine.saved().clone();
-        self.write(&mut vec![Entry::Fact(Record::Resumed)]).await?;
-        saved.apply(&Record::Resumed);
+        let mut news = match self.claim_again(&spec).await {
+            Ok(found) => found.map_or_else(Vec::new, |found| found.news(&saved)),
+            Err(why) => {
+                let text = format!("it does not go on: {why}");
+                return self.tell(Note { kind: "refused", warning: true, text }).await;
+            }
+        };
+        self.keep_spec(spec)?;
+        news.push(Record::Resumed);
+        news.iter().for_each(|record| saved.apply(record));
+        self.write(&mut news.into_iter().map(Entry::Fact).collect()).await?;
         let text = match &saved.checkpoint {
             Some(checkpoint) => {
                 format!("going on; newest checkpoint is of step {}", checkpoint.step)

@@ -63,7 +63,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let planes = match &args.planes {
         Some(folder) => {
             let cache =
-                Arc::new(PlaneCache::open(folder, (u64::MAX, 1), dataset.clone(), Fill::Always)?);
+                Arc::new(PlaneCache::open(folder, u64::MAX, dataset.clone(), Fill::Always)?);
             bare(&dataset, Some(&cache), 1, f64::INFINITY)?;
             Some(cache)
         }

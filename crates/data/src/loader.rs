@@ -240,14 +240,9 @@ struct Inner {
 }
 
 impl LoadError {
-    /// Tells whether what was read did not come in time: nothing is known of this worker or its
-    /// data.
+    /// Tells whether a store did not answer in time: nothing is known of this worker or its data.
     pub fn is_passing(&self) -> bool {
-        let source = match self {
-            LoadError::Deadline { .. } => return true,
-            LoadError::Sample { source, .. } => source,
-            _ => return false,
-        };
+        let LoadError::Sample { source, .. } = self else { return false };
         let SampleError::Read(ReadSampleError::Io { source, .. }) = &**source else { return false };
         let of_store = source.get_ref().and_then(|error| error.downcast_ref::<StoreError>());
         matches!(of_store, Some(StoreError::Deadline { .. }))

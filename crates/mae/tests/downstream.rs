@@ -54,16 +54,20 @@ struct Desk {
 impl Desk {
     fn new() -> Self {
         let desk = Desk { dir: tempfile::tempdir().unwrap() };
-        for (name, n_images, seed) in [("train", N_TRAIN, 1), ("val", N_VAL, 2)] {
-            let spec = SyntheticSpec { n_images, shape: SHAPE, seed };
-            let config = PackConfig {
-                name: name.to_string(),
-                shard_bytes: SHARD_BYTES_DEFAULT,
-                existing: Existing::Refuse,
-            };
-            pack(&PackSource::Synthetic(spec), &desk.path(name), &config, &mut |_| {}).unwrap();
-        }
+        desk.pack("train", N_TRAIN, 1);
+        desk.pack("val", N_VAL, 2);
         desk
+    }
+
+    /// Packs made-up images; the first of a seed are always the same.
+    fn pack(&self, name: &str, n_images: u64, seed: u64) {
+        let spec = SyntheticSpec { n_images, shape: SHAPE, seed };
+        let config = PackConfig {
+            name: name.to_string(),
+            shard_bytes: SHARD_BYTES_DEFAULT,
+            existing: Existing::Refuse,
+        };
+        pack(&PackSource::Synthetic(spec), &self.path(name), &config, &mut |_| {}).unwrap();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -319,6 +323,12 @@ fn neighbours_vote() {
     // Threads do not matter.
     let (again, _, _) = knn("b.json", &["--threads", "3", "--batch", "7"]);
     assert_eq!(report, again);
+    assert!(!noted.contains("on both sides"), "{noted}");
+    // Of what is there twice each finds itself.
+    desk.pack("half", N_TRAIN / 2, 1);
+    let words = ["eval", "knn", &source, "--train", "train", "--val", "half", "--out", "h.json"];
+    let (_, noted) = desk.run(0, &[&words, &HEADS[..]].concat());
+    assert!(noted.contains("30 of 30 validation images have the very features"), "{noted}");
     // A tenth of four classes, 60 images in all; and no baselines.
     let few = ["--label-fraction", "0.1", "--k", "3,1", "--baseline", "none"];
     let (report, _, _) = knn("c.json", &few);

@@ -182,7 +182,7 @@ impl<'a> Bench<'a> {
         };
         let planes = match (&args.cache, args.cache_size) {
             (Some(dir), Some(bytes)) => {
-                let cache = PlaneCache::open(dir, (bytes, 1), dataset.clone(), Fill::Always);
+                let cache = PlaneCache::open(dir, bytes, dataset.clone(), Fill::Always);
                 Some(Arc::new(cache.map_err(|error| io(&error))?))
             }
             _ => None,

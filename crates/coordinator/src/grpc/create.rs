@@ -15,6 +15,7 @@ use tracing::warn;
 
 use super::{Grpc, HELLO_DEADLINE, OPEN_PATIENCE, encoder, facts, going_down, not_found, specs};
 use crate::catalogue::Catalogue;
+use crate::opening::Unopened;
 use crate::registry::lock;
 use crate::run::Input;
 use crate::store::{StoreError, StoredRun};
@@ -56,11 +57,10 @@ impl Grpc {
         whole_places(&spec)?;
         let id = spec.run_id();
         let _turn = self.0.naming.turn(&id).await;
-        match self.0.opening.get(&id) {
-            // Whoever moves a run away from a place that does not answer does not wait for that.
-            Some(run)
-                if run.spec.checkpoint.to != spec.checkpoint.to && self.0.opening.give_up(&id) => {}
-            _ => self.0.wait_open(&id, OPEN_PATIENCE).await?,
+        let elsewhere = |run: Unopened| run.spec.checkpoint.to != spec.checkpoint.to;
+        // Whoever moves a run away from a place that does not answer does not wait for that.
+        if !self.0.opening.get(&id).is_some_and(elsewhere) {
+            self.0.wait_open(&id, OPEN_PATIENCE).await?;
         }
         // What a run was created with counts from its second day on, so it must be open by now.
         let known = self.0.runs().get(&id).map(|handle| handle.spec.clone());
@@ -158,7 +158,7 @@ impl Grpc {
         fingerprint: String,
     ) -> Result<(), Status> {
         let (wanted, print, epoch) = (spec.clone(), fingerprint.clone(), self.0.epoch);
-        let open = move || Catalogue::open(wanted, n_samples, print, epoch, None);
+        let open = move || Catalogue::open(wanted, n_samples, print, Some(epoch), None);
         let (catalogue, found) = tokio::task::spawn_blocking(open)
             .await
             .map_err(|err| status(Reason::Internal, err.to_string()))?
@@ -175,6 +175,11 @@ impl Grpc {
                 spec.checkpoint.to
             );
             return Err(status(Reason::RunExists, text));
+        }
+        // Only now: had the new place not been usable, it would be gone from both.
+        if !self.0.opening.give_up(id) {
+            let text = format!("run `{id}` was opened meanwhile where it was: submit it again");
+            return Err(status(Reason::Starting, text));
         }
         // A run that was left alone at the start has a journal: its numbers are not used again.
         let internal = |err: StoreError| status(Reason::Internal, err.to_string());

@@ -105,7 +105,7 @@ fn jpegs(folder: &Path, n: u32) -> Arc<Dataset> {
 /// Planes for every other worker, where this build has them.
 fn some_planes(folder: &Path, dataset: &Arc<Dataset>, rank: u32) -> Option<Arc<PlaneCache>> {
     let dir = folder.join("cache");
-    match PlaneCache::open(&dir, (u64::MAX, 1), dataset.clone(), Fill::Always) {
+    match PlaneCache::open(&dir, u64::MAX, dataset.clone(), Fill::Always) {
         Ok(cache) if rank % 2 == 1 => Some(Arc::new(cache)),
         _ => None,
     }

@@ -37,6 +37,9 @@ const SEAL: usize = 4;
 /// Places begin at pages, so that a file's holes stay holes.
 const PAGE: u64 = 4096;
 
+/// How often it is looked what is there while a process fills all of it.
+const LOOKS: u64 = 64;
+
 /// Pieces that the kernel takes in one call.
 const SLICES_MAX: usize = 1024;
 
@@ -51,6 +54,8 @@ pub struct PlaneCache {
     misses: AtomicU64,
     damaged: AtomicU64,
     bytes: AtomicU64,
+    /// Bytes added since it was looked how many are there.
+    unseen: AtomicU64,
     full: AtomicBool,
     told: AtomicBool,
     judge: Judge,
@@ -65,6 +70,16 @@ struct ChunkFile {
     states: Vec<AtomicU8>,
     /// Where each sample's planes begin.
     places: Vec<u64>,
+}
+
+/// Returns the bytes that a folder's files take on the disk.
+fn taken(folder: &Path) -> io::Result<u64> {
+    let mut bytes: u64 = 0;
+    for entry in fs::read_dir(folder)? {
+        // Another process may just have removed it.
+        bytes += entry.and_then(|e| e.metadata()).map_or(0, |meta| 512 * meta.blocks());
+    }
+    Ok(bytes)
 }
 
 /// Returns the bytes that are free on a folder's disk.
@@ -86,39 +101,34 @@ fn band_start(layout: &PlaneLayout, band: u32) -> u64 {
 impl PlaneCache {
     /// Opens the cache of a data set below `dir`, which is made if it is not there.
     ///
-    /// `bytes_max` bounds what all chunks of this data set take on the disk, by this cache and the
-    /// others of `sharers` processes that open it at about this time: each may add its share of
-    /// what is left. Once it is reached, planes are read and no longer added.
+    /// `bytes_max` bounds what all chunks of this data set take on the disk, whoever writes them;
+    /// once it is reached, planes are read and no longer added.
     pub fn open(
         dir: &Path,
-        (bytes_max, sharers): (u64, usize),
+        bytes_max: u64,
         dataset: Arc<Dataset>,
         fill: Fill,
     ) -> Result<Self, OpenCacheError> {
         let folder = dir.join(dataset.fingerprint().to_string()).join(DECODER_ID.replace('/', "-"));
         let failed = |source| OpenCacheError::Io { path: dir.to_path_buf(), source };
         fs::create_dir_all(&folder).map_err(failed)?;
-        let mut bytes: u64 = 0;
-        for entry in fs::read_dir(&folder).map_err(failed)? {
-            // Another process may just have removed it.
-            bytes += entry.and_then(|e| e.metadata()).map_or(0, |meta| 512 * meta.blocks());
-        }
+        let bytes = taken(&folder).map_err(failed)?;
         let n_files = (dataset.index().n_chunks() as usize).min(FILES_OPEN_MAX);
         let bytes_max = match fill {
             Fill::Always => bytes_max,
             // What nobody asked for by name leaves the disk some room.
             Fill::WhenWaiting => bytes_max.min(bytes + room(&folder).map_err(failed)? / 10 * 9),
         };
-        let share = bytes_max.saturating_sub(bytes) / sharers.max(1) as u64;
         Ok(PlaneCache {
             folder,
             dataset,
-            bytes_max: bytes + share,
+            bytes_max,
             files: (0..n_files).map(|_| Mutex::new(None)).collect(),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
             damaged: AtomicU64::new(0),
             bytes: AtomicU64::new(bytes),
+            unseen: AtomicU64::new(0),
             full: AtomicBool::new(false),
             told: AtomicBool::new(false),
             judge: Judge::new(fill),
@@ -234,6 +244,7 @@ impl PlaneCache {
             return;
         }
         let bytes = band_start(layout, layout.n_bands()).next_multiple_of(PAGE);
+        self.look_again(bytes);
         if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.bytes_max {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
             self.full.store(true, Ordering::Relaxed);
@@ -247,6 +258,18 @@ impl PlaneCache {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
             self.full.store(true, Ordering::Relaxed);
             self.tell(&format!("no more planes go to `{}`: {error}", self.folder.display()));
+        }
+    }
+
+    /// Looks now and then how much is there, before `bytes` are added: other trainers of this
+    /// machine add to it as well.
+    fn look_again(&self, bytes: u64) {
+        let every = (self.bytes_max / LOOKS).max(PAGE);
+        if self.unseen.fetch_add(bytes, Ordering::Relaxed) + bytes >= every {
+            self.unseen.store(0, Ordering::Relaxed);
+            if let Ok(found) = taken(&self.folder) {
+                self.bytes.store(found, Ordering::Relaxed);
+            }
         }
     }
 

@@ -48,8 +48,7 @@ fn bad_samples_are_passed_over_and_alone_are_an_error() {
     assert!(found.n_bad > 0 && found.n_jpeg == found.decode.n, "{found:?}");
     if cfg!(feature = "turbo") {
         let dir = tempfile::tempdir().unwrap();
-        let cache =
-            PlaneCache::open(dir.path(), (1 << 30, 1), dataset.clone(), Fill::Always).unwrap();
+        let cache = PlaneCache::open(dir.path(), 1 << 30, dataset.clone(), Fill::Always).unwrap();
         let found = stages(&dataset, Some(&cache)).unwrap();
         assert!(found.planes.n > 0 && found.planes.seconds > 0.0, "{found:?}");
     }

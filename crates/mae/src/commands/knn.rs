@@ -145,6 +145,23 @@ impl Extractor {
     }
 }
 
+/// Cosine above which two images have the same features.
+const TWINS: f32 = 1.0 - 1e-6;
+
+/// Tells whoever has the same images on both sides: each of them votes for itself.
+fn note_twins(neighbors: &[Vec<Neighbor>]) {
+    let has_twin = |of_one: &&Vec<Neighbor>| of_one.first().is_some_and(|n| n.similarity >= TWINS);
+    let n = neighbors.iter().filter(has_twin).count();
+    // Some images of large collections are there twice.
+    if n * 100 > neighbors.len() {
+        eprintln!(
+            "note: {n} of {} validation images have the very features of a training image: are \
+             they on both sides?",
+            neighbors.len()
+        );
+    }
+}
+
 /// Classifies the validation set and writes the report.
 pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
     check(args)?;
@@ -182,6 +199,7 @@ pub fn knn(args: &KnnArgs) -> anyhow::Result<u8> {
         report::check_scalars(folder)?;
     }
     let found = search(&extractor, args, (&train, &train_ids), (&val, &val_ids), &ks)?;
+    note_twins(&found[0]);
     let kinds = extractor.kinds();
     let label = |dataset: &Dataset, id: u64| {
         dataset.label(SampleId(id)).expect("samples without a label were left out")

@@ -259,7 +259,8 @@ mod tests {
     #[test]
     fn names_and_numbers_of_classes_are_text_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
-        let names = r#"{"classes": ["<b>shoe</b>", "bag"]}"#;
+        let names = r#"{"version": 1, "name": "x", "input": "y", "n_samples": 2,
+            "classes": ["<b>shoe</b>", "bag"]}"#;
         std::fs::write(folder.path().join("pack.json"), names).unwrap();
         let mut page = Page::new("a & b", "x", folder.path());
         let mut tally = Tally::default();

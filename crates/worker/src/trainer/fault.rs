@@ -17,10 +17,26 @@ pub(super) enum StepError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Data(#[from] LoadError),
+    #[error("{0}; for the {n} time in a row", n = ordinal(*.1))]
+    Late(#[source] LoadError, u32),
     #[error(transparent)]
     Reduce(#[from] lacuna_recipe::reduce::ReduceError),
     #[error("{n} steps in a row were not finite, up to step {step} ({detail})")]
     NonFinite { n: u32, step: u64, detail: String },
+}
+
+/// Times in a row that a slot may not be there in time before the worker is taken for unfit.
+const LATE_MAX: u32 = 5;
+
+/// Writes 1st, 2nd, 3rd, 4th.
+fn ordinal(n: u32) -> String {
+    let ending = match (n % 10, n % 100) {
+        (1, tens) if tens != 11 => "st",
+        (2, tens) if tens != 12 => "nd",
+        (3, tens) if tens != 13 => "rd",
+        _ => "th",
+    };
+    format!("{n}{ending}")
 }
 
 impl From<MathError> for StepError {
@@ -41,6 +57,9 @@ impl StepError {
             StepError::Engine(_) | StepError::Reduce(_) => FaultKind::Local,
             // The group forms again, and the state stays: the store may answer by then.
             StepError::Data(err) if err.is_passing() => FaultKind::Outage,
+            // A slow store gives some of it each time; a mount that hangs may come back.
+            StepError::Late(_, n) if *n <= LATE_MAX => FaultKind::Outage,
+            StepError::Late(..) => FaultKind::Storage,
             // Whoever takes the slot next would fail as this one did.
             StepError::Data(err) if err.is_of_the_data() => FaultKind::Data,
             StepError::Data(_) => FaultKind::Storage,
@@ -79,6 +98,21 @@ pub(super) fn suspects_of(err: &(dyn std::error::Error + 'static)) -> Vec<usize>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// It may be a store's way of being slow; in the end it is this worker's.
+    #[test]
+    fn a_slot_may_be_late_some_times() {
+        let late = |n| {
+            let slot = lacuna_types::Slot { step: lacuna_types::Step(3), index: 1 };
+            let waited = std::time::Duration::from_secs(120);
+            StepError::Late(LoadError::Deadline { slot, waited }, n)
+        };
+        assert_eq!(late(LATE_MAX).kind(), FaultKind::Outage);
+        assert_eq!(late(LATE_MAX + 1).kind(), FaultKind::Storage);
+        let text = late(2).to_string();
+        assert!(text.ends_with("was not ready after 120s; for the 2nd time in a row"), "{text}");
+        assert_eq!([1, 3, 11, 12, 13, 21].map(ordinal).join(" "), "1st 3rd 11th 12th 13th 21st");
+    }
 
     #[test]
     fn who_is_missing_is_told_whatever_the_operation() {

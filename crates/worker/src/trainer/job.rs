@@ -191,7 +191,7 @@ impl Job {
                 BadSamples::Substitute => BadSamplePolicy::Substitute,
             },
             on_bad_sample: self.on_bad_sample(shared),
-            planes: self.planes(&dataset, local_world),
+            planes: self.planes(&dataset),
             dataset,
         };
         let path = spec.data.shards.clone();
@@ -216,7 +216,7 @@ impl Job {
 
     /// Opens the cache of planes that the spec names; one that cannot be used is left out, and that
     /// is said.
-    fn planes(&self, dataset: &Arc<Dataset>, sharers: usize) -> Option<Arc<PlaneCache>> {
+    fn planes(&self, dataset: &Arc<Dataset>) -> Option<Arc<PlaneCache>> {
         let CacheSpec { dir, size, mode } = self.spec.data.cache.as_ref()?;
         let fill = match mode {
             CacheMode::Jpeg => return None,
@@ -224,7 +224,7 @@ impl Job {
             CacheMode::Auto => Fill::WhenWaiting,
         };
         let bytes_max = if dataset.is_remote() { size.0 - size.0 / 2 } else { size.0 };
-        match PlaneCache::open(Path::new(dir), (bytes_max, sharers), dataset.clone(), fill) {
+        match PlaneCache::open(Path::new(dir), bytes_max, dataset.clone(), fill) {
             Ok(cache) => Some(Arc::new(cache)),
             Err(error) => {
                 let why = anyhow::Error::from(error);

@@ -1,5 +1,6 @@
 //! The control session's driver: stream, beats, signals and the step loop around the pure machine.
 
+use std::cell::Cell;
 use std::io::Read as _;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -474,6 +475,7 @@ impl Start {
             metrics,
             gallery,
             yardstick,
+            n_late: Cell::default(),
         })
     }
 }

@@ -1,6 +1,7 @@
 //! The step loop: load, compute, reduce, apply. It knows no protocol; the session gives it orders
 //! and takes its reports.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
@@ -70,6 +71,8 @@ pub struct StepLoop {
     pub gallery: Option<Gallery>,
     /// What its speed is measured by.
     pub yardstick: Option<Yardstick>,
+    /// How often in a row data was not there in time.
+    pub n_late: Cell<u32>,
 }
 
 /// A generation this worker is in.
@@ -311,12 +314,19 @@ impl StepLoop {
                     Err(LoadError::Deadline { .. }) if asked.elapsed() < limit => {
                         group.abort.check()?;
                     }
+                    Err(LoadError::Deadline { slot, .. }) => {
+                        let n = self.n_late.get() + 1;
+                        self.n_late.set(n);
+                        let waited = asked.elapsed();
+                        return Err(StepError::Late(LoadError::Deadline { slot, waited }, n));
+                    }
                     found => break found?,
                 }
             };
             assert_eq!(batch.slot, Slot { step: Step(step), index }, "the stream keeps its order");
             batches.push(batch);
         }
+        self.n_late.set(0);
         let waited = started.elapsed();
         meter.data_wait += waited;
         self.shared.waited_for_data(waited);
