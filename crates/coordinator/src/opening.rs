@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use lacuna_api::error::{Reason, status};
 use lacuna_api::v1;
+use lacuna_control::coordinator::Ending;
 use lacuna_spec::RunSpec;
 use lacuna_types::RunId;
 use tokio::sync::Semaphore;
@@ -225,8 +226,10 @@ impl Shared {
         let Some(Unopened { stored, spec, order, .. }) = self.opening.get(id) else { return true };
         let (wanted, n_samples, print) =
             (spec.clone(), stored.n_samples, stored.fingerprint.clone());
-        // One that rests is claimed when it goes on.
-        let epoch = stored.saved.ending.is_none().then_some(self.epoch);
+        // One that rests is claimed when it goes on: another coordinator may train it meanwhile. Of
+        // one that is finished nobody does, and what a crash left of it goes now.
+        let rests = |ending: &Ending| !matches!(ending, Ending::Finished { .. });
+        let epoch = (!stored.saved.ending.as_ref().is_some_and(rests)).then_some(self.epoch);
         let trains = stored.saved.plan.as_ref().map(|plan| plan.generation);
         let open = move || Catalogue::open(wanted, n_samples, print, epoch, trains);
         let task = opening.get_or_insert_with(|| tokio::task::spawn_blocking(open));
