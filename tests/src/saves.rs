@@ -119,8 +119,7 @@ impl Coordinator {
     /// Claims the run, looks at what is there, and removes what nobody needs.
     pub fn open(root: &Path) -> anyhow::Result<Self> {
         let fingerprint = "blake3:0011".to_string();
-        let opened =
-            Catalogue::open(spec(root)?, N_SAMPLES, fingerprint, Some(CoordEpoch(1)), None);
+        let opened = Catalogue::open(spec(root)?, N_SAMPLES, fingerprint, CoordEpoch(1), None);
         let (catalogue, found) = opened.context("take the run")?;
         found.damaged.iter().for_each(|damaged| eprintln!("warning: {damaged}"));
         let generation = found.generation.next().0;

@@ -21,7 +21,7 @@ use lacuna_control::plan::CheckpointRef;
 use lacuna_recipe::state::Layout;
 use lacuna_spec::RunSpec;
 use lacuna_spec::units::Cadence;
-use lacuna_types::{BuildId, CoordEpoch, Generation, RunId, Step};
+use lacuna_types::{BuildId, CoordEpoch, Generation, Step};
 use tracing::warn;
 
 /// Where a run's checkpoints stand, and what identifies its arithmetic.
@@ -104,26 +104,52 @@ fn examine_place(dir: &RunDir, spec: &RunSpec) -> Result<(), CatalogueError> {
 impl Catalogue {
     /// Claims the run for this coordinator, with `epoch` or the first free one above it, and looks
     /// at what is there. What is left of attempts goes, but for those of the generation `trains`,
-    /// whose members may come back and complete them. Without an epoch it looks only, and nothing
-    /// can be committed: of a run that rests, another coordinator may have the claim.
+    /// whose members may come back and complete them.
     pub fn open(
         spec: RunSpec,
         n_samples: u64,
         fingerprint: String,
-        epoch: Option<CoordEpoch>,
+        epoch: CoordEpoch,
         trains: Option<Generation>,
     ) -> Result<(Self, Found), CatalogueError> {
-        let run: RunId = spec.run_id();
-        let dir = RunDir::open(&spec.checkpoint.to, run).map_err(failed)?;
-        let claimed = commit::highest_claim(&dir).map_err(failed)?;
-        let ours = epoch.map(|epoch| epoch.max(claimed.unwrap_or_default().next()));
-        if let Some(ours) = ours {
-            if claimed.is_none() {
-                examine_place(&dir, &spec)?;
-            }
-            commit::claim(&dir, ours).map_err(failed)?;
+        let mut catalogue = Catalogue::unclaimed(spec, n_samples, fingerprint)?;
+        catalogue.claim(epoch)?;
+        let found = catalogue.look()?;
+        let current = trains.unwrap_or(found.generation.next());
+        retain::collect_garbage(&catalogue.dir, current, &[]).map_err(failed)?;
+        catalogue.describe()?;
+        Ok((catalogue, found))
+    }
+
+    /// Looks at what is there and changes nothing: another coordinator may have the claim of a run
+    /// that rests. Nothing can be committed.
+    pub fn open_at_rest(
+        spec: RunSpec,
+        n_samples: u64,
+        fingerprint: String,
+    ) -> Result<(Self, Found), CatalogueError> {
+        let catalogue = Catalogue::unclaimed(spec, n_samples, fingerprint)?;
+        let found = catalogue.look()?;
+        Ok((catalogue, found))
+    }
+
+    fn unclaimed(spec: RunSpec, n_samples: u64, print: String) -> Result<Self, CatalogueError> {
+        let dir = RunDir::open(&spec.checkpoint.to, spec.run_id()).map_err(failed)?;
+        let (epoch, is_reading) = (CoordEpoch::default(), Arc::default());
+        Ok(Catalogue { dir, spec, n_samples, fingerprint: print, epoch, is_reading })
+    }
+
+    fn claim(&mut self, epoch: CoordEpoch) -> Result<(), CatalogueError> {
+        let claimed = commit::highest_claim(&self.dir).map_err(failed)?;
+        if claimed.is_none() {
+            examine_place(&self.dir, &self.spec)?;
         }
-        let entries = catalog::list(&dir).map_err(failed)?;
+        self.epoch = epoch.max(claimed.unwrap_or_default().next());
+        commit::claim(&self.dir, self.epoch).map_err(failed)
+    }
+
+    fn look(&self) -> Result<Found, CatalogueError> {
+        let entries = catalog::list(&self.dir).map_err(failed)?;
         let newest = catalog::newest_good(&entries).map(reference);
         let probe = catalog::newest_good(&entries)
             .and_then(|manifest| u64::from_str_radix(&manifest.state.facts.probe_class, 16).ok());
@@ -139,19 +165,8 @@ impl Catalogue {
                 "no checkpoint can be loaded: {all}; remove their folders to begin again"
             )));
         }
-        let generation = catalog::highest_generation(&dir).map_err(failed)?;
-        if ours.is_some() {
-            let current = trains.unwrap_or(generation.next());
-            lacuna_checkpoint::retain::collect_garbage(&dir, current, &[]).map_err(failed)?;
-        }
-        let found = Found { newest, generation, probe, damaged };
-        let is_reading = Arc::default();
-        let epoch = ours.unwrap_or_default();
-        let catalogue = Catalogue { dir, spec, n_samples, fingerprint, epoch, is_reading };
-        if ours.is_some() {
-            catalogue.describe()?;
-        }
-        Ok((catalogue, found))
+        let generation = catalog::highest_generation(&self.dir).map_err(failed)?;
+        Ok(Found { newest, generation, probe, damaged })
     }
 
     /// Writes down what the run is, once.

@@ -229,9 +229,12 @@ impl Shared {
         // One that rests is claimed when it goes on: another coordinator may train it meanwhile. Of
         // one that is finished nobody does, and what a crash left of it goes now.
         let rests = |ending: &Ending| !matches!(ending, Ending::Finished { .. });
-        let epoch = (!stored.saved.ending.as_ref().is_some_and(rests)).then_some(self.epoch);
+        let (rests, epoch) = (stored.saved.ending.as_ref().is_some_and(rests), self.epoch);
         let trains = stored.saved.plan.as_ref().map(|plan| plan.generation);
-        let open = move || Catalogue::open(wanted, n_samples, print, epoch, trains);
+        let open = move || match rests {
+            true => Catalogue::open_at_rest(wanted, n_samples, print),
+            false => Catalogue::open(wanted, n_samples, print, epoch, trains),
+        };
         let task = opening.get_or_insert_with(|| tokio::task::spawn_blocking(open));
         let opened = match tokio::time::timeout(OPENING, &mut *task).await {
             Ok(answer) => {

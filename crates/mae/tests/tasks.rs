@@ -4,6 +4,7 @@
 //! Needs the `lacuna` binary beside `lacuna-worker`; `make test` builds both.
 
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use lacuna_data::Dataset;
 use lacuna_data::synthetic::N_CLASSES;
@@ -21,6 +22,32 @@ fn fixture() -> Fixture {
     let lacuna = worker.with_file_name("lacuna");
     assert!(lacuna.is_file(), "{} is missing: `make build` makes it", lacuna.display());
     Fixture::new(Binaries { lacuna, worker }, 256, 8)
+}
+
+/// Prepares `lacuna-worker` in the fixture's folder.
+fn worker(fixture: &Fixture, words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
+    command.args(words).current_dir(fixture.dir.path());
+    command.envs(lacuna_mae::runtime::CPU_ENV.iter().copied());
+    command
+}
+
+/// Runs it to its end; returns the exit code, stdout and stderr.
+fn run_worker(fixture: &Fixture, words: &[&str]) -> (i32, String, String) {
+    said(&worker(fixture, words).output().expect("it starts"))
+}
+
+/// Asks for features of the fixture's images, in `tuned.npy`.
+fn features_of(fixture: &Fixture, source: &str, more: &[&str]) -> (i32, String, String) {
+    let words = ["features", source, "--data", "data", "--out", "tuned.npy", "--force"];
+    run_worker(fixture, &[&words, more].concat())
+}
+
+/// Returns the bytes of that file.
+fn features(fixture: &Fixture, source: &str, more: &[&str]) -> Vec<u8> {
+    let (code, out, err) = features_of(fixture, source, more);
+    assert_eq!(code, 0, "{source}: {out}{err}");
+    std::fs::read(fixture.path("tuned.npy")).expect("features")
 }
 
 /// Pre-trains a little, under the name `pre`.
@@ -151,13 +178,8 @@ fn what_cannot_be_read_is_in_no_statistics(fixture: &Fixture) {
     let kept = fixture.path("ckpt/linear-1/probe-statistics.json");
     let before = std::fs::read(&kept).expect("it was judged before");
     std::fs::remove_file(&kept).expect("it goes");
-    let eval = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
-        .args(["eval", "classify", "ckpt/linear-1", "--val", "data", "--out", "rotten.json"])
-        .args(["--train", "rotten"])
-        .current_dir(fixture.dir.path())
-        .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
-        .output();
-    let (code, _, err) = said(&eval.expect("it starts"));
+    let words = ["eval", "classify", "ckpt/linear-1", "--val", "data", "--out", "rotten.json"];
+    let (code, _, err) = run_worker(fixture, &[&words[..], &["--train", "rotten"]].concat());
     assert!(code == 74 && err.contains("sample 5 (") && err.contains("is corrupt"), "{code} {err}");
     assert!(!kept.exists(), "what was not computed is not kept");
     std::fs::write(&kept, before).expect("as it was");
@@ -166,13 +188,8 @@ fn what_cannot_be_read_is_in_no_statistics(fixture: &Fixture) {
 /// A probe's statistics are those of what it learned from, wherever that lies now.
 fn other_data_is_no_training_set(fixture: &Fixture) {
     let judge = |more: &[&str]| {
-        let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
-            .args(["eval", "classify", "ckpt/linear-1", "--val", "moved", "--out", "moved.json"])
-            .args(more)
-            .current_dir(fixture.dir.path())
-            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
-            .output();
-        let (code, out, err) = said(&command.expect("it starts"));
+        let words = ["eval", "classify", "ckpt/linear-1", "--val", "moved", "--out", "moved.json"];
+        let (code, out, err) = run_worker(fixture, &[&words, more].concat());
         (code, out + &err)
     };
     let make = ["data", "synthetic", "data", "--n", "64", "--size", "8x8", "--seed", "9"];
@@ -218,12 +235,8 @@ fn weights_stay_what_they_were(fixture: &Fixture) {
     let mut bytes = std::fs::read(&file).expect("weights");
     *bytes.last_mut().expect("a byte") ^= 1;
     std::fs::write(&file, bytes).expect("other weights");
-    let eval = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
-        .args(["eval", "classify", "ckpt/linear-file", "--val", "data", "--out", "other.json"])
-        .current_dir(fixture.dir.path())
-        .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
-        .output();
-    let (code, _, err) = said(&eval.expect("it starts"));
+    let words = ["eval", "classify", "ckpt/linear-file", "--val", "data", "--out", "other.json"];
+    let (code, _, err) = run_worker(fixture, &words);
     assert!(code == 74 && err.contains("other weights lie in its place"), "{code} {err}");
     // A pin that somebody wrote by hand is looked at when the run is created.
     for (encoder, why) in [
@@ -262,26 +275,13 @@ fn exported(fixture: &Fixture) {
     }
     assert!(!names.iter().any(|name| name.starts_with("norm.") || name.contains("decoder")));
     // Features of the run and of its export are the same.
-    let features_of = |source: &str, more: &[&str]| {
-        let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
-            .args(["features", source, "--data", "data", "--out", "tuned.npy", "--force"])
-            .args(more)
-            .current_dir(fixture.dir.path())
-            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
-            .output();
-        said(&command.expect("it starts"))
-    };
-    let features = |source: &str| {
-        let (code, out, err) = features_of(source, &[]);
-        assert!(code == 0, "{source}: {code} {out} {err}");
-        std::fs::read(fixture.path("tuned.npy")).expect("features")
-    };
-    let (code, _, err) = features_of("ckpt/linear-1", &[]);
+    let (code, _, err) = features_of(fixture, "ckpt/linear-1", &[]);
     assert!(code == 2 && err.contains("the encoder of another one"), "{code} {err}");
     let weights = "export-finetune-1-timm/timm.safetensors";
-    let (code, _, err) = features_of(weights, &["--pool", "cls"]);
+    let (code, _, err) = features_of(fixture, weights, &["--pool", "cls"]);
     assert!(code == 2 && err.contains("take --pool mean"), "{code} {err}");
-    assert!(features("ckpt/finetune-1") == features(weights), "of the run and of its export");
+    let of_run = features(fixture, "ckpt/finetune-1", &[]);
+    assert!(of_run == features(fixture, weights, &[]), "of the run and of its export");
     the_head_makes_logits_of_the_features(fixture, weights);
     // Its norm is for the mean of the patches: what reads tokens behind it would read nothing.
     let (place, micro) = (fixture.path(weights), ModelConfig::preset("micro").expect("a preset"));
@@ -300,12 +300,8 @@ fn exported(fixture: &Fixture) {
 
 /// The default features of a fine-tuned encoder are what its head reads.
 fn the_head_makes_logits_of_the_features(fixture: &Fixture, weights: &str) {
-    let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
-        .args(["predict", "ckpt/finetune-1", "--data", "data", "--out", "logits.npy"])
-        .current_dir(fixture.dir.path())
-        .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
-        .output();
-    let (code, _, err) = said(&command.expect("it starts"));
+    let words = ["predict", "ckpt/finetune-1", "--data", "data", "--out", "logits.npy"];
+    let (code, _, err) = run_worker(fixture, &words);
     assert_eq!(code, 0, "{err}");
     let read = |name: &str| Tensor::read_npy(fixture.path(name)).expect("an array");
     let tensors = Tensor::read_safetensors(fixture.path(weights)).expect("weights");
@@ -346,14 +342,8 @@ fn agrees_with_itself(result: &serde_json::Value) {
 fn judged(fixture: &Fixture, run: &str) {
     let folder = format!("ckpt/{run}");
     let out = fixture.path(&format!("{run}.json"));
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
-    command
-        .args(["eval", "classify", &folder, "--val", "data", "--all", "--out"])
-        .arg(&out)
-        .arg("--page")
-        .arg(out.with_extension("html"))
-        .current_dir(fixture.dir.path())
-        .envs(lacuna_mae::runtime::CPU_ENV.iter().copied());
+    let mut command = worker(fixture, &["eval", "classify", &folder, "--val", "data", "--all"]);
+    command.arg("--out").arg(&out).arg("--page").arg(out.with_extension("html"));
     let (code, text, err) = said(&command.output().expect("it starts"));
     assert_eq!(code, 0, "{text}{err}");
     assert_eq!(err.matches("how well it remembers them").count(), 1, "{err}");
@@ -389,14 +379,12 @@ fn a_run_is_judged_while_it_trains() {
     run(&fixture, "followed", &keys("finetune", "1:1"), |cluster, run| {
         cluster.add("a", 1);
         cluster.wait(run, "a checkpoint", |seen| seen.run.checkpoint_step.is_some());
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
+        let mut command = worker(&fixture, &["eval", "classify", "ckpt/followed", "--val", "data"]);
         command
-            .args(["eval", "classify", "ckpt/followed", "--val", "data", "--out", "followed.json"])
-            .args(["--follow", "--patience", "2min", "--tensorboard", "tb", "--hold-best"])
-            .current_dir(fixture.dir.path())
-            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::piped());
+            .args(["--out", "followed.json", "--follow", "--patience", "2min"])
+            .args(["--tensorboard", "tb", "--hold-best"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         judge = Some(command.spawn().expect("it starts"));
     });
     let output = judge.expect("it was started").wait_with_output().expect("it ends");
@@ -410,12 +398,8 @@ fn a_run_is_judged_while_it_trains() {
     assert!(out.contains("is held by best"), "{out}");
     assert!(std::fs::read_dir(fixture.path("tb")).expect("a folder").count() >= 1);
     // Alone it has nothing to choose from.
-    let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
-        .args(["eval", "classify", "ckpt/followed", "--val", "data", "--out", "x.json"])
-        .arg("--hold-best")
-        .current_dir(fixture.dir.path())
-        .output();
-    let (code, _, err) = said(&command.expect("it starts"));
+    let words = ["eval", "classify", "ckpt/followed", "--val", "data", "--out", "x.json"];
+    let (code, _, err) = run_worker(&fixture, &[&words[..], &["--hold-best"]].concat());
     assert!(code == 2 && err.contains("--all or --follow"), "{err}");
 }
 
@@ -444,16 +428,11 @@ fn an_average_of_the_weights_is_kept_over_a_kill() {
     assert_eq!(seen.run.final_digest, alone.run.final_digest, "{}", seen.text());
     assert!(seen.text().contains("from the newest checkpoint"), "{}", seen.text());
     let judge = |run: &str, more: &[&str]| {
-        let out = fixture.path("judged.json");
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
-        command
-            .args(["eval", "classify", &format!("ckpt/{run}"), "--val", "data", "--out"])
-            .arg(&out)
-            .args(more)
-            .current_dir(fixture.dir.path())
-            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied());
-        let (code, text, err) = said(&command.output().expect("it starts"));
-        (code, text + &err, std::fs::read_to_string(out).unwrap_or_default())
+        let run = format!("ckpt/{run}");
+        let words = ["eval", "classify", &run, "--val", "data", "--out", "judged.json"];
+        let (code, text, err) = run_worker(&fixture, &[&words, more].concat());
+        let report = std::fs::read_to_string(fixture.path("judged.json"));
+        (code, text + &err, report.unwrap_or_default())
     };
     let (code, text, last) = judge("kept-1", &[]);
     assert_eq!(code, 0, "{text}");
@@ -480,20 +459,10 @@ fn an_average_of_the_weights_is_kept_over_a_kill() {
     assert_eq!(last.len(), average.len(), "the same tensors");
     assert_ne!(last, average);
     // So have features.
-    let features = |source: &str, more: &[&str]| {
-        let command = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna-worker"))
-            .args(["features", source, "--data", "data", "--out", "of.npy", "--force"])
-            .args(more)
-            .current_dir(fixture.dir.path())
-            .envs(lacuna_mae::runtime::CPU_ENV.iter().copied())
-            .output();
-        let (code, out, err) = said(&command.expect("it starts"));
-        assert_eq!(code, 0, "{out}{err}");
-        std::fs::read(fixture.path("of.npy")).expect("features")
-    };
-    let average = features("ckpt/kept-1", &["--ema"]);
-    assert!(average == features("average.safetensors", &[]), "of the run and of its export");
-    assert!(average != features("ckpt/kept-1", &[]), "of the average");
+    let average = features(&fixture, "ckpt/kept-1", &["--ema"]);
+    let of_export = features(&fixture, "average.safetensors", &[]);
+    assert!(average == of_export, "of the run and of its export");
+    assert!(average != features(&fixture, "ckpt/kept-1", &[]), "of the average");
     let plain = run(&fixture, "plain", &keys("finetune", "1:1"), |cluster, _| cluster.add("a", 1));
     assert_eq!(plain.figures[&STEPS].loss, alone.figures[&STEPS].loss, "it changes no step");
     let (code, text, _) = judge("plain", &["--ema"]);

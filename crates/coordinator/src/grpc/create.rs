@@ -158,7 +158,7 @@ impl Grpc {
         fingerprint: String,
     ) -> Result<(), Status> {
         let (wanted, print, epoch) = (spec.clone(), fingerprint.clone(), self.0.epoch);
-        let open = move || Catalogue::open(wanted, n_samples, print, Some(epoch), None);
+        let open = move || Catalogue::open(wanted, n_samples, print, epoch, None);
         let (catalogue, found) = tokio::task::spawn_blocking(open)
             .await
             .map_err(|err| status(Reason::Internal, err.to_string()))?

@@ -20,7 +20,7 @@ impl RunTask {
         let (n_samples, print, epoch) = (*n_samples, fingerprint.clone(), self.shared.epoch);
         let open = move || match catalogue.has_claim()? {
             true => Ok(None),
-            false => Catalogue::open(spec, n_samples, print, Some(epoch), None).map(Some),
+            false => Catalogue::open(spec, n_samples, print, epoch, None).map(Some),
         };
         let opened = tokio::time::timeout(CLAIMING, tokio::task::spawn_blocking(open)).await;
         let opened = opened.map_err(|_| format!("its checkpoints gave no answer for {CLAIMING:?}"));

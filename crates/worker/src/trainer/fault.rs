@@ -17,7 +17,7 @@ pub(super) enum StepError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Data(#[from] LoadError),
-    #[error("{0}; for the {n} time in a row", n = ordinal(*.1))]
+    #[error("data came too late, {1} times in a row")]
     Late(#[source] LoadError, u32),
     #[error(transparent)]
     Reduce(#[from] lacuna_recipe::reduce::ReduceError),
@@ -27,17 +27,6 @@ pub(super) enum StepError {
 
 /// Times in a row that a slot may not be there in time before the worker is taken for unfit.
 const LATE_MAX: u32 = 5;
-
-/// Writes 1st, 2nd, 3rd, 4th.
-fn ordinal(n: u32) -> String {
-    let ending = match (n % 10, n % 100) {
-        (1, tens) if tens != 11 => "st",
-        (2, tens) if tens != 12 => "nd",
-        (3, tens) if tens != 13 => "rd",
-        _ => "th",
-    };
-    format!("{n}{ending}")
-}
 
 impl From<MathError> for StepError {
     fn from(err: MathError) -> Self {
@@ -109,9 +98,10 @@ mod tests {
         };
         assert_eq!(late(LATE_MAX).kind(), FaultKind::Outage);
         assert_eq!(late(LATE_MAX + 1).kind(), FaultKind::Storage);
-        let text = late(2).to_string();
-        assert!(text.ends_with("was not ready after 120s; for the 2nd time in a row"), "{text}");
-        assert_eq!([1, 3, 11, 12, 13, 21].map(ordinal).join(" "), "1st 3rd 11th 12th 13th 21st");
+        let text = lacuna_checkpoint::chain(&late(2));
+        let want =
+            "data came too late, 2 times in a row: slot 1 of step 3 was not ready after 120s";
+        assert_eq!(text, want);
     }
 
     #[test]
