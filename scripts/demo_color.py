@@ -278,6 +278,9 @@ def main():
     for name, cells in rows.items():
         raw, random, trained = (shown(cell) if cell else "–" for cell in cells)
         print(f"{name:22} {raw:>14} {random:>14} {trained:>14}")
+    (OUT / "results.json").write_text(json.dumps(
+        {"test_images": count["materials-test"], "columns": ["pixels", "random", "pre-trained"],
+         "top1": rows}, indent=1))
     (OUT / "recipe.json").unlink()  # The next call begins anew.
     print("\nLook at demo-color-out/textures.png (original | masked | filled in | random weights),"
           "\nand at knn.html and finetune-pre-trained-0.html beside it.")

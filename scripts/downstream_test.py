@@ -72,6 +72,22 @@ class Downstream(unittest.TestCase):
         with self.assertRaises(downstream.Unfit):
             downstream.Bench(options(self.folder, steps=4000)).is_one_recipe()
 
+    def test_the_recipe_has_the_specs_that_run(self):
+        bench = downstream.Bench(options(self.folder))
+        specs = bench.recipe()["specs"]
+        self.assertEqual(len(specs), 3 * (3 + 2))
+        for case in [case for case in downstream.cases(options(self.folder, seeds=1))
+                     if case.protocol != "knn"]:
+            spec = bench.spec(case, {0.01: 600, 1.0: 60_000}[case.fraction])
+            self.assertEqual(specs[case.name], spec)
+            self.assertEqual('encoder = "runs/mae-0"' in spec, case.features == "pre-trained")
+            self.assertEqual('pool = "pixels"' in spec, case.features == "raw pixels")
+            self.assertEqual("layer_decay = 0.75" in spec,
+                             (case.protocol, case.features) == ("finetune", "pre-trained"))
+        for name, warmup in (("linear-random-0.01-0", 9), ("linear-random-1-0", 374),
+                             ("finetune-random-0.01-0", 18), ("finetune-pre-trained-1-0", 187)):
+            self.assertIn(f'warmup = "{warmup}step"', specs[name])
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -270,7 +270,7 @@ fn stop_and_resume_with_other_workers_give_the_bits_of_an_undisturbed_run() {
         fixture.lacuna(&["train", spec, "--workers", workers, "--progress", "json"])
     };
     for (workers, stop_at) in [("2", 20), ("1", 55), ("3", 80)] {
-        let output = stop_train_at(train(workers), stop_at);
+        let output = signal_train_at(train(workers), stop_at, Signal::INT);
         let (code, out, err) = said(&output);
         assert_eq!(code, 75, "{out}{err}");
         assert!(out.contains("stopped at step"), "{out}{err}");
@@ -292,9 +292,35 @@ fn stop_and_resume_with_other_workers_give_the_bits_of_an_undisturbed_run() {
     assert!(out.contains(&STEPS.to_string()), "{out}");
 }
 
-/// Starts `lacuna train --progress json`, sends SIGINT once step `stop_at` is reported, and returns
+/// `lacuna train` by SIGKILL, then on with more workers, all of which train, and with another interval of
+/// checkpoints, which is kept and said.
+#[test]
+fn a_killed_train_goes_on_with_more_workers() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, 1);
+    let spec = fixture.spec("killed", STEPS, &[]);
+    let spec = spec.to_str().unwrap();
+    let train =
+        |more: &[&str]| fixture.lacuna(&[&["train", spec, "--progress", "json"], more].concat());
+    let output = signal_train_at(train(&["--workers", "1"]), 20, Signal::KILL);
+    assert_eq!(output.status.code(), None, "{output:?}");
+    let more = ["--workers", "3", "--set", "checkpoint.every=[\"7step\"]"];
+    let (code, out, err) = said(&train(&more).output().unwrap());
+    assert_eq!(code, 0, "{out}{err}");
+    let digest = format!("state digest {want:016x}");
+    assert!(out.contains(&digest), "{digest} in {out}");
+    assert!(out.contains("local:cpu2"), "{out}{err}");
+    assert!(err.contains("keeps checkpoint.every"), "{err}");
+    assert!(!err.contains("did not end in time"), "{err}");
+}
+
+/// Starts `lacuna train --progress json`, sends a signal once step `at` is reported, and returns
 /// its end.
-fn stop_train_at(mut command: std::process::Command, stop_at: u64) -> std::process::Output {
+fn signal_train_at(
+    mut command: std::process::Command,
+    at: u64,
+    signal: Signal,
+) -> std::process::Output {
     use std::io::{BufRead as _, BufReader};
     use std::process::Stdio;
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -304,8 +330,8 @@ fn stop_train_at(mut command: std::process::Command, stop_at: u64) -> std::proce
     while let Some(Ok(line)) = lines.next() {
         let value: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
         let step = value["step"].as_u64().filter(|_| value["loss"].is_number()).unwrap_or(0);
-        if !sent && step >= stop_at {
-            send_signal(child.id(), Signal::INT);
+        if !sent && step >= at {
+            send_signal(child.id(), signal);
             sent = true;
         }
         text += &(line + "\n");

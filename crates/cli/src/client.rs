@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use lacuna_api::client::ClientError;
 use lacuna_api::v1;
-use lacuna_spec::{RunSpec, WorkerRow};
+use lacuna_spec::{Mark, RunSpec, WorkerRow};
 use lacuna_types::exit;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -137,7 +137,8 @@ pub fn submit(args: SubmitArgs) -> anyhow::Result<u8> {
                 println!("{told}");
             }
         }
-        tell_kept(&run, &spec);
+        let help = "stop it and submit it again (`lacuna scale` changes its workers as it trains)";
+        tell_kept(&run, &spec, help);
         if args.watch {
             let run = follow(&args.connect, &run.run_id, Progress::new(args.progress)).await?;
             return Ok(run.map_or(exit::OK, |run| ending_code(&run)));
@@ -168,17 +169,14 @@ async fn create(
     }
 }
 
-/// Says what of a specification a run that is on does not take over.
-fn tell_kept(run: &v1::Run, wanted: &RunSpec) {
+/// Says what of a specification a run that is on does not take over, and what helps.
+pub(crate) fn tell_kept(run: &v1::Run, wanted: &RunSpec, help: &str) {
     let Ok(known) = serde_json::from_str::<RunSpec>(&run.spec) else { return };
-    for difference in lacuna_spec::diff(&known, wanted) {
-        talk!(
-            "note: the run is on and keeps {} = {}, not {}: stop it and submit it again \
-             (`lacuna scale` changes its workers as it trains)",
-            difference.path,
-            difference.old,
-            difference.new
-        );
+    // Where the maths differ the run is refused; an encoder that was pinned is the one meant.
+    let differences = lacuna_spec::diff(&known, wanted);
+    for kept in differences.iter().filter(|kept| kept.mark != Mark::Maths) {
+        let (path, old, new) = (kept.path, &kept.old, &kept.new);
+        talk!("note: the run is on and keeps {path} = {old}, not {new}: {help}");
     }
 }
 

@@ -19,6 +19,7 @@ use lacuna_spec::{RunSpec, Workers};
 use lacuna_types::{BuildId, exit};
 use tokio::process::{Child, Command};
 
+use crate::client::tell_kept;
 use crate::data::talk::count;
 use crate::progress::{Progress, ProgressMode};
 use crate::serve::coded;
@@ -75,7 +76,7 @@ pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
         let mut serving = tokio::spawn(service.serve(async { drop(closed.await) }));
         let log = place.join("logs/workers.log");
         let log_from = std::fs::metadata(&log).map_or(0, |meta| meta.len());
-        let session = Training { args: &args, url, worker, saved, n, log, log_from };
+        let session = Training { args: &args, spec: &spec, url, worker, saved, n, log, log_from };
         tokio::select! {
             ended = session.run(request) => {
                 drop(close);
@@ -177,6 +178,7 @@ fn locate_worker() -> Option<PathBuf> {
 
 struct Training<'a> {
     args: &'a TrainArgs,
+    spec: &'a RunSpec,
     url: String,
     worker: PathBuf,
     /// Where its checkpoints lie.
@@ -197,6 +199,7 @@ impl Training<'_> {
             print_end(&run, &self.saved);
             return Ok(exit::OK);
         }
+        self.take_up(&mut client, &run).await?;
         let mut agent = self.start_agent()?;
         // The agent lives as long as this end is open; waiting for it would close it otherwise.
         let _lifeline = agent.stdin.take();
@@ -207,6 +210,18 @@ impl Training<'_> {
         }
         print_end(&run, &self.saved);
         Ok(run.exit_code.and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::INTERNAL))
+    }
+
+    /// A run that was left on by a command that was killed takes as many workers as come now.
+    async fn take_up(&self, client: &mut Client, run: &v1::Run) -> anyhow::Result<()> {
+        let Workers { min, max } = self.spec.elastic.workers;
+        let known: RunSpec = serde_json::from_str(&run.spec).context("read the run's spec")?;
+        let run = match known.elastic.workers == self.spec.elastic.workers {
+            true => run,
+            false => &client.scale_run(&run.run_id, min, max).await?,
+        };
+        tell_kept(run, self.spec, "stop it with Ctrl-C and start it again");
+        Ok(())
     }
 
     fn start_agent(&self) -> anyhow::Result<Child> {

@@ -338,6 +338,18 @@ fn agrees_with_itself(result: &serde_json::Value) {
     }
 }
 
+/// Finds the first of the best results: its step and its share of right predictions.
+fn best_of(results: &[serde_json::Value]) -> (u64, f64) {
+    let mut best = (0, -1.0);
+    for result in results {
+        let top1 = result["top1"].as_f64().expect("a share");
+        if top1 > best.1 {
+            best = (result["step"].as_u64().expect("a step"), top1);
+        }
+    }
+    best
+}
+
 /// Classifies with what a run learned: better than guessing, and the report says so.
 fn judged(fixture: &Fixture, run: &str) {
     let folder = format!("ckpt/{run}");
@@ -362,7 +374,8 @@ fn judged(fixture: &Fixture, run: &str) {
     let states: std::collections::BTreeSet<_> =
         results.iter().map(|one| one["state_digest"].as_str().expect("a digest")).collect();
     assert_eq!(states.len(), results.len(), "each is another state");
-    let best = results.iter().map(|r| r["top1"].as_f64().expect("a share")).fold(0.0, f64::max);
+    let (step, best) = best_of(results);
+    assert_eq!(report["best_step"], step, "{report}");
     assert!(
         best > 1.2 / f64::from(N_CLASSES),
         "{run}: {best} of guessing's {}",
@@ -395,7 +408,8 @@ fn a_run_is_judged_while_it_trains() {
     let results = report["results"].as_array().expect("results");
     let steps: Vec<u64> = results.iter().map(|r| r["step"].as_u64().expect("a step")).collect();
     assert!(steps.is_sorted() && steps.len() >= 2 && steps.last() == Some(&STEPS), "{steps:?}");
-    assert!(out.contains("is held by best"), "{out}");
+    let held = format!("step {} is held by best", best_of(results).0);
+    assert!(out.contains(&held), "{held} in {out}");
     assert!(std::fs::read_dir(fixture.path("tb")).expect("a folder").count() >= 1);
     // Alone it has nothing to choose from.
     let words = ["eval", "classify", "ckpt/followed", "--val", "data", "--out", "x.json"];

@@ -1,4 +1,5 @@
 mod parts;
+mod probes;
 
 use lacuna_recipe::adamw::AdamW;
 use lacuna_recipe::state::{Layout, Section};
