@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks a GPU: golden values, equal bits, arithmetic, NCCL, first numbers, and a run that trains
 # to the same bits twice, and by two trainers over NCCL of which one is killed. One JSON file and
-# some logs are the result, after eight minutes at most.
+# some logs are the result, after five minutes at most.
 #
 #   gpu_check.sh          build; run if this machine has a GPU, else say how to run it elsewhere
 #   gpu_check.sh build    put all that a machine without Rust needs into target/gpu-check/
@@ -22,10 +22,24 @@ bytes_max=$((54 * 1024 * 1024))
 golden_files=(golden.json micro.{grads.f64,io,weights.f32}.safetensors
     rect.{io,weights.f32}.safetensors mid.{io,weights.f32}.safetensors)
 
+# For `run`, all of it. The comparison has five minutes of its own.
+seconds_max=300
+
+# They would choose other kernels than those that are checked, or let NCCL wait for ever.
+unset CUBLASLT_WORKSPACE_SIZE NCCL_COMM_BLOCKING NCCL_COMM_ID NVIDIA_TF32_OVERRIDE \
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE TORCH_BLAS_PREFER_CUBLASLT TORCH_CUBLASLT_UNIFIED_WORKSPACE
+
 self=$(realpath "${BASH_SOURCE[0]}")
 here=$(dirname "$self")
 
 say() { echo "gpu-check: $*" >&2; }
+
+# Seconds that a command may take: those given, or what is left of all.
+at_most() { # seconds
+    local left=$((ends - SECONDS))
+    [ "$left" -ge 1 ] || left=1
+    echo $(($1 < left ? $1 : left))
+}
 
 build() {
     cd "$here/.."
@@ -118,7 +132,7 @@ run_bench() {
 }
 
 run() {
-    local folder torch out code=0
+    local folder torch out code=0 ends=$((SECONDS + seconds_max))
     prepare || return
     out=${OUT:-.}/gpu-check.json
     mkdir -p "${OUT:-.}"
@@ -126,8 +140,8 @@ run() {
     # One CPU thread, as trainers have; cuBLAS then keeps one workspace and with it one algorithm.
     LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torch \
         OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
-        timeout 240 "$folder/lacuna-worker" gpu-check --golden "$folder/golden" --out "$out" \
-        "$@" || code=$?
+        timeout "$(at_most 180)" "$folder/lacuna-worker" gpu-check \
+        --golden "$folder/golden" --out "$out" "$@" || code=$?
     # What failed above may be no matter to a run.
     if [ "$code" != 78 ]; then
         LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
@@ -158,7 +172,8 @@ train_again() { # folder, results
     for name in first second; do
         (
             cd "$work"
-            LACUNA_WORKER=$folder/lacuna-worker timeout 60 "$folder/lacuna" train run.toml \
+            LACUNA_WORKER=$folder/lacuna-worker \
+                timeout "$(at_most 60)" "$folder/lacuna" train run.toml \
                 --devices "${DEVICES:-cuda:0}" --set name="$name" "${length[@]}"
         ) > "$results/train-$name.log" 2>&1 || code=$?
         # The workers' log says why, where one failed.
@@ -180,7 +195,7 @@ train_again() { # folder, results
         say "skipped: two trainers over NCCL need python3"
         return
     fi
-    timeout 120 python3 "$folder/bench/gpu_pair.py" --bin "$folder" --work "$work" \
+    timeout "$(at_most 90)" python3 "$folder/bench/gpu_pair.py" --bin "$folder" --work "$work" \
         --log "$results" --device "$device" --want "${digests[0]##* }" \
         "${length[@]}" > "$results/train-pair.log" 2>&1 || code=$?
     rm -rf "$work"

@@ -96,12 +96,16 @@ class Pair:
 
 
 def trainer_of(agent: int) -> int:
-    """Returns the process that an agent has started, from any of its threads."""
-    threads = pathlib.Path(f"/proc/{agent}/task").glob("*/children")
-    found = [pid for file in threads for pid in file.read_text().split()]
-    if not found:
-        raise SystemExit("pair: the trainer to be killed had ended")
-    return int(found[0])
+    """Returns the process that an agent has started."""
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            # Behind the name, which is in brackets: state, parent.
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue  # It has ended since.
+        if int(parent) == agent:
+            return int(process.name)
+    raise SystemExit("pair: the trainer to be killed had ended")
 
 
 def parse() -> argparse.Namespace:

@@ -292,8 +292,8 @@ fn stop_and_resume_with_other_workers_give_the_bits_of_an_undisturbed_run() {
     assert!(out.contains(&STEPS.to_string()), "{out}");
 }
 
-/// `lacuna train` by SIGKILL, then on with more workers, all of which train, and with another interval of
-/// checkpoints, which is kept and said.
+/// `lacuna train` is killed, and goes on with more workers, all of which train; of another interval
+/// of checkpoints it says that the old one is kept.
 #[test]
 fn a_killed_train_goes_on_with_more_workers() {
     let fixture = fixture();

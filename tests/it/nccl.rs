@@ -104,6 +104,9 @@ fn a_killed_worker_changes_no_bit_and_comes_back() {
     finished_with(&cluster.wait_end(&run), want);
 }
 
+/// How an agent logs that a device of its trainer broke.
+const DEVICE_BROKE: &str = "how=\"exit code 74\"";
+
 /// Runs with a sound worker `a` and a broken one `b`, which must not keep `a` from the end.
 fn with_broken(name: &str, broken: &[(&str, &str)], look: impl Fn(&Fixture, &Seen)) {
     let fixture = fixture();
@@ -114,6 +117,10 @@ fn with_broken(name: &str, broken: &[(&str, &str)], look: impl Fn(&Fixture, &See
     add(&mut cluster, "b", 1, broken);
     let seen = cluster.wait_end(&run);
     finished_with(&seen, want);
+    // It has logged all ends of its trainers once it has ended itself.
+    let agent = cluster.take("b");
+    agent.signal(Signal::TERM);
+    agent.wait();
     look(&fixture, &seen);
 }
 
@@ -127,7 +134,7 @@ fn a_lost_device_costs_its_process_and_no_step_of_the_others() {
             log.contains("CUDA_ERROR_ILLEGAL_ADDRESS") || log.contains("Cuda failure"),
             "{log}"
         );
-        assert!(log.contains("how=\"exit status 74\"") || log.contains("74"), "{log}");
+        assert!(log.contains(DEVICE_BROKE), "{log}");
     });
 }
 
@@ -149,6 +156,7 @@ fn an_abort_that_hangs_costs_its_process_only() {
     finished_with(&seen, want);
     let (text, log) = (seen.text(), log(&fixture, "b"));
     assert!(log.contains("`ncclCommAbort` did not return within 5s"), "{text}\n{log}");
+    assert!(log.contains(DEVICE_BROKE), "{text}\n{log}");
     assert!(!lacuna_tests::is_alive(stuck), "the process that hung has ended");
 }
 
@@ -158,6 +166,7 @@ fn memory_that_runs_out_is_named() {
         let (text, log) = (seen.text(), log(fixture, "b"));
         assert!(text.contains("b:cpu0 is unfit") && text.contains("out of memory"), "{text}");
         assert!(log.contains("CUDA_ERROR_OUT_OF_MEMORY"), "{log}");
+        assert!(log.contains(DEVICE_BROKE), "{log}");
     });
 }
 
@@ -167,10 +176,11 @@ fn refused(name: &str, broken: &[(&str, &str)], words: &str) {
     let want = undisturbed(&fixture, STEPS);
     let mut cluster = Cluster::start(&fixture);
     let run = submit(&cluster, &fixture, name, "1:2");
+    add(&mut cluster, "a", 1, &[]);
+    cluster.wait(&run, "a trains", |seen| seen.step() >= 5);
     add(&mut cluster, "b", 1, broken);
     assert_eq!(cluster.take("b").wait().code(), Some(78), "{}", log(&fixture, "b"));
     assert!(log(&fixture, "b").contains(words), "{}", log(&fixture, "b"));
-    add(&mut cluster, "a", 1, &[]);
     finished_with(&cluster.wait_end(&run), want);
 }
 

@@ -1,6 +1,7 @@
 //! `lacuna data …`: make data sets, check them, look at them.
 
 mod bench;
+mod classes;
 mod index;
 mod inspect;
 mod simulate;
@@ -18,7 +19,7 @@ use lacuna_data::mds::MDS_INDEX_NAME;
 use lacuna_data::pack::{
     Existing, PackConfig, PackError, PackOutcome, PackReport, PackSource, SHARD_BYTES_DEFAULT, pack,
 };
-use lacuna_data::synthetic::{N_CLASSES, SyntheticSpec};
+use lacuna_data::synthetic::SyntheticSpec;
 use lacuna_data::{Dataset, ImageShape, SkipList};
 use lacuna_spec::units::parse_bytes;
 use lacuna_types::exit;
@@ -69,6 +70,9 @@ pub enum DataCommand {
 pub struct PackArgs {
     /// A folder of images, IDX files, MDS shards or Parquet files; a Parquet file; an IDX file of
     /// images, or one of images and its labels.
+    ///
+    /// Of a folder of images, the folders directly in it are classes, numbered from 0 by name, if
+    /// there are two or more and no image lies beside them. Otherwise there are no labels.
     #[arg(required = true, num_args = 1.., value_name = "SRC")]
     sources: Vec<PathBuf>,
     /// Folder that gets shards and index.
@@ -79,6 +83,13 @@ pub struct PackArgs {
     /// IDX file of labels; otherwise found by its name beside the images.
     #[arg(long, value_name = "FILE")]
     labels: Option<PathBuf>,
+    /// Take the classes of a folder of images, and their numbers, from a packed data set (folder or
+    /// URL) or from a text file with a name on each line.
+    ///
+    /// A folder of another name is an error. A class may have no images, so that a part of a data
+    /// set (val, test) gets the numbers of the whole whatever it lacks.
+    #[arg(long, value_name = "FROM")]
+    classes: Option<PathBuf>,
     /// Which part of SRC: picks IDX or Parquet files called train… or t10k…/test…/val…, or such a
     /// folder.
     #[arg(long, value_enum)]
@@ -153,7 +164,10 @@ pub struct SyntheticArgs {
 pub fn data(args: DataArgs) -> anyhow::Result<u8> {
     match args.command {
         DataCommand::Pack(args) => {
-            let source = choose_source(&args)?;
+            let source = classes::numbered(choose_source(&args)?, args.classes.as_deref())?;
+            if let Some(parts) = classes::parts(&source) {
+                talk!("warning: {parts}");
+            }
             run_pack(&source, &args.out, &args.shards)
         }
         DataCommand::Synthetic(args) => run_synthetic(&args),
@@ -292,9 +306,10 @@ fn find_split(path: &Path, split: Split, from: Kind) -> anyhow::Result<PackSourc
 /// Gives an error of packing its exit code: what other arguments would cure is bad usage.
 fn pack_error(error: PackError) -> anyhow::Error {
     match error {
-        PackError::Config(_) | PackError::OutputExists { .. } => {
-            usage(lacuna_checkpoint::chain(&error))
-        }
+        PackError::Config(_)
+        | PackError::OutputExists { .. }
+        | PackError::ClassList { .. }
+        | PackError::NotInClasses { .. } => usage(lacuna_checkpoint::chain(&error)),
         _ => io(&error),
     }
 }
@@ -342,16 +357,7 @@ fn pack_rows(report: &PackReport, source: &PackSource, out: &Path) -> Vec<(&'sta
         ("packed", format!("{samples} in {shards}, {}", size(report.bytes))),
         ("fingerprint", report.fingerprint.to_string()),
     ];
-    match source {
-        _ if !report.classes.is_empty() => {
-            out.push((
-                "classes",
-                format!("{}: {}", report.classes.len(), report.classes.join(" ")),
-            ));
-        }
-        PackSource::Synthetic(_) => out.push(("classes", N_CLASSES.to_string())),
-        _ => {}
-    }
+    out.extend(classes::told(report, source).map(|text| ("labels", text)));
     if report.skipped.n > 0 {
         out.push(("left out", count(report.skipped.n, "image")));
     }
@@ -362,7 +368,8 @@ fn pack_json(report: &PackReport, out: &Path) -> serde_json::Value {
     json!({
         "folder": out, "n_samples": report.n_samples, "n_shards": report.n_shards,
         "bytes": report.bytes, "fingerprint": report.fingerprint.to_string(),
-        "classes": report.classes, "n_skipped": report.skipped.n,
+        "classes": report.classes, "no_labels": report.no_labels.as_ref().map(ToString::to_string),
+        "n_skipped": report.skipped.n,
         "already_there": report.outcome == PackOutcome::AlreadyThere,
     })
 }

@@ -5,7 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -50,6 +50,10 @@ pub struct TrainArgs {
 const AGENT_DEADLINE: Duration = Duration::from_secs(30);
 /// Deadline of calls to the coordinator in this process.
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
+/// How often the end of a run is looked for that its workers have heard of.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How long that is looked for.
+const END_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Trains until the run ends or Ctrl-C stops it; the same command goes on later.
 pub fn train(args: TrainArgs) -> anyhow::Result<u8> {
@@ -298,11 +302,20 @@ impl Training<'_> {
         run: &str,
         status: std::io::Result<std::process::ExitStatus>,
     ) -> anyhow::Result<v1::Run> {
+        let status = status.context("wait for the workers")?;
+        let since = Instant::now();
+        // Workers hear of the end first.
+        while status.success() && since.elapsed() < END_DEADLINE {
+            let run = client.get_run(run).await?;
+            if run.exit_code.is_some() {
+                return Ok(run);
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
         let run = client.get_run(run).await?;
         if run.exit_code.is_some() {
             return Ok(run);
         }
-        let status = status.context("wait for the workers")?;
         let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::FAILED);
         let mut text = format!("the workers ended ({status})");
         if !is_verbose() {

@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use desk::{Desk, save};
 use lacuna_data::Dataset;
 use lacuna_data::bad::BadSamples;
+use lacuna_data::pack::class_names;
 use lacuna_types::SampleId;
 use serde_json::Value;
 
@@ -157,6 +158,55 @@ fn packing_again_and_over() {
     assert_ne!(after["fingerprint"], before["fingerprint"]);
     desk.run(2, &["data", "synthetic", "e", "--n", "1", "--channels", "2"]);
     desk.run(2, &["data", "synthetic", "e", "--shard-size", "256"]);
+}
+
+/// Makes folders of classes with an image each.
+fn class_folders(desk: &Desk, root: &str, classes: &[&str]) {
+    let dataset = Dataset::open(&desk.path("d")).unwrap();
+    for (id, class) in (0..).zip(classes) {
+        let folder = desk.path(root).join(class);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("a.png"), dataset.sample(SampleId(id)).unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn labels_are_told_and_numbered_as_elsewhere() {
+    let desk = Desk::new();
+    desk.synthetic("40");
+    class_folders(&desk, "train", &["cats", "dogs", "emus"]);
+    class_folders(&desk, "val", &["dogs"]);
+    class_folders(&desk, "many", &["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k"]);
+    class_folders(&desk, "all", &["train", "val"]);
+    let told = |args: &[&str]| desk.run(0, &[&["data", "pack"][..], args].concat()).0;
+    let out = told(&["train", "t"]);
+    assert!(out.contains("\nlabels       3 classes: cats, dogs, emus\n"), "{out}");
+    let out = told(&["many", "m"]);
+    assert!(out.contains("\nlabels       11 classes: a, b, c, d, e, f, g, h, i, j, …\n"), "{out}");
+    let out = told(&["val", "bare"]);
+    assert!(out.contains("\nlabels       none: there is one folder only, `dogs`; "), "{out}");
+    let bare = desk.json(&["data", "pack", "val", "bare"]);
+    assert_eq!(bare["no_labels"], "there is one folder only, `dogs`");
+
+    told(&["val", "v", "--classes", "t"]);
+    assert_eq!(class_names(&desk.path("v")), class_names(&desk.path("t")));
+    assert_eq!(Dataset::open(&desk.path("v")).unwrap().label(SampleId(0)), Some(1));
+    fs::write(desk.path("names.txt"), "dogs\ncats\n").unwrap();
+    let list = ["data", "pack", "train", "x", "--classes", "names.txt"];
+    let (_, err) = desk.run(2, &list);
+    assert!(err.contains("its folder `emus` is not in it"), "{err}");
+    fs::write(desk.path("names.txt"), "emus\ndogs\ncats\n").unwrap();
+    let packed = desk.json(&list);
+    assert_eq!((&packed["classes"][0], &packed["no_labels"]), (&"emus".into(), &Value::Null));
+
+    let (_, err) = desk.run(0, &["data", "pack", "all", "a"]);
+    let warning = "parts of a data set and no classes: train, val; give one of these folders, such \
+                   as `all/train`";
+    assert!(err.starts_with("warning: ") && err.contains(warning), "{err}");
+    fs::copy(desk.path("train/cats/a.png"), desk.path("train/stray.png")).unwrap();
+    let out = told(&["train", "s"]);
+    let why = "\nlabels       none: `stray.png` lies beside the class folders\n";
+    assert!(out.contains(why), "{out}");
 }
 
 #[test]

@@ -4,9 +4,14 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use lacuna_cuda::CudaError;
 use lacuna_nccl::{NcclError, ResultCode};
+
+/// When a call of NCCL is no longer taken for a slow one: it mostly takes milliseconds, and the
+/// first one of a process seconds. One that is stuck keeps others out of NCCL too.
+const BLOCKED_FOR_GOOD: Duration = Duration::from_secs(10);
 
 /// A listener that could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +115,14 @@ pub enum CollectiveError {
         #[source]
         source: NcclError,
     },
+    /// A call of NCCL that nothing can end did not return while the group formed, and was given up.
+    #[error("`{call}` did not return within {waited:?}")]
+    Blocked {
+        /// The function.
+        call: &'static str,
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// This rank's device failed.
     #[error("the device failed in operation {op_seq}")]
     Device {
@@ -161,6 +174,7 @@ impl CollectiveError {
             Self::Aborted { .. }
             | Self::InvalidGroup { .. }
             | Self::Nccl { .. }
+            | Self::Blocked { .. }
             | Self::Device { .. }
             | Self::SharedDevice { .. }
             | Self::Stuck { .. }
@@ -173,6 +187,7 @@ impl CollectiveError {
         match self {
             Self::Stuck { .. } | Self::Device { .. } => true,
             Self::Nccl { source, .. } => source.code() == Some(ResultCode::UnhandledCudaError),
+            Self::Blocked { waited, .. } => *waited >= BLOCKED_FOR_GOOD,
             _ => false,
         }
     }

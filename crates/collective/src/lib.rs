@@ -14,11 +14,13 @@
 //!   the payload travels in clear and unauthenticated afterwards: the workers' network has to be a
 //!   private one. A listener leaves loopback only with [`Exposure::Trusted`], for callers that
 //!   authenticate workers.
-//! - It has no async code and starts no threads, but for those that abort NCCL.
+//! - It has no async code, and starts no threads but for those that start NCCL, keep the time of
+//!   its calls, and abort it. A call that starts NCCL and has not returned by the deadline is given
+//!   up and keeps its thread: before there is a communicator nothing can end it.
 //!
 //! Start reading at `traits.rs` (the contract), then `exchange.rs` (how bytes move) and `link.rs`
-//! (through what), `form.rs`, `handshake.rs` and `share.rs` (how a group forms), and `nccl.rs`.
-//! `conformance.rs` is the contract as tests.
+//! (through what), `form.rs`, `handshake.rs` and `share.rs` (how a group forms), and `nccl.rs` with
+//! `nccl/keeper.rs` (what ends its calls). `conformance.rs` is the contract as tests.
 
 #[cfg(target_endian = "big")]
 compile_error!("elements travel as native bytes, which the wire format fixes to little-endian");

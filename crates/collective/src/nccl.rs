@@ -8,14 +8,20 @@
 //! connections tell who went.
 //!
 //! # Rules
-//! - One thread calls NCCL: the one that owns the value. Aborts run on a thread of their own.
+//! - One thread calls NCCL: the one that owns the value. What makes a communicator, and aborts, run
+//!   on threads of their own.
 //! - Communicators are non-blocking. Every wait asks the event, NCCL's asynchronous error, the
 //!   abort handle, the connections and the clock; none is a bare synchronisation.
+//! - A call of NCCL that does not return by its deadline is ended by an abort (`keeper.rs`). Before
+//!   there is a communicator there is nothing to abort: then the call is given up, and stays on its
+//!   thread ([`CollectiveError::Blocked`]). One that not even an abort frees keeps the owner's
+//!   thread: then somebody else must kill the process.
 //! - After any fault the communicator is aborted, never finalised. What an aborted operation wrote
 //!   is garbage, although its stream looks fine: results are read only if no abort came before.
 //! - An abort that does not return ([`CollectiveError::Stuck`]) costs the process: buffers that a
 //!   device may still write are leaked, not freed.
 
+mod keeper;
 mod setup;
 mod staging;
 
@@ -29,10 +35,10 @@ use std::time::{Duration, Instant};
 
 use lacuna_cuda::{DeviceBuffer, Stream};
 use lacuna_nccl::{
-    Aborter, CommConfig, Communicator, DataType, NcclError, Progress, ReduceOp, ResultCode,
-    UniqueId,
+    Aborter, Communicator, DataType, NcclError, Progress, ReduceOp, ResultCode, UniqueId,
 };
 
+use keeper::{Keeper, Limit, Seat, draw_id};
 pub use setup::{NcclSetup, SetupError};
 use staging::Staging;
 
@@ -57,6 +63,7 @@ pub struct NcclCollective {
     mesh: TcpCollective,
     comm: Communicator,
     aborter: Aborter,
+    keeper: Keeper,
     abort: AbortHandle,
     /// None once it was leaked: an abort did not return.
     staging: Option<Staging>,
@@ -66,8 +73,9 @@ impl NcclCollective {
     /// Forms the group and returns this rank's member.
     ///
     /// # Errors
-    /// Those of [`TcpCollective::connect`], and [`CollectiveError::Nccl`] and
-    /// [`CollectiveError::Device`].
+    /// Those of [`TcpCollective::connect`], and [`CollectiveError::Nccl`],
+    /// [`CollectiveError::Blocked`], [`CollectiveError::Device`] and
+    /// [`CollectiveError::SharedDevice`].
     pub fn connect(
         listener: &TrainerListener,
         group: &Group,
@@ -82,16 +90,19 @@ impl NcclCollective {
         setup.device.make_current().map_err(device)?;
         let place: String = setup.place().map_err(device)?;
         refuse_shared_device(&mut mesh, &place, left())?;
-        let id: UniqueId = share_id(&mut mesh, setup, left())?;
+        let limit = Limit { end, abort: &abort };
+        let id: UniqueId = share_id(&mut mesh, setup, limit)?;
         let staging = Staging::new(&setup.device).map_err(device)?;
-        let (world, config) = (group.members.len(), CommConfig::default());
-        let comm = Communicator::start(&setup.nccl, &id, world, group.rank, &config)
-            .map_err(|source| CollectiveError::Nccl { op_seq: 0, source })?;
+        let seat = Seat { id, world: group.members.len(), rank: group.rank };
+        let (keeper, comm) = match Keeper::start(setup, seat, limit) {
+            Ok(started) => started,
+            Err(fault) => return Err(leaking(staging, fault)),
+        };
         let aborter: Aborter = comm.aborter();
         let hook: Aborter = comm.aborter();
         abort.on_abort(move || hook.begin());
         let staging = Some(staging);
-        let mut collective = Self { mesh, comm, aborter, abort, staging };
+        let mut collective = Self { mesh, comm, aborter, keeper, abort, staging };
         let formed = collective.wait_formed(end);
         // Members whose NCCL does not get ready are named by those whose does.
         let formed = formed.and_then(|()| collective.mesh.barrier(left()));
@@ -103,11 +114,14 @@ impl NcclCollective {
     }
 
     fn wait_formed(&mut self, end: Instant) -> Result<(), CollectiveError> {
+        let _armed = self.keeper.until(end);
         let mut watch = Watch::new();
         loop {
             self.abort.check()?;
             match self.comm.poll() {
                 Ok(Progress::Done) => return Ok(()),
+                // Aborted because the time is over, which is what is said then.
+                Err(NcclError::Aborted) if self.keeper.has_rung() => {}
                 Ok(Progress::Going) => {}
                 Err(error) => return Err(self.blame(error)),
             }
@@ -131,6 +145,7 @@ impl NcclCollective {
         let end: Instant = Instant::now() + deadline;
         let Op { kind, root } = op;
         self.mesh.agree(kind, root, buffer.len() as u64, end).map_err(|f| self.give_up(f))?;
+        let _armed = self.keeper.until(end);
         for piece in buffer.chunks_mut(Staging::BYTES) {
             let done = self.piece(piece, end, launch);
             done.map_err(|fault| self.give_up(fault))?;
@@ -184,6 +199,7 @@ impl NcclCollective {
         let Some(staging) = &self.staging else {
             return Err(CollectiveError::Stuck { source: NcclError::Aborted });
         };
+        let _armed = self.keeper.until(end);
         staging.follow(after).map_err(device)?;
         let stream = staging.raw_stream();
         let at = buffer.as_ptr();
@@ -224,13 +240,16 @@ impl NcclCollective {
                 return Err(self.blame(error));
             }
             if Instant::now() >= end {
-                // All have entered: whose bytes are missing is known to the devices only.
-                let (op_seq, waiting_for) = (self.mesh.op_seq(), Vec::new());
-                return Err(CollectiveError::Timeout { op_seq, waiting_for });
+                return Err(self.timed_out());
             }
             self.look_for_departed(&mut watch)?;
             watch.pause();
         }
+    }
+
+    /// All have entered: whose bytes are missing is known to the devices only.
+    fn timed_out(&self) -> CollectiveError {
+        CollectiveError::Timeout { op_seq: self.mesh.op_seq(), waiting_for: Vec::new() }
     }
 
     /// Fails once a member has been gone for longer than an operation may take to end without it.
@@ -250,8 +269,12 @@ impl NcclCollective {
         Err(CollectiveError::PeerLost { rank, addr, op_seq: self.mesh.op_seq(), source })
     }
 
-    /// Finds out what a failure of NCCL means: an abort, a member that went, or NCCL itself.
+    /// Finds out what a failure of NCCL means: an abort, a deadline, a member that went, or NCCL
+    /// itself.
     fn blame(&self, error: NcclError) -> CollectiveError {
+        if error == NcclError::Aborted && self.keeper.has_rung() {
+            return self.abort.check().err().unwrap_or_else(|| self.timed_out());
+        }
         let op_seq: u64 = self.mesh.op_seq();
         let own_fault = error.code() == Some(ResultCode::UnhandledCudaError);
         let until: Instant = Instant::now() + BLAME_TIME;
@@ -343,15 +366,23 @@ fn refuse_shared_device(
 fn share_id(
     mesh: &mut TcpCollective,
     setup: &NcclSetup,
-    deadline: Duration,
+    limit: Limit<'_>,
 ) -> Result<UniqueId, CollectiveError> {
     let mut bytes = [0; UniqueId::BYTES];
     if mesh.rank() == 0 {
-        let drawn = setup.nccl.unique_id();
-        bytes = *drawn.map_err(|source| CollectiveError::Nccl { op_seq: 0, source })?.as_bytes();
+        bytes = *draw_id(setup, limit)?.as_bytes();
     }
-    mesh.broadcast(0, &mut bytes, deadline)?;
+    mesh.broadcast(0, &mut bytes, limit.left())?;
     Ok(UniqueId::from_bytes(bytes))
+}
+
+/// Drops the buffers of a communicator that did not start, or leaks them: where NCCL is still in a
+/// call it may hold the driver, and freeing would wait for that.
+fn leaking(staging: Staging, fault: CollectiveError) -> CollectiveError {
+    if matches!(fault, CollectiveError::Blocked { .. } | CollectiveError::Aborted { .. }) {
+        std::mem::forget(staging);
+    }
+    fault
 }
 
 impl Collective for NcclCollective {
@@ -438,7 +469,10 @@ impl Collective for NcclCollective {
                 Err(stuck)
             }
             // NCCL let go, and complained: the next communicator shows whether it matters.
-            Ok(()) | Err(_) => self.mesh.leave(),
+            Ok(()) | Err(_) => {
+                self.keeper.end();
+                self.mesh.leave()
+            }
         }
     }
 

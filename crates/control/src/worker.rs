@@ -537,7 +537,9 @@ impl Session {
                     self.answer(generation, fault);
                 }
                 match kind {
-                    // A broken device stays broken in this process: the next one may be lucky.
+                    // A broken device stays broken in this process: the next one may be lucky. What
+                    // fails before it is warm, for want of memory say, would fail again: it stays
+                    // and is counted, since a run all of whose workers are unfit has failed.
                     FaultKind::Local if generation > Generation(0) => self.exit(exit::IO, detail),
                     FaultKind::Unfit => self.exit(exit::UNFIT, detail),
                     _ => {}

@@ -284,6 +284,10 @@ impl RunTask {
             commands.iter().any(|command| matches!(command, Command::Note(n) if n.kind == kind))
         });
         self.carry_out_all(commands).await?;
+        if self.machine.ended() != self.view.borrow().ending.as_ref() {
+            // Workers were told; whoever sees them go looks here next.
+            self.publish();
+        }
         // After the commands: one of them may have begun the commit of what is over.
         if closed && !saved {
             self.collect(generation);

@@ -58,6 +58,14 @@ pub struct DeviceInfo {
     pub multiprocessors: u32,
 }
 
+impl DeviceInfo {
+    /// Writes the compute capability as people do, `9.0`.
+    pub fn capability_text(&self) -> String {
+        let (major, minor) = self.capability;
+        format!("{major}.{minor}")
+    }
+}
+
 impl Driver {
     /// Loads the driver, from `path` or from where the loader finds it, and initialises it.
     ///

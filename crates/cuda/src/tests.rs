@@ -73,6 +73,7 @@ fn devices_are_described_and_numbered_from_zero() {
     let devices = driver.devices().unwrap();
     assert_eq!(devices.len(), 64);
     assert_eq!((devices[0].name.as_str(), devices[0].capability), ("stand-in", (9, 0)));
+    assert_eq!(devices[0].capability_text(), "9.0");
     assert_eq!(driver.version().unwrap().cuda, "13.0");
     let error = driver.device(64).expect_err("there are 64");
     assert_eq!(error.to_string(), "there is no CUDA device 64: the driver shows 64");
@@ -100,6 +101,9 @@ fn faults_of_the_device_are_told_from_others() {
 #[test]
 fn versions_of_the_kernel_module_are_found() {
     let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build";
+    let closed =
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC 12.2.0";
     assert_eq!(kernel_version(open).as_deref(), Some("580.65.06"));
+    assert_eq!(kernel_version(closed).as_deref(), Some("550.54.15"));
     assert_eq!(kernel_version(""), None);
 }

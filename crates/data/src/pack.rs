@@ -5,6 +5,7 @@
 //! which says what was packed, last. A folder in which packing was interrupted is cleaned and
 //! packed anew.
 
+mod classes;
 mod shard;
 mod source;
 
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::classes::{NoLabels, class_list};
 use self::shard::ShardWriter;
 pub use self::source::PackSource;
 use self::source::{Item, Source};
@@ -84,6 +86,8 @@ pub struct PackReport {
     pub bytes: u64,
     /// Names of the classes, by label; empty without labels or names.
     pub classes: Vec<String>,
+    /// Why there are no labels; nothing if there are some.
+    pub no_labels: Option<NoLabels>,
     /// Images that could not be used; empty if nothing was written.
     pub skipped: SkipList,
 }
@@ -154,6 +158,22 @@ pub enum PackError {
         /// Images there are.
         n_images: u64,
     },
+    /// Something gives no list of classes.
+    #[error("`{}` gives no list of classes: {what}", from.display())]
+    ClassList {
+        /// Where the list was looked for.
+        from: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A folder of images has others than the classes of a list.
+    #[error("`{}` does not go with the list of classes: {what}", path.display())]
+    NotInClasses {
+        /// The folder.
+        path: PathBuf,
+        /// What is not in the list.
+        what: String,
+    },
     /// The output folder is in use.
     #[error(
         "`{}` holds another data set (`{found}`): choose another folder or replace it",
@@ -209,7 +229,7 @@ pub fn pack(
         format!("{PACK_VERSION}\n{}\n{}\n{}", config.name, config.shard_bytes, source.identity());
     let input = blake3::hash(identity.as_bytes()).to_hex().to_string();
     fs::create_dir_all(out).map_err(at(out))?;
-    if let Some(report) = recognise(out, &input) {
+    if let Some(report) = recognise(out, &input, &source) {
         return Ok(report);
     }
     clear(out, config)?;
@@ -228,22 +248,19 @@ pub fn pack(
     text.push(b'\n');
     let path = out.join(PACK_NAME);
     write_atomic(&path, &text).map_err(at(&path))?;
-    Ok(report(PackOutcome::Written, &index, record.classes, skipped))
+    Ok(report(PackOutcome::Written, &index, &source, skipped))
 }
 
-fn report(
-    outcome: PackOutcome,
-    index: &Index,
-    classes: Vec<String>,
-    skipped: SkipList,
-) -> PackReport {
+fn report(outcome: PackOutcome, index: &Index, source: &Source, skipped: SkipList) -> PackReport {
+    let of_input = || (index.n_classes() == 0).then_some(NoLabels::Input);
     PackReport {
         outcome,
         fingerprint: index.fingerprint(),
         n_samples: index.n_samples(),
         n_shards: index.shards().len(),
         bytes: index.shards().iter().map(|shard| shard.bytes).sum(),
-        classes,
+        classes: source.classes().to_vec(),
+        no_labels: source.no_labels().cloned().or_else(of_input),
         skipped,
     }
 }
@@ -303,21 +320,22 @@ fn write_shards(
 }
 
 /// Returns the report of an earlier, complete call with the same input.
-fn recognise(out: &Path, input: &str) -> Option<PackReport> {
+fn recognise(out: &Path, input: &str, source: &Source) -> Option<PackReport> {
     let record = read_record(out)?;
-    if record.input != input {
+    // A part has the names of the data set that it is of, which its input does not say.
+    if record.input != input || record.classes != source.classes() {
         return None;
     }
     let dataset = Dataset::open(out).ok()?;
     let skipped = SkipList::default();
     let outcome = PackOutcome::AlreadyThere;
-    Some(report(outcome, dataset.index(), record.classes, skipped))
+    Some(report(outcome, dataset.index(), source, skipped))
 }
 
-/// Returns the names of a packed data set's classes, by label; none where it has no names, or where
-/// it was not packed here.
-pub fn class_names(folder: &Path) -> Vec<String> {
-    read_record(folder).map_or(Vec::new(), |record| record.classes)
+/// Returns the names of a packed data set's classes, by label, of its folder or URL; none where it
+/// has no names, or where it was not packed here.
+pub fn class_names(data: &Path) -> Vec<String> {
+    class_list(data).unwrap_or_default()
 }
 
 fn read_record(out: &Path) -> Option<PackRecord> {

@@ -6,8 +6,10 @@
 // flags. Every operation is a single IEEE operation with one rounding; NVRTC must be told
 // --fmad=false, and where a mistake would hide, the intrinsics say it again.
 //
-// The file is C as well: with LACUNA_HOST defined a C compiler makes plain functions of the kernels,
-// each of which does the work of all threads. Tests run those.
+// The file is C as well: with LACUNA_HOST defined a C compiler makes plain functions of the kernels.
+// A call does the work of one thread, and tests make all calls of a launch one after the other.
+// Where threads meet (RAISE, RAISE_TO) a plain operation is then as good as an atomic one; all
+// others write their own elements.
 
 #ifdef LACUNA_HOST
 #include <math.h>
@@ -17,8 +19,14 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef unsigned char u8;
 #define KERNEL void
-#define THREAD 0ULL
-#define THREADS 1ULL
+// Which thread of how many the next calls on this thread of the host are.
+static _Thread_local u64 host_thread = 0, host_threads = 1;
+void lacuna_host_thread(u64 thread, u64 threads) {
+  host_thread = thread;
+  host_threads = threads;
+}
+#define THREAD host_thread
+#define THREADS host_threads
 #define MUL(a, b) ((a) * (b))
 #define ADD(a, b) ((a) + (b))
 #define SUB(a, b) ((a) - (b))

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use lacuna_cuda::{DeviceBuffer, PinnedBuffer, Stream};
+use lacuna_cuda::{DeviceBuffer, Grid, PinnedBuffer, Stream};
 use lacuna_recipe::adamw::{self, AdamW};
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::model::{Init, ParamSpec};
@@ -15,19 +15,34 @@ use crate::wait::drain;
 use crate::{Aside, DeviceState, Kernels, Pixels, Shape, Updating};
 
 const SLOTS: u32 = 4;
+/// Grids that all launches are tried with besides their own: threads that take many elements each,
+/// in one block and in several, and numbers of them that divide nothing.
+const GRIDS: [Grid; 4] = [
+    Grid { blocks: 1, threads: 1 },
+    Grid { blocks: 3, threads: 1 },
+    Grid { blocks: 2, threads: 32 },
+    Grid { blocks: 5, threads: 7 },
+];
 /// Why nothing here may fail.
 const WORKS: &str = "the device works";
 const FITS: &str = "a small state fits";
 
-/// Runs every check on a device.
+/// Runs every check on a device, with several numbers of threads.
 ///
 /// # Panics
 /// If a bit differs, or a call fails.
 pub fn run(kernels: &Kernels) {
-    a_step_on_the_device_has_the_bits_of_the_host(kernels);
-    overflow_and_infinity_raise_the_lanes_of_the_host(kernels);
-    bytes_become_the_values_of_the_recipe(kernels);
     what_was_set_aside_stays(kernels);
+    let mut norms = Vec::new();
+    for grid in [None].into_iter().chain(GRIDS.map(Some)) {
+        let kernels = &kernels.with_grid(grid);
+        norms.push(a_step_on_the_device_has_the_bits_of_the_host(kernels));
+        overflow_and_infinity_raise_the_lanes_of_the_host(kernels);
+        threads_that_raise_flags_leave_those_of_others(kernels);
+        bytes_become_the_values_of_the_recipe(kernels);
+    }
+    // The host sums squares in another order; the device has one.
+    assert!(norms.iter().all(|of_grid| *of_grid == norms[0]), "norms: {norms:?}");
 }
 
 /// Copies are those of their time, whatever becomes of the state, and are read in any thread.
@@ -133,7 +148,10 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-fn a_step_on_the_device_has_the_bits_of_the_host(kernels: &Kernels) {
+/// Returns the bits of the norms.
+fn a_step_on_the_device_has_the_bits_of_the_host(kernels: &Kernels) -> Vec<u64> {
+    let grid = kernels.grid;
+    let mut norms = Vec::new();
     let layout = layout();
     let n: usize = layout.numel();
     let mut state = DeviceState::new(kernels, layout.clone(), SLOTS).expect(FITS);
@@ -158,8 +176,9 @@ fn a_step_on_the_device_has_the_bits_of_the_host(kernels: &Kernels) {
         let reading = state.word().expect(WORKS).read(1).expect(WORKS);
         assert_eq!(reading.verdict(), None);
         let (norm, max_abs) = state.mean().expect(WORKS);
-        assert!((norm / expected.grad_norm - 1.0).abs() < 1e-12, "{norm}");
-        assert_eq!(reading.summary(expected.grad_norm, max_abs), expected);
+        norms.push(norm.to_bits());
+        assert!((norm / expected.grad_norm - 1.0).abs() < 1e-12, "{norm}, {grid:?}");
+        assert_eq!(reading.summary(expected.grad_norm, max_abs), expected, "{grid:?}");
         assert!(expected.stop);
 
         let updating = Updating { adamw: &adamw, lr: 1e-3, t, decay_tokens: true };
@@ -178,15 +197,17 @@ fn a_step_on_the_device_has_the_bits_of_the_host(kernels: &Kernels) {
         for (section, values) in Section::ALL.into_iter().zip(&host) {
             let mut read = vec![0f32; n];
             state.read(section, 0..n, &mut read).expect(WORKS);
-            assert!(bits(&read) == bits(values), "{section:?} after update {t}");
+            assert!(bits(&read) == bits(values), "{section:?} after update {t}, {grid:?}");
         }
     }
     let digests = state.tensor_digests().expect(WORKS);
     for (block, digests) in digests.iter().enumerate() {
         for (digest, values) in digests.iter().zip(&host) {
-            assert_eq!(*digest, Crc64::of_f32(&values[layout.range(block)]), "tensor {block}");
+            let want = Crc64::of_f32(&values[layout.range(block)]);
+            assert_eq!(*digest, want, "tensor {block}, {grid:?}");
         }
     }
+    norms
 }
 
 fn overflow_and_infinity_raise_the_lanes_of_the_host(kernels: &Kernels) {
@@ -216,6 +237,24 @@ fn overflow_and_infinity_raise_the_lanes_of_the_host(kernels: &Kernels) {
     }
 }
 
+/// Both flags are of one word, to which several threads add what they found.
+fn threads_that_raise_flags_leave_those_of_others(kernels: &Kernels) {
+    let layout = layout();
+    let mut state = DeviceState::new(kernels, layout.clone(), SLOTS).expect(FITS);
+    for [first, second] in [[1e30, f32::NAN], [f32::NAN, 1e30]] {
+        let mut reducer = Reducer::new(layout.clone(), SLOTS);
+        let exponents = vec![30; layout.n_blocks()];
+        state.begin(&exponents).expect(WORKS);
+        reducer.begin(&exponents);
+        add(&mut state, &mut reducer, 0, |values| {
+            (values[0], values[4]) = (first, second);
+        });
+        state.close(&mut word()).expect(WORKS);
+        let reading = state.word().expect(WORKS).read(1).expect(WORKS);
+        assert!(reading.overflow && reading.non_finite, "{reading:?}, {:?}", kernels.grid);
+    }
+}
+
 fn bytes_become_the_values_of_the_recipe(kernels: &Kernels) {
     let shape = Shape { images: 3, plane: 20, channels: 3 };
     let normalize = Normalize::new(&[0.48, 0.45, 0.4], &[0.22, 0.23, 0.25]);
@@ -231,6 +270,7 @@ fn bytes_become_the_values_of_the_recipe(kernels: &Kernels) {
         // SAFETY: the wait below ends before `back` is read.
         unsafe { pixels.values.store(&mut back, n * 4, &stream) }.expect(WORKS);
         drain(&pixels.copied, &stream, "copy values").expect(WORKS);
-        assert_eq!(back.bytes(), bytemuck::cast_slice::<f32, u8>(&expected), "slot {salt}");
+        let (got, want) = (back.bytes(), bytemuck::cast_slice::<f32, u8>(&expected));
+        assert_eq!(got, want, "slot {salt}, {:?}", kernels.grid);
     }
 }

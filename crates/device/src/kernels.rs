@@ -13,16 +13,12 @@ const THREADS: u32 = 256;
 /// Most blocks of a launch: several for each multiprocessor of any device; threads loop.
 const BLOCKS_MAX: usize = 4096;
 
-/// A thread for each of `n` elements, up to a device's worth.
-pub(crate) fn grid_for(n: usize) -> Grid {
-    let blocks = n.div_ceil(THREADS as usize).clamp(1, BLOCKS_MAX);
-    Grid { blocks: blocks as u32, threads: THREADS }
-}
-
 /// The kernels on one device; cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Kernels {
     pub(crate) device: Device,
+    /// What all launches get, where it is not chosen by the number of elements.
+    pub(crate) grid: Option<Grid>,
     pub(crate) quantise_add: Function,
     pub(crate) mean_of: Function,
     pub(crate) squares: Function,
@@ -59,6 +55,7 @@ impl Kernels {
         let module = Module::load(device, cubin)?;
         Ok(Self {
             device: device.clone(),
+            grid: None,
             quantise_add: module.function("quantise_add")?,
             mean_of: module.function("mean_of")?,
             squares: module.function("squares")?,
@@ -66,5 +63,16 @@ impl Kernels {
             crc64_pieces: module.function("crc64_pieces")?,
             normalise: module.function("normalise")?,
         })
+    }
+
+    /// The same kernels, all launched with `grid`: no bit depends on it.
+    pub(crate) fn with_grid(&self, grid: Option<Grid>) -> Self {
+        Self { grid, ..self.clone() }
+    }
+
+    /// A thread for each of `n` elements, up to a device's worth.
+    pub(crate) fn grid_for(&self, n: usize) -> Grid {
+        let blocks = n.div_ceil(THREADS as usize).clamp(1, BLOCKS_MAX);
+        self.grid.unwrap_or(Grid { blocks: blocks as u32, threads: THREADS })
     }
 }

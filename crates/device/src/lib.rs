@@ -8,7 +8,8 @@
 //!
 //! The kernels are in `kernels/exact.cu`. They are compiled at run time ([`Kernels::compile`]), so
 //! nothing of CUDA is needed to build, and they are C as well: the tests of this crate run the same
-//! source on the host, behind a library that stands in for the driver, and compare bits.
+//! source on the host, behind a library that stands in for the driver, with few threads and many,
+//! and compare bits.
 //!
 //! # Order of work
 //! All work is enqueued on the legacy default stream, on which libtorch works too. Methods that

@@ -3,7 +3,6 @@
 use lacuna_cuda::{Arg, CudaError, DeviceBuffer, Event, PinnedBuffer, Stream};
 
 use crate::Kernels;
-use crate::kernels::grid_for;
 use crate::wait::{DeviceError, until_passed};
 
 const F32: usize = size_of::<f32>();
@@ -100,7 +99,8 @@ impl Pixels {
             Arg::U64(self.shape.plane as u64),
             Arg::U64(self.shape.channels as u64),
         ];
+        let grid = self.kernels.grid_for(n);
         // SAFETY: the kernel's arguments, and whole buffers.
-        unsafe { self.kernels.normalise.launch(grid_for(n), &args, &self.stream) }.map_err(failed)
+        unsafe { self.kernels.normalise.launch(grid, &args, &self.stream) }.map_err(failed)
     }
 }

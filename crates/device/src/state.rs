@@ -11,7 +11,7 @@ use lacuna_recipe::state::{Layout, Section, TensorDigests};
 
 use crate::aside::Shelf;
 use crate::crc;
-use crate::kernels::{Kernels, grid_for};
+use crate::kernels::Kernels;
 use crate::wait::{DeviceError, drain};
 
 /// Partial sums of squares: enough threads to read at a device's rate, few enough to add on the
@@ -439,8 +439,9 @@ impl DeviceState {
         if n == 0 {
             return Ok(());
         }
+        let grid = self.kernels.grid_for(n);
         // SAFETY: by the caller.
-        let launched = unsafe { function.launch(grid_for(n), args, &self.stream) };
+        let launched = unsafe { function.launch(grid, args, &self.stream) };
         launched.map_err(|source| DeviceError::Cuda { action, source })
     }
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include <ATen/Context.h>
+#include <c10/core/CachingDeviceAllocator.h>
 
 namespace {
 constexpr int kDeterministic = 1;
@@ -49,6 +50,18 @@ int lacuna_torch_flags() {
     const at::Context &context = at::globalContext();
     const bool tf32 = context.allowTF32CuBLAS() || context.allowTF32CuDNN();
     return (context.deterministicAlgorithms() ? kDeterministic : 0) | (tf32 ? kTf32 : 0);
+  } catch (...) {
+    return -1;
+  }
+}
+
+// Gives unused memory of CUDA devices back. Returns 0.
+int lacuna_torch_give_back_memory() {
+  try {
+    if (at::hasCUDA()) {
+      at::getDeviceAllocator(at::kCUDA)->emptyCache();
+    }
+    return 0;
   } catch (...) {
     return -1;
   }

@@ -34,6 +34,7 @@ unsafe extern "C" {
     safe fn lacuna_torch_set_flags(flags: c_int) -> c_int;
     safe fn lacuna_torch_flags() -> c_int;
     safe fn lacuna_torch_cuda_runtime() -> c_long;
+    safe fn lacuna_torch_give_back_memory() -> c_int;
     fn lacuna_torch_cuda_config(out: *mut c_char, n: usize) -> c_long;
     safe fn _exit(code: c_int) -> !;
 }
@@ -57,6 +58,14 @@ pub fn kernels() -> Option<Kernels> {
     let flags = lacuna_torch_flags();
     let kernels = Kernels { deterministic: flags & DETERMINISTIC != 0, tf32: flags & TF32 != 0 };
     (flags >= 0).then_some(kernels)
+}
+
+/// Gives memory of CUDA devices that libtorch keeps and does not use back to the driver. Does
+/// nothing where its CUDA part is not loaded.
+pub fn give_back_memory() {
+    if lacuna_torch_give_back_memory() != 0 {
+        tracing::debug!("libtorch keeps the memory that it does not use");
+    }
 }
 
 /// Returns the version of the CUDA runtime, `13.0`, where libtorch's CUDA part is loaded.

@@ -3,13 +3,11 @@
 //! Binaries link the CPU half only and start on every machine. [`load`] adds the other half to a
 //! running process. Nothing calls it unless a CUDA device is asked for.
 
-mod driver;
-
 use std::ffi::{CStr, CString, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-pub use driver::{CudaDevice, DriverInfo};
+use lacuna_cuda::{DeviceInfo, Driver, DriverVersion};
 
 use crate::context;
 
@@ -25,10 +23,10 @@ pub struct CudaLibrary {
     pub runtime: String,
     /// What libtorch says about its CUDA libraries, several lines.
     pub config: String,
-    /// The driver.
-    pub driver: DriverInfo,
+    /// Versions of the driver.
+    pub driver: DriverVersion,
     /// Devices in the order in which libtorch numbers them.
-    pub devices: Vec<CudaDevice>,
+    pub devices: Vec<DeviceInfo>,
 }
 
 /// Why a process cannot use CUDA.
@@ -51,45 +49,23 @@ pub enum CudaError {
         /// The loader's words.
         reason: String,
     },
-    /// No driver is installed.
-    #[error("no NVIDIA driver: {reason}")]
-    DriverMissing {
-        /// The loader's words.
-        reason: String,
-    },
-    /// The driver refuses a call.
-    #[error("the NVIDIA driver refuses `{call}`: {reason} ({code})")]
-    Driver {
-        /// The driver's function.
-        call: &'static str,
-        /// The driver's words.
-        reason: String,
-        /// The driver's number of the error.
-        code: i32,
-    },
-    /// The driver lacks a function that every driver for this libtorch has.
-    #[error("the NVIDIA driver is too old: it has no `{symbol}`")]
-    DriverTooOld {
-        /// Name of the function.
-        symbol: &'static str,
-    },
-    /// The driver works and has no device for this process.
-    #[error("the NVIDIA driver shows no device (CUDA_VISIBLE_DEVICES is {visible})")]
-    NoDevice {
-        /// Value of the variable that hides devices.
-        visible: String,
-    },
+    /// The driver is missing, too old or broken, or shows this process no device.
+    #[error(transparent)]
+    Driver(#[from] lacuna_cuda::CudaError),
     /// The driver shows devices and libtorch does not see them.
     #[error(
-        "libtorch sees {seen} of the {n_devices} devices of the NVIDIA driver: the driver is older \
-         than CUDA {runtime} needs, or something asked for CUDA before its library was loaded"
+        "libtorch sees {seen} devices and the NVIDIA driver shows {n_devices}: the driver is for \
+         CUDA {driver} and older, libtorch for {runtime}; where that fits, something asked for \
+         CUDA before its library was loaded"
     )]
     NotSeen {
         /// Devices that libtorch sees.
         seen: i64,
         /// Devices that the driver shows.
         n_devices: usize,
-        /// Version of libtorch's CUDA runtime.
+        /// Newest CUDA that the driver serves.
+        driver: String,
+        /// CUDA of libtorch's runtime.
         runtime: String,
     },
 }
@@ -105,23 +81,41 @@ pub enum CudaError {
 pub fn load() -> Result<CudaLibrary, CudaError> {
     let places = places(loaded(CPU_LIBRARY), std::env::var_os("LIBTORCH"));
     let path = open_library(&places)?;
-    let (driver, devices) = driver::query()?;
-    let runtime = context::cuda_runtime().unwrap_or_else(|| "unknown".into());
+    let found = Driver::load(None)?;
+    let (driver, devices) = (found.version()?, found.devices()?);
+    let runtime = context::cuda_runtime();
     let seen = if tch::Cuda::is_available() { tch::Cuda::device_count() } else { 0 };
     if seen != devices.len() as i64 {
-        return Err(CudaError::NotSeen { seen, n_devices: devices.len(), runtime });
+        let runtime = runtime.map_or("an unknown one".into(), |version| format!("CUDA {version}"));
+        let (n_devices, driver) = (devices.len(), driver.cuda);
+        return Err(CudaError::NotSeen { seen, n_devices, driver, runtime });
     }
+    let runtime = runtime.unwrap_or_else(|| "unknown".into());
     let config = context::cuda_config().unwrap_or_default();
     Ok(CudaLibrary { path, runtime, config, driver, devices })
 }
 
-/// Returns NVRTC's file where it came with libtorch: wheels lie side by side, `torch/lib` and
-/// `nvidia/cu13/lib`.
+/// Returns NVRTC's file where it came with libtorch.
 pub fn nvrtc() -> Option<PathBuf> {
-    let torch = loaded(CPU_LIBRARY)?;
-    let wheels = torch.parent()?.parent()?.parent()?;
-    let path = wheels.join("nvidia/cu13/lib/libnvrtc.so.13");
-    path.is_file().then_some(path)
+    nvrtc_near(&loaded(CPU_LIBRARY)?)
+}
+
+/// Wheels lie side by side, `torch/lib` and `nvidia/cu13/lib`; other packages of libtorch have all
+/// libraries in one folder, some under names with a digest: `libnvrtc-….so.13`.
+fn nvrtc_near(torch: &Path) -> Option<PathBuf> {
+    let beside = torch.parent()?;
+    let wheel = beside.parent()?.parent()?.join("nvidia/cu13/lib/libnvrtc.so.13");
+    if wheel.is_file() {
+        return Some(wheel);
+    }
+    let is_nvrtc = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with("libnvrtc") && name.contains(".so") && !name.contains("builtins")
+    };
+    let mut found: Vec<PathBuf> =
+        std::fs::read_dir(beside).ok()?.flatten().map(|e| e.path()).collect();
+    found.sort();
+    found.into_iter().find(is_nvrtc)
 }
 
 /// Lists where the CUDA half may lie: beside the CPU half, then in the libtorch of the environment.
@@ -137,11 +131,11 @@ fn places(cpu: Option<PathBuf>, libtorch: Option<OsString>) -> Vec<PathBuf> {
 fn open_library(places: &[PathBuf]) -> Result<PathBuf, CudaError> {
     if let Some(path) = places.iter().find(|path| path.exists()) {
         let broken = |reason| CudaError::LibraryBroken { path: path.display().to_string(), reason };
-        open(path, libc::RTLD_NOW | libc::RTLD_GLOBAL).map_err(broken)?;
+        open(path).map_err(broken)?;
         return Ok(path.clone());
     }
-    match open(Path::new(LIBRARY), libc::RTLD_NOW | libc::RTLD_GLOBAL) {
-        Ok(_) => Ok(loaded(LIBRARY).unwrap_or_else(|| PathBuf::from(LIBRARY))),
+    match open(Path::new(LIBRARY)) {
+        Ok(()) => Ok(loaded(LIBRARY).unwrap_or_else(|| PathBuf::from(LIBRARY))),
         // The loader names the file it misses first; another name is a need of the library.
         Err(reason) if reason.starts_with(LIBRARY) => {
             let quoted: Vec<String> =
@@ -164,19 +158,15 @@ fn find_mapping(maps: &str, name: &str) -> Option<PathBuf> {
     maps.lines().filter_map(path_of).find(|path| path.file_name().is_some_and(|file| file == name))
 }
 
-/// A library opened for good.
-#[derive(Clone, Copy, Debug)]
-struct Handle(*mut libc::c_void);
-
-/// Opens a shared library; the error is the loader's message.
-fn open(path: &Path, flags: libc::c_int) -> Result<Handle, String> {
+/// Opens a shared library for good, its symbols for all; the error is the loader's message.
+fn open(path: &Path) -> Result<(), String> {
     let name = CString::new(path.as_os_str().as_bytes())
         .map_err(|_| "the path holds a zero byte".to_string())?;
-    // SAFETY: `name` is a C string. The initialisers of the library are libtorch's or the driver's,
-    // made to run in a process at any time.
-    let handle = unsafe { libc::dlopen(name.as_ptr(), flags) };
+    // SAFETY: `name` is a C string. The initialisers of the library are libtorch's, made to run in
+    // a process at any time.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
     if !handle.is_null() {
-        return Ok(Handle(handle));
+        return Ok(());
     }
     // SAFETY: called right after the failure on the same thread; the message is a C string that
     // lives until this thread's next call of the loader, and is copied before.

@@ -96,8 +96,6 @@ pub struct TorchEngine {
     normalize: Normalize,
     /// Normalised images of the slot, `[b, c, h, w]`.
     images: Vec<f32>,
-    /// The probe's digest once it is known: it depends on the shapes and not on the state.
-    probe: Option<u64>,
     /// Copies of the parameters where slots are computed elsewhere than on them; none before the
     /// first slot after a change.
     there: Option<Option<Weights>>,
@@ -146,7 +144,6 @@ impl TorchEngine {
             state: CpuState::fresh(slot.layout.clone(), setup.seed),
             normalize: Normalize::new(&setup.mean, &setup.std),
             images: vec![0.0; slot.n_pixels()],
-            probe: None,
             there,
             card,
             slot,
@@ -243,12 +240,7 @@ impl Engine for TorchEngine {
     }
 
     fn probe(&mut self) -> Result<u64, EngineError> {
-        if let Some(digest) = self.probe {
-            return Ok(digest);
-        }
-        let digest = guarded("compute the probe", || self.slot.probe())?;
-        self.probe = Some(digest.value);
-        Ok(digest.value)
+        Ok(guarded("compute the probe", || self.slot.probe())?.value)
     }
 
     /// Draws nothing of what is learned on a device: such objectives predict no pixels.
@@ -307,7 +299,7 @@ fn check_setup(setup: &EngineSetup) -> Result<(), BuildEngineError> {
 }
 
 /// Turns a failure inside libtorch, which tch reports by panicking, into an error.
-fn guarded<T>(context: &str, f: impl FnOnce() -> T) -> Result<T, EngineError> {
+pub(crate) fn guarded<T>(context: &str, f: impl FnOnce() -> T) -> Result<T, EngineError> {
     std::panic::catch_unwind(AssertUnwindSafe(f)).map_err(|payload| {
         let text = match (payload.downcast_ref::<String>(), payload.downcast_ref::<&str>()) {
             (Some(text), _) => text.clone(),

@@ -14,6 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, ValueEnum};
+use lacuna_cuda::DeviceInfo;
 use lacuna_mae::context::{self, EXACT, Kernels};
 use lacuna_mae::cuda::{self, CudaLibrary};
 use lacuna_mae::engine::DevicePlace;
@@ -283,10 +284,10 @@ fn attempt<T>(f: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
 }
 
 fn describe(library: &CudaLibrary) -> Value {
-    let device = |device: &cuda::CudaDevice| {
+    let device = |device: &DeviceInfo| {
         json!({
             "name": device.name, "memory_bytes": device.memory_bytes,
-            "capability": device.capability, "multiprocessors": device.multiprocessors,
+            "capability": device.capability_text(), "multiprocessors": device.multiprocessors,
         })
     };
     for found in &library.devices {
@@ -294,10 +295,10 @@ fn describe(library: &CudaLibrary) -> Value {
             "device  {}, {:.1} GiB, capability {}",
             found.name,
             found.memory_bytes as f64 / f64::from(1 << 30),
-            found.capability
+            found.capability_text()
         );
     }
-    let driver = library.driver.version.as_deref().unwrap_or("of unknown version");
+    let driver = library.driver.driver.as_deref().unwrap_or("of unknown version");
     println!(
         "cuda    runtime {}, driver {driver} for CUDA {}",
         library.runtime, library.driver.cuda
@@ -306,7 +307,7 @@ fn describe(library: &CudaLibrary) -> Value {
         "library": library.path.display().to_string(),
         "runtime": library.runtime,
         "config": library.config,
-        "driver": { "version": library.driver.version, "cuda": library.driver.cuda },
+        "driver": { "version": library.driver.driver, "cuda": library.driver.cuda },
         "devices": library.devices.iter().map(device).collect::<Vec<Value>>(),
     })
 }

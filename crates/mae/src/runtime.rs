@@ -28,6 +28,19 @@ pub const CPU_ENV: &[(&str, &str)] = &[
 pub const CUDA_ENV: &[(&str, &str)] =
     &[("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1")];
 
+/// Variables that trainers do not inherit. Those of libtorch and cuBLAS choose other kernels than
+/// the run's; with NCCL's a communicator would wait for ever, whatever its configuration says, or
+/// meet where nobody is.
+pub const FOREIGN_ENV: &[&str] = &[
+    "CUBLASLT_WORKSPACE_SIZE",
+    "NCCL_COMM_BLOCKING",
+    "NCCL_COMM_ID",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_CUBLASLT_UNIFIED_WORKSPACE",
+];
+
 /// Returns the entries of [`CPU_ENV`] that decide bits and that this process was started without.
 pub fn missing_pins() -> Vec<(&'static str, &'static str)> {
     let decides_bits = |pin: &&(&str, &str)| !pin.0.starts_with("MALLOC_");

@@ -14,9 +14,11 @@ use tch::Device;
 use crate::classify::EncoderWeights;
 use crate::context::{self, EXACT, Kernels};
 use crate::cuda;
-use crate::engine::{DevicePlace, DeviceTorchEngine, EngineSetup, Place, TaskEngine, TorchEngine};
+use crate::engine::{
+    DevicePlace, DeviceTorchEngine, EngineSetup, Place, TaskEngine, TorchEngine, guarded,
+};
 use crate::objective::{MaeObjective, Objective};
-use crate::runtime::{CPU_ENV, CUDA_ENV, library_version};
+use crate::runtime::{CPU_ENV, CUDA_ENV, FOREIGN_ENV, library_version};
 
 /// Is a worker whose runs learn `objective`: the whole `main` of a worker binary.
 ///
@@ -76,9 +78,9 @@ impl Backend for TorchBackend {
             device,
             card = card.name,
             memory_gib = card.memory_bytes >> 30,
-            capability = card.capability,
+            capability = card.capability_text(),
             cuda = library.runtime,
-            driver = library.driver.version,
+            driver = library.driver.driver,
             "CUDA ready"
         );
         Ok(())
@@ -88,7 +90,18 @@ impl Backend for TorchBackend {
         context::end_process(code)
     }
 
+    fn trainer_env_removed(&self) -> &'static [&'static str] {
+        FOREIGN_ENV
+    }
+
     fn engine(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
+        // A device is used for the first time here.
+        guarded("build the engine", || self.build(spec))?
+    }
+}
+
+impl TorchBackend {
+    fn build(&self, spec: &EngineSpec) -> Result<Box<dyn Engine>, EngineError> {
         let setup = EngineSetup {
             model: spec.model.clone(),
             seed: spec.seed,

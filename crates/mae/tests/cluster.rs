@@ -89,6 +89,41 @@ fn one_two_and_three_workers_and_a_kill_give_the_same_bits() {
     assert!(healed, "its replacement joined: {}", seen.text());
 }
 
+/// Over NCCL's interface a kill and a replacement change no bit either: the code of GPUs, and a
+/// library that stands in for NCCL and the driver.
+#[test]
+fn sums_over_nccl_and_a_kill_have_the_bits_of_one_worker_over_tcp() {
+    let fixture = fixture();
+    let want = undisturbed(&fixture, 1);
+    let library = lacuna_nccl_standin::path();
+    let library = library.to_str().expect("a path in UTF-8");
+    let mut cluster = Cluster::start(&fixture);
+    let spec = fixture.spec("over-nccl", STEPS, &[("elastic.workers", "\"2:2\"")]);
+    let run = cluster.submit(&spec);
+    for node in ["a", "b"] {
+        let env = [
+            ("LACUNA_COLLECTIVE", "nccl"),
+            ("LACUNA_NCCL_LIBRARY", library),
+            ("LACUNA_CUDA_LIBRARY", library),
+            // Both nodes are this machine: without a name each, their devices would be the same.
+            ("NCCL_HOSTID", node),
+        ];
+        cluster.add_with(node, 1, &[], &env);
+    }
+    cluster.wait(&run, "some steps", |seen| seen.step() >= 10);
+    send_signal(cluster.pid("b:cpu0"), Signal::KILL);
+    let seen = cluster.wait_end(&run);
+    assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
+    assert_eq!(seen.count("lost"), 1, "{}", seen.text());
+    let healed = seen.events.iter().any(|e| e.text.contains("b:cpu0 healed from"));
+    assert!(healed, "its replacement joined: {}", seen.text());
+    // Each process says what carries its sums: one of `a`, and two of `b`.
+    for (node, n) in [("a", 1), ("b", 2)] {
+        let log = std::fs::read_to_string(fixture.path(&format!("{node}.log"))).expect("a log");
+        assert!(log.matches("nccl=\"NCCL 2.28.9 (").count() >= n, "it was NCCL: {log}");
+    }
+}
+
 #[test]
 fn a_run_stopped_and_resumed_with_other_workers_has_the_bits_of_an_undisturbed_one() {
     let fixture = fixture();

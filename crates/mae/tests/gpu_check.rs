@@ -1,5 +1,7 @@
-//! `lacuna-worker gpu-check`: the checks, run on the CPU, and what it says without a GPU.
+//! `lacuna-worker gpu-check`: the checks, run on the CPU, and what it, an agent and `features` say
+//! without a GPU.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -174,28 +176,111 @@ fn without_cuda_it_says_what_is_missing() {
     assert_eq!(file["complete"], false);
 }
 
+/// Makes what a loader finds on another machine: a CUDA half of libtorch with nothing in it, and
+/// the stand-in as the driver, where there is one. Returns the path to look in.
+fn loader_path(dir: &Path, with_driver: bool) -> OsString {
+    let library = dir.join("libtorch_cuda.so");
+    let source = dir.join("empty.c");
+    std::fs::write(&source, "int lacuna_nothing;\n").unwrap();
+    let compiled = wait(Command::new("cc").arg("-shared").arg("-o").arg(&library).arg(&source));
+    assert!(compiled.status.success(), "{compiled:?}");
+    if with_driver {
+        let driver = dir.join("libcuda.so.1");
+        std::os::unix::fs::symlink(lacuna_nccl_standin::path(), driver).unwrap();
+    }
+    let mut paths: Vec<PathBuf> = vec![dir.to_path_buf()];
+    let known = std::env::var_os("LD_LIBRARY_PATH");
+    paths.extend(known.iter().flat_map(std::env::split_paths));
+    std::env::join_paths(paths).unwrap()
+}
+
+/// Runs `lacuna-worker` on a machine of `n_devices`; returns exit code and standard error.
+fn worker(path: &OsStr, n_devices: &str, words: &[&str]) -> (i32, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lacuna-worker"));
+    command.args(words).env("LD_LIBRARY_PATH", path).env("LACUNA_STANDIN_DEVICES", n_devices);
+    // What hides devices from the real driver; the stand-in has as many as it is told.
+    command.env("CUDA_VISIBLE_DEVICES", if n_devices == "0" { "-1" } else { "0" });
+    command.env_remove("LACUNA_CUDA_LIBRARY").env_remove("RUST_LOG");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = wait(&mut command);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code().unwrap_or_else(|| panic!("a signal ended it: {said}")), said)
+}
+
+/// An agent for devices whose coordinator is nowhere.
+const AGENT: [&str; 6] =
+    ["--devices", "cuda", "--coordinator", "http://127.0.0.1:1", "--node-name", "a"];
+
 #[test]
 fn with_the_library_alone_it_misses_the_driver() {
     if has_driver() {
         return;
     }
-    // A library of the right name with nothing in it, found by the loader's path.
     let dir = tempfile::tempdir().unwrap();
-    let library = dir.path().join("libtorch_cuda.so");
-    let source = dir.path().join("empty.c");
-    std::fs::write(&source, "int lacuna_nothing;\n").unwrap();
-    let compiled = wait(Command::new("cc").arg("-shared").arg("-o").arg(&library).arg(&source));
-    assert!(compiled.status.success(), "{compiled:?}");
+    let path = loader_path(dir.path(), false);
     let mut run = Run::new(dir.path(), &golden(), "cuda");
-    let mut paths: Vec<PathBuf> = vec![dir.path().to_path_buf()];
-    let known = std::env::var_os("LD_LIBRARY_PATH");
-    paths.extend(known.iter().flat_map(std::env::split_paths));
-    run.command.env("LD_LIBRARY_PATH", std::env::join_paths(paths).unwrap());
+    run.command.env("LD_LIBRARY_PATH", &path);
     let (code, _, stderr, file) = run.end();
     assert_eq!(code, 78);
     let error = file["error"].as_str().unwrap();
     assert!(error.starts_with("no NVIDIA driver: libcuda.so.1: "), "{error}");
     assert!(stderr.contains(error), "{stderr}");
+
+    let (code, said) = worker(&path, "1", &AGENT);
+    assert_eq!(code, 78, "{said}");
+    assert!(said.contains("error: no NVIDIA driver: libcuda.so.1: "), "{said}");
+}
+
+/// As with a driver that is too old for this libtorch: it has devices, and libtorch none.
+#[test]
+fn devices_that_libtorch_does_not_see_are_told() {
+    if has_driver() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = loader_path(dir.path(), true);
+    let text = "libtorch sees 0 devices and the NVIDIA driver shows 1: the driver is for CUDA 13.0 \
+                and older, libtorch for ";
+    let mut run = Run::new(dir.path(), &golden(), "cuda");
+    run.command.env("LD_LIBRARY_PATH", &path).env("LACUNA_STANDIN_DEVICES", "1");
+    let (code, _, stderr, file) = run.end();
+    assert_eq!(code, 78, "{stderr}");
+    assert!(file["error"].as_str().unwrap().starts_with(text), "{file}");
+
+    // Its agent counts devices alone; the trainer is told, and not started again.
+    let (code, said) = worker(&path, "1", &AGENT);
+    assert_eq!(code, 78, "{said}");
+    let told = format!("[a:cuda0] error: prepare the device: cuda0 cannot be used: {text}");
+    assert_eq!(said.matches(&told).count(), 1, "{said}");
+}
+
+/// Somebody hid all devices: that is said, by its variable.
+#[test]
+fn hidden_devices_are_named_by_what_hides_them() {
+    if has_driver() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = loader_path(dir.path(), true);
+    let text = "the NVIDIA driver shows no device (CUDA_VISIBLE_DEVICES is `-1`)";
+    let mut run = Run::new(dir.path(), &golden(), "cuda");
+    run.command.env("LD_LIBRARY_PATH", &path).env("LACUNA_STANDIN_DEVICES", "0");
+    run.command.env("CUDA_VISIBLE_DEVICES", "-1");
+    let (code, _, stderr, file) = run.end();
+    assert_eq!((code, file["error"].as_str()), (78, Some(text)), "{stderr}");
+
+    let weights = golden().join("mid.weights.f32.safetensors");
+    let out = dir.path().join("features.npy");
+    let of_weights = ["--heads", "4", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"];
+    let files = [weights.to_str().unwrap(), "--data", "nowhere", "--out", out.to_str().unwrap()];
+    let features = ["features", "--device", "cuda"];
+    let features = [&features[..], &files[..], &of_weights[..]].concat();
+    for words in [&AGENT[..], &features] {
+        let (code, said) = worker(&path, "0", words);
+        assert_eq!(code, 78, "{words:?}: {said}");
+        assert_eq!(said.lines().last(), Some(format!("error: {text}").as_str()), "{words:?}");
+    }
+    assert!(!out.exists());
 }
 
 #[test]

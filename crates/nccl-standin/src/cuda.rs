@@ -8,6 +8,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::faults;
 use crate::stream::{Event, Stream};
 
 type Handle = *mut c_void;
@@ -22,13 +23,17 @@ pub const INVALID_HANDLE: c_int = 400;
 const NOT_READY: c_int = 600;
 pub const ILLEGAL_ADDRESS: c_int = 700;
 
+/// A context's handle is its device's ordinal plus 1, and this many times the number of the faults
+/// for its first communicator: so they go with it to the thread that makes that one.
+const DEVICES_MAX: usize = 1 << 10;
+
 /// The error that every call returns once the device is lost.
 static LOST: AtomicI32 = AtomicI32::new(SUCCESS);
 /// Bytes allocated on all devices; one process uses one.
 static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
-    /// Ordinal of the current device, plus 1.
+    /// Handle of the current context; 0 is none.
     static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -78,7 +83,12 @@ pub fn lose() {
 
 /// Returns the ordinal of the device that is current on this thread.
 pub fn current_device() -> Option<usize> {
-    CURRENT.get().checked_sub(1)
+    (CURRENT.get() % DEVICES_MAX).checked_sub(1)
+}
+
+/// Returns the number of the faults that go with this thread's context; 0 is none.
+pub fn current_faults() -> usize {
+    CURRENT.get() / DEVICES_MAX
 }
 
 /// Finds a stream; null is the legacy default stream of the current device.
@@ -197,8 +207,9 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut Handle, device: c_int) -> c_int {
+    let handle: usize = faults::for_context() * DEVICES_MAX + device as usize + 1;
     // SAFETY: the caller passes a live handle.
-    unsafe { *context = (device as usize + 1) as Handle };
+    unsafe { *context = handle as Handle };
     LOST.load(Ordering::Acquire)
 }
 

@@ -1,9 +1,12 @@
 //! What goes wrong, on demand.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::cuda;
 
 /// Faults of one communicator.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,6 +23,7 @@ pub enum Init {
     Error(c_int),
     Fails(c_int),
     Hangs,
+    Blocks,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +67,10 @@ impl Faults {
                     faults.init = Some(Init::Hangs);
                     continue;
                 }
+                ("init-blocks", None, None) => {
+                    faults.init = Some(Init::Blocks);
+                    continue;
+                }
                 ("abort-hangs", None, None) => {
                     faults.abort = Some(Abort::Hangs);
                     continue;
@@ -87,9 +95,9 @@ impl Faults {
         Some(faults)
     }
 
-    /// Returns what the communicator that this thread makes now suffers.
+    /// Returns what the communicator suffers that is made now in this thread's context.
     pub fn take() -> Self {
-        if let Some(faults) = NEXT.with_borrow_mut(Option::take) {
+        if let Some(faults) = locked(&INJECTED).remove(&cuda::current_faults()) {
             return faults;
         }
         static USED: AtomicBool = AtomicBool::new(false);
@@ -102,17 +110,61 @@ impl Faults {
     }
 }
 
+/// Faults that no communicator suffers yet, by number from 1.
+static INJECTED: Mutex<BTreeMap<usize, Faults>> = Mutex::new(BTreeMap::new());
+/// How much hangs, by device.
+static HANGING: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
 thread_local! {
-    static NEXT: RefCell<Option<Faults>> = const { RefCell::new(None) };
+    /// Number of the faults that this thread's next context gets; 0 is none.
+    static NEXT: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Gives faults to the next communicator of this thread; false if the list cannot be read.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Hands out the number of the faults for a context that this thread makes.
+pub fn for_context() -> usize {
+    NEXT.take()
+}
+
+/// Gives faults to the first communicator of the context that this thread makes next; false if the
+/// list cannot be read.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn lacuna_standin_inject(list: *const c_char) -> bool {
+    static LAST: AtomicUsize = AtomicUsize::new(0);
     // SAFETY: the caller passes a C string.
     let list = unsafe { CStr::from_ptr(list) }.to_string_lossy();
-    let faults: Option<Faults> = Faults::parse(&list);
-    let accepted: bool = faults.is_some();
-    NEXT.set(faults);
-    accepted
+    let Some(faults) = Faults::parse(&list) else { return false };
+    let number: usize = LAST.fetch_add(1, Ordering::AcqRel) + 1;
+    locked(&INJECTED).insert(number, faults);
+    NEXT.set(number);
+    true
+}
+
+/// Something that hangs on a device, as long as this value lives.
+pub struct Hang {
+    device: usize,
+}
+
+impl Hang {
+    pub fn on(device: usize) -> Self {
+        *locked(&HANGING).entry(device).or_default() += 1;
+        Self { device }
+    }
+}
+
+impl Drop for Hang {
+    fn drop(&mut self) {
+        if let Some(n) = locked(&HANGING).get_mut(&self.device) {
+            *n -= 1;
+        }
+    }
+}
+
+/// Returns how many calls and operations hang on a device by one of these faults.
+#[unsafe(no_mangle)]
+pub extern "C" fn lacuna_standin_hanging(device: usize) -> usize {
+    locked(&HANGING).get(&device).copied().unwrap_or_default()
 }

@@ -1,4 +1,5 @@
-//! NVRTC's symbols and the driver's for kernels: the one source that is known runs on the host.
+//! NVRTC's symbols and the driver's for kernels: the one source that is known runs on the host, one
+//! thread of a launch after the other.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -19,6 +20,8 @@ const COMPILATION_ERROR: c_int = 6;
 const INVALID_OPTION: c_int = 5;
 
 unsafe extern "C" {
+    /// Says which thread of how many the calling thread is from here on.
+    safe fn lacuna_host_thread(thread: u64, threads: u64);
     fn lacuna_standin_quantise_add(
         grad: *const f32,
         sums: *mut i64,
@@ -82,11 +85,12 @@ unsafe fn arg<T: Copy>(args: *mut *mut c_void, k: usize) -> T {
     unsafe { *(*args.add(k)).cast::<T>() }
 }
 
-/// Takes the arguments of a kernel and returns its work.
+/// Takes the arguments of a kernel and returns the work of one thread, of whichever
+/// [`lacuna_host_thread`] was told.
 ///
 /// # Safety
 /// `args` are those of the kernel.
-unsafe fn work(kernel: usize, args: *mut *mut c_void) -> Option<Box<dyn FnOnce() + Send>> {
+unsafe fn work(kernel: usize, args: *mut *mut c_void) -> Option<Box<dyn Fn() + Send>> {
     // SAFETY: by the caller; whoever launches answers for the memory until the stream passed it.
     unsafe {
         let at = |k: usize| arg::<u64>(args, k);
@@ -132,6 +136,17 @@ unsafe fn work(kernel: usize, args: *mut *mut c_void) -> Option<Box<dyn FnOnce()
             _ => return None,
         })
     }
+}
+
+/// Returns the numbers below `n`, each once, in an order on which nothing can rely.
+fn shuffled(n: u64) -> impl Iterator<Item = u64> {
+    // Steps that have no factor in common with `n` meet all numbers before one comes again.
+    let step = (n * 5 / 8..n).find(|step| gcd(*step, n) == 1).unwrap_or(1);
+    (1..=n).map(move |k| k * step % n)
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 #[unsafe(no_mangle)]
@@ -187,9 +202,15 @@ pub unsafe extern "C" fn cuLaunchKernel(
     }
     // SAFETY: the caller passes the kernel's arguments.
     let Some(work) = (unsafe { work(function as usize, args) }) else { return INVALID_HANDLE };
+    let n_threads = u64::from(blocks) * u64::from(threads);
     within(|| match stream(on) {
         Some(stream) => {
-            stream.enqueue(work);
+            stream.enqueue(move || {
+                for thread in shuffled(n_threads) {
+                    lacuna_host_thread(thread, n_threads);
+                    work();
+                }
+            });
             SUCCESS
         }
         None => INVALID_HANDLE,
@@ -323,4 +344,19 @@ pub unsafe extern "C" fn nvrtcGetErrorString(code: c_int) -> *const c_char {
         _ => c"NVRTC_ERROR unknown",
     }
     .as_ptr()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shuffled;
+
+    #[test]
+    fn every_thread_has_its_turn_and_they_are_not_in_order() {
+        for n in [1, 2, 3, 35, 64, 256, 1000, 4096 * 256] {
+            let mut order: Vec<u64> = shuffled(n).collect();
+            assert!(n < 4 || !order.is_sorted() && !order.iter().rev().is_sorted(), "{n}");
+            order.sort_unstable();
+            assert!(order.into_iter().eq(0..n), "{n}");
+        }
+    }
 }

@@ -16,8 +16,8 @@
 //! what was measured.
 //!
 //! # Faults
-//! [`inject`] gives faults to the communicator that this thread makes next; the environment
-//! variable `LACUNA_STANDIN_FAULTS` gives them to every communicator of a process. A
+//! [`inject`] gives faults to the first communicator on the device that this thread opens next; the
+//! environment variable `LACUNA_STANDIN_FAULTS` gives them to every communicator of a process. A
 //! comma-separated list of
 //!
 //! | fault | effect |
@@ -25,6 +25,7 @@
 //! | `init-error=CODE` | making a communicator fails at once |
 //! | `init-fails=CODE` | it fails in the background |
 //! | `init-hangs` | it never becomes ready |
+//! | `init-blocks` | the call that makes it does not return |
 //! | `op-error@N=CODE` | the call of operation N (from 1) fails |
 //! | `op-blocks@N` | the call of operation N does not return before an abort |
 //! | `op-hangs@N` | operation N never completes on its stream |
@@ -33,6 +34,8 @@
 //! | `abort-hangs` | `ncclCommAbort` does not return |
 //! | `abort-error=CODE` | `ncclCommAbort` returns an error |
 //! | `once` | the list holds for the first communicator of the process only |
+//!
+//! [`hanging`] tells that something hangs or blocks.
 //!
 //! Other variables: `LACUNA_STANDIN_DEVICES` (number, 64), `LACUNA_STANDIN_MEMORY` (bytes of each
 //! device, 4 GiB), `LACUNA_STANDIN_NCCL` (version code, 22809) and `NCCL_HOSTID`: two ranks on one
@@ -48,6 +51,7 @@ mod stream;
 
 use std::ffi::{CString, c_char};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 const FILE: &str = "liblacuna_nccl_standin.so";
 
@@ -64,24 +68,46 @@ pub fn path() -> PathBuf {
     found.unwrap_or_else(|| panic!("no {FILE} in {}", folder.display())).clone()
 }
 
-/// Gives faults to the communicator that this thread makes next with the library at [`path`].
+/// Gives faults to the first communicator on the device that this thread opens next, with the
+/// library at [`path`]; which thread makes that one does not matter.
 ///
 /// # Panics
 /// If the list cannot be read.
 pub fn inject(list: &str) {
     let list = CString::new(list).expect("a list holds no zero byte");
-    // SAFETY: the library is this crate's own; the symbol has the named type.
+    // SAFETY: the symbol has the named type, and the argument is a C string.
     let accepted = unsafe {
-        let library = libloading::Library::new(path()).expect("the library loads");
-        let inject = library
-            .get::<unsafe extern "C" fn(*const c_char) -> bool>("lacuna_standin_inject")
-            .expect("the library is this crate's");
-        let accepted = inject(list.as_ptr());
-        // Its threads outlive this call.
-        std::mem::forget(library);
-        accepted
+        let inject: unsafe extern "C" fn(*const c_char) -> bool = symbol("lacuna_standin_inject");
+        inject(list.as_ptr())
     };
     assert!(accepted, "{list:?} is not a list of faults");
+}
+
+/// Returns how many calls and operations hang on a device by a fault, with the library at [`path`].
+///
+/// # Panics
+/// If the library is not there.
+pub fn hanging(device: usize) -> usize {
+    static HANGING: OnceLock<unsafe extern "C" fn(usize) -> usize> = OnceLock::new();
+    // SAFETY: the symbol has the named type.
+    let hanging = *HANGING.get_or_init(|| unsafe { symbol("lacuna_standin_hanging") });
+    // SAFETY: it takes any number.
+    unsafe { hanging(device) }
+}
+
+/// Finds a function of the library at [`path`].
+///
+/// # Safety
+/// `T` is the type of the function.
+unsafe fn symbol<T: Copy>(name: &str) -> T {
+    // SAFETY: the library is this crate's own; the caller answers for the type.
+    unsafe {
+        let library = libloading::Library::new(path()).expect("the library loads");
+        let found: T = *library.get::<T>(name).expect("the library is this crate's");
+        // Its threads outlive this call.
+        std::mem::forget(library);
+        found
+    }
 }
 
 #[cfg(test)]

@@ -2,14 +2,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::cuda;
-use crate::faults::{Abort, Faults, Init, Operation as Fault};
+use crate::faults::{Abort, Faults, Hang, Init, Operation as Fault};
 use crate::net::{Lost, Member, Mesh, draw_id};
 use crate::run::{Data, Kind, Operation, Place, Reduce};
 use crate::stream::Stream;
@@ -49,6 +49,7 @@ pub struct Config {
 struct Comm {
     world: usize,
     rank: usize,
+    device: usize,
     /// `ncclSuccess`, `ncclInProgress` or what failed.
     state: AtomicI32,
     words: Mutex<CString>,
@@ -66,6 +67,9 @@ static COMMS: LazyLock<Mutex<HashMap<usize, Arc<Comm>>>> = LazyLock::new(Mutex::
 thread_local! {
     static GROUP_DEPTH: Cell<usize> = const { Cell::new(0) };
     static GROUP: RefCell<Vec<(usize, usize, Operation)>> = const { RefCell::new(Vec::new()) };
+    /// Words on this thread's last failure without a communicator. The original has one text for a
+    /// process; here a test does not read another's.
+    static LAST_WORDS: Cell<&'static CStr> = const { Cell::new(c"") };
 }
 
 fn comms() -> MutexGuard<'static, HashMap<usize, Arc<Comm>>> {
@@ -81,6 +85,20 @@ pub fn misuse(what: &str) -> ! {
 fn comm(handle: Handle, call: &str) -> Arc<Comm> {
     let found = comms().get(&(handle as usize)).cloned();
     found.unwrap_or_else(|| misuse(&format!("{call} on a communicator that is not live")))
+}
+
+/// Fails a call that has no communicator.
+fn fail(code: c_int, words: &'static CStr) -> c_int {
+    LAST_WORDS.set(words);
+    code
+}
+
+/// Never returns.
+fn block(device: usize) -> ! {
+    let _hang = Hang::on(device);
+    loop {
+        thread::park();
+    }
 }
 
 impl Comm {
@@ -105,19 +123,19 @@ impl Comm {
         state
     }
 
-    fn form(&self, id: &[u8; 128], device: usize) {
+    fn form(&self, id: &[u8; 128]) {
         match self.faults.init {
             Some(Init::Fails(code)) => {
                 self.fail(code, "injected: init fails");
                 return;
             }
             Some(Init::Hangs) => {
-                self.wait_for_abort();
+                self.hang();
                 return;
             }
-            Some(Init::Error(_)) | None => {}
+            Some(Init::Error(_) | Init::Blocks) | None => {}
         }
-        let (world, rank) = (self.world, self.rank);
+        let (world, rank, device) = (self.world, self.rank, self.device);
         match Mesh::connect(Member { id, world, rank, device, abort: &self.abort }) {
             Ok(mesh) => {
                 let _ = self.mesh.set(mesh);
@@ -139,12 +157,20 @@ impl Comm {
         }
     }
 
+    fn hang(&self) {
+        let _hang = Hang::on(self.device);
+        self.wait_for_abort();
+    }
+
     /// Runs an operation where its stream reaches it.
     fn run(&self, number: u64, operation: &Operation) {
         let mesh = self.mesh.get().expect("operations are taken once the mesh is there");
         let place = Place { mesh, world: self.world, rank: self.rank, abort: &self.abort };
         let lost = match self.faults.operations.get(&number) {
-            Some(Fault::Hangs) => Err(Lost::Aborted),
+            Some(Fault::Hangs) => {
+                self.hang();
+                Err(Lost::Aborted)
+            }
             Some(Fault::Fails(code)) => {
                 self.fail(*code, &format!("injected: operation {number} fails"));
                 Err(Lost::Aborted)
@@ -182,7 +208,7 @@ pub unsafe extern "C" fn ncclGetUniqueId(id: *mut UniqueId) -> c_int {
             unsafe { *id = UniqueId { internal } };
             SUCCESS
         }
-        Err(_) => SYSTEM_ERROR,
+        Err(_) => fail(SYSTEM_ERROR, c"the loopback interface cannot be used"),
     }
 }
 
@@ -205,7 +231,7 @@ pub unsafe extern "C" fn ncclGetErrorString(code: c_int) -> *const c_char {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclGetLastError(handle: Handle) -> *const c_char {
     if handle.is_null() {
-        return c"".as_ptr();
+        return LAST_WORDS.get().as_ptr();
     }
     let comm: Arc<Comm> = comm(handle, "ncclGetLastError");
     let words = comm.words.lock().unwrap_or_else(PoisonError::into_inner);
@@ -224,16 +250,21 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
     // SAFETY: the caller passes a live configuration.
     let Config { magic, blocking, .. } = unsafe { &*config };
     if *magic != 0xcafe_beef || *blocking != 0 || rank < 0 || rank >= world {
-        return INVALID_ARGUMENT;
+        return fail(INVALID_ARGUMENT, c"a wrong configuration, or a rank outside the world");
     }
-    let Some(device) = cuda::current_device() else { return UNHANDLED_CUDA_ERROR };
+    let Some(device) = cuda::current_device() else {
+        return fail(UNHANDLED_CUDA_ERROR, c"Cuda failure 201 'invalid device context'");
+    };
     let faults = Faults::take();
-    if let Some(Init::Error(code)) = faults.init {
-        return code;
+    match faults.init {
+        Some(Init::Error(code)) => return fail(code, c"injected: init error"),
+        Some(Init::Blocks) => block(device),
+        _ => {}
     }
     let comm = Arc::new(Comm {
         world: world as usize,
         rank: rank as usize,
+        device,
         state: AtomicI32::new(IN_PROGRESS),
         words: Mutex::default(),
         abort: AtomicBool::new(false),
@@ -248,7 +279,7 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
     // SAFETY: the caller passes a live handle.
     unsafe { *handle = number as Handle };
     thread::spawn(move || {
-        comm.form(&id.internal, device);
+        comm.form(&id.internal);
         comm.forming.store(false, Ordering::Release);
     });
     IN_PROGRESS
@@ -274,9 +305,7 @@ pub unsafe extern "C" fn ncclCommGetAsyncError(handle: Handle, state: *mut c_int
 pub unsafe extern "C" fn ncclCommAbort(handle: Handle) -> c_int {
     let comm: Arc<Comm> = comm(handle, "ncclCommAbort");
     if comm.faults.abort == Some(Abort::Hangs) {
-        loop {
-            thread::park();
-        }
+        block(comm.device);
     }
     release(handle, &comm);
     match comm.faults.abort {
@@ -328,6 +357,32 @@ pub unsafe extern "C" fn ncclCommRevoke(handle: Handle, _flags: c_int) -> c_int 
     let comm: Arc<Comm> = comm(handle, "ncclCommRevoke");
     comm.abort.store(true, Ordering::Release);
     SUCCESS
+}
+
+/// There to be found by its name, like the next one.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommShrink(
+    _handle: Handle,
+    _left_out: *mut c_int,
+    _n_left_out: c_int,
+    _shrunk: *mut Handle,
+    _config: *mut Config,
+    _flags: c_int,
+) -> c_int {
+    INVALID_USAGE
+}
+
+/// The version that is stood in for does not have it yet.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ncclCommGrow(
+    _handle: Handle,
+    _world: c_int,
+    _id: *const UniqueId,
+    _rank: c_int,
+    _grown: *mut Handle,
+    _config: *mut Config,
+) -> c_int {
+    INVALID_USAGE
 }
 
 #[unsafe(no_mangle)]
@@ -382,7 +437,7 @@ fn start(handle: Handle, stream: Handle, operation: Operation, call: &str) -> c_
             return *code;
         }
         Some(Fault::Blocks) => {
-            comm.wait_for_abort();
+            comm.hang();
             return SUCCESS;
         }
         _ => {}

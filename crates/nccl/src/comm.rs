@@ -62,7 +62,9 @@ impl Communicator {
     /// Starts to connect this rank to the others and returns at once; [`wait`](Self::wait) or
     /// [`poll`](Self::poll) say when the communicator can be used.
     ///
-    /// The device must be current on this thread. All ranks pass the same `id` and `world`.
+    /// The device must be current on this thread. All ranks pass the same `id` and `world`. NCCL's
+    /// call mostly returns within milliseconds; where it does not, nothing can end it, and this
+    /// thread lives at least until the communicator can be used or is freed (see the crate's page).
     ///
     /// # Errors
     /// [`NcclError::Call`].

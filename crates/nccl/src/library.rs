@@ -129,7 +129,8 @@ impl fmt::Debug for UniqueId {
 }
 
 impl Library {
-    /// Finds NCCL: among the symbols of this process, then as `libnccl.so.2`, then at `path`.
+    /// Finds NCCL: among the symbols of this process, then as `libnccl.so.2`, and at `path` only
+    /// where it is in neither. [`open`](Self::open) insists on a file.
     ///
     /// # Errors
     /// [`LoadError`]; `Missing` lists every place and what the loader said there.
@@ -204,6 +205,7 @@ impl Library {
     }
 
     /// Draws the id of a new communicator, and starts to wait for its members in the background.
+    /// NCCL looks for a network before it returns, and nothing can end that.
     ///
     /// # Errors
     /// [`NcclError::Call`], mostly because no network interface is usable.
@@ -215,6 +217,14 @@ impl Library {
             return Err(self.error("ncclGetUniqueId", raw, std::ptr::null_mut()));
         }
         Ok(UniqueId { bytes: id.internal })
+    }
+
+    /// Returns this library as if it had nothing beyond the oldest supported version.
+    #[cfg(test)]
+    pub(crate) fn without_options(mut self) -> Self {
+        let shared = Arc::get_mut(&mut self.shared).expect("nobody else has it");
+        (shared.api.comm_shrink, shared.api.comm_revoke, shared.api.comm_grow) = (None, None, None);
+        self
     }
 
     pub(crate) fn api(&self) -> &Api {

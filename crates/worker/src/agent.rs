@@ -193,6 +193,7 @@ impl Agent {
             device: device.to_string(),
             local_world: self.devices.len(),
             env: self.backend.trainer_env(device),
+            env_removed: self.backend.trainer_env_removed(),
             reports,
             stopping,
             kills,
@@ -244,6 +245,8 @@ struct Supervisor {
     device: String,
     local_world: usize,
     env: Vec<(String, String)>,
+    /// What it does not inherit.
+    env_removed: &'static [&'static str],
     reports: mpsc::Sender<Message>,
     stopping: tokio::sync::watch::Receiver<Stop>,
     kills: tokio::sync::broadcast::Receiver<v1::NodeKill>,
@@ -337,6 +340,9 @@ impl Supervisor {
             // Its own group: Ctrl-C reaches the agent alone, which asks trainers in order.
             .process_group(0)
             .kill_on_drop(true);
+        for key in self.env_removed {
+            command.env_remove(key);
+        }
         if let Some(addr) = self.args.advertise_addr {
             command.args(["--advertise-addr", &addr.to_string()]);
         }

@@ -155,7 +155,8 @@ pub struct TransportArgs {
     #[arg(long, env = "LACUNA_COLLECTIVE", value_enum, default_value_t = CollectiveKind::Auto)]
     pub collective: CollectiveKind,
 
-    /// NCCL's library, where it is neither in the process nor where the loader looks.
+    /// NCCL's library, used whatever else there is; by default the one that libtorch brings along,
+    /// or else the loader's `libnccl.so.2`.
     #[arg(long, env = "LACUNA_NCCL_LIBRARY")]
     pub nccl_library: Option<PathBuf>,
 

@@ -232,6 +232,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Returns the environment that the trainer process of `device` needs from its start.
     fn trainer_env(&self, device: &str) -> Vec<(String, String)>;
 
+    /// Returns variables that a trainer must not inherit: they would change what its libraries
+    /// compute, or let them wait for ever.
+    fn trainer_env_removed(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Opens what `device` needs, in a trainer process and before anything else does.
     ///
     /// # Errors

@@ -42,7 +42,7 @@ enum Layout {
     Mae,
     /// timm's names, the encoder alone; a classifier is left out.
     Timm,
-    /// The names of transformers, whole or `ViTMAEModel`.
+    /// The names of transformers, whole, `ViTMAEModel` or `ViTModel`.
     Hf,
 }
 

@@ -21,6 +21,7 @@ fn args(sources: &[&Path], from: Kind, split: Option<Split>) -> PackArgs {
         out: PathBuf::from("out"),
         from,
         labels: None,
+        classes: None,
         split,
         shards: ShardArgs { shard_size: None, name: None, replace: false, output: Output::Table },
     }
@@ -64,6 +65,44 @@ fn folders_of_images() {
         PackArgs { labels: Some(root.join("l")), ..args(&[root], Kind::Auto, None) },
     ] {
         let error = choose_source(&wrong).unwrap_err();
+        let coded: &crate::Coded = error.downcast_ref().unwrap();
+        assert_eq!(coded.code, exit::USAGE, "{error}");
+    }
+}
+
+#[test]
+fn parts_of_a_data_set_are_no_classes() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let source = PackSource::Folder(root.to_path_buf());
+    let warned = |make: &str| {
+        fs::create_dir(root.join(make)).unwrap();
+        classes::parts(&source).map(|text| text.replace(&root.display().to_string(), "DIR"))
+    };
+    assert_eq!(warned(".cache"), None);
+    let start = "by their names the folders in `DIR` are parts of a data set and no classes:";
+    let give = "give one of these folders, such as";
+    assert_eq!(warned("Val").unwrap(), format!("{start} Val; {give} `DIR/Val`"));
+    assert_eq!(warned("cars"), None, "one of several may be a class");
+    let text = format!("{start} train, Val; {give} `DIR/train`");
+    assert_eq!(warned("train").unwrap(), text);
+    assert_eq!(classes::parts(&PackSource::Mds(root.to_path_buf())), None);
+}
+
+#[test]
+fn a_list_of_classes_is_for_class_folders() {
+    let folder = tempfile::tempdir().unwrap();
+    let list = folder.path().join("names.txt");
+    fs::write(&list, "cats\ndogs\n").unwrap();
+    let root = PathBuf::from("pictures");
+    let source = PackSource::Folder(root.clone());
+    assert_eq!(classes::numbered(source.clone(), None).unwrap(), source);
+    let names = vec!["cats".to_string(), "dogs".to_string()];
+    let wanted = PackSource::Classed { root: root.clone(), classes: names };
+    assert_eq!(classes::numbered(source.clone(), Some(&list)).unwrap(), wanted);
+    fs::write(&list, "").unwrap();
+    for source in [source, PackSource::Mds(root)] {
+        let error = classes::numbered(source, Some(&list)).unwrap_err();
         let coded: &crate::Coded = error.downcast_ref().unwrap();
         assert_eq!(coded.code, exit::USAGE, "{error}");
     }

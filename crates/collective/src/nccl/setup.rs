@@ -33,8 +33,9 @@ pub enum SetupError {
 impl NcclSetup {
     /// Opens device `ordinal` and finds NCCL.
     ///
-    /// NCCL is looked for among the symbols of this process, then as `libnccl.so.2`, unless `nccl`
-    /// names a file; the driver is `libcuda.so.1` unless `cuda` names one.
+    /// A file that `nccl` names is taken, whatever else there is. Otherwise NCCL is the one whose
+    /// symbols this process has already, and where it has none `libnccl.so.2`. The driver is
+    /// `libcuda.so.1` unless `cuda` names a file.
     ///
     /// # Errors
     /// [`SetupError`].

@@ -1,5 +1,7 @@
 //! The conformance suite over the stand-in library, and faults that only NCCL has.
 
+mod hangs;
+
 use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -28,6 +30,17 @@ fn bind(n: usize) -> Vec<TrainerListener> {
     (0..n).map(|_| TrainerListener::bind(any_port, None, Exposure::Loopback).unwrap()).collect()
 }
 
+/// The plan of a generation over `listeners`, for rank 0.
+fn plan(listeners: &[TrainerListener], generation: u64) -> Group {
+    Group {
+        run: "vit-tiny".parse().unwrap(),
+        generation: Generation(generation),
+        rank: 0,
+        members: listeners.iter().map(TrainerListener::advertised).collect(),
+        key: [42; 32],
+    }
+}
+
 /// Connects all ranks of a new generation; `faults` gives each its faults.
 fn connect_all(
     listeners: &[TrainerListener],
@@ -35,20 +48,25 @@ fn connect_all(
     deadline: Duration,
     faults: impl Fn(usize) -> &'static str,
 ) -> Vec<Result<NcclCollective, CollectiveError>> {
-    let group = Group {
-        run: "vit-tiny".parse().unwrap(),
-        generation: Generation(generation),
-        rank: 0,
-        members: listeners.iter().map(TrainerListener::advertised).collect(),
-        key: [42; 32],
-    };
+    connect_on(0, listeners, generation, deadline, faults)
+}
+
+/// The same on the devices from `first` on.
+fn connect_on(
+    first: usize,
+    listeners: &[TrainerListener],
+    generation: u64,
+    deadline: Duration,
+    faults: impl Fn(usize) -> &'static str,
+) -> Vec<Result<NcclCollective, CollectiveError>> {
+    let group = plan(listeners, generation);
     thread::scope(|scope| {
         let start = |(rank, listener)| {
             let (group, faults) = (Group { rank, ..group.clone() }, faults(rank));
             scope.spawn(move || {
                 inject(faults);
-                let abort = AbortHandle::new();
-                NcclCollective::connect(listener, &group, &setup(rank), abort, deadline)
+                let (setup, abort) = (setup(first + rank), AbortHandle::new());
+                NcclCollective::connect(listener, &group, &setup, abort, deadline)
             })
         };
         let threads: Vec<_> = listeners.iter().enumerate().map(start).collect();
@@ -113,7 +131,10 @@ fn a_rank_that_cannot_start_is_named_by_the_others() {
     for (rank, member) in members.into_iter().enumerate() {
         let error = member.expect_err("rank 1 fails");
         if rank == 1 {
-            assert!(matches!(error, CollectiveError::Nccl { op_seq: 0, .. }), "{error:?}");
+            let CollectiveError::Nccl { op_seq: 0, source } = error else { panic!("{error:?}") };
+            let text = "`ncclCommInitRankConfig` failed: unhandled system error: injected: init \
+                        error";
+            assert_eq!(source.to_string(), text);
         } else {
             assert_eq!(error.suspects(), [1], "rank {rank}: {error:?}");
         }
@@ -123,13 +144,7 @@ fn a_rank_that_cannot_start_is_named_by_the_others() {
 #[test]
 fn the_higher_rank_of_two_on_one_device_is_refused() {
     let listeners = bind(2);
-    let group = Group {
-        run: "vit-tiny".parse().unwrap(),
-        generation: Generation(1),
-        rank: 0,
-        members: listeners.iter().map(TrainerListener::advertised).collect(),
-        key: [42; 32],
-    };
+    let group = plan(&listeners, 1);
     let connect = |rank: usize| {
         let (group, abort) = (Group { rank, ..group.clone() }, AbortHandle::new());
         let connected =
@@ -202,6 +217,9 @@ fn a_call_that_fails_carries_nccls_words() {
     let mut members = group_with(1, |_| "op-error@1=1");
     let error = members[0].all_reduce_f32(&mut [1.0], PATIENT).expect_err("injected");
     assert!(error.ends_process(), "CUDA failed inside NCCL: {error:?}");
+    let CollectiveError::Nccl { op_seq: 1, source } = error else { panic!("{error:?}") };
+    let text = "`ncclAllReduce` failed: unhandled cuda error: injected: call of operation 1";
+    assert_eq!(source.to_string(), text);
 }
 
 #[test]

@@ -186,6 +186,22 @@ fn a_broken_device_ends_the_process_after_saying_so() {
     assert!(said.is_some() && said < left, "{out:?}");
 }
 
+/// Were it to end, the next process would fail alike, for ever, and a run for which no worker is
+/// fit would wait instead of failing.
+#[test]
+fn a_device_that_fails_before_it_is_warm_leaves_its_worker_there() {
+    let mut session = session();
+    let (generation, kind) = (Generation(0), FaultKind::Local);
+    let detail = "out of memory".to_string();
+    let fault = Report::Fault { generation, kind, suspects: vec![], detail: detail.clone() };
+    let out = feed(&mut session, Event::Report(fault));
+    let said = ToCoordinator::Fault { generation, kind, suspects: vec![], detail: detail.clone() };
+    assert_eq!(out, vec![Command::Note(detail), Command::Send(said.clone())]);
+    feed(&mut session, Event::Disconnected);
+    feed(&mut session, Event::Connected);
+    assert_eq!(feed(&mut session, Event::Welcomed), vec![Command::Send(said)]);
+}
+
 #[test]
 fn a_worker_that_was_started_wrongly_is_not_started_again() {
     let mut session = training();

@@ -12,6 +12,7 @@ use image::{ExtendedColorType, ImageEncoder};
 use lacuna_pixels::{IMAGE_BYTES_MAX, ImageShape};
 use lacuna_types::SampleId;
 
+use super::classes::{ClassFolders, NoLabels};
 use super::{PackError, at};
 use crate::dataset::Dataset;
 use crate::idx::{self, IdxImages};
@@ -32,8 +33,16 @@ const LABELS_PART: &str = "labels-idx1-ubyte";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PackSource {
     /// A folder of images, searched recursively. If all images lie in two or more sub-folders and
-    /// none beside them, the sub-folders are classes.
+    /// none beside them, the sub-folders are classes, numbered by name.
     Folder(PathBuf),
+    /// A folder of images whose sub-folders are classes of a list and have their numbers there; a
+    /// class may have no sub-folder.
+    Classed {
+        /// The folder.
+        root: PathBuf,
+        /// Names of the classes by number, no name twice.
+        classes: Vec<String>,
+    },
     /// IDX files, gzipped or not.
     Idx {
         /// Images (`…-images-idx3-ubyte`).
@@ -146,14 +155,17 @@ pub(super) enum Source {
 pub(super) struct Folder {
     root: PathBuf,
     files: Vec<PathBuf>,
-    classes: Vec<String>,
+    classes: ClassFolders,
     identity: String,
 }
 
 impl Source {
     pub(super) fn open(source: &PackSource) -> Result<Self, PackError> {
         match source {
-            PackSource::Folder(root) => Ok(Source::Folder(Folder::list(root)?)),
+            PackSource::Folder(root) => Ok(Source::Folder(Folder::list(root, None)?)),
+            PackSource::Classed { root, classes } => {
+                Ok(Source::Folder(Folder::list(root, Some(classes.as_slice()))?))
+            }
             PackSource::Idx { images, labels } => {
                 let path = images.clone();
                 let images = idx::read_images(images)?;
@@ -215,7 +227,7 @@ impl Source {
         if let Some(id) = ids.iter().find(|id| **id >= n) {
             return Err(PackError::Config(format!("sample {id} is none of the {n} there are")));
         }
-        let classes = super::read_record(path).map_or(Vec::new(), |record| record.classes);
+        let classes = super::class_names(path);
         let (path, dataset) = (path.to_path_buf(), Box::new(dataset));
         Ok(Source::Part { path, dataset, ids: ids.to_vec(), classes })
     }
@@ -233,9 +245,17 @@ impl Source {
 
     pub(super) fn classes(&self) -> &[String] {
         match self {
-            Source::Folder(folder) => &folder.classes,
+            Source::Folder(folder) => &folder.classes.names,
             Source::Part { classes, .. } => classes,
             _ => &[],
+        }
+    }
+
+    /// Tells why a folder of images has no labels; nothing of other sources.
+    pub(super) fn no_labels(&self) -> Option<&NoLabels> {
+        match self {
+            Source::Folder(folder) => folder.classes.no_labels.as_ref(),
+            _ => None,
         }
     }
 
@@ -336,7 +356,8 @@ fn identity_of(kind: &str, root: &Path, files: &[PathBuf]) -> Result<String, Pac
 }
 
 impl Folder {
-    fn list(root: &Path) -> Result<Self, PackError> {
+    /// Lists the images below `root`; their classes are numbered as in a list, if there is one.
+    fn list(root: &Path, listed: Option<&[String]>) -> Result<Self, PackError> {
         let mut files: Vec<PathBuf> = Vec::new();
         let mut seen: BTreeSet<PathBuf> = BTreeSet::new();
         walk(root, 0, &mut seen, &mut files)?;
@@ -345,8 +366,14 @@ impl Folder {
             let path = root.to_path_buf();
             return Err(PackError::NoImages { path });
         }
-        let identity = identity_of("folder", root, &files)?;
-        let classes = classes_of(root, &files);
+        let mut identity = identity_of("folder", root, &files)?;
+        let classes = match listed {
+            None => ClassFolders::find(root, &files),
+            Some(names) => {
+                identity.push_str(&format!("classes {names:?}\n"));
+                ClassFolders::listed(root, &files, names)?
+            }
+        };
         Ok(Folder { root: root.to_path_buf(), files, classes, identity })
     }
 
@@ -360,11 +387,7 @@ impl Folder {
         let stem = file.file_stem().unwrap_or_default().to_string_lossy();
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' };
         item.stem = stem.chars().take(STEM_BYTES_MAX).map(plain).collect();
-        if !self.classes.is_empty() {
-            let class = first_folder(&self.root, file).expect("all images lie in classes");
-            let label = self.classes.binary_search(&class).expect("classes are sorted");
-            item.label = Some(label as u32);
-        }
+        item.label = self.classes.label(&self.root, file);
         Ok(())
     }
 }
@@ -407,22 +430,4 @@ fn walk(
 fn has_image_suffix(path: &Path) -> bool {
     let suffix = path.extension().unwrap_or_default().to_ascii_lowercase();
     ["png", "jpg", "jpeg", "webp"].iter().any(|known| suffix == *known)
-}
-
-fn first_folder(root: &Path, file: &Path) -> Option<String> {
-    let relative = file.strip_prefix(root).ok()?;
-    let mut parts = relative.components();
-    let first = parts.next()?;
-    parts.next()?;
-    Some(first.as_os_str().to_string_lossy().into_owned())
-}
-
-/// Returns the class names, sorted; empty if the folder is not made of classes.
-fn classes_of(root: &Path, files: &[PathBuf]) -> Vec<String> {
-    let folders: Option<BTreeSet<String>> =
-        files.iter().map(|file| first_folder(root, file)).collect();
-    match folders {
-        Some(folders) if folders.len() >= 2 => folders.into_iter().collect(),
-        _ => Vec::new(),
-    }
 }

@@ -2,6 +2,7 @@ use std::io::Write;
 
 use expect_test::expect;
 use image::ExtendedColorType;
+use lacuna_store::testing::Server;
 use lacuna_types::SampleId;
 
 use super::*;
@@ -88,6 +89,142 @@ fn flat_folders_have_no_labels_and_bytes_repeat() {
     assert_eq!(Dataset::open(&one).unwrap().label(SampleId(0)), None);
 }
 
+#[test]
+fn why_a_folder_has_no_labels_is_said() {
+    let root = tempfile::tempdir().unwrap();
+    let input = root.path().join("in");
+    let said = |out: &str| {
+        let source = PackSource::Folder(input.clone());
+        let report = pack_quietly(&source, &root.path().join(out), SHARD_BYTES_DEFAULT);
+        assert_eq!(report.classes.is_empty(), report.no_labels.is_some());
+        report.no_labels.map_or(report.classes.join(" "), |why| why.to_string())
+    };
+    write(&input, "a.png", &grey_png(8, 1));
+    assert_eq!(said("flat"), "no image lies in a class folder");
+    assert_eq!(said("flat"), "no image lies in a class folder", "nothing was done");
+    fs::remove_file(input.join("a.png")).unwrap();
+    write(&input, "cats/a.png", &grey_png(8, 1));
+    assert_eq!(said("one"), "there is one folder only, `cats`");
+    write(&input, "dogs/deep/a.png", &grey_png(8, 2));
+    assert_eq!(said("two"), "cats dogs");
+    write(&input, "stray.png", &grey_png(8, 3));
+    write(&input, "notes.txt", b"text");
+    assert_eq!(said("stray"), "`stray.png` lies beside the class folders");
+    write(&input, "z.png", &grey_png(8, 4));
+    assert_eq!(said("strays"), "`stray.png` and 1 more lie beside the class folders");
+}
+
+/// A part of a data set that lacks classes, or has one only, has the numbers of the whole.
+#[test]
+fn classes_are_numbered_as_elsewhere() {
+    let root = tempfile::tempdir().unwrap();
+    let [train, val, packed, out] = ["train", "val", "p", "o"].map(|name| root.path().join(name));
+    for (seed, class) in (0..).zip(["cats", "dogs", "emus"]) {
+        write(&train, &format!("{class}/a.png"), &grey_png(8, seed));
+    }
+    write(&val, "emus/b.png", &grey_png(8, 7));
+    pack_quietly(&PackSource::Folder(train), &packed, SHARD_BYTES_DEFAULT);
+    let classes = class_list(&packed).unwrap();
+    assert_eq!(classes, ["cats", "dogs", "emus"]);
+    for file in [INDEX_NAME, PACK_NAME] {
+        assert_eq!(class_list(&packed.join(file)).unwrap(), classes);
+    }
+    let like = |classes: &[String]| {
+        let source = PackSource::Classed { root: val.clone(), classes: classes.to_vec() };
+        try_pack(&source, &out, Existing::Refuse)
+    };
+    let report = like(&classes).unwrap();
+    assert_eq!((&report.classes, report.no_labels), (&classes, None));
+    assert_eq!(class_names(&out), class_names(&packed));
+    assert_eq!(Dataset::open(&out).unwrap().label(SampleId(0)), Some(2));
+    assert_eq!(like(&classes).unwrap().outcome, PackOutcome::AlreadyThere);
+    // A list of other names is another data set.
+    let error = like(&["emus".to_string()]).unwrap_err();
+    assert!(matches!(error, PackError::OutputExists { .. }), "{error}");
+
+    let message = |classes: &[String]| {
+        let error = like(classes).unwrap_err();
+        chain(&error).replace(&root.path().display().to_string(), "DIR")
+    };
+    let start = "`DIR/val` does not go with the list of classes:";
+    assert_eq!(message(&classes[..1]), format!("{start} its folder `emus` is not in it"));
+    for class in ["a", "b", "c", "d", "e", "f"] {
+        write(&val, &format!("{class}/b.png"), &grey_png(8, 8));
+    }
+    let folders = "its folders `a`, `b`, `c`, `d`, `e` and 1 more are not in it";
+    assert_eq!(message(&classes), format!("{start} {folders}"));
+    write(&val, "stray.png", &grey_png(8, 9));
+    assert_eq!(message(&classes), format!("{start} `stray.png` lies beside the class folders"));
+}
+
+/// A part of a data set whose classes have other names now is packed anew.
+#[test]
+fn parts_have_the_names_of_the_whole() {
+    let root = tempfile::tempdir().unwrap();
+    let [input, whole, part] = ["in", "whole", "part"].map(|name| root.path().join(name));
+    write(&input, "cats/a.png", &grey_png(8, 1));
+    let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<String>>();
+    let source = PackSource::Part { dataset: whole.clone(), ids: vec![0] };
+    let pack_both = |classes: &[&str]| {
+        let input = PackSource::Classed { root: input.clone(), classes: names(classes) };
+        try_pack(&input, &whole, Existing::Replace).unwrap();
+        try_pack(&source, &part, Existing::Replace).unwrap().outcome
+    };
+    assert_eq!(pack_both(&["cats", "dogs"]), PackOutcome::Written);
+    assert_eq!(pack_both(&["cats", "dogs"]), PackOutcome::AlreadyThere);
+    assert_eq!(pack_both(&["cats", "emus"]), PackOutcome::Written);
+    assert_eq!(class_names(&part), ["cats", "emus"]);
+}
+
+#[test]
+fn lists_of_classes() {
+    let root = tempfile::tempdir().unwrap();
+    let list = root.path().join("names.txt");
+    let listed = |bytes: &[u8]| {
+        fs::write(&list, bytes).unwrap();
+        class_list(&list).map_err(|error| {
+            let text = chain(&error).replace(&root.path().display().to_string(), "DIR");
+            text.replace("`DIR/names.txt` gives no list of classes: ", "")
+        })
+    };
+    let names = listed("\u{feff}tabby cat\r\n\n  dogs \n".as_bytes()).unwrap();
+    assert_eq!(names, ["tabby cat", "dogs"]);
+    assert_eq!(listed(b"b\na\nc\na\n").unwrap_err(), "it has `a` twice");
+    assert_eq!(listed(b"\n \n").unwrap_err(), "it has no names");
+    assert_eq!(listed(&[0xFF, 0xFE]).unwrap_err(), "it is no text in UTF-8");
+    let refused = |path: &Path| {
+        let text = chain(&class_list(path).unwrap_err());
+        text.replace(&root.path().display().to_string(), "DIR")
+    };
+    expect!["failed to access `DIR/none.txt`: No such file or directory (os error 2)"]
+        .assert_eq(&refused(&root.path().join("none.txt")));
+    expect![
+        "`DIR` gives no list of classes: there is no pack.json, which has the names of its classes"
+    ]
+    .assert_eq(&refused(root.path()));
+    let made = root.path().join("made");
+    try_pack(&generated(4, 1), &made, Existing::Refuse).unwrap();
+    expect!["`DIR/made` gives no list of classes: its classes have no names, as it was not packed from class folders"]
+        .assert_eq(&refused(&made));
+}
+
+#[test]
+fn classes_of_a_data_set_behind_a_url() {
+    let root = tempfile::tempdir().unwrap();
+    for class in ["cats", "dogs"] {
+        write(&root.path().join("in"), &format!("{class}/a.png"), &grey_png(8, 1));
+    }
+    let input = PackSource::Folder(root.path().join("in"));
+    pack_quietly(&input, &root.path().join("bucket/set"), SHARD_BYTES_DEFAULT);
+    let server = Server::plain(root.path()).unwrap();
+    let url = |path: &str| PathBuf::from(format!("{}/bucket/{path}", server.url()));
+    for path in ["set", "set/", "set/index.lacuna"] {
+        assert_eq!(class_list(&url(path)).unwrap(), ["cats", "dogs"], "{path}");
+    }
+    let error = class_list(&url("other")).unwrap_err();
+    assert!(chain(&error).contains("there is no pack.json"), "{error}");
+}
+
 fn idx_folder(root: &Path, n: u32) -> PathBuf {
     let input = root.join("idx");
     let mut images: Vec<u8> =
@@ -121,6 +258,9 @@ fn idx_to_shards_to_pixels() {
         assert_eq!(reader.whole(&dataset, id, 1).unwrap(), image);
         assert_eq!(dataset.label(id), Some(id.0 as u32 % 10));
     }
+    let bare = PackSource::Idx { images: images.clone(), labels: None };
+    let report = pack_quietly(&bare, &root.path().join("bare"), SHARD_BYTES_DEFAULT);
+    assert_eq!(report.no_labels, Some(NoLabels::Input));
     write(&input, "train-labels-idx1-ubyte.gz", &[0, 0, 8, 1, 0, 0, 0, 1, 5]);
     let error = try_pack(&source, &out, Existing::Replace).unwrap_err();
     assert!(matches!(error, PackError::LabelCount { n_labels: 1, n_images: 25, .. }));

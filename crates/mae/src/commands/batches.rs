@@ -125,8 +125,8 @@ pub fn same_classes(one: &Path, other: &Path) -> anyhow::Result<()> {
     match (0..n).find(|label| of_one.get(*label) != of_other.get(*label)) {
         None => Ok(()),
         Some(label) => Err(usage(format!(
-            "labels mean other classes: {label} is {} in `{}` and {} in `{}`; pack both from \
-             folders of the same classes",
+            "labels mean other classes: {label} is {} in `{}` and {} in `{}`; pack one of them \
+             with the classes of the other (`lacuna data pack --classes`)",
             name(&of_one, label),
             one.display(),
             name(&of_other, label),

@@ -1,8 +1,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use super::driver::kernel_version;
-use super::{CudaError, find_mapping, loaded, open_library, places};
+use super::{CudaError, find_mapping, loaded, nvrtc_near, open_library, places};
 use crate::context::cuda_version;
 
 #[test]
@@ -17,6 +16,24 @@ fn the_library_is_looked_for_beside_the_cpu_half_first() {
     assert_eq!(shown(places(cpu(), own("/a"))), [beside]);
     assert_eq!(shown(places(None, own("/b"))), [other]);
     assert!(places(None, None).is_empty());
+}
+
+#[test]
+fn nvrtc_is_found_in_every_package_of_libtorch() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |name: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, "").unwrap();
+        path
+    };
+    let torch = make("torch/lib/libtorch_cpu.so");
+    make("torch/lib/libnvrtc-builtins-0a1b2c3d.so.13.0");
+    assert_eq!(nvrtc_near(&torch), None);
+    let packed = make("torch/lib/libnvrtc-0a1b2c3d.so.13");
+    assert_eq!(nvrtc_near(&torch), Some(packed));
+    let wheel = make("nvidia/cu13/lib/libnvrtc.so.13");
+    assert_eq!(nvrtc_near(&torch), Some(wheel));
 }
 
 #[test]
@@ -51,10 +68,11 @@ fn a_file_that_is_no_library_is_broken_and_not_missing() {
 fn versions_are_read_as_people_write_them() {
     assert_eq!(cuda_version(13000), "13.0");
     assert_eq!(cuda_version(12040), "12.4");
-    let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build";
-    let closed =
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC 12.2.0";
-    assert_eq!(kernel_version(open).as_deref(), Some("580.65.06"));
-    assert_eq!(kernel_version(closed).as_deref(), Some("550.54.15"));
-    assert_eq!(kernel_version(""), None);
+}
+
+#[test]
+fn what_the_driver_says_is_said_once() {
+    let hidden = lacuna_cuda::CudaError::NoDevice { visible: "`-1`".to_string() };
+    let text = lacuna_checkpoint::chain(&CudaError::from(hidden));
+    assert_eq!(text, "the NVIDIA driver shows no device (CUDA_VISIBLE_DEVICES is `-1`)");
 }

@@ -1,10 +1,15 @@
 use super::*;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use lacuna_recipe::adamw::AdamW;
 use lacuna_recipe::digest::Crc64;
 use lacuna_recipe::mask::MaskOrder;
+use lacuna_recipe::model::ParamSpec;
 use lacuna_recipe::reduce::{ControlWord, Reducer, Verdict};
 use lacuna_types::{SampleId, Slot, Step};
 use lacuna_worker::engine::DeviceEngine as _;
+
+use crate::objective::{self, SlotLoss};
 
 fn setup(preset: &str, slot_batch: u32) -> EngineSetup {
     let model = ModelConfig::preset(preset).unwrap();
@@ -243,6 +248,47 @@ fn the_probe_depends_on_the_shapes_and_not_on_the_state() {
     assert!(engine.describe().starts_with("cpu (libtorch 2.11"), "{}", engine.describe());
 }
 
+/// The masked autoencoder on a machine that computes something else from some moment on.
+#[derive(Debug)]
+struct GoesBad(Arc<AtomicBool>);
+
+#[derive(Debug)]
+struct BadLoss(Box<dyn SlotLoss>, Arc<AtomicBool>);
+
+impl Objective for GoesBad {
+    fn params(&self, model: &ModelConfig) -> Vec<ParamSpec> {
+        MaeObjective.params(model)
+    }
+
+    fn prepare(&self, model: &ModelConfig, device: Device) -> Box<dyn SlotLoss> {
+        Box::new(BadLoss(MaeObjective.prepare(model, device), self.0.clone()))
+    }
+}
+
+impl SlotLoss for BadLoss {
+    fn loss(&self, weights: &Weights, slot: &objective::Slot<'_>) -> tch::Tensor {
+        let factor = if self.1.load(Ordering::Relaxed) { 1.25 } else { 1.0 };
+        self.0.loss(weights, slot) * factor
+    }
+}
+
+/// It is asked for when states differ: whoever went bad since the start must show.
+#[test]
+fn a_probe_is_computed_each_time() {
+    let bad = Arc::new(AtomicBool::new(false));
+    let objective: Arc<dyn Objective> = Arc::new(GoesBad(bad.clone()));
+    let host = TorchEngine::with_objective(setup("micro", 2), &objective).unwrap();
+    let there = DeviceTorchEngine::with_objective(setup("micro", 2), stand_in(), &objective);
+    let engines: [Box<dyn Engine>; 2] = [Box::new(host), Box::new(there.unwrap())];
+    for mut engine in engines {
+        bad.store(false, Ordering::Relaxed);
+        let good = engine.probe().unwrap();
+        assert_eq!(engine.probe().unwrap(), good);
+        bad.store(true, Ordering::Relaxed);
+        assert_ne!(engine.probe().unwrap(), good, "{}", engine.describe());
+    }
+}
+
 #[test]
 fn batches_of_another_shape_are_refused() {
     let setup = setup("micro", 2);
@@ -300,17 +346,21 @@ fn gradients_complete_from_the_end() {
     assert!(want.map(place).is_sorted());
 }
 
-/// The engine of devices with the CPU as the device, behind a stand-in for the driver.
-fn on_device(setup: EngineSetup) -> DeviceTorchEngine {
+/// The CPU as the device, behind a stand-in for the driver.
+fn stand_in() -> DevicePlace {
     let library = Some(lacuna_nccl_standin::path());
-    let place = DevicePlace {
+    DevicePlace {
         device: Device::Cpu,
         ordinal: 0,
         driver: library.clone(),
         compiler: library,
         n_slots: 2,
-    };
-    DeviceTorchEngine::new(setup, place).unwrap()
+    }
+}
+
+/// The engine of devices there.
+fn on_device(setup: EngineSetup) -> DeviceTorchEngine {
+    DeviceTorchEngine::new(setup, stand_in()).unwrap()
 }
 
 #[test]

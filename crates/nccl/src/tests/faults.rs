@@ -159,7 +159,8 @@ fn failures_while_forming_carry_the_librarys_words() {
     let id = library.unique_id().unwrap();
     inject("init-error=2");
     let error = Rank::start(&library, &id, 1, 0).err().expect("it fails at once");
-    assert_eq!(error.to_string(), "`ncclCommInitRankConfig` failed: unhandled system error");
+    let text = "`ncclCommInitRankConfig` failed: unhandled system error: injected: init error";
+    assert_eq!(error.to_string(), text);
     inject("init-fails=3");
     let error = Rank::start(&library, &id, 1, 0).unwrap().ready().err().expect("it fails late");
     let text = "`ncclCommGetAsyncError` failed: internal error: injected: init fails";

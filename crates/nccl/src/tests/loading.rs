@@ -19,8 +19,21 @@ fn the_library_says_what_it_is_and_can() {
     let library = library();
     assert_eq!(library.version().to_string(), "2.28.9");
     assert_eq!(*library.origin(), Origin::File(lacuna_nccl_standin::path()));
-    let expected = Capabilities { shrink: false, revoke: true, grow: false };
+    // It has the symbols of newer versions too: here their names are checked.
+    let expected = Capabilities { shrink: true, revoke: true, grow: true };
     assert_eq!(library.capabilities(), expected);
+}
+
+#[test]
+fn what_a_library_lacks_is_an_error_when_it_is_called() {
+    let library = library().without_options();
+    let expected = Capabilities { shrink: false, revoke: false, grow: false };
+    assert_eq!(library.capabilities(), expected);
+    let id = library.unique_id().unwrap();
+    let me = super::Rank::start(&library, &id, 1, 0).unwrap().ready().unwrap();
+    let error = me.comm.revoke().expect_err("it is not there");
+    assert!(matches!(error, NcclError::Unsupported { .. }), "{error:?}");
+    assert_eq!(error.to_string(), "NCCL 2.28.9 has no `ncclCommRevoke`");
 }
 
 #[test]
@@ -68,5 +81,7 @@ fn no_device_is_an_error_and_not_a_crash() {
     let started = Communicator::start(&library, &id, 1, 0, &CommConfig::default());
     let error = started.expect_err("no device is current");
     assert!(matches!(error, NcclError::Call { call: "ncclCommInitRankConfig", .. }), "{error:?}");
-    assert_eq!(error.to_string(), "`ncclCommInitRankConfig` failed: unhandled cuda error");
+    let text = "`ncclCommInitRankConfig` failed: unhandled cuda error: Cuda failure 201 'invalid \
+                device context'";
+    assert_eq!(error.to_string(), text);
 }

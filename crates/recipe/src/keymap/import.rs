@@ -18,8 +18,10 @@ pub const DTYPES: [&str; 3] = ["F32", "BF16", "F16"];
 
 /// What timm calls the last norm of a model that averages its patches.
 const POOLED_NORM: &str = "fc_norm.";
-/// The classifier of a model that was fine-tuned.
-const HEAD: &str = "head.";
+/// The classifier of a model that was fine-tuned, under timm's names.
+const HEADS: [&str; 1] = ["head."];
+/// What transformers' `ViTForImageClassification` and `ViTModel` have behind their encoder.
+const HF_HEADS: [&str; 3] = ["classifier.", "pooler.", "vit.pooler."];
 /// Keys shown of a file that is no masked autoencoder.
 const EXAMPLES: usize = 3;
 
@@ -60,7 +62,7 @@ pub enum Form {
     Hf5,
     /// What transformers 5.23 writes when it saves: names of 4.x with another decoder.
     HfResaved,
-    /// Names of a `ViTMAEModel` alone.
+    /// Names of a `ViTMAEModel` or `ViTModel` alone.
     HfEncoder,
 }
 
@@ -87,7 +89,7 @@ impl fmt::Display for Form {
             Form::Hf4 => "Hugging Face's names (transformers 4)",
             Form::Hf5 => "Hugging Face's names (transformers 5 in memory)",
             Form::HfResaved => "Hugging Face's names (as transformers 5 saves again)",
-            Form::HfEncoder => "Hugging Face's names (ViTMAEModel alone)",
+            Form::HfEncoder => "Hugging Face's names (ViTMAEModel or ViTModel alone)",
         })
     }
 }
@@ -129,7 +131,7 @@ pub struct Plan {
     pub seeded: Vec<usize>,
     /// Position tables of the file.
     pub tables: Vec<Table>,
-    /// Keys that are no part of the model and are left out: the classifier.
+    /// Keys that are no part of the model and are left out: a classifier's, a pooler's.
     pub ignored: Vec<String>,
 }
 
@@ -178,10 +180,17 @@ pub fn plan(
         return Err(MapError::OtherLayout { found: form });
     }
     let layout = Layout::new(config.params());
+    let pooled = form == Form::Timm && wanted != Wanted::Mae;
+    let heads: &[&str] = match pooled {
+        true => &HEADS,
+        false if form.is_hf() && !decodes(tensors) => &HF_HEADS,
+        false => &[],
+    };
     let mut planner = Planner {
         config,
         layout: &layout,
-        pooled: form == Form::Timm && wanted != Wanted::Mae,
+        pooled,
+        heads,
         taken: BTreeMap::new(),
         out: Plan {
             form,
@@ -213,10 +222,7 @@ fn recognise(tensors: &[Foreign<'_>]) -> Result<Form, MapError> {
             let (reference, hf) = (shown(reference), shown(hf));
             Err(MapError::Mixed { reference, hf })
         }
-        (Some(_), None) => {
-            let decodes = known(false).any(|name| is_decoder(name) && !name.ends_with("pos_embed"));
-            Ok(if decodes { Form::Mae } else { Form::Timm })
-        }
+        (Some(_), None) => Ok(if decodes(tensors) { Form::Mae } else { Form::Timm }),
         (None, Some(_)) => Ok(hf_form(&known(true).collect::<Vec<&str>>())),
         (None, None) => {
             let some = tensors.iter().take(EXAMPLES).map(|t| format!("`{}`", shown(t.name)));
@@ -240,6 +246,12 @@ fn hf_form(names: &[&str]) -> Form {
     }
 }
 
+/// Tells whether a file has a decoder; a position table alone is none.
+fn decodes(tensors: &[Foreign<'_>]) -> bool {
+    let is_of_decoder = |name: &str| is_decoder(name) && name != "decoder_pos_embed";
+    tensors.iter().filter_map(|t| ours(t.name)).any(|mapped| is_of_decoder(&mapped.name))
+}
+
 /// Tells whether one of our names is the decoder's.
 fn is_decoder(ours: &str) -> bool {
     ours == "mask_token" || ours.starts_with("decoder_")
@@ -253,8 +265,10 @@ fn shown(name: &str) -> String {
 struct Planner<'a> {
     config: &'a ModelConfig,
     layout: &'a Layout,
-    /// Whether `fc_norm` is the last norm and a classifier is left out.
+    /// Whether `fc_norm` is the last norm.
     pooled: bool,
+    /// How the keys begin that are left out.
+    heads: &'a [&'a str],
     /// Which key gives which part of which of our tensors.
     taken: BTreeMap<(usize, Part), String>,
     out: Plan,
@@ -264,7 +278,7 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn place(&mut self, tensor: &Foreign<'_>) {
         let name = tensor.name;
-        if self.pooled && name.starts_with(HEAD) {
+        if self.heads.iter().any(|head| name.starts_with(head)) {
             self.out.ignored.push(name.to_string());
             return;
         }

@@ -279,10 +279,11 @@ impl Driver {
                 let _ = reports.blocking_send(fault);
             }
         };
+        let backend = self.backend.clone();
         let guarded = move || {
             // The panic is printed already; a process without its loop must not live on.
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
-                std::process::exit(exit::INTERNAL.into());
+                backend.end(exit::INTERNAL);
             }
         };
         let spawned = std::thread::Builder::new().name("step-loop".to_string()).spawn(guarded);

@@ -152,6 +152,44 @@ fn a_pooled_norm_is_the_norm_and_a_classifier_is_left_out() {
     assert_eq!(refused(&tensors, Wanted::Any), "`norm.bias` [8] gives the same as `fc_norm.bias`");
 }
 
+/// What transformers has behind an encoder is left out, and only where there is no decoder.
+#[test]
+fn heads_of_transformers_are_left_out() {
+    type Rename = fn(&str) -> Vec<Mapped>;
+    let of_encoder = |rename: Rename| {
+        file(|name| crate::keymap::timm(name).map_or(Vec::new(), |name| rename(&name)))
+    };
+    let bare: Rename = |name| hf_encoder(name).unwrap_or_default();
+    let classifier = ["classifier.bias", "classifier.weight"];
+    // ViTForImageClassification, the same with a pooler, and ViTModel.
+    let files: [(Rename, Form, &[&str]); 4] = [
+        (v4, Form::Hf4, &classifier),
+        (v5, Form::Hf5, &classifier),
+        (v4, Form::Hf4, &["vit.pooler.dense.bias", "classifier.weight"]),
+        (bare, Form::HfEncoder, &["pooler.dense.bias", "pooler.dense.weight"]),
+    ];
+    for (rename, form, heads) in files {
+        let mut tensors = of_encoder(rename);
+        tensors.extend(heads.iter().map(|head| (head.to_string(), vec![8])));
+        for wanted in [Wanted::Any, Wanted::Hf] {
+            let plan = plan_of(&tensors, wanted).unwrap();
+            assert_eq!((plan.form, plan.seeded.len(), plan.tables.len()), (form, 19, 1));
+            assert_eq!(plan.ignored, heads);
+            assert_whole(&plan);
+        }
+        assert_eq!(inferred(&tensors).unwrap().decoder, None);
+    }
+    for head in ["classifier.weight", "vit.pooler.dense.bias"] {
+        let mut tensors = file(v4);
+        tensors.push((head.to_string(), vec![8]));
+        let text = format!("`{head}` [8] is not of a masked autoencoder");
+        assert_eq!(refused(&tensors, Wanted::Any), text);
+    }
+    let mut tensors = file(encoder);
+    tensors.push(("classifier.weight".to_string(), vec![8]));
+    assert!(refused(&tensors, Wanted::Any).contains("`classifier.weight` [8] is not of"));
+}
+
 fn pooled_name(name: &str) -> String {
     match name.strip_prefix("norm.") {
         Some(leaf) => format!("fc_norm.{leaf}"),
