@@ -41,6 +41,12 @@ at_most() { # seconds
     echo $(($1 < left ? $1 : left))
 }
 
+has_time() {
+    [ $((ends - SECONDS)) -ge 20 ] && return
+    say "FAILED: no time is left of $seconds_max s for what comes now"
+    return 1
+}
+
 build() {
     cd "$here/.."
     local target=${CARGO_TARGET_DIR:-target} folder file
@@ -140,7 +146,7 @@ run() {
     # One CPU thread, as trainers have; cuBLAS then keeps one workspace and with it one algorithm.
     LD_LIBRARY_PATH=$torch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torch \
         OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
-        timeout "$(at_most 180)" "$folder/lacuna-worker" gpu-check \
+        timeout --kill-after 10 "$(at_most 180)" "$folder/lacuna-worker" gpu-check \
         --golden "$folder/golden" --out "$out" "$@" || code=$?
     # What failed above may be no matter to a run.
     if [ "$code" != 78 ]; then
@@ -170,10 +176,11 @@ train_again() { # folder, results
     device=${device%%,*}
     local length=(--set 'train.duration="80step"' --set train.batch=32 --set train.slot_batch=8)
     for name in first second; do
+        has_time || return 1
         (
             cd "$work"
             LACUNA_WORKER=$folder/lacuna-worker \
-                timeout "$(at_most 60)" "$folder/lacuna" train run.toml \
+                timeout --kill-after 10 "$(at_most 60)" "$folder/lacuna" train run.toml \
                 --devices "${DEVICES:-cuda:0}" --set name="$name" "${length[@]}"
         ) > "$results/train-$name.log" 2>&1 || code=$?
         # The workers' log says why, where one failed.
@@ -195,9 +202,10 @@ train_again() { # folder, results
         say "skipped: two trainers over NCCL need python3"
         return
     fi
-    timeout "$(at_most 90)" python3 "$folder/bench/gpu_pair.py" --bin "$folder" --work "$work" \
-        --log "$results" --device "$device" --want "${digests[0]##* }" \
-        "${length[@]}" > "$results/train-pair.log" 2>&1 || code=$?
+    has_time || return 1
+    timeout --kill-after 10 "$(at_most 90)" python3 "$folder/bench/gpu_pair.py" \
+        --bin "$folder" --work "$work" --log "$results" --device "$device" \
+        --want "${digests[0]##* }" "${length[@]}" > "$results/train-pair.log" 2>&1 || code=$?
     rm -rf "$work"
     tail -n 1 "$results/train-pair.log" >&2
     if [ "$code" != 0 ]; then

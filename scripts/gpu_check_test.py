@@ -1,5 +1,6 @@
 """Tests of gpu_check.sh and of what it starts: all of it, with the CPU as the device."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -51,11 +52,13 @@ class GpuCheck(unittest.TestCase):
 
     def test_a_machine_is_checked_and_trains_over_a_kill(self):
         code, said = self.check("run", "--device", "cpu", "--model", "micro", "--images", "4",
-                                "--slots", "2", NCCL_COMM_BLOCKING="1")
+                                "--slots", "2", NVIDIA_TF32_OVERRIDE="1")
         self.assertEqual(code, 0, said)
         self.assertIn("trained twice on cpu: state digest ", said)
         self.assertRegex(said, r"pair: two trainers on cpu, one killed: digest (\w{16}), by one \1")
-        self.assertTrue((self.folder / "out" / "gpu-check.json").exists())
+        record = json.loads((self.folder / "out" / "gpu-check.json").read_text())
+        self.assertTrue(record["passed"] and record["complete"], said)
+        self.assertIsNone(record["environment"]["NVIDIA_TF32_OVERRIDE"])
 
     def test_what_is_missing_is_said(self):
         code, said = self.check("run", "--device", "cpu", LIBTORCH=str(self.folder))

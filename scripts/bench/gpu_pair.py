@@ -19,6 +19,8 @@ import subprocess
 import sys
 
 SECONDS_MAX = 60
+# Trainers that compute leave at a boundary; one that hangs on its device does not.
+END_SECONDS_MAX = 5
 NAME = "pair"
 KILL_AT = "step 20/"
 
@@ -90,7 +92,7 @@ class Pair:
             process.terminate()
         for process in self.processes[::-1]:
             try:
-                process.wait(timeout=SECONDS_MAX)
+                process.wait(timeout=END_SECONDS_MAX)
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -124,6 +126,8 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Runs the program and returns its exit code."""
     args = parse()
+    # Whoever ends this early wants the device back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("pair: ended early"))
     pair = Pair(args)
     try:
         text = pair.train(pair.begin())

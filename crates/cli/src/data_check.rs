@@ -1,5 +1,8 @@
 //! Whether a data set's images are what a model is for, as far as some of them show.
 
+use std::path::Path;
+
+use lacuna_data::pack::class_names;
 use lacuna_data::{Dataset, ImageShape, SampleReader};
 use lacuna_recipe::augment::{CropBox, Size};
 use lacuna_spec::RunSpec;
@@ -19,7 +22,7 @@ pub fn misfits(dataset: &Dataset, spec: &RunSpec) -> Vec<String> {
     for i in 0..n.min(LOOKED_AT) {
         seen.extend(look(&mut reader, dataset, SampleId(i * n / n.min(LOOKED_AT))));
     }
-    let mut out = Vec::new();
+    let mut out: Vec<String> = spare_classes(dataset, spec).into_iter().collect();
     if seen.is_empty() {
         return out;
     }
@@ -43,6 +46,15 @@ pub fn misfits(dataset: &Dataset, spec: &RunSpec) -> Vec<String> {
         ));
     }
     out
+}
+
+/// Tells of classes that no image has: mostly those of another data set's spec.
+fn spare_classes(dataset: &Dataset, spec: &RunSpec) -> Option<String> {
+    let wanted = spec.task.as_ref()?.classes;
+    let names = class_names(Path::new(&spec.data.shards)).len() as u32;
+    let known = dataset.index().n_classes().max(names);
+    let spare = known > 0 && wanted > known;
+    spare.then(|| format!("`task.classes` = {wanted}, and the data has {known}"))
 }
 
 /// Returns an image's size, and whether it has colours.

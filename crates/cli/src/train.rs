@@ -52,7 +52,7 @@ const AGENT_DEADLINE: Duration = Duration::from_secs(30);
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the end of a run is looked for that its workers have heard of.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// How long that is looked for.
+/// How long that is looked for: what workers are told is written already.
 const END_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Trains until the run ends or Ctrl-C stops it; the same command goes on later.
@@ -219,12 +219,9 @@ impl Training<'_> {
     /// A run that was left on by a command that was killed takes as many workers as come now.
     async fn take_up(&self, client: &mut Client, run: &v1::Run) -> anyhow::Result<()> {
         let Workers { min, max } = self.spec.elastic.workers;
-        let known: RunSpec = serde_json::from_str(&run.spec).context("read the run's spec")?;
-        let run = match known.elastic.workers == self.spec.elastic.workers {
-            true => run,
-            false => &client.scale_run(&run.run_id, min, max).await?,
-        };
-        tell_kept(run, self.spec, "stop it with Ctrl-C and start it again");
+        // Whatever the answer to its creation said: one that was about to stop takes the new spec.
+        let run = client.scale_run(&run.run_id, min, max).await?;
+        tell_kept(&run, self.spec, "stop it with Ctrl-C and start it again");
         Ok(())
     }
 

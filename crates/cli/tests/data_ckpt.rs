@@ -199,6 +199,13 @@ fn labels_are_told_and_numbered_as_elsewhere() {
     let packed = desk.json(&list);
     assert_eq!((&packed["classes"][0], &packed["no_labels"]), (&"emus".into(), &Value::Null));
 
+    told(&["many", "m"]);
+    let spec = "schema = 1\nname = \"t\"\nbase = \"preset:demo-finetune\"\ndata.shards = \"m\"\n\
+                task.classes = 12\ntrain.batch = 8\ntrain.slot_batch = 4\n";
+    fs::write(desk.path("task.toml"), spec).unwrap();
+    let (out, _) = desk.run(0, &["plan", "task.toml"]);
+    assert!(out.contains("`task.classes` = 12, and the data has 11"), "{out}");
+
     let (_, err) = desk.run(0, &["data", "pack", "all", "a"]);
     let warning = "parts of a data set and no classes: train, val; give one of these folders, such \
                    as `all/train`";

@@ -11,7 +11,7 @@ use lacuna_nccl::{NcclError, ResultCode};
 
 /// When a call of NCCL is no longer taken for a slow one: it mostly takes milliseconds, and the
 /// first one of a process seconds. One that is stuck keeps others out of NCCL too.
-const BLOCKED_FOR_GOOD: Duration = Duration::from_secs(10);
+pub(crate) const BLOCKED_FOR_GOOD: Duration = Duration::from_secs(10);
 
 /// A listener that could not be opened.
 #[derive(Debug, thiserror::Error)]

@@ -145,10 +145,16 @@ impl NcclCollective {
         let end: Instant = Instant::now() + deadline;
         let Op { kind, root } = op;
         self.mesh.agree(kind, root, buffer.len() as u64, end).map_err(|f| self.give_up(f))?;
-        let _armed = self.keeper.until(end);
+        let armed = self.keeper.until(end);
         for piece in buffer.chunks_mut(Staging::BYTES) {
             let done = self.piece(piece, end, launch);
             done.map_err(|fault| self.give_up(fault))?;
+        }
+        drop(armed);
+        if self.keeper.has_rung() {
+            // In the last moment: this operation is late, and no other may begin.
+            let late = self.timed_out();
+            return Err(self.give_up(late));
         }
         self.mesh.complete();
         Ok(())
@@ -199,7 +205,7 @@ impl NcclCollective {
         let Some(staging) = &self.staging else {
             return Err(CollectiveError::Stuck { source: NcclError::Aborted });
         };
-        let _armed = self.keeper.until(end);
+        let armed = self.keeper.until(end);
         staging.follow(after).map_err(device)?;
         let stream = staging.raw_stream();
         let at = buffer.as_ptr();
@@ -216,9 +222,10 @@ impl NcclCollective {
         }
         let is_done = |this: &Self| this.staging.as_ref().map_or(Ok(true), Staging::is_done);
         self.wait(end, |this| is_done(this).map_err(device))?;
+        drop(armed);
         // An aborted sum looks like a finished one.
         self.abort.check()?;
-        if self.aborter.is_aborted() {
+        if self.keeper.has_rung() || self.aborter.is_aborted() {
             return Err(self.blame(NcclError::Aborted));
         }
         Ok(())

@@ -59,7 +59,7 @@ impl Timing {
             revoke: Duration::from_secs(5),
             stall: Duration::from_secs(30),
             straggler_window: Duration::from_secs(10),
-            audit: Duration::from_secs(60),
+            audit: Duration::from_secs(600),
             orphan: Duration::from_secs(15 * 60),
             disjoint: Duration::from_secs(16 * 60),
             quarantine: Duration::from_secs(10),

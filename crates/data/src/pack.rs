@@ -244,10 +244,7 @@ pub fn pack(
         n_samples: index.n_samples(),
         classes: source.classes().to_vec(),
     };
-    let mut text = serde_json::to_vec_pretty(&record).expect("plain data serialises");
-    text.push(b'\n');
-    let path = out.join(PACK_NAME);
-    write_atomic(&path, &text).map_err(at(&path))?;
+    write_record(out, &record)?;
     Ok(report(PackOutcome::Written, &index, &source, skipped))
 }
 
@@ -321,21 +318,34 @@ fn write_shards(
 
 /// Returns the report of an earlier, complete call with the same input.
 fn recognise(out: &Path, input: &str, source: &Source) -> Option<PackReport> {
-    let record = read_record(out)?;
-    // A part has the names of the data set that it is of, which its input does not say.
-    if record.input != input || record.classes != source.classes() {
+    let mut record = read_record(out)?;
+    if record.input != input {
         return None;
     }
     let dataset = Dataset::open(out).ok()?;
+    // A part has the names of the data set that it is of, which its input does not say; they are
+    // not in the shards.
+    if !source.classes().is_empty() && record.classes != source.classes() {
+        record.classes = source.classes().to_vec();
+        write_record(out, &record).ok()?;
+    }
     let skipped = SkipList::default();
-    let outcome = PackOutcome::AlreadyThere;
-    Some(report(outcome, dataset.index(), source, skipped))
+    let mut report = report(PackOutcome::AlreadyThere, dataset.index(), source, skipped);
+    report.classes = record.classes;
+    Some(report)
 }
 
 /// Returns the names of a packed data set's classes, by label, of its folder or URL; none where it
-/// has no names, or where it was not packed here.
+/// has no names, was not packed here, or its record cannot be read.
 pub fn class_names(data: &Path) -> Vec<String> {
     class_list(data).unwrap_or_default()
+}
+
+fn write_record(out: &Path, record: &PackRecord) -> Result<(), PackError> {
+    let mut text = serde_json::to_vec_pretty(record).expect("plain data serialises");
+    text.push(b'\n');
+    let path = out.join(PACK_NAME);
+    write_atomic(&path, &text).map_err(at(&path))
 }
 
 fn read_record(out: &Path) -> Option<PackRecord> {

@@ -110,7 +110,8 @@ fn nvrtc_near(torch: &Path) -> Option<PathBuf> {
     }
     let is_nvrtc = |path: &PathBuf| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        name.starts_with("libnvrtc") && name.contains(".so") && !name.contains("builtins")
+        let other = name.contains("builtins") || name.contains(".alt.");
+        name.starts_with("libnvrtc") && name.contains(".so") && !other
     };
     let mut found: Vec<PathBuf> =
         std::fs::read_dir(beside).ok()?.flatten().map(|e| e.path()).collect();

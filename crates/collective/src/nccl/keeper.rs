@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use lacuna_nccl::{Aborter, CommConfig, Communicator, NcclError, UniqueId};
 
 use super::{ABORT_LIMIT, NcclSetup};
+use crate::error::BLOCKED_FOR_GOOD;
 use crate::exchange::TICK;
 use crate::{AbortHandle, CollectiveError};
 
@@ -70,7 +71,7 @@ pub(super) fn draw_id(setup: &NcclSetup, limit: Limit<'_>) -> Result<UniqueId, C
         // Whoever gave it up does not need it.
         let _ = answer.send(nccl.unique_id());
     };
-    let drawn = ask("ncclGetUniqueId", limit, work)?;
+    let drawn = ask("ncclGetUniqueId", setup, limit, work)?;
     drawn.map_err(|source| CollectiveError::Nccl { op_seq: 0, source })
 }
 
@@ -81,10 +82,10 @@ impl Keeper {
         seat: Seat,
         limit: Limit<'_>,
     ) -> Result<(Self, Communicator), CollectiveError> {
-        let (setup, shared) = (setup.clone(), Arc::<Shared>::default());
+        let (there, shared) = (setup.clone(), Arc::<Shared>::default());
         let keeper = Self { shared: Arc::clone(&shared) };
         let work = move |answer: SyncSender<Started>| {
-            let started: Started = sit_down(&setup, seat);
+            let started: Started = sit_down(&there, seat);
             let aborter = started.as_ref().ok().map(Communicator::aborter);
             let taken: bool = answer.send(started).is_ok();
             match aborter {
@@ -93,7 +94,7 @@ impl Keeper {
                 None => {}
             }
         };
-        let comm: Communicator = ask("ncclCommInitRankConfig", limit, work)??;
+        let comm: Communicator = ask("ncclCommInitRankConfig", setup, limit, work)??;
         Ok((keeper, comm))
     }
 
@@ -162,40 +163,71 @@ fn sit_down(setup: &NcclSetup, seat: Seat) -> Started {
     started.map_err(|source| CollectiveError::Nccl { op_seq: 0, source })
 }
 
-/// Frees a communicator that came when nobody waited for it any more.
+/// Frees a communicator that came when nobody waited for it any more. Where that does not return
+/// neither does this: the thread's memory may still be in use, and the call counts as stuck.
 fn let_go(aborter: &Aborter) {
-    if let Err(error) = aborter.abort(ABORT_LIMIT) {
+    while let Err(error) = aborter.abort(ABORT_LIMIT) {
         tracing::error!(%error, "a communicator that came too late was not let go");
+        if !matches!(error, NcclError::AbortHangs { .. }) {
+            return;
+        }
+        thread::park_timeout(ABORT_LIMIT);
     }
 }
 
 /// Makes a call of NCCL on a thread of its own, which `work` is all of, and waits for the answer.
 ///
-/// Where the wait ends first, the thread learns that nobody takes its answer.
+/// Where the wait ends first, the thread learns that nobody takes its answer. Calls that were given
+/// up for a long time are not joined by others, which would block as well.
 fn ask<T: Send + 'static>(
     call: &'static str,
+    setup: &NcclSetup,
     limit: Limit<'_>,
     work: impl FnOnce(SyncSender<T>) + Send + 'static,
 ) -> Result<T, CollectiveError> {
     let asked = Instant::now();
+    if limit.left().is_zero() {
+        // Members took all the time to come.
+        return Err(CollectiveError::Timeout { op_seq: 0, waiting_for: Vec::new() });
+    }
+    let stuck = Arc::clone(&setup.stuck);
+    let oldest = in_it(&stuck).iter().min().map(Instant::elapsed);
+    if let Some(waited) = oldest.filter(|waited| *waited >= BLOCKED_FOR_GOOD) {
+        return Err(CollectiveError::Blocked { call, waited });
+    }
     // Without room for an answer: it is either taken or stays with the thread.
     let (answer, answers) = sync_channel(0);
     let thread = thread::Builder::new().name("nccl-keeper".to_string());
-    let spawned = thread.spawn(move || work(answer));
+    let given_up = Arc::clone(&stuck);
+    let spawned = thread.spawn(move || {
+        work(answer);
+        in_it(&given_up).retain(|since| *since != asked);
+    });
     spawned.map_err(|err| {
         let source = Arc::new(err);
         CollectiveError::Local { action: "start a thread for NCCL", source }
     })?;
-    loop {
+    let fault = loop {
         match answers.recv_timeout(limit.left().min(TICK)) {
             Ok(answer) => return Ok(answer),
-            Err(RecvTimeoutError::Timeout) => limit.abort.check()?,
+            Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => unreachable!("the thread answers or panics"),
         }
-        if limit.left().is_zero() {
-            return Err(CollectiveError::Blocked { call, waited: asked.elapsed() });
+        if let Err(aborted) = limit.abort.check() {
+            break aborted;
         }
-    }
+        if limit.left().is_zero() {
+            break CollectiveError::Blocked { call, waited: asked.elapsed() };
+        }
+    };
+    // Before the thread can learn that nobody waits: it is what takes the call out again.
+    in_it(&stuck).push(asked);
+    drop(answers);
+    Err(fault)
+}
+
+fn in_it(stuck: &Mutex<Vec<Instant>>) -> MutexGuard<'_, Vec<Instant>> {
+    stuck.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Limit<'_> {

@@ -1,6 +1,8 @@
 //! What a process needs before it can form groups over NCCL.
 
 use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use lacuna_cuda::{CudaError, Device, Driver};
 use lacuna_nccl::{Library, LoadError};
@@ -10,6 +12,8 @@ use lacuna_nccl::{Library, LoadError};
 pub struct NcclSetup {
     pub(super) nccl: Library,
     pub(super) device: Device,
+    /// Since when calls of NCCL that were given up have not returned.
+    pub(super) stuck: Arc<Mutex<Vec<Instant>>>,
 }
 
 /// Why a process cannot use NCCL.
@@ -48,7 +52,7 @@ impl NcclSetup {
         let device: Device =
             Driver::load(cuda).and_then(|driver| driver.device(ordinal)).map_err(failed)?;
         let nccl = nccl.map_or_else(|| Library::find(None), Library::open);
-        Ok(Self { nccl: nccl.map_err(SetupError::Nccl)?, device })
+        Ok(Self { nccl: nccl.map_err(SetupError::Nccl)?, device, stuck: Arc::default() })
     }
 
     /// Returns the device.

@@ -172,14 +172,22 @@ impl Coordinator {
             dispute.probes.get(*id).is_some_and(|probe| Some(*probe) != self.saved.probe)
         };
         let losers: Vec<WorkerId> = here.iter().filter(wrong).cloned().collect();
-        let silent = here.iter().filter(|id| !dispute.probes.contains_key(*id)).count();
-        if losers.is_empty() || losers.len() + silent == here.len() {
-            let names: Vec<&str> = dispute.members.iter().map(|(id, _)| id.as_str()).collect();
-            let why = format!(
-                "{}; a slot computed again tells {} not apart, so a person must",
-                dispute.what,
-                names.join(" and ")
-            );
+        let silent: Vec<&WorkerId> =
+            here.iter().filter(|id| !dispute.probes.contains_key(*id)).collect();
+        if losers.is_empty() || losers.len() + silent.len() == here.len() {
+            let why = match silent.is_empty() {
+                true => {
+                    let members = dispute.members.iter().map(|(id, _)| id);
+                    let names = listed(members);
+                    format!("a slot computed again tells {names} not apart, so a person must")
+                }
+                false => {
+                    let (names, wrong) = (listed(silent), listed(&losers));
+                    let said = if losers.is_empty() { "nothing".to_string() } else { wrong };
+                    format!("{names} computed no slot again in time, and wrong was {said}")
+                }
+            };
+            let why = format!("{}; {why}", dispute.what);
             self.end(Ending::Paused { why });
             return;
         }
@@ -192,6 +200,10 @@ impl Coordinator {
             self.strike(now, &worker, Strike::Out, &why);
         }
     }
+}
+
+fn listed<'a>(workers: impl IntoIterator<Item = &'a WorkerId>) -> String {
+    workers.into_iter().map(WorkerId::as_str).collect::<Vec<&str>>().join(" and ")
 }
 
 fn described(group: &Group, said: &BTreeMap<usize, (Step, u64)>) -> String {

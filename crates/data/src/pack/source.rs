@@ -12,7 +12,7 @@ use image::{ExtendedColorType, ImageEncoder};
 use lacuna_pixels::{IMAGE_BYTES_MAX, ImageShape};
 use lacuna_types::SampleId;
 
-use super::classes::{ClassFolders, NoLabels};
+use super::classes::{ClassFolders, NoLabels, class_list};
 use super::{PackError, at};
 use crate::dataset::Dataset;
 use crate::idx::{self, IdxImages};
@@ -227,7 +227,11 @@ impl Source {
         if let Some(id) = ids.iter().find(|id| **id >= n) {
             return Err(PackError::Config(format!("sample {id} is none of the {n} there are")));
         }
-        let classes = super::class_names(path);
+        let classes = match class_list(path) {
+            Ok(names) => names,
+            Err(PackError::ClassList { .. }) => Vec::new(),
+            Err(error) => return Err(error),
+        };
         let (path, dataset) = (path.to_path_buf(), Box::new(dataset));
         Ok(Source::Part { path, dataset, ids: ids.to_vec(), classes })
     }

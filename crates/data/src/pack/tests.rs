@@ -157,7 +157,7 @@ fn classes_are_numbered_as_elsewhere() {
     assert_eq!(message(&classes), format!("{start} `stray.png` lies beside the class folders"));
 }
 
-/// A part of a data set whose classes have other names now is packed anew.
+/// A part of a data set whose classes have other names now takes them, and packs nothing anew.
 #[test]
 fn parts_have_the_names_of_the_whole() {
     let root = tempfile::tempdir().unwrap();
@@ -172,7 +172,12 @@ fn parts_have_the_names_of_the_whole() {
     };
     assert_eq!(pack_both(&["cats", "dogs"]), PackOutcome::Written);
     assert_eq!(pack_both(&["cats", "dogs"]), PackOutcome::AlreadyThere);
-    assert_eq!(pack_both(&["cats", "emus"]), PackOutcome::Written);
+    assert_eq!(pack_both(&["cats", "emus"]), PackOutcome::AlreadyThere);
+    assert_eq!(class_names(&part), ["cats", "emus"]);
+    // It keeps them where the whole has none any more.
+    std::fs::remove_file(whole.join(PACK_NAME)).unwrap();
+    let outcome = try_pack(&source, &part, Existing::Replace).unwrap().outcome;
+    assert_eq!(outcome, PackOutcome::AlreadyThere);
     assert_eq!(class_names(&part), ["cats", "emus"]);
 }
 

@@ -29,6 +29,7 @@ fn nvrtc_is_found_in_every_package_of_libtorch() {
     };
     let torch = make("torch/lib/libtorch_cpu.so");
     make("torch/lib/libnvrtc-builtins-0a1b2c3d.so.13.0");
+    make("torch/lib/libnvrtc-0a1b2c3d.alt.so.13");
     assert_eq!(nvrtc_near(&torch), None);
     let packed = make("torch/lib/libnvrtc-0a1b2c3d.so.13");
     assert_eq!(nvrtc_near(&torch), Some(packed));
