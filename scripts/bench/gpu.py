@@ -8,8 +8,8 @@ first has one turn. A step has the update; ours has the way of the images to the
 the arithmetic that a model needs for an image, nothing left out for work that is skipped, divided
 by a large bf16 product of the same run. Every case of ours is trained twice from its start and must
 give the same bits, but for `:free` ones, in which libtorch may choose other kernels: what these
-save is what exactness costs. What does not fit into `--minutes` is left out, and named. Run by
-`make gpu-bench`.
+save is what exactness costs. `fast` sums floats. What does not fit into `--minutes` is left out,
+and named. Run by `make gpu-bench`.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def contests(small: bool) -> list[Contest]:
 
     if small:
         peer = ("--precision", "f32")
-        return [Contest(model, images, (case(model, images, images // 2, "f32"),
-                                        case(model, images, images // 2, "f32", "exact:free")),
+        return [Contest(model, images,
+                        tuple(case(model, images, images // 2, "f32", reduce)
+                              for reduce in ("exact", "exact:free", "fast")),
                         {"PyTorch eager": peer})
                 for model, images in SMALL.items()]
     peers = {"PyTorch eager": (), "PyTorch compiled": ("--compile",),
@@ -72,8 +73,9 @@ def contests(small: bool) -> list[Contest]:
                    {name: (*flags, "--precision", "bf16") for name, flags in peers.items()})
            for model, images in IMAGES.items()]
     sizes = tuple(case("base", IMAGES["base"], slot) for slot in SLOTS if slot != SLOT)
-    others = tuple(case("base", IMAGES["base"], SLOT, precision)
-                   for precision in PRECISIONS if precision != "bf16")
+    others = (*(case("base", IMAGES["base"], SLOT, precision)
+                for precision in PRECISIONS if precision != "bf16"),
+              case("base", IMAGES["base"], SLOT, reduce="fast"))
     eager = {f"PyTorch eager, {precision}": ("--precision", precision)
              for precision in PRECISIONS if precision != "bf16"}
     return [*out, Contest("base", IMAGES["base"], sizes + others, eager),
