@@ -26,7 +26,7 @@ demo: build ## pack images, train with two workers, kill one, look at the result
 	@python3 scripts/demo.py
 demo-color: build ## pre-train on colour textures, look at them, probe for materials (fetches 336 MB)
 	@python3 scripts/demo_color.py
-downstream: build ## does pre-training help? k-NN, probes, fine-tuning (half an hour; BENCH=--full, five)
+downstream: build ## does pre-training help? k-NN, probes, fine-tuning (half an hour; BENCH=--full: five hours)
 	@python3 scripts/downstream.py $(BENCH)
 peers: ## fetch what the tests of grpcurl, buf, a Python client and TensorBoard need
 	@python3 scripts/peers.py
