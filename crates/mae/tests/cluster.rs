@@ -81,11 +81,7 @@ fn one_two_and_three_workers_and_a_kill_give_the_same_bits() {
     // Any step will do; this one differs from run to run.
     let at = 5 + u64::from(std::process::id()) % 15;
     cluster.wait(&run, "some steps", |seen| seen.step() >= at && seen.run.workers.len() == 3);
-    let trainer = cluster.pid("b:cpu0");
-    let env = std::fs::read(format!("/proc/{trainer}/environ")).expect("it runs");
-    let env = String::from_utf8_lossy(&env);
-    assert!(env.contains("NCCL_HOSTID=b") && !env.contains("NCCL_COMM_BLOCKING"), "{env}");
-    send_signal(trainer, Signal::KILL);
+    send_signal(cluster.pid("b:cpu0"), Signal::KILL);
     let seen = cluster.wait_end(&run);
     assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
     assert_eq!(seen.count("lost"), 1, "{}", seen.text());
@@ -117,7 +113,11 @@ fn sums_over_nccl_and_a_kill_have_the_bits_of_one_worker_over_tcp() {
         cluster.add_with(node, 1, &[], &env);
     }
     cluster.wait(&run, "some steps", |seen| seen.step() >= 10);
-    send_signal(cluster.pid("b:cpu0"), Signal::KILL);
+    let trainer = cluster.pid("b:cpu0");
+    let env = std::fs::read(format!("/proc/{trainer}/environ")).expect("it runs");
+    let env = String::from_utf8_lossy(&env);
+    assert!(env.contains("NCCL_HOSTID=b") && !env.contains("NCCL_COMM_BLOCKING"), "{env}");
+    send_signal(trainer, Signal::KILL);
     let seen = cluster.wait_end(&run);
     assert_eq!(seen.run.final_digest, Some(want), "{}", seen.text());
     assert_eq!(seen.count("lost"), 1, "{}", seen.text());
