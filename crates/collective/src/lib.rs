@@ -38,6 +38,8 @@ mod reduce;
 mod rings;
 mod share;
 mod tcp;
+#[cfg(test)]
+mod tests;
 mod traits;
 
 pub use abort::AbortHandle;

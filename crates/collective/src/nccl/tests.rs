@@ -2,18 +2,17 @@
 
 mod hangs;
 
-use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use lacuna_cuda::{DeviceBuffer, PinnedBuffer, Stream};
 use lacuna_nccl::NcclError;
 use lacuna_nccl_standin::inject;
-use lacuna_types::Generation;
 
 use super::{NcclCollective, NcclSetup};
 use crate::conformance::{self, Members, on_each, wait_until};
-use crate::{AbortHandle, Collective, CollectiveError, Exposure, Group, TrainerListener};
+use crate::tests::{bind, plan};
+use crate::{AbortHandle, Collective, CollectiveError, Group, TrainerListener};
 
 const PATIENT: Duration = Duration::from_secs(60);
 const BRIEF: Duration = Duration::from_millis(300);
@@ -23,22 +22,6 @@ const PROMPT: Duration = Duration::from_secs(2);
 fn setup(rank: usize) -> NcclSetup {
     let path = lacuna_nccl_standin::path();
     NcclSetup::open(rank as u32, Some(&path), Some(&path)).expect("the stand-in loads")
-}
-
-fn bind(n: usize) -> Vec<TrainerListener> {
-    let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
-    (0..n).map(|_| TrainerListener::bind(any_port, None, Exposure::Loopback).unwrap()).collect()
-}
-
-/// The plan of a generation over `listeners`, for rank 0.
-fn plan(listeners: &[TrainerListener], generation: u64) -> Group {
-    Group {
-        run: "vit-tiny".parse().unwrap(),
-        generation: Generation(generation),
-        rank: 0,
-        members: listeners.iter().map(TrainerListener::advertised).collect(),
-        key: [42; 32],
-    }
 }
 
 /// Connects all ranks of a new generation; `faults` gives each its faults.

@@ -3,9 +3,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lacuna_types::Generation;
-
 use crate::conformance::{self, Members, on_each, wait_until};
+use crate::tests::{any_port, bind, plan};
 use crate::{
     AbortHandle, BindError, Collective, CollectiveError, Exposure, Group, Refusal, TcpCollective,
     TrainerListener,
@@ -13,26 +12,6 @@ use crate::{
 
 const PATIENT: Duration = Duration::from_secs(60);
 const BRIEF: Duration = Duration::from_millis(300);
-
-fn any_port() -> SocketAddr {
-    SocketAddr::from(([127, 0, 0, 1], 0))
-}
-
-fn bind(n: usize) -> Vec<TrainerListener> {
-    let one = |_| TrainerListener::bind(any_port(), None, Exposure::Loopback).unwrap();
-    (0..n).map(one).collect()
-}
-
-/// The plan of a generation over `listeners`, for rank 0.
-fn plan(listeners: &[TrainerListener], generation: u64) -> Group {
-    Group {
-        run: "vit-tiny".parse().unwrap(),
-        generation: Generation(generation),
-        rank: 0,
-        members: listeners.iter().map(TrainerListener::advertised).collect(),
-        key: [42; 32],
-    }
-}
 
 fn connect(
     listener: &TrainerListener,

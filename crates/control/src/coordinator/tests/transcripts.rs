@@ -357,6 +357,45 @@ fn of_two_that_differ_the_probe_tells_who_is_right() {
     "#]]);
 }
 
+/// Two members of a group differ, and compute the probe again.
+fn two_that_differ() -> Told {
+    let mut told = Told::train(&["a", "b"]);
+    let generation = Generation(1);
+    for (name, digest) in [("a", 1), ("b", 9)] {
+        told.say(name, ToCoordinator::Held { generation, step: Step(10), digest });
+    }
+    told
+}
+
+#[test]
+fn where_the_probe_tells_nothing_the_run_pauses_and_says_why() {
+    let generation = Generation(1);
+    let audited = |probe| ToCoordinator::Audited { generation, probe };
+    let why = |told: &Told| match told.machine.ended() {
+        Some(Ending::Paused { why }) => why.clone(),
+        _ => panic!("{}", told.text),
+    };
+    let mut told = two_that_differ();
+    told.say("a", audited(7));
+    told.say("b", audited(7));
+    let text = why(&told);
+    assert!(text.ends_with("a slot computed again tells a:0 and b:0 not apart, so a person must"));
+
+    // The one that answers is wrong, and the other one is there and says nothing.
+    let mut told = two_that_differ();
+    told.say("a", audited(8));
+    while told.machine.ended().is_none() {
+        for name in ["a", "b"] {
+            told.beat(name, 10, 0, false, Phase::Idle);
+        }
+        told.wait(1000);
+        assert!(told.ms < 700_000, "it waits for ever: {}", told.text);
+    }
+    assert!(told.ms > 600_000, "it has the time of an audit: {}", told.ms);
+    let text = why(&told);
+    assert!(text.ends_with("b:0 computed no slot again in time, and wrong was a:0"), "{text}");
+}
+
 /// A whole group's machines start again: each new process under a name is proof that the old one is
 /// gone, although nothing else said so.
 #[test]
