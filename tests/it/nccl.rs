@@ -170,6 +170,40 @@ fn memory_that_runs_out_is_named() {
     });
 }
 
+/// A device too small for the engine: nothing of it can be made ready.
+const TOO_SMALL: [(&str, &str); 2] =
+    [("LACUNA_FAKE_DEVICE", "1"), ("LACUNA_STANDIN_MEMORY", "1000")];
+
+/// Before the group forms, where the engine is built: the usual case of a card that is too small.
+#[test]
+fn memory_that_runs_out_while_the_engine_is_built_ends_that_process_alone() {
+    with_broken("tiny", &TOO_SMALL, |fixture, seen| {
+        let (text, log) = (seen.text(), log(fixture, "b"));
+        let why = "worker b:cpu0 is unfit: ";
+        assert!(text.contains(why) && text.contains("CUDA_ERROR_OUT_OF_MEMORY"), "{text}");
+        assert_eq!(text.matches(why).count(), 1, "once, however often it tries: {text}");
+        assert!(!text.contains("kept out") && seen.count("lost") == 0, "{text}");
+        assert!(log.contains(DEVICE_BROKE) && log.contains("starting the trainer again"), "{log}");
+    });
+}
+
+#[test]
+fn a_run_that_fits_on_no_device_fails_and_says_so() {
+    let fixture = fixture();
+    let mut cluster = Cluster::start(&fixture);
+    let run = submit(&cluster, &fixture, "too-large", "2:2");
+    add(&mut cluster, "a", 1, &TOO_SMALL);
+    add(&mut cluster, "b", 1, &TOO_SMALL);
+    let seen = cluster.wait_end(&run);
+    let text = seen.text();
+    assert_eq!(seen.run.state, "failed", "{text}");
+    for name in ["a:cpu0", "b:cpu0"] {
+        assert!(seen.run.why.contains(name), "{}", seen.run.why);
+    }
+    assert!(seen.run.why.contains("no worker can go on ("), "{}", seen.run.why);
+    assert!(seen.run.why.contains("CUDA_ERROR_OUT_OF_MEMORY"), "{}", seen.run.why);
+}
+
 /// A worker that cannot take part says why, ends with 78, and the run goes on without it.
 fn refused(name: &str, broken: &[(&str, &str)], words: &str) {
     let fixture = fixture();

@@ -5,197 +5,17 @@
 //! it says again when it is back, since nobody can know which of it arrived.
 
 mod answers;
+mod types;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use lacuna_types::{AttemptSeq, Generation, Step, Timestamp, exit};
 
-use crate::message::{FaultKind, StepMark, ToCoordinator, ToWorker};
-use crate::plan::{Communicator, Plan, Sync};
+use crate::message::{FaultKind, ToCoordinator, ToWorker};
+use crate::plan::{Communicator, Plan};
 use answers::Answers;
-
-/// What the step loop reports.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Report {
-    /// The device works; the probe gave this digest.
-    Warm {
-        /// Digest of the probe.
-        probe: u64,
-    },
-    /// Out of every communicator; answers [`Command::Leave`].
-    Down {
-        /// Step of the state in memory, if there is one.
-        state: Option<Step>,
-    },
-    /// Goes on in the communicator it is in; answers [`Command::Adopt`].
-    Adopted {
-        /// The generation it is in from here on.
-        generation: Generation,
-        /// Step of the state.
-        state: Step,
-    },
-    /// The probe, computed again; answers [`Command::Audit`].
-    Audited {
-        /// The generation whose states differ.
-        generation: Generation,
-        /// Digest of the probe.
-        probe: u64,
-    },
-    /// Connected and synchronised.
-    Synced {
-        /// Generation being formed.
-        generation: Generation,
-        /// Step of the state.
-        step: Step,
-        /// Digest of the state.
-        digest: u64,
-    },
-    /// A step was applied and is due to be reported.
-    Mark(StepMark),
-    /// Standing at a boundary.
-    Held {
-        /// Generation.
-        generation: Generation,
-        /// Step of the state.
-        step: Step,
-        /// Digest of the state.
-        digest: u64,
-    },
-    /// The state is copied aside.
-    Snapshotted {
-        /// Generation.
-        generation: Generation,
-        /// The attempt.
-        attempt: AttemptSeq,
-        /// Step of the copied state.
-        step: Step,
-        /// Digest of the whole state.
-        digest: u64,
-    },
-    /// The part is durable.
-    PartDone {
-        /// Generation.
-        generation: Generation,
-        /// The attempt.
-        attempt: AttemptSeq,
-        /// The part's receipt, JSON.
-        receipt: String,
-    },
-    /// The part could not be written.
-    PartFailed {
-        /// Generation.
-        generation: Generation,
-        /// The attempt.
-        attempt: AttemptSeq,
-        /// The error with its causes.
-        detail: String,
-    },
-    /// Something went wrong.
-    Fault {
-        /// Generation in which it happened.
-        generation: Generation,
-        /// What kind of trouble.
-        kind: FaultKind,
-        /// Ranks that the error speaks of; empty where none is to blame.
-        suspects: Vec<usize>,
-        /// The error with its causes.
-        detail: String,
-    },
-}
-
-/// What happens to a session.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// The stream is up.
-    Connected,
-    /// The coordinator has said welcome: it listens.
-    Welcomed,
-    /// The stream broke or could not be opened.
-    Disconnected,
-    /// The coordinator said something.
-    Received(ToWorker),
-    /// The step loop reports.
-    Report(Report),
-    /// Somebody wants this worker to go: a signal, or its agent.
-    Drain {
-        /// Why, for people.
-        why: String,
-    },
-    /// Time passed.
-    Tick,
-}
-
-/// What the driver must do, in order.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Command {
-    /// Send to the coordinator; dropped without a stream.
-    Send(ToCoordinator),
-    /// Close the stream and open it again.
-    Reconnect,
-    /// Abort the communicator of `up_to` and all before; answer with [`Report::Down`].
-    Leave {
-        /// Newest generation to leave.
-        up_to: Generation,
-    },
-    /// Go on in the communicator of the generation before, with this plan; answer with
-    /// [`Report::Adopted`].
-    Adopt {
-        /// The plan.
-        plan: Arc<Plan>,
-    },
-    /// Compute the probe again; answer with [`Report::Audited`].
-    Audit {
-        /// The generation whose states differ.
-        generation: Generation,
-    },
-    /// Connect to the plan's members and synchronise.
-    Connect {
-        /// The plan.
-        plan: Arc<Plan>,
-        /// Key or unique id.
-        comm_id: Vec<u8>,
-        /// Where the state comes from.
-        sync: Sync,
-    },
-    /// Train.
-    Start {
-        /// The generation.
-        generation: Generation,
-    },
-    /// Raise the stop lane from the next step on.
-    RaiseStop {
-        /// The generation.
-        generation: Generation,
-        /// Number of the change.
-        change: u64,
-    },
-    /// Raise the checkpoint lane from the next step on, or save at once if `held`.
-    Save {
-        /// The generation.
-        generation: Generation,
-        /// The attempt.
-        attempt: AttemptSeq,
-        /// Whether everybody stands at one boundary already.
-        held: bool,
-    },
-    /// Give an attempt up.
-    AbortAttempt {
-        /// The generation.
-        generation: Generation,
-        /// The attempt.
-        attempt: AttemptSeq,
-    },
-    /// Tell people.
-    Note(String),
-    /// End the process.
-    Exit {
-        /// Exit code.
-        code: u8,
-        /// Why, for people.
-        why: String,
-    },
-}
+pub use types::{Command, Event, Report};
 
 /// Where the step loop is, as far as the session knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -246,9 +66,13 @@ pub struct Session {
     /// Newest attempt of this generation that the step loop was told of.
     attempt: AttemptSeq,
     connected: bool,
+    /// Whether the coordinator listens on this stream.
+    welcomed: bool,
     alone_since: Timestamp,
     orphaned: bool,
     draining: Option<String>,
+    /// With which code and why it ends once the coordinator knows: its device was never ready.
+    never_warm: Option<(u8, String)>,
     out: Vec<Command>,
 }
 
@@ -266,9 +90,11 @@ impl Session {
             answers: Answers::default(),
             attempt: AttemptSeq(0),
             connected: false,
+            welcomed: false,
             alone_since: now,
             orphaned: false,
             draining: None,
+            never_warm: None,
             out: Vec::new(),
         }
     }
@@ -345,6 +171,7 @@ impl Session {
 
     /// A coordinator that listens is told everything that it may have missed.
     fn on_welcomed(&mut self) {
+        self.welcomed = true;
         if let Some(probe) = self.probe {
             self.say(ToCoordinator::Warm { probe });
         }
@@ -353,13 +180,14 @@ impl Session {
         if let Some(why) = self.draining.clone() {
             self.say(ToCoordinator::Leaving { why });
         }
+        self.end_if_never_warm();
     }
 
     fn on_disconnected(&mut self, now: Timestamp) {
         if self.connected {
             self.alone_since = now;
         }
-        self.connected = false;
+        (self.connected, self.welcomed) = (false, false);
         if let Some(why) = self.draining.clone().filter(|_| self.step_loop != Loop::Training) {
             // Nothing is under way that somebody could wait for.
             self.exit(exit::DRAINED, why);
@@ -440,7 +268,7 @@ impl Session {
                     "given up by the coordinator, which is at generation {current}; joining again"
                 )));
                 self.drop_out();
-                self.connected = false;
+                (self.connected, self.welcomed) = (false, false);
                 self.alone_since = now;
                 self.out.push(Command::Reconnect);
             }
@@ -529,22 +357,42 @@ impl Session {
                 self.out.push(Command::Note(detail.clone()));
                 let fault =
                     ToCoordinator::Fault { generation, kind, suspects, detail: detail.clone() };
-                if generation == Generation(0) {
-                    // It never became warm; there is no generation to answer for.
-                    self.answers.fault = Some(fault.clone());
-                    self.say(fault);
-                } else {
-                    self.answer(generation, fault);
-                }
-                match kind {
-                    // A broken device stays broken in this process: the next one may be lucky. What
-                    // fails before it is warm, for want of memory say, would fail again: it stays
-                    // and is counted, since a run all of whose workers are unfit has failed.
-                    FaultKind::Local if generation > Generation(0) => self.exit(exit::IO, detail),
-                    FaultKind::Unfit => self.exit(exit::UNFIT, detail),
-                    _ => {}
+                match generation {
+                    Generation(0) => self.on_fault_before_warm(kind, fault, detail),
+                    _ => self.on_fault(generation, kind, fault, detail),
                 }
             }
+        }
+    }
+
+    fn on_fault(
+        &mut self,
+        generation: Generation,
+        kind: FaultKind,
+        fault: ToCoordinator,
+        detail: String,
+    ) {
+        self.answer(generation, fault);
+        if let Some(code) = last_code(kind) {
+            self.exit(code, detail);
+        }
+    }
+
+    /// It never became warm: there is no generation to answer for. Whose device failed ends once
+    /// the coordinator knows, so that a run all of whose workers end so fails; whose data is
+    /// broken stays, and an operator may let it back in.
+    fn on_fault_before_warm(&mut self, kind: FaultKind, fault: ToCoordinator, detail: String) {
+        self.answers.fault = Some(fault.clone());
+        self.say(fault);
+        self.never_warm = last_code(kind).map(|code| (code, detail));
+        if self.welcomed {
+            self.end_if_never_warm();
+        }
+    }
+
+    fn end_if_never_warm(&mut self) {
+        if let Some((code, why)) = self.never_warm.clone() {
+            self.exit(code, why);
         }
     }
 
@@ -592,6 +440,16 @@ impl Session {
 
     fn exit(&mut self, code: u8, why: String) {
         self.out.push(Command::Exit { code, why });
+    }
+}
+
+/// Returns the code with which a fault ends the process, if it does. A broken device stays broken
+/// in this process: the next one may be lucky.
+fn last_code(kind: FaultKind) -> Option<u8> {
+    match kind {
+        FaultKind::Local => Some(exit::IO),
+        FaultKind::Unfit => Some(exit::UNFIT),
+        _ => None,
     }
 }
 

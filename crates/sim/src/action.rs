@@ -25,6 +25,9 @@ pub enum Action {
     Respawn(String, bool),
     /// The trainers that a node starts from here on give this probe.
     Probe(String, u64),
+    /// A node's devices break, training or not, or work again: processes that start meanwhile are
+    /// never ready.
+    Device(String, bool),
     /// SIGSTOP.
     Stop(String),
     /// SIGCONT.
@@ -129,6 +132,8 @@ impl fmt::Display for Action {
             A::Lose(n) => write!(f, "lose {n}"),
             A::Respawn(n, on) => write!(f, "respawn {n} {}", switch(on)),
             A::Probe(n, probe) => write!(f, "probe {n} {probe}"),
+            A::Device(n, true) => write!(f, "device {n} works"),
+            A::Device(n, false) => write!(f, "device {n} broken"),
             A::Stop(w) => write!(f, "stop {w}"),
             A::Continue(w) => write!(f, "continue {w}"),
             A::Hang(w) => write!(f, "hang {w}"),
@@ -201,6 +206,7 @@ impl FromStr for Action {
             ["lose", n] => A::Lose(one(n)),
             ["respawn", n, on @ ("on" | "off")] => A::Respawn(one(n), on == "on"),
             ["probe", n, probe] => A::Probe(one(n), number(probe)?),
+            ["device", n, how @ ("works" | "broken")] => A::Device(one(n), how == "works"),
             ["stop", w] => A::Stop(one(w)),
             ["continue", w] => A::Continue(one(w)),
             ["hang", w] => A::Hang(one(w)),

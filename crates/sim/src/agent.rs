@@ -28,6 +28,8 @@ pub struct Agent {
     pub respawns: bool,
     /// Probe of the trainers that it starts.
     pub probe: u64,
+    /// Whether its devices work.
+    pub works: bool,
     /// Workers that it watches: name, its pause, when it started last.
     pub devices: Vec<(WorkerId, u64, u64)>,
 }
@@ -53,6 +55,7 @@ impl World {
             life: 0,
             respawns: true,
             probe: 7,
+            works: true,
             devices: Vec::new(),
         });
         self.agents.len()

@@ -58,6 +58,10 @@ impl World {
                 let node = self.node(n);
                 self.agents[node - 1].probe = *probe;
             }
+            A::Device(n, works) => {
+                let node = self.node(n);
+                self.agents[node - 1].works = *works;
+            }
             A::Stop(w) => self.each(w, |world, pid| world.procs[pid].stopped = true),
             A::Continue(w) => self.each(w, World::go_on),
             A::Hang(w) => self.each(w, |world, pid| world.hang(pid)),
@@ -188,6 +192,7 @@ impl World {
         }
         for agent in &mut self.agents {
             agent.respawns = true;
+            agent.works = true;
         }
         self.later(10 * MS, Ev::HostStart);
         self.later(0, Ev::Tend);
@@ -226,7 +231,8 @@ impl World {
         }
     }
 
-    /// Starts the processes anew that could not read data.
+    /// Starts the processes anew that could not read data; those whose device was never ready are
+    /// started by their agents.
     fn restart_unfit(&mut self) {
         let Some(machine) = &self.host.machine else { return };
         let unfit: Vec<WorkerId> = machine
@@ -237,7 +243,11 @@ impl World {
             .map(|w| w.worker)
             .collect();
         for worker in unfit {
-            self.each(worker.as_str(), |world, pid| world.end_process(pid, None, false));
+            self.each(worker.as_str(), |world, pid| {
+                if world.procs[pid].warm {
+                    world.end_process(pid, None, false);
+                }
+            });
         }
     }
 

@@ -169,7 +169,7 @@ fn draw_fault(rng: &mut Rng, n_nodes: usize, at: u64, out: &mut Vec<(u64, Action
     let worker = format!("{node}:0");
     let until =
         at + *pick(rng, &[300, 1_500, 4_000, 10_000, 16_000, 32_000]) * rng.range(80, 120) / 100;
-    match rng.below(38) {
+    match rng.below(39) {
         0..=4 => out.push((at, A::Kill(worker))),
         5 => out.push((at, A::Fail(worker))),
         6 => {
@@ -228,6 +228,10 @@ fn draw_fault(rng: &mut Rng, n_nodes: usize, at: u64, out: &mut Vec<(u64, Action
             for node in &NODES[..n_nodes] {
                 out.push((at + rng.below(2_000), A::Kill(format!("{node}:0"))));
             }
+        }
+        38 => {
+            out.push((at, A::Device(node.clone(), false)));
+            out.push((until, A::Device(node, true)));
         }
         33 => out.push((at, A::Force)),
         34 => out.push((at, A::Release(worker))),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lacuna_control::coordinator::Hello;
-use lacuna_control::message::{Beat, Phase, ToCoordinator, ToWorker};
+use lacuna_control::message::{Beat, FaultKind, Phase, ToCoordinator, ToWorker};
 use lacuna_control::worker::{Command, Event, Patience, Report, Session};
 use lacuna_types::{Generation, Incarnation, Step, WorkerId, exit};
 
@@ -251,9 +251,19 @@ impl World {
     }
 
     pub(crate) fn on_warm(&mut self, pid: Pid) {
+        if !self.has_a_device(pid) {
+            let (generation, kind, suspects) = (Generation(0), FaultKind::Local, Vec::new());
+            let detail = "out of memory".to_string();
+            return self.report(pid, Report::Fault { generation, kind, suspects, detail });
+        }
         self.procs[pid].warm = true;
         let probe = self.procs[pid].probe;
         self.feed(pid, Event::Report(Report::Warm { probe }));
+    }
+
+    /// Tells whether the devices of a process's node work.
+    pub(crate) fn has_a_device(&self, pid: Pid) -> bool {
+        self.agents[self.procs[pid].node - 1].works
     }
 
     pub(crate) fn on_beat(&mut self, pid: Pid) {

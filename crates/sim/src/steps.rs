@@ -262,6 +262,10 @@ impl World {
         if step_loop.unfit {
             return self.fault(pid, FaultKind::Storage, "failed to open a shard");
         }
+        if !self.has_a_device(pid) {
+            return self.fault(pid, FaultKind::Local, "device lost");
+        }
+        let step_loop = &self.procs[pid].step_loop;
         let (plan, _) = step_loop.plan.as_ref().expect("a member has a plan");
         let (_, rank) = step_loop.comm.expect("a member is in a communicator");
         let slots = &plan.members[rank].slots;

@@ -14,6 +14,10 @@ const USELESS_LIVES: u32 = 2;
 /// Generations in a row that end at one step before the step itself is blamed.
 const DEADLY_GENERATIONS: u32 = 3;
 
+/// How long a worker whose device could not be made ready is remembered without being seen: several
+/// times what its agent waits at most, and its start takes.
+const NEVER_WARM_MEMORY: Duration = Duration::from_secs(10 * 60);
+
 /// What the coordinator remembers of a worker beyond its lives.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Conduct {
@@ -23,6 +27,15 @@ pub(super) struct Conduct {
     pub until: Option<Timestamp>,
     /// Lives in a row that ended while it was a member and had applied no step.
     pub useless: u32,
+    /// When its device last could not be made ready, and why it first could not; `None` once it is.
+    pub never_warm: Option<(Timestamp, String)>,
+}
+
+impl Conduct {
+    /// Tells whether there is nothing to remember.
+    fn is_clean(&self) -> bool {
+        self.strikes.is_empty() && self.never_warm.is_none()
+    }
 }
 
 /// Generations that ended at one step.
@@ -54,6 +67,43 @@ impl Coordinator {
     pub(super) fn end_quarantines(&mut self, now: Timestamp) {
         let over = |c: &&mut Conduct| c.until.is_some_and(|at| at <= now);
         self.conduct.values_mut().filter(over).for_each(|conduct| conduct.until = None);
+        self.forget_who_never_came(now);
+    }
+
+    /// The device of a worker could not be made ready, and its process ends: one that comes back
+    /// says so again, or is warm. Returns whether that is news; the first reason is kept.
+    pub(super) fn was_never_warm(&mut self, now: Timestamp, worker: &WorkerId, why: &str) -> bool {
+        let never_warm = &mut self.conduct.entry(worker.clone()).or_default().never_warm;
+        let is_news = never_warm.is_none();
+        never_warm.get_or_insert_with(|| (now, why.to_string())).0 = now;
+        is_news
+    }
+
+    pub(super) fn forget_never_warm(&mut self, worker: &WorkerId) {
+        if let Some(conduct) = self.conduct.get_mut(worker) {
+            conduct.never_warm = None;
+        }
+    }
+
+    /// Lists the workers whose devices could not be made ready, with when and why.
+    pub(super) fn never_warm(&self) -> impl Iterator<Item = (&WorkerId, Timestamp, &str)> {
+        self.conduct.iter().filter_map(|(id, conduct)| {
+            conduct.never_warm.as_ref().map(|(at, why)| (id, *at, why.as_str()))
+        })
+    }
+
+    /// Agents start such workers again within a minute; who was not seen for long is gone.
+    fn forget_who_never_came(&mut self, now: Timestamp) {
+        self.conduct.retain(|id, conduct| {
+            let here = self.workers.contains_key(id);
+            match &conduct.never_warm {
+                Some((at, _)) if !here && now.since(*at) >= NEVER_WARM_MEMORY => {
+                    conduct.never_warm = None;
+                    !conduct.is_clean() || conduct.useless > 0
+                }
+                _ => true,
+            }
+        });
     }
 
     /// Notes harm that a worker did, and keeps it out for longer each time.
@@ -103,7 +153,7 @@ impl Coordinator {
     fn forget_useless_lives(&mut self, worker: &WorkerId) {
         if let Some(conduct) = self.conduct.get_mut(worker) {
             conduct.useless = 0;
-            if conduct.strikes.is_empty() {
+            if conduct.is_clean() {
                 self.conduct.remove(worker);
             }
         }
@@ -136,7 +186,7 @@ impl Coordinator {
     }
 
     pub(super) fn on_release(&mut self, worker: &WorkerId) {
-        let struck = self.conduct.remove(worker).is_some_and(|c| !c.strikes.is_empty());
+        let struck = self.conduct.remove(worker).is_some_and(|c| !c.is_clean());
         // What was broken may be mended: its data is back, or its disk has room.
         let unfit = self.workers.get_mut(worker).is_some_and(|w| w.unfit.take().is_some());
         let known = struck || unfit;

@@ -242,26 +242,38 @@ impl Coordinator {
         }
     }
 
+    /// Says what is waited for, or ends a run for which nobody is fit who could be waited for.
     fn say_waiting(&mut self, have: usize) {
-        let unfit: Vec<String> = self
-            .workers
-            .iter()
-            .filter_map(|(id, w)| w.unfit.as_ref().map(|why| format!("{id}: {why}")))
-            .collect();
-        let enough = unfit.len() >= self.config.workers_min.max(1);
-        if enough && self.workers.len() == unfit.len() {
-            let why = format!("no worker can go on ({})", unfit.join("; "));
+        let unfit = self.unfit();
+        let mut known = self.workers.keys().chain(&self.order);
+        let nobody_else = known.all(|id| unfit.contains_key(id));
+        if nobody_else && unfit.len() >= self.config.workers_min.max(1) {
+            let why = format!("no worker can go on ({})", note_texts::reasons(&unfit));
             self.end(Ending::Failed { why, code: exit::IO });
             return;
         }
         let needed = self.config.workers_min;
         let mut text = format!("waiting for workers: {have} ready, {needed} needed");
+        if !unfit.is_empty() {
+            text += &format!("; unfit: {}", note_texts::reasons(&unfit));
+        }
         let out: Vec<&str> =
             self.workers.keys().filter(|id| !self.is_free(id)).map(WorkerId::as_str).collect();
         if !out.is_empty() {
             text += &format!("; kept out: {} (`lacuna release` lets them in)", out.join(", "));
         }
         self.say_once(text);
+    }
+
+    /// Lists those who are unfit until something is mended, with the reason: who is here and cannot
+    /// go on, and whose device was not ready when last tried.
+    fn unfit(&self) -> BTreeMap<WorkerId, String> {
+        let stays = |(id, w): (&WorkerId, &Worker)| {
+            let why = w.unfit.as_ref().filter(|_| !w.ends)?;
+            Some((id.clone(), why.clone()))
+        };
+        let tried = self.never_warm().map(|(id, _, why)| (id.clone(), why.to_string()));
+        self.workers.iter().filter_map(stays).chain(tried).collect()
     }
 
     fn say_once(&mut self, text: String) {

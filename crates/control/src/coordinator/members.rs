@@ -31,6 +31,8 @@ pub(super) struct Worker {
     pub member: bool,
     pub leaving: Option<String>,
     pub unfit: Option<String>,
+    /// Whether it is unfit by its device: its process ends, and the next one may do.
+    pub ends: bool,
     pub beat: Option<Beat>,
     /// Time of a slot, in microseconds, as it last said; 0 if it never did.
     pub slot_us: u64,
@@ -116,6 +118,7 @@ impl Coordinator {
             member: group.is_some_and(|g| g.ranks.get(&worker, incarnation).is_some()),
             leaving: self.saved.draining.get(&worker).cloned(),
             unfit: None,
+            ends: false,
             beat: None,
             slot_us: 0,
         };
@@ -157,6 +160,7 @@ impl Coordinator {
             }
             Some(_) => {}
         }
+        self.forget_never_warm(worker);
         if let Some(record) = self.workers.get_mut(worker) {
             record.warm.get_or_insert(now);
         }
@@ -255,7 +259,8 @@ impl Coordinator {
 
     /// An operator takes a worker out.
     pub(super) fn on_drain(&mut self, worker: WorkerId, why: String) {
-        if self.workers.contains_key(&worker) {
+        let between_lives = self.never_warm().any(|(id, ..)| *id == worker);
+        if between_lives || self.workers.contains_key(&worker) {
             self.on_leaving(&worker, &why);
             self.record(Record::Draining { worker, why });
         }
@@ -288,10 +293,16 @@ impl Coordinator {
                 self.end(Ending::Failed { why: format!("{worker}: {detail}"), code });
                 return;
             }
-            FaultKind::Storage | FaultKind::Local | FaultKind::Unfit => {
+            FaultKind::Storage => {
+                self.is_unfit(worker, detail);
+            }
+            FaultKind::Local | FaultKind::Unfit if generation == Generation(0) => {
+                self.on_never_warm(now, worker, detail);
+            }
+            FaultKind::Local | FaultKind::Unfit => {
                 let is_news = self.is_unfit(worker, detail);
-                // What breaks at once is the worker's own affair; what breaks at work does harm.
-                if is_news && kind == FaultKind::Local && generation > Generation(0) {
+                self.will_end(worker);
+                if is_news && kind == FaultKind::Local {
                     self.strike(now, worker, Strike::Out, detail);
                 }
             }
@@ -310,6 +321,22 @@ impl Coordinator {
                 self.suspect(now, suspects);
             }
             self.disturb(now, Cause::Fault, &format!("{worker} reports: {detail}{names}"));
+        }
+    }
+
+    /// The device could not be made ready: its worker's own affair, said once until it is.
+    fn on_never_warm(&mut self, now: Timestamp, worker: &WorkerId, detail: &str) {
+        if self.was_never_warm(now, worker, detail) {
+            self.is_unfit(worker, detail);
+        } else if let Some(record) = self.workers.get_mut(worker) {
+            record.unfit = Some(detail.to_string());
+        }
+        self.will_end(worker);
+    }
+
+    fn will_end(&mut self, worker: &WorkerId) {
+        if let Some(record) = self.workers.get_mut(worker) {
+            record.ends = true;
         }
     }
 
@@ -467,6 +494,7 @@ impl Coordinator {
             .collect();
         for (worker, incarnation, why) in going {
             self.workers.remove(&worker);
+            self.forget_never_warm(&worker);
             if self.saved.draining.contains_key(&worker) {
                 self.record(Record::Gone(worker.clone()));
             }

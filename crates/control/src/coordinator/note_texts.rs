@@ -1,8 +1,9 @@
 //! Sentences of more than one part that people read of a group.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use lacuna_types::{Step, Timestamp};
+use lacuna_types::{Step, Timestamp, WorkerId};
 
 use super::forming::Group;
 use crate::plan::Origin;
@@ -10,6 +11,19 @@ use crate::plan::Origin;
 /// Writes `1 worker`, `2 workers`.
 pub(super) fn workers(n: usize) -> String {
     format!("{n} worker{}", if n == 1 { "" } else { "s" })
+}
+
+/// Reasons that one text names; of more there is their number.
+const REASONS_MAX: usize = 8;
+
+/// Writes who cannot go on, and why.
+pub(super) fn reasons(unfit: &BTreeMap<WorkerId, String>) -> String {
+    let named = unfit.iter().take(REASONS_MAX).map(|(id, why)| format!("{id}: {why}"));
+    let mut text = named.collect::<Vec<String>>().join("; ");
+    if unfit.len() > REASONS_MAX {
+        write!(text, "; and {} more", unfit.len() - REASONS_MAX).expect("a string takes all");
+    }
+    text
 }
 
 /// Describes a started generation. `broken` is when the one before it was broken off, and how many

@@ -2,6 +2,7 @@ mod any_events;
 mod bad_samples;
 mod cadence;
 mod inquiries;
+mod never_warm;
 mod patience;
 mod transcripts;
 

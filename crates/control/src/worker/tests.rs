@@ -1,5 +1,5 @@
 use super::*;
-use crate::plan::{Member, Origin};
+use crate::plan::{Member, Origin, Sync};
 use lacuna_types::Incarnation;
 
 fn plan(generation: u64) -> Arc<Plan> {
@@ -186,16 +186,41 @@ fn a_broken_device_ends_the_process_after_saying_so() {
     assert!(said.is_some() && said < left, "{out:?}");
 }
 
-/// Were it to end, the next process would fail alike, for ever, and a run for which no worker is
-/// fit would wait instead of failing.
+/// Whether it was told matters: a run all of whose workers end so has failed.
 #[test]
-fn a_device_that_fails_before_it_is_warm_leaves_its_worker_there() {
-    let mut session = session();
+fn a_device_that_fails_before_it_is_warm_ends_its_process_once_the_coordinator_knows() {
     let (generation, kind) = (Generation(0), FaultKind::Local);
-    let detail = "out of memory".to_string();
+    let detail = || "out of memory".to_string();
+    let fault =
+        Event::Report(Report::Fault { generation, kind, suspects: vec![], detail: detail() });
+    let said = || {
+        let detail = detail();
+        Command::Send(ToCoordinator::Fault { generation, kind, suspects: vec![], detail })
+    };
+    let note = || Command::Note(detail());
+    let exit = || Command::Exit { code: exit::IO, why: detail() };
+
+    let mut session = session();
+    feed(&mut session, Event::Welcomed);
+    assert_eq!(feed(&mut session, fault.clone()), vec![note(), said(), exit()]);
+
+    // A stream on which nobody has said welcome may belong to nobody yet.
+    let mut session = self::session();
+    assert_eq!(feed(&mut session, fault), vec![note(), said()]);
+    feed(&mut session, Event::Disconnected);
+    feed(&mut session, Event::Connected);
+    assert_eq!(feed(&mut session, Event::Welcomed), vec![said(), exit()]);
+}
+
+#[test]
+fn a_worker_whose_data_is_broken_stays_and_says_so_again() {
+    let mut session = session();
+    feed(&mut session, Event::Welcomed);
+    let (generation, kind) = (Generation(0), FaultKind::Storage);
+    let detail = "failed to open shard `x.tar`".to_string();
     let fault = Report::Fault { generation, kind, suspects: vec![], detail: detail.clone() };
-    let out = feed(&mut session, Event::Report(fault));
     let said = ToCoordinator::Fault { generation, kind, suspects: vec![], detail: detail.clone() };
+    let out = feed(&mut session, Event::Report(fault));
     assert_eq!(out, vec![Command::Note(detail), Command::Send(said.clone())]);
     feed(&mut session, Event::Disconnected);
     feed(&mut session, Event::Connected);
