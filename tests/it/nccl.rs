@@ -9,17 +9,25 @@ use crate::fixture;
 
 const STEPS: u64 = 120;
 
-/// Starts an agent whose trainers use NCCL; `more` adds to its environment.
-fn add(cluster: &mut Cluster<'_>, node: &str, n: usize, more: &[(&str, &str)]) {
-    let library = lacuna_nccl_standin::path();
-    let library = library.to_str().expect("a path in UTF-8");
-    let mut env = vec![
+fn library() -> String {
+    lacuna_nccl_standin::path().to_str().expect("a path in UTF-8").to_string()
+}
+
+/// What makes trainers use the library that stands in for NCCL and the driver.
+fn stand_in(library: &str) -> Vec<(&str, &str)> {
+    vec![
         ("LACUNA_COLLECTIVE", "nccl"),
         ("LACUNA_NCCL_LIBRARY", library),
         ("LACUNA_CUDA_LIBRARY", library),
-        // All nodes are this machine: without a name each, their devices would be the same.
-        ("NCCL_HOSTID", node),
-    ];
+    ]
+}
+
+/// Starts an agent whose trainers use NCCL; `more` adds to its environment.
+fn add(cluster: &mut Cluster<'_>, node: &str, n: usize, more: &[(&str, &str)]) {
+    let library = library();
+    let mut env = stand_in(&library);
+    // All nodes are this machine: without a name each, their devices would be the same.
+    env.push(("NCCL_HOSTID", node));
     env.retain(|(name, _)| !more.iter().any(|(other, _)| other == name));
     env.extend(more);
     cluster.add_with(node, n, &[], &env);
@@ -202,6 +210,20 @@ fn a_run_that_fits_on_no_device_fails_and_says_so() {
     }
     assert!(seen.run.why.contains("no worker can go on ("), "{}", seen.run.why);
     assert!(seen.run.why.contains("CUDA_ERROR_OUT_OF_MEMORY"), "{}", seen.run.why);
+}
+
+/// Its agent ends with its trainers, a little before the coordinator has ended the run.
+#[test]
+fn training_on_devices_that_are_too_small_says_why() {
+    let fixture = fixture();
+    let spec = fixture.spec("too-large-here", STEPS, &[]);
+    let mut command = fixture.lacuna(&["train", spec.to_str().unwrap(), "--workers", "2"]);
+    command.envs(stand_in(&library())).envs(TOO_SMALL);
+    let out = command.output().expect("`lacuna` starts");
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(74), "{text}");
+    assert!(text.contains("no worker can go on (") && !text.contains("workers ended"), "{text}");
+    assert!(text.contains("CUDA_ERROR_OUT_OF_MEMORY"), "{text}");
 }
 
 /// A worker that cannot take part says why, ends with 78, and the run goes on without it.

@@ -300,9 +300,11 @@ impl Training<'_> {
         status: std::io::Result<std::process::ExitStatus>,
     ) -> anyhow::Result<v1::Run> {
         let status = status.context("wait for the workers")?;
+        let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::FAILED);
         let since = Instant::now();
-        // Workers hear of the end first.
-        while status.success() && since.elapsed() < END_DEADLINE {
+        // Workers hear of the end first, and a run whose devices all failed ends behind them.
+        let is_near = matches!(code, exit::OK | exit::IO);
+        while is_near && since.elapsed() < END_DEADLINE {
             let run = client.get_run(run).await?;
             if run.exit_code.is_some() {
                 return Ok(run);
@@ -313,7 +315,6 @@ impl Training<'_> {
         if run.exit_code.is_some() {
             return Ok(run);
         }
-        let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::FAILED);
         let mut text = format!("the workers ended ({status})");
         if !is_verbose() {
             if let Some(error) = last_error(&self.log, self.log_from) {

@@ -392,7 +392,8 @@ impl Session {
 
     fn end_if_never_warm(&mut self) {
         if let Some((code, why)) = self.never_warm.clone() {
-            self.exit(code, why);
+            // An agent would start again what ends with the code of a broken device.
+            self.exit(if self.draining.is_some() { exit::DRAINED } else { code }, why);
         }
     }
 

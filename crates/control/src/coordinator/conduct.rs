@@ -85,10 +85,10 @@ impl Coordinator {
         }
     }
 
-    /// Lists the workers whose devices could not be made ready, with when and why.
-    pub(super) fn never_warm(&self) -> impl Iterator<Item = (&WorkerId, Timestamp, &str)> {
+    /// Lists the workers whose devices could not be made ready, with the reason.
+    pub(super) fn never_warm(&self) -> impl Iterator<Item = (&WorkerId, &str)> {
         self.conduct.iter().filter_map(|(id, conduct)| {
-            conduct.never_warm.as_ref().map(|(at, why)| (id, *at, why.as_str()))
+            conduct.never_warm.as_ref().map(|(_, why)| (id, why.as_str()))
         })
     }
 

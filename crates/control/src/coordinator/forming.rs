@@ -272,7 +272,7 @@ impl Coordinator {
             let why = w.unfit.as_ref().filter(|_| !w.ends)?;
             Some((id.clone(), why.clone()))
         };
-        let tried = self.never_warm().map(|(id, _, why)| (id.clone(), why.to_string()));
+        let tried = self.never_warm().map(|(id, why)| (id.clone(), why.to_string()));
         self.workers.iter().filter_map(stays).chain(tried).collect()
     }
 

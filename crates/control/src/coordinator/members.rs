@@ -46,7 +46,8 @@ impl Worker {
 
     /// Tells whether it could be a member if it did not want to go.
     pub(super) fn would_be_usable(&self) -> bool {
-        self.warm.is_some() && self.stream_lost.is_none() && self.unfit.is_none()
+        let is_well = self.unfit.is_none() && !self.ends;
+        self.warm.is_some() && self.stream_lost.is_none() && is_well
     }
 
     /// Tells whether it is known to have a state in memory.
@@ -145,6 +146,7 @@ impl Coordinator {
     }
 
     pub(super) fn on_warm(&mut self, now: Timestamp, worker: &WorkerId, probe: u64) {
+        self.forget_never_warm(worker);
         match self.saved.probe {
             None => {
                 self.record(Record::Probe(probe));
@@ -160,7 +162,6 @@ impl Coordinator {
             }
             Some(_) => {}
         }
-        self.forget_never_warm(worker);
         if let Some(record) = self.workers.get_mut(worker) {
             record.warm.get_or_insert(now);
         }
@@ -259,8 +260,7 @@ impl Coordinator {
 
     /// An operator takes a worker out.
     pub(super) fn on_drain(&mut self, worker: WorkerId, why: String) {
-        let between_lives = self.never_warm().any(|(id, ..)| *id == worker);
-        if between_lives || self.workers.contains_key(&worker) {
+        if self.workers.contains_key(&worker) {
             self.on_leaving(&worker, &why);
             self.record(Record::Draining { worker, why });
         }
@@ -408,7 +408,11 @@ impl Coordinator {
             (Some(group), Some(record)) => group.ranks.get(worker, record.incarnation).is_some(),
             (Some(group), None) => group.plan.members.iter().any(|m| m.worker == *worker),
             // A peer's report came first: the group is gone, and this is the reason for it.
-            (None, _) => self.reform.is_some() && self.order.contains(worker) && record.is_some(),
+            (None, Some(record)) => {
+                let trained = record.warm.is_some() && self.order.contains(worker);
+                self.reform.is_some() && trained
+            }
+            (None, None) => false,
         };
         if let Some(record) = &record {
             self.fell_silent(worker, record.incarnation, record.last_seen);
@@ -489,11 +493,14 @@ impl Coordinator {
         let going: Vec<(WorkerId, Incarnation, String)> = self
             .workers
             .iter()
-            .filter(|(id, w)| !w.member && w.stream_lost.is_none() && !needed.contains(id))
+            // What ends by itself does so with a code after which it comes again: that one goes.
+            .filter(|(_, w)| !w.member && w.stream_lost.is_none() && !w.ends)
+            .filter(|(id, _)| !needed.contains(id))
             .filter_map(|(id, w)| Some((id.clone(), w.incarnation, w.leaving.clone()?)))
             .collect();
         for (worker, incarnation, why) in going {
             self.workers.remove(&worker);
+            self.order.retain(|id| *id != worker);
             self.forget_never_warm(&worker);
             if self.saved.draining.contains_key(&worker) {
                 self.record(Record::Gone(worker.clone()));

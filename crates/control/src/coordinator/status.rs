@@ -15,7 +15,7 @@ impl Coordinator {
             generation: self.saved.generation,
             step: self.progress,
             checkpoint: self.saved.checkpoint.clone(),
-            workers: self.worker_statuses(),
+            workers: self.workers.iter().map(|(id, w)| self.worker_status(id, w)).collect(),
             formed: self.formed.clone(),
         }
     }
@@ -48,27 +48,6 @@ impl Coordinator {
             (None, Some(Stage::Running)) => "running",
             (None, Some(Stage::Held)) => "held",
         }
-    }
-
-    /// Describes those who are here, and those whose device was not ready when last tried.
-    fn worker_statuses(&self) -> Vec<WorkerStatus> {
-        let here = self.workers.iter().map(|(id, w)| self.worker_status(id, w));
-        let tried = self.never_warm().filter(|(id, ..)| !self.workers.contains_key(*id));
-        let tried = tried.map(|(id, at, _)| WorkerStatus {
-            worker: id.clone(),
-            rank: None,
-            slots: 0,
-            state: "unfit",
-            step: Step(0),
-            phase: "idle",
-            last_seen: at,
-            slot_us: 0,
-            data_us: 0,
-            memory_bytes: 0,
-        });
-        let mut all: Vec<WorkerStatus> = here.chain(tried).collect();
-        all.sort_by(|a, b| a.worker.cmp(&b.worker));
-        all
     }
 
     fn worker_status(&self, id: &WorkerId, worker: &Worker) -> WorkerStatus {

@@ -65,11 +65,9 @@ impl AdminService for Grpc {
         // Those of runs take the place of what is known of them as connected.
         let free = self.0.devices().into_iter().map(|(id, device)| free(id, device));
         let mut all: BTreeMap<String, v1::Worker> = free.collect();
-        // What one run knows of a worker that it has, after what others remember of it.
-        let runs = self.0.runs();
-        let known = runs.iter().flat_map(|(id, h)| workers_of(h).into_iter().map(move |w| (id, w)));
-        let (unfit, others): (Vec<_>, Vec<_>) = known.partition(|(_, w)| w.state == "unfit");
-        all.extend(unfit.into_iter().chain(others).map(|(id, w)| of_run(id, w)));
+        for (id, handle) in self.0.runs().iter() {
+            all.extend(workers_of(handle).into_iter().map(|w| of_run(id, w)));
+        }
         let after = all.iter().skip_while(|(id, _)| **id <= page_token);
         let (workers, next_page_token) =
             page(after, page_size, |(_, worker)| worker.clone(), |worker| &worker.worker_id);

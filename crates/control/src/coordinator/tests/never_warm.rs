@@ -3,6 +3,7 @@
 use super::transcripts::Told;
 use super::*;
 use crate::message::FaultKind;
+use crate::plan::CheckpointRef;
 
 const WHY: &str = "failed to build the engine: out of memory";
 
@@ -39,8 +40,10 @@ fn state(told: &Told, name: &str) -> Option<&'static str> {
 fn one_that_tries_again_is_told_of_once_and_taken_in_when_it_is_warm() {
     let mut told = Told::train(&["a"]);
     for life in 0..3 {
-        fails(&mut told, "b", true);
-        assert_eq!(state(&told, "b"), Some("unfit"), "after life {life}");
+        fails(&mut told, "b", false);
+        assert_eq!(state(&told, "b"), Some("unfit"), "in life {life}");
+        exits(&mut told, "b");
+        assert_eq!(state(&told, "b"), None, "after life {life}");
     }
     assert_eq!(told.text.matches("note").count(), 1, "{}", told.text);
     assert!(told.text.contains(&format!("note unfit: worker b:0 is unfit: {WHY}")));
@@ -97,31 +100,77 @@ fn one_whose_device_breaks_in_training_is_waited_for_until_its_next_process_is_t
     assert!(matches!(told.machine.ended(), Some(Ending::Failed { .. })), "{}", told.text);
 }
 
+/// Its process ends with a code after which it comes again, whatever it is told.
 #[test]
-fn one_that_is_drained_between_two_processes_goes_with_the_next() {
+fn one_that_is_drained_while_it_ends_goes_with_its_next_process() {
     let mut told = Told::train(&["a"]);
-    fails(&mut told, "b", true);
+    fails(&mut told, "b", false);
     let (worker, why) = ("b:0".parse().unwrap(), "too small".to_string());
     told.tell("an operator drains it", Event::Drain { worker, why });
+    assert!(!told.text.contains("Exit"), "{}", told.text);
+    exits(&mut told, "b");
     told.hello("b", None, 0, false);
     assert!(told.text.contains("to b:0: Exit { code: 75, why: \"too small\" }"), "{}", told.text);
-    assert_eq!(state(&told, "b"), None);
+    assert_eq!(told.machine.never_warm().count(), 0);
+}
+
+#[test]
+fn a_process_that_ends_is_not_let_in_by_a_release() {
+    let mut told = Told::train(&["a"]);
+    breaks(&mut told, "a", Generation(1), "device lost");
+    told.tell("an operator lets it in", Event::Release { worker: "a:0".parse().unwrap() });
+    told.wait(2_000);
+    assert!(!told.text.contains("forming"), "{}", told.text);
+}
+
+/// Only what was a member of the newest group ends as one.
+#[test]
+fn one_that_trained_before_and_is_never_ready_again_does_no_harm() {
+    let mut told = Told::train(&["a", "b"]);
+    exits(&mut told, "b");
+    exits(&mut told, "a");
+    for _ in 0..3 {
+        fails(&mut told, "b", true);
+    }
+    assert_eq!(told.text.matches("note lost: worker b:0").count(), 1, "{}", told.text);
+    assert!(!told.text.contains("quarantined"), "{}", told.text);
+}
+
+/// Who left cannot be waited for.
+#[test]
+fn a_run_whose_last_sound_worker_left_fails_with_its_unfit_ones() {
+    let mut told = Told::train(&["a"]);
+    let (worker, why) = ("a:0".parse().unwrap(), "enough".to_string());
+    told.tell("an operator drains it", Event::Drain { worker, why });
+    told.wait(300);
+    let (generation, step, digest) = (Generation(1), Step(4), 5);
+    told.say("a", ToCoordinator::Held { generation, step, digest });
+    fails(&mut told, "b", true);
+    let attempt = AttemptSeq(1);
+    told.say("a", ToCoordinator::Snapshotted { generation, attempt, step, digest });
+    told.say("a", ToCoordinator::PartDone { generation, attempt, receipt: "r".to_string() });
+    let checkpoint = CheckpointRef { step, manifest: "m".to_string() };
+    told.tell("it is saved", Event::CheckpointDone { generation, attempt, checkpoint });
+    told.wait(2_000);
+    assert!(told.text.contains("to a:0: Exit { code: 75"), "{}", told.text);
+    assert!(matches!(told.machine.ended(), Some(Ending::Failed { .. })), "{}", told.text);
 }
 
 #[test]
 fn one_that_is_released_or_stays_away_is_forgotten() {
     let mut told = Told::train(&["a"]);
     fails(&mut told, "b", true);
+    assert_eq!(told.machine.never_warm().count(), 1);
     told.tell("an operator lets it in", Event::Release { worker: "b:0".parse().unwrap() });
     assert!(told.text.contains("note released: an operator lets b:0 back in"), "{}", told.text);
-    assert_eq!(states(&told), [("a:0".to_string(), "member")]);
+    assert_eq!(told.machine.never_warm().count(), 0);
     fails(&mut told, "b", true);
-    for _ in 0..601 {
+    for second in 0..601 {
+        assert_eq!(told.machine.never_warm().count(), usize::from(second < 600), "{second}");
         told.beat("a", 0, 0, false, crate::message::Phase::Compute);
         told.wait(1_000);
-        assert_eq!(state(&told, "a"), Some("member"), "{}", told.text);
     }
-    assert_eq!(state(&told, "b"), None);
+    assert_eq!(told.machine.never_warm().count(), 0);
 }
 
 #[test]
