@@ -8,8 +8,15 @@ first has one turn. A step has the update; ours has the way of the images to the
 the arithmetic that a model needs for an image, nothing left out for work that is skipped, divided
 by a large bf16 product of the same run. Every case of ours is trained twice from its start and must
 give the same bits, but for `:free` ones, in which libtorch may choose other kernels: what these
-save is what exactness costs. `fast` sums floats. What does not fit into `--minutes` is left out,
-and named. Run by `make gpu-bench`.
+save is what exactness costs. `fast` sums floats.
+
+The peer is the repository's own `pytorch_step.py` and no outside reference, because the comparison
+must run from the repository alone, with nothing but torch.
+
+What does not fit into `--minutes` is left out, and named; what was measured is written all the
+same, and `complete` is false there. Run by `make gpu-bench`. Exit codes: 0 all was measured, 1 a
+case failed or a program died, 2 wrong usage, 3 nothing failed but something was left out for lack
+of time, 78 no Python with the right torch.
 """
 
 from __future__ import annotations
@@ -38,8 +45,16 @@ SLOT = 128
 SLOTS = (32, 64, 128, 256)
 PRECISIONS = ("bf16", "tf32", "f32")
 SMALL = {"micro": 8}
-# Longest time of one program: max-autotune of a large model takes minutes.
-COMMAND_SECONDS_MAX = 150
+# A program that hangs takes this part of all the time, and not all of it. More minutes give more to
+# each: max-autotune of a large model takes several.
+PROGRAM_SHARE_MAX = 0.5
+# What all of it takes, by an estimate from the rates in docs/benchmarks/gpu.md: a step of `base`
+# takes 0.2 s in bf16 and 0.8 s in f32, compiling one to two minutes, tuning three to five. The five
+# minutes that are the default hold about the tables, `base` beside eager and compiled, its slots
+# and sums, and `large` beside eager.
+MINUTES_ALL = 40
+EXIT_USAGE = 2
+EXIT_LEFT_OUT = 3
 Line = dict[str, Any]
 
 
@@ -54,7 +69,7 @@ class Contest:
 
 
 def contests(small: bool) -> list[Contest]:
-    """Lists what is compared, what matters most first."""
+    """Lists what is compared, what matters most first. Times are compared with the first case."""
     def case(model: str, images: int, slot: int, precision: str = "bf16",
              reduce: str = "exact") -> str:
         return f"{model}:{slot}:{images // slot}:{precision}:{reduce}"
@@ -68,19 +83,39 @@ def contests(small: bool) -> list[Contest]:
                 for model, images in SMALL.items()]
     peers = {"PyTorch eager": (), "PyTorch compiled": ("--compile",),
              "PyTorch max-autotune": ("--compile", "--mode", "max-autotune")}
-    out = [Contest(model, images, (case(model, images, min(SLOT, images)),
-                                   case(model, images, min(SLOT, images), reduce="exact:free")),
-                   {name: (*flags, "--precision", "bf16") for name, flags in peers.items()})
-           for model, images in IMAGES.items()]
-    sizes = tuple(case("base", IMAGES["base"], slot) for slot in SLOTS if slot != SLOT)
-    others = (*(case("base", IMAGES["base"], SLOT, precision)
-                for precision in PRECISIONS if precision != "bf16"),
-              case("base", IMAGES["base"], SLOT, reduce="fast"))
-    eager = {f"PyTorch eager, {precision}": ("--precision", precision)
-             for precision in PRECISIONS if precision != "bf16"}
-    return [*out, Contest("base", IMAGES["base"], sizes + others, eager),
-            Contest("large", 64, (case("large", 64, 64),),
-                    {name: (*flags, "--precision", "bf16") for name, flags in peers.items()})]
+    bf16 = {name: (*flags, "--precision", "bf16") for name, flags in peers.items()}
+    base, *larger = [Contest(model, images, (case(model, images, SLOT),
+                                             case(model, images, SLOT, reduce="exact:free")), bf16)
+                     for model, images in IMAGES.items()]
+    # The same once more, so that the others have it beside them.
+    sizes = (SLOT, *(slot for slot in SLOTS if slot != SLOT))
+    alone = Contest("base", base.images,
+                    (*(case("base", base.images, slot) for slot in sizes),
+                     # The slowest of them, and so the last.
+                     case("base", base.images, SLOT, reduce="fast")), {})
+    precisions = [Contest("base", base.images, (case("base", base.images, SLOT, precision),),
+                          {f"PyTorch eager, {precision}": ("--precision", precision)})
+                  for precision in PRECISIONS if precision != "bf16"]
+    # So few that the host's launches may set the pace.
+    few = Contest("large", 64, (case("large", 64, 64),), bf16)
+    return [base, alone, *larger, *precisions, few]
+
+
+def schedule(all_of_them: list[Contest], rounds: int) -> list[tuple[int, str, Contest]]:
+    """Lists the turns, so that time that is over early leaves out what costs most or matters least:
+    round, what kind of peer has its turn, and in which contest.
+
+    The first contest has what compiles at once. The others have what needs no compiling before, and
+    rounds that only say how steady the card is come after all of that. What is tuned for minutes is
+    at the very end.
+    """
+    first, others = all_of_them[:1], all_of_them[1:]
+    again = [(number, "eager", all_of_them) for number in range(1, rounds)]
+    passes = [(0, "eager", first), (0, "compiled", first), (0, "eager", others),
+              (0, "compiled", others), *again, (0, "tuned", all_of_them)]
+    return [(number, kind, contest) for number, kind, some in passes for contest in some
+            # One that is ours alone has its turn with those that need no compiling.
+            if kind == "eager" or kind in map(kind_of, contest.peers.values())]
 
 
 class Bench:
@@ -90,11 +125,13 @@ class Bench:
         self.args, self.python = args, python
         self.ends = time.monotonic() + 60 * args.minutes
         self.left_out: list[str] = []
+        # Those of them for which there was time.
+        self.died: list[str] = []
         self.measured: Line = {}
 
     def run(self, name: str, command: list[str], n_lines: int = 1) -> list[Line]:
         """Returns the lines of JSON that a program prints; some where it is ended early."""
-        left = min(self.ends - time.monotonic(), COMMAND_SECONDS_MAX)
+        left = min(self.ends - time.monotonic(), PROGRAM_SHARE_MAX * 60 * self.args.minutes)
         if left <= 0:
             self.left_out.append(name)
             return []
@@ -111,7 +148,10 @@ class Bench:
         lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         # A case that failed has a line too; a program that died has none.
         if len(lines) < n_lines:
-            self.left_out.append(f"{name} ({why or f'ended with {child.returncode}'})")
+            if not why:
+                why = f"ended with {child.returncode}"
+                self.died.append(f"{name} ({why})")
+            self.left_out.append(f"{name} ({why})")
         say(PROGRAM, f"{name}: done, {self.ends - time.monotonic():.0f} s are left")
         return lines
 
@@ -123,49 +163,59 @@ class Bench:
         self.measured = lines[-1] if lines else {}
         return self.measured
 
-    def ours(self, contest: Contest) -> list[Line]:
-        """Trains our cases, in one process."""
+    def ours(self, cases: tuple[str, ...]) -> list[Line]:
+        """Trains cases of ours, in one process."""
         device = "cuda0" if self.args.device == "cuda" else "cpu0"
-        cases = [word for case in contest.ours for word in ("--case", case)]
-        return self.run(f"lacuna, {', '.join(contest.ours)}",
+        words = [word for case in cases for word in ("--case", case)]
+        return self.run(f"lacuna, {', '.join(cases)}",
                         [self.args.worker, "gpu-bench", "--device", device, "--steps",
-                         str(self.args.steps), *cases], len(contest.ours))
+                         str(self.args.steps), *words], len(cases))
 
     def peer(self, contest: Contest, name: str) -> list[Line]:
         """Trains in PyTorch."""
-        lines = self.run(f"{name}, {contest.model}",
+        lines = self.run(f"{name}, {contest.model}, {contest.images} images",
                          [self.python, str(HERE / "pytorch_step.py"), "--device", self.args.device,
                           "--model", contest.model, "--batch", str(contest.images), "--steps",
                           str(self.args.steps), "--warmup", "5", *contest.peers[name]])
         return [{**line, "case": name} for line in lines]
 
     def compare(self, all_of_them: list[Contest]) -> list[tuple[Contest, list[Line]]]:
-        """Lets everybody run beside ours, a card being not as fast all the time: all contests with
-        what begins at once, then, once, with what compiles first, then the other rounds, and at the
-        very end with what is tuned for minutes. So time that is over early leaves out what costs
-        most."""
+        """Lets everybody run beside ours, a card being not as fast all the time."""
         found: list[tuple[Contest, list[Line]]] = [(contest, []) for contest in all_of_them]
-        rounds = [(number, "eager") for number in range(self.args.rounds)]
-        for number, kind in [*rounds[:1], (0, "compiled"), *rounds[1:], (0, "tuned")]:
-            for contest, lines in found:
-                turns = [lambda name=name, contest=contest: self.peer(contest, name)
-                         for name, flags in contest.peers.items() if kind_of(flags) == kind]
-                if not turns:
-                    continue
-                turns.insert(0, lambda contest=contest: self.ours(contest))
-                # Whoever runs second finds a warmer machine; turning the order shares that out.
-                for turn in turns[:: -1 if number % 2 else 1]:
-                    lines += [{"round": number, "beside": kind, **line} for line in turn()]
-                self.keep(found)
+        for number, kind, contest in schedule(all_of_them, self.args.rounds):
+            # Compilers have time; beside them only what they are compared with runs once more.
+            cases = contest.ours if kind == "eager" else contest.ours[:1]
+            turns = [lambda cases=cases: self.ours(cases)]
+            turns += [lambda name=name, contest=contest: self.peer(contest, name)
+                      for name, flags in contest.peers.items() if kind_of(flags) == kind]
+            lines = next(lines for one, lines in found if one is contest)
+            # Whoever runs second finds a warmer machine; turning the order shares that out.
+            for turn in turns[:: -1 if number % 2 else 1]:
+                lines += [{"round": number, "beside": kind, **line} for line in turn()]
+            self.keep(found)
         return found
 
-    def keep(self, found: list[tuple[Contest, list[Line]]]) -> None:
-        """Writes what was measured so far."""
+    def keep(self, found: list[tuple[Contest, list[Line]]], complete: bool = False) -> None:
+        """Writes what was measured so far; it is not complete before the end."""
         if self.args.out:
             pathlib.Path(self.args.out).write_text(json.dumps({
                 "format": "lacuna-gpu-bench/1", "unix_seconds": int(time.time()),
-                "tables": self.measured, "lines": [line for _, lines in found for line in lines],
-                "left_out": self.left_out}, indent=1) + "\n", encoding="utf-8")
+                "complete": complete, "left_out": self.left_out, "tables": self.measured,
+                "lines": [line for _, lines in found for line in lines],
+            }, indent=1) + "\n", encoding="utf-8")
+
+    def missing(self) -> str:
+        """Says in one line what was not measured, and what helps; nothing where all was."""
+        if not self.left_out:
+            return ""
+        # What is out in each round has one name.
+        names = "; ".join(dict.fromkeys(self.left_out))
+        advice = ""
+        if len(self.left_out) > len(self.died):
+            minutes = max(MINUTES_ALL, 2 * self.args.minutes)
+            advice = (f": what time was too short for is measured with `--minutes {minutes:g}`, "
+                      f"and not with {self.args.minutes:g}")
+        return f"NOT COMPLETE, left out: {names}{advice}"
 
 
 def kind_of(flags: tuple[str, ...]) -> str:
@@ -204,7 +254,7 @@ def table(contest: Contest, lines: list[Line], peak: float | None, flops: float 
     return out
 
 
-def report(tables: Line, results: list[tuple[Contest, list[Line]]], left_out: list[str]) -> str:
+def report(tables: Line, results: list[tuple[Contest, list[Line]]]) -> str:
     """Writes everything for people."""
     out = ""
     peak = None
@@ -230,8 +280,7 @@ def report(tables: Line, results: list[tuple[Contest, list[Line]]], left_out: li
     ours = [line for _, lines in results for line in lines
             if line.get("repeats") is not None and line.get("kernels") != "free"]
     same = len(ours) - sum(differs(line) for line in ours)
-    out += f"{same} of {len(ours)} exact trainings of ours gave the same bits twice.\n"
-    return out + "".join(f"left out: {name}\n" for name in left_out)
+    return out + f"{same} of {len(ours)} exact trainings of ours gave the same bits twice."
 
 
 def differs(line: Line) -> bool:
@@ -269,23 +318,29 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Runs the program and returns its exit code."""
     args = parse()
+    wanted = [contest for contest in contests(args.small)
+              if args.models is None or contest.model in args.models]
+    if not wanted:
+        say(PROGRAM, f"no contest is of {', '.join(args.models)}")
+        return EXIT_USAGE
     try:
         bench = Bench(args, find_python(args.python))
     except Unfit as why:
         say(PROGRAM, str(why))
         return EXIT_UNFIT
     tables = bench.tables()
-    wanted = [contest for contest in contests(args.small)
-              if args.models is None or contest.model in args.models]
     results = bench.compare(wanted)
-    bench.keep(results)
-    print(report(tables, results, bench.left_out))
+    bench.keep(results, complete=not bench.left_out)
+    print(report(tables, results))
+    if bench.left_out:
+        print(bench.missing())
     lines = [line for _, lines in results for line in lines]
-    failed = [line["case"] for line in lines if line.get("error") or differs(line)]
-    for case in failed:
+    failed = [line["case"] for line in lines if line.get("error") or differs(line)] + bench.died
+    for case in dict.fromkeys(failed):
         say(PROGRAM, f"FAILED: {case}")
-    ours = [line for line in lines if line.get("peer") == "lacuna"]
-    return 1 if failed or not ours or not tables else 0
+    if failed:
+        return 1
+    return EXIT_LEFT_OUT if bench.left_out else 0
 
 
 if __name__ == "__main__":

@@ -2,13 +2,30 @@
 
 import argparse
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
 import unittest
 
-from bench import gpu
+from bench import gpu, step
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+WORKER = ROOT / os.environ.get("LACUNA_BIN", "target/debug") / "lacuna-worker"
+# Two rounds of it take 20 s on two idle cores, most of it to load torch.
+SMALL_SECONDS_MAX = 300
+
+
+def parts_that_are_missing():
+    """Says what the true programs cannot run without; empty if all is there."""
+    if not WORKER.exists():
+        return f"no {WORKER}"
+    python = os.environ.get("LACUNA_PEERS_PYTHON", "python3")
+    if step.torch_of(python).split("+")[0] != step.TORCH_VERSION:
+        return f"{python} has no torch {step.TORCH_VERSION} (LACUNA_PEERS_PYTHON names another)"
+    return ""
 
 
 def line(case, ms, **more):
@@ -29,11 +46,23 @@ class Contests(unittest.TestCase):
                 self.assertEqual((model, int(slot) * int(slots)), (contest.model, contest.images))
                 self.assertIn(precision, gpu.PRECISIONS)
                 self.assertIn(reduce, ("exact", "fast"))
-        cases = [case for contest in found for case in contest.ours]
-        self.assertEqual(len(cases), len(set(cases)))
-        self.assertIn("base:128:4:bf16:fast", cases)
+        # Slots and sums stand beside the case that the first contest is about, in the same turn.
+        base, alone = found[:2]
+        self.assertEqual((alone.ours[0], alone.peers), (base.ours[0], {}))
+        others = [*base.ours, *alone.ours[1:], *(case for one in found[2:] for case in one.ours)]
+        self.assertEqual(len(others), len(set(others)))
+        self.assertIn("base:128:4:bf16:fast", alone.ours)
         for slot in gpu.SLOTS:
-            self.assertTrue(any(case.startswith(f"base:{slot}:") for case in cases), slot)
+            self.assertTrue(any(case.startswith(f"base:{slot}:") for case in alone.ours), slot)
+
+    def test_what_matters_most_runs_first(self):
+        turns = [(number, kind, contest.model, contest.images)
+                 for number, kind, contest in gpu.schedule(gpu.contests(small=False), rounds=2)]
+        self.assertEqual(turns[:5], [
+            (0, "eager", "base", 512), (0, "compiled", "base", 512), (0, "eager", "base", 512),
+            (0, "eager", "large", 256), (0, "eager", "huge", 128)])
+        self.assertEqual(len(turns), 7 + 4 + 7 + 4)
+        self.assertEqual([turn[:2] for turn in turns[-5:]], [(1, "eager"), *4 * [(0, "tuned")]])
 
 
 class Reports(unittest.TestCase):
@@ -58,9 +87,8 @@ class Reports(unittest.TestCase):
         results = [(self.CONTEST, [line("ours", 1.0, repeats=True),
                                    line("other", 1.0, repeats=False), line("peer", 2.0),
                                    line("free", 1.0, repeats=False, kernels="free")])]
-        text = gpu.report({}, results, ["slow"])
-        self.assertIn("1 of 2 exact trainings of ours gave the same bits twice.\n", text)
-        self.assertTrue(text.endswith("left out: slow\n"), text)
+        text = gpu.report({}, results)
+        self.assertIn("1 of 2 exact trainings of ours gave the same bits twice.", text)
 
 
 class Time(unittest.TestCase):
@@ -75,19 +103,27 @@ class Time(unittest.TestCase):
         self.assertEqual(bench.run("good", [sys.executable, "-c", program]), [{"case": 1}])
         self.assertEqual(bench.run("bad", [sys.executable, "-c", "raise SystemExit(3)"]), [])
         self.assertEqual(bench.left_out, ["bad (ended with 3)"])
+        # More time does not help what died.
+        self.assertEqual(bench.missing(), "NOT COMPLETE, left out: bad (ended with 3)")
 
     def test_nothing_begins_after_the_end(self):
         bench = self.bench(-1)
         began = time.monotonic()
         self.assertEqual(bench.run("late", [sys.executable, "-c", "input()"]), [])
         self.assertLess(time.monotonic() - began, 1)
-        self.assertEqual(bench.left_out, ["late"])
+        self.assertEqual((bench.left_out, bench.died), (["late"], []))
 
     def test_what_takes_too_long_is_ended(self):
-        bench = self.bench(2)
+        bench = self.bench(4)
         program = "import signal; print('{}', flush=True); signal.pause()"
+        began = time.monotonic()
         self.assertEqual(bench.run("hangs", [sys.executable, "-c", program], n_lines=2), [{}])
-        self.assertRegex(bench.left_out[0], r"hangs \(ended after [12] s\)")
+        # It had half of the time, and the other half is there for others.
+        self.assertEqual((bench.left_out, bench.died), (["hangs (ended after 2 s)"], []))
+        self.assertLess(time.monotonic() - began, 3.5)
+        bench.run("hangs", [sys.executable, "-c", program], n_lines=2)
+        self.assertEqual(bench.missing().count("hangs (ended after 2 s)"), 1)
+        self.assertIn("`--minutes 40`", bench.missing())
 
 
 class Order(unittest.TestCase):
@@ -103,18 +139,128 @@ class Order(unittest.TestCase):
                 said.append(case)
                 return [line(case, 1.0)]
 
-            bench.ours = lambda contest: turn(f"ours {contest.model}")
+            bench.ours = lambda cases: turn(" ".join(cases))
             bench.peer = lambda contest, name: turn(name)
             peers = {"eager": (), "compiled": ("--compile",),
                      "tuned": ("--compile", "--mode", "max-autotune")}
-            bench.compare([gpu.Contest("base", 8, ("ours base",), peers),
-                           gpu.Contest("large", 8, ("ours large",), {"other": ()})])
+            found = bench.compare([gpu.Contest("base", 8, ("base", "free"), peers),
+                                   gpu.Contest("large", 8, ("large",), {"other": ()}),
+                                   gpu.Contest("base", 8, ("alone",), {})])
             self.assertEqual(said, [
-                "ours base", "eager", "ours large", "other", "ours base", "compiled",
-                "eager", "ours base", "other", "ours large", "ours base", "tuned"])
+                "base free", "eager", "base", "compiled", "large", "other", "alone",
+                "eager", "base free", "other", "large", "alone", "base", "tuned"])
             kept = json.loads(out.read_text())
             self.assertEqual([row["case"] for row in kept["lines"] if row["beside"] == "tuned"],
-                             ["ours base", "tuned"])
+                             ["base", "tuned"])
+            # A file whose writer was ended before the end says that it is not complete.
+            self.assertIs(kept["complete"], False)
+            bench.keep(found, complete=True)
+            self.assertIs(json.loads(out.read_text())["complete"], True)
+
+
+class Program(unittest.TestCase):
+    """All of the program, small and on the CPU."""
+
+    # A Python, and a worker, that only say what the true ones would: any number of steps, at once.
+    PYTHON = """#!{python}
+import json, sys
+if sys.argv[1] == "-c":
+    print("{version}")
+elif sys.argv[1].endswith("gpu_tables.py"):
+    row = dict(batch=1, heads=1, tokens=1, head=1, us=1.0)
+    print(json.dumps(dict(
+        torch="{version}", device="cpu", ceilings=dict(tflops=1.0, copy_gb_s=1.0, product_side=1),
+        attention=[dict(row, backend=word) for word in "abcd"],
+        products=[dict(model="m", product="p", images=1, tflops=1.0)])))
+else:
+    print(json.dumps(dict(peer="pytorch", images_per_s=8.0, step_ms=dict(median=1000.0))))
+"""
+    WORKER = """#!{python}
+import json, sys
+for case in sys.argv[1:]:
+    if case.startswith("micro:"):
+        print(json.dumps(dict(peer="lacuna", case=case, images_per_s=8.0, repeats=True,
+                              step_ms=dict(median=1000.0), flops_per_image=1e9, error={error})))
+sys.exit({code})
+"""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def stand_ins(self, error=None, code=0):
+        """Writes both programs; returns their paths."""
+        for name, text in (("python", self.PYTHON), ("worker", self.WORKER)):
+            for word, value in (("python", sys.executable), ("version", step.TORCH_VERSION),
+                                ("error", repr(error)), ("code", str(code))):
+                text = text.replace(f"{{{word}}}", value)
+            (self.folder / name).write_text(text)
+            (self.folder / name).chmod(0o755)
+        return self.folder / "python", self.folder / "worker"
+
+    def program(self, python, worker, *words):
+        """Runs gpu.py; returns its exit code, the JSON it wrote and what it printed."""
+        out = self.folder / "out.json"
+        out.unlink(missing_ok=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "bench" / "gpu.py", "--small", "--device", "cpu",
+             "--worker", worker, "--python", python, "--steps", "2", "--out", out, *words],
+            stdout=subprocess.PIPE, text=True, timeout=SMALL_SECONDS_MAX, check=False)
+        return done.returncode, json.loads(out.read_text()), done.stdout
+
+    def assert_whole(self, code, found, said):
+        """Asserts that everything small was measured."""
+        self.assertEqual((code, found["complete"], found["left_out"]), (0, True, []), said)
+        self.assertEqual(found["format"], "lacuna-gpu-bench/1")
+        self.assertGreater(found["tables"]["ceilings"]["tflops"], 0)
+        self.assertGreater(found["tables"]["ceilings"]["copy_gb_s"], 0)
+        self.assertTrue(found["tables"]["attention"] and found["tables"]["products"])
+        contest, = gpu.contests(small=True)
+        self.assertEqual(sorted((row["round"], row["case"]) for row in found["lines"]),
+                         sorted((number, case) for number in range(2)
+                                for case in (*contest.ours, *contest.peers)))
+        for row in found["lines"]:
+            self.assertGreater(row["images_per_s"], 0)
+            self.assertAlmostEqual(row["images_per_s"] * row["step_ms"]["median"] / 1e3,
+                                   contest.images, places=6)
+            self.assertIs(row.get("repeats", True), True)
+        self.assertNotIn("NOT COMPLETE", said)
+        for case in (*contest.ours, *contest.peers):
+            self.assertRegex(said, rf"\| {case} \| [0-9.]+ \(")
+
+    def assert_out_of_time(self, code, found, said):
+        """Asserts that nothing was measured for lack of time, and that this is said."""
+        self.assertEqual((code, found["complete"], found["lines"]), (3, False, []), said)
+        self.assertEqual(found["left_out"][0], "tables")
+        self.assertIn("PyTorch eager, micro, 8 images", found["left_out"])
+        last = said.splitlines()[-1]
+        self.assertTrue(last.startswith("NOT COMPLETE, left out: tables; lacuna, micro:"), last)
+        self.assertIn("`--minutes 40`", last)
+
+    def test_small_and_true(self):
+        missing = parts_that_are_missing()
+        if missing:
+            gpu.say("gpu", f"skipped: {missing}")
+            self.skipTest(missing)
+        python = os.environ.get("LACUNA_PEERS_PYTHON", "python3")
+        self.assert_whole(*self.program(python, WORKER))
+        self.assert_out_of_time(*self.program(python, WORKER, "--minutes", "0.00001"))
+
+    def test_exit_codes(self):
+        self.assert_whole(*self.program(*self.stand_ins()))
+        self.assert_out_of_time(*self.program(*self.stand_ins(), "--minutes", "0.00001"))
+        # What failed is there, and so complete; what died is not, and is no matter of time.
+        code, found, _ = self.program(*self.stand_ins(error="no memory", code=1))
+        self.assertEqual((code, found["complete"], found["left_out"]), (1, True, []))
+        worker = self.folder / "dies"
+        worker.write_text(f"#!{sys.executable}\nraise SystemExit(101)\n")
+        worker.chmod(0o755)
+        code, found, said = self.program(self.stand_ins()[0], worker)
+        self.assertEqual((code, found["complete"]), (1, False))
+        self.assertRegex(found["left_out"][0], r"lacuna, micro:.* \(ended with 101\)")
+        self.assertIn("NOT COMPLETE", said)
+        self.assertNotIn("--minutes", said)
 
 
 class Tables(unittest.TestCase):

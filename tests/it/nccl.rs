@@ -1,7 +1,7 @@
 //! Whole workers whose sums travel over NCCL's interface: the code of a GPU, and a library that
 //! stands in for NCCL and the driver.
 
-use lacuna_tests::{Cluster, Fixture, Seen};
+use lacuna_tests::{Cluster, Fixture, Seen, said};
 use rustix::process::Signal;
 
 use crate::faults::{finished_with, undisturbed};
@@ -220,8 +220,9 @@ fn training_on_devices_that_are_too_small_says_why() {
     let mut command = fixture.lacuna(&["train", spec.to_str().unwrap(), "--workers", "2"]);
     command.envs(stand_in(&library())).envs(TOO_SMALL);
     let out = command.output().expect("`lacuna` starts");
-    let text = String::from_utf8_lossy(&out.stderr);
-    assert_eq!(out.status.code(), Some(74), "{text}");
+    let (code, out, err) = said(&out);
+    let text = format!("{out}{err}");
+    assert_eq!(code, 74, "{text}");
     assert!(text.contains("no worker can go on (") && !text.contains("workers ended"), "{text}");
     assert!(text.contains("CUDA_ERROR_OUT_OF_MEMORY"), "{text}");
 }

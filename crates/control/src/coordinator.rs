@@ -63,6 +63,8 @@ pub struct Coordinator {
     order: Vec<WorkerId>,
     /// When to form the next generation, and why.
     reform: Option<(Timestamp, Cause, String)>,
+    /// When the newest group ended, or this machine was created.
+    no_group_since: Timestamp,
     /// When a group that trained was broken off, until the next one starts.
     broken_at: Option<Timestamp>,
     /// Groups formed since the machine was created.
@@ -128,6 +130,7 @@ impl Coordinator {
             awaited: (order.iter().cloned().collect(), until),
             order,
             reform: None,
+            no_group_since: now,
             broken_at: None,
             formed: BTreeMap::new(),
             last_started,
@@ -234,6 +237,7 @@ impl Coordinator {
             group.moved = group.moved + paused;
         }
         self.awaited.1 = self.awaited.1 + paused;
+        self.no_group_since = self.no_group_since + paused;
         if let Some(dispute) = &mut self.dispute {
             dispute.deadline = dispute.deadline + paused;
         }
@@ -342,8 +346,11 @@ impl Coordinator {
         let quarantines = self.conduct.values().filter_map(|c| c.until);
         all.extend(quarantines.filter(|at| *at > now).map(|at| (at, "quarantine")));
         all.extend(self.zombie_until().filter(|at| *at > now).map(|at| (at, "disjoint")));
-        if let Some(group) = &self.group {
-            self.group_due(group, now, &mut all);
+        match &self.group {
+            Some(group) => self.group_due(group, now, &mut all),
+            None => {
+                all.extend(Some(self.hope_until()).filter(|at| *at > now).map(|at| (at, "hope")))
+            }
         }
         all.into_iter().min()
     }

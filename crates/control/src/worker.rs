@@ -380,7 +380,7 @@ impl Session {
 
     /// It never became warm: there is no generation to answer for. Whose device failed ends once
     /// the coordinator knows, so that a run all of whose workers end so fails; whose data is
-    /// broken stays, and an operator may let it back in.
+    /// broken stays until an operator lets it try again.
     fn on_fault_before_warm(&mut self, kind: FaultKind, fault: ToCoordinator, detail: String) {
         self.answers.fault = Some(fault.clone());
         self.say(fault);

@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use lacuna_types::{Step, Timestamp, WorkerId};
+use lacuna_types::{Step, Timestamp, WorkerId, exit};
 
 use super::{Command, Coordinator, Ending};
 use crate::journal::Record;
+use crate::message::ToWorker;
 use crate::timing::{QUARANTINE_MAX, STRIKE_MEMORY, STRIKES_MAX};
 
 /// Lives in a row that ended without a step before they count as harm: one may be bad luck.
@@ -14,9 +15,9 @@ const USELESS_LIVES: u32 = 2;
 /// Generations in a row that end at one step before the step itself is blamed.
 const DEADLY_GENERATIONS: u32 = 3;
 
-/// How long a worker whose device could not be made ready is remembered without being seen: several
+/// How long a worker whose device could not be made ready is remembered while it is away: several
 /// times what its agent waits at most, and its start takes.
-const NEVER_WARM_MEMORY: Duration = Duration::from_secs(10 * 60);
+pub(super) const NEVER_WARM_MEMORY: Duration = Duration::from_secs(10 * 60);
 
 /// What the coordinator remembers of a worker beyond its lives.
 #[derive(Clone, Debug, Default)]
@@ -32,7 +33,7 @@ pub(super) struct Conduct {
 }
 
 impl Conduct {
-    /// Tells whether there is nothing to remember.
+    /// Tells whether there is nothing that a release could forgive.
     fn is_clean(&self) -> bool {
         self.strikes.is_empty() && self.never_warm.is_none()
     }
@@ -67,12 +68,12 @@ impl Coordinator {
     pub(super) fn end_quarantines(&mut self, now: Timestamp) {
         let over = |c: &&mut Conduct| c.until.is_some_and(|at| at <= now);
         self.conduct.values_mut().filter(over).for_each(|conduct| conduct.until = None);
-        self.forget_who_never_came(now);
+        self.forget_the_absent(now);
     }
 
     /// The device of a worker could not be made ready, and its process ends: one that comes back
     /// says so again, or is warm. Returns whether that is news; the first reason is kept.
-    pub(super) fn was_never_warm(&mut self, now: Timestamp, worker: &WorkerId, why: &str) -> bool {
+    pub(super) fn note_never_warm(&mut self, now: Timestamp, worker: &WorkerId, why: &str) -> bool {
         let never_warm = &mut self.conduct.entry(worker.clone()).or_default().never_warm;
         let is_news = never_warm.is_none();
         never_warm.get_or_insert_with(|| (now, why.to_string())).0 = now;
@@ -92,8 +93,9 @@ impl Coordinator {
         })
     }
 
-    /// Agents start such workers again within a minute; who was not seen for long is gone.
-    fn forget_who_never_came(&mut self, now: Timestamp) {
+    /// Agents start workers whose device was not ready again within a minute: who is not here, and
+    /// did not fail for long, is gone.
+    fn forget_the_absent(&mut self, now: Timestamp) {
         self.conduct.retain(|id, conduct| {
             let here = self.workers.contains_key(id);
             match &conduct.never_warm {
@@ -189,6 +191,9 @@ impl Coordinator {
         let struck = self.conduct.remove(worker).is_some_and(|c| !c.is_clean());
         // What was broken may be mended: its data is back, or its disk has room.
         let unfit = self.workers.get_mut(worker).is_some_and(|w| w.unfit.take().is_some());
+        if unfit {
+            self.have_it_try_again(worker);
+        }
         let known = struck || unfit;
         if self.saved.banned.contains_key(worker) {
             self.record(Record::Released(worker.clone()));
@@ -196,6 +201,16 @@ impl Coordinator {
             return;
         }
         self.note("released", false, format!("an operator lets {worker} back in"));
+    }
+
+    /// A process that could not begin will not begin any more: its agent starts another.
+    fn have_it_try_again(&mut self, worker: &WorkerId) {
+        if let Some(record) = self.workers.get_mut(worker).filter(|w| w.warm.is_none() && !w.ends) {
+            record.ends = true;
+            let (code, why) = (exit::IO, "an operator lets it try again".to_string());
+            let incarnation = record.incarnation;
+            self.send_to(worker, incarnation, ToWorker::Exit { code, why });
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use lacuna_types::{Generation, Incarnation, Step, Timestamp, WorkerId, exit};
 
+use super::conduct::NEVER_WARM_MEMORY;
 use super::members::Worker;
 use super::returning::LastStarted;
 use super::saving::Attempt;
@@ -144,6 +145,7 @@ impl Coordinator {
         if group.stage == Stage::Running {
             self.broken_at = Some(now);
         }
+        self.no_group_since = now;
         let generation = group.plan.generation;
         self.broadcast(&group, &ToWorker::Revoke { generation, why: why.to_string() });
         for worker in self.workers.values_mut() {
@@ -219,7 +221,7 @@ impl Coordinator {
         let usable = |(id, w): &(&WorkerId, &Worker)| w.usable() && self.is_free(id);
         let ready = self.workers.iter().filter(usable).count();
         if ready < self.config.workers_min.max(1) {
-            self.say_waiting(ready);
+            self.say_waiting(now, ready);
             return;
         }
         let candidates = self.candidates();
@@ -243,9 +245,11 @@ impl Coordinator {
     }
 
     /// Says what is waited for, or ends a run for which nobody is fit who could be waited for.
-    fn say_waiting(&mut self, have: usize) {
+    fn say_waiting(&mut self, now: Timestamp, have: usize) {
         let unfit = self.unfit();
-        let mut known = self.workers.keys().chain(&self.order);
+        // Those of the newest group mostly come back soon.
+        let hoped_for: &[WorkerId] = if now < self.hope_until() { &self.order } else { &[] };
+        let mut known = self.workers.keys().chain(hoped_for);
         let nobody_else = known.all(|id| unfit.contains_key(id));
         if nobody_else && unfit.len() >= self.config.workers_min.max(1) {
             let why = format!("no worker can go on ({})", note_texts::reasons(&unfit));
@@ -265,6 +269,12 @@ impl Coordinator {
         self.say_once(text);
     }
 
+    /// Until when members of the newest group that are gone are waited for though all others are
+    /// unfit.
+    pub(super) fn hope_until(&self) -> Timestamp {
+        self.no_group_since + NEVER_WARM_MEMORY
+    }
+
     /// Lists those who are unfit until something is mended, with the reason: who is here and cannot
     /// go on, and whose device was not ready when last tried.
     fn unfit(&self) -> BTreeMap<WorkerId, String> {
@@ -273,7 +283,8 @@ impl Coordinator {
             Some((id.clone(), why.clone()))
         };
         let tried = self.never_warm().map(|(id, why)| (id.clone(), why.to_string()));
-        self.workers.iter().filter_map(stays).chain(tried).collect()
+        // What is the matter now counts more than what was.
+        tried.chain(self.workers.iter().filter_map(stays)).collect()
     }
 
     fn say_once(&mut self, text: String) {

@@ -284,6 +284,9 @@ impl Coordinator {
         suspects: &[usize],
         detail: &str,
     ) {
+        if matches!(kind, FaultKind::Local | FaultKind::Unfit) {
+            self.will_end(worker);
+        }
         if generation > Generation(0) && self.member_of(worker, generation).is_none() {
             return;
         }
@@ -301,7 +304,6 @@ impl Coordinator {
             }
             FaultKind::Local | FaultKind::Unfit => {
                 let is_news = self.is_unfit(worker, detail);
-                self.will_end(worker);
                 if is_news && kind == FaultKind::Local {
                     self.strike(now, worker, Strike::Out, detail);
                 }
@@ -326,12 +328,11 @@ impl Coordinator {
 
     /// The device could not be made ready: its worker's own affair, said once until it is.
     fn on_never_warm(&mut self, now: Timestamp, worker: &WorkerId, detail: &str) {
-        if self.was_never_warm(now, worker, detail) {
+        if self.note_never_warm(now, worker, detail) {
             self.is_unfit(worker, detail);
         } else if let Some(record) = self.workers.get_mut(worker) {
             record.unfit = Some(detail.to_string());
         }
-        self.will_end(worker);
     }
 
     fn will_end(&mut self, worker: &WorkerId) {
@@ -493,14 +494,13 @@ impl Coordinator {
         let going: Vec<(WorkerId, Incarnation, String)> = self
             .workers
             .iter()
-            // What ends by itself does so with a code after which it comes again: that one goes.
+            // What ends by itself hears nothing more; if it comes again, that process goes.
             .filter(|(_, w)| !w.member && w.stream_lost.is_none() && !w.ends)
             .filter(|(id, _)| !needed.contains(id))
             .filter_map(|(id, w)| Some((id.clone(), w.incarnation, w.leaving.clone()?)))
             .collect();
         for (worker, incarnation, why) in going {
             self.workers.remove(&worker);
-            self.order.retain(|id| *id != worker);
             self.forget_never_warm(&worker);
             if self.saved.draining.contains_key(&worker) {
                 self.record(Record::Gone(worker.clone()));

@@ -3,7 +3,6 @@
 use super::transcripts::Told;
 use super::*;
 use crate::message::FaultKind;
-use crate::plan::CheckpointRef;
 
 const WHY: &str = "failed to build the engine: out of memory";
 
@@ -132,28 +131,41 @@ fn one_that_trained_before_and_is_never_ready_again_does_no_harm() {
     for _ in 0..3 {
         fails(&mut told, "b", true);
     }
+    for name in ["a", "c"] {
+        told.hello(name, Some(0), 0, false);
+        told.say(name, ToCoordinator::Warm { probe: 7 });
+    }
+    told.wait(600);
+    told.form(2, &["a", "c"], Some(0), 0);
+    assert!(told.text.contains("note formed: generation 2"), "{}", told.text);
     assert_eq!(told.text.matches("note lost: worker b:0").count(), 1, "{}", told.text);
     assert!(!told.text.contains("quarantined"), "{}", told.text);
 }
 
-/// Who left cannot be waited for.
+/// Those who left, or whose machines are gone, are hoped for, but not for ever.
 #[test]
-fn a_run_whose_last_sound_worker_left_fails_with_its_unfit_ones() {
+fn a_run_whose_sound_workers_stay_away_fails_with_its_unfit_ones_in_the_end() {
     let mut told = Told::train(&["a"]);
-    let (worker, why) = ("a:0".parse().unwrap(), "enough".to_string());
-    told.tell("an operator drains it", Event::Drain { worker, why });
-    told.wait(300);
-    let (generation, step, digest) = (Generation(1), Step(4), 5);
-    told.say("a", ToCoordinator::Held { generation, step, digest });
-    fails(&mut told, "b", true);
-    let attempt = AttemptSeq(1);
-    told.say("a", ToCoordinator::Snapshotted { generation, attempt, step, digest });
-    told.say("a", ToCoordinator::PartDone { generation, attempt, receipt: "r".to_string() });
-    let checkpoint = CheckpointRef { step, manifest: "m".to_string() };
-    told.tell("it is saved", Event::CheckpointDone { generation, attempt, checkpoint });
-    told.wait(2_000);
-    assert!(told.text.contains("to a:0: Exit { code: 75"), "{}", told.text);
+    exits(&mut told, "a");
+    for minute in 0..10 {
+        assert_eq!(told.machine.ended(), None, "after {minute} minutes: {}", told.text);
+        fails(&mut told, "b", true);
+        told.wait(60_000);
+    }
     assert!(matches!(told.machine.ended(), Some(Ending::Failed { .. })), "{}", told.text);
+}
+
+#[test]
+fn one_that_could_not_begin_begins_anew_when_it_is_released() {
+    let mut told = Told::train(&["a"]);
+    told.hello("b", None, 0, false);
+    let (generation, kind, suspects) = (Generation(0), FaultKind::Storage, Vec::new());
+    let detail = "failed to open shard `x.tar`".to_string();
+    told.say("b", ToCoordinator::Fault { generation, kind, suspects, detail });
+    assert_eq!(state(&told, "b"), Some("unfit"));
+    told.tell("an operator lets it in", Event::Release { worker: "b:0".parse().unwrap() });
+    let exit = "to b:0: Exit { code: 74, why: \"an operator lets it try again\" }";
+    assert!(told.text.contains(exit), "{}", told.text);
 }
 
 #[test]
