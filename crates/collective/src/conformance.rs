@@ -3,6 +3,7 @@
 //! `make_group(world)` returns the members of a fresh group, in rank order; every check makes its
 //! own. Ranks are threads. A violated guarantee panics with what was expected.
 
+use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,26 +15,49 @@ pub type Members = Vec<Box<dyn Collective>>;
 /// Deadline of operations that must succeed: long, because test machines are busy.
 const PATIENT: Duration = Duration::from_secs(60);
 /// Deadline of operations that must time out.
-const BRIEF: Duration = Duration::from_millis(200);
-/// How late a call may return after its deadline or an abort.
-const SLACK: Duration = Duration::from_secs(1);
+/// Ranks enter within it of each other, also on a busy machine.
+const BRIEF: Duration = Duration::from_millis(500);
+/// How late a call may return after its deadline or an abort: on a busy machine far above what it
+/// takes, and far below [`PATIENT`].
+const SLACK: Duration = Duration::from_secs(10);
 /// Nothing, fewer elements than ranks, primes around the cuts, and several chunks.
 const LENGTHS: [usize; 6] = [0, 1, 2, 7, 1_009, 1_000_000];
 
-/// Runs every check: sums and copies in each of `worlds`, failures in worlds of 2 and 3.
+/// Runs every check in each of `worlds`, and those of unusual buffers in worlds of 2 and 3.
 pub fn run(make_group: impl Fn(usize) -> Members, worlds: &[usize]) {
     for &world in worlds {
         sums_and_copies(&make_group, world, &LENGTHS);
+        failures(&make_group, world);
     }
-    a_late_rank_is_named(&make_group);
-    an_abort_wakes_a_blocked_call(&make_group);
-    an_abort_before_the_call_fails_it(&make_group);
-    a_departed_peer_is_named(&make_group);
-    a_peer_that_dies_inside_an_operation_is_named(&make_group);
-    different_lengths_are_detected(&make_group);
-    different_kinds_are_detected(&make_group);
-    the_ledger_follows(&make_group);
+    // What a call does with no bytes, or with more than are on their way at once, does not depend
+    // on how many ranks there are.
+    for n in [0, 1_000_000] {
+        a_late_rank_is_named(&make_group, 3, n);
+    }
+    for n in [1, 1_000_000] {
+        an_abort_wakes_a_blocked_call(&make_group, 2, n);
+    }
+    for lengths in [[0, 1, 1], [100_000, 400_000, 400_000]] {
+        different_lengths_are_detected(&make_group, &lengths);
+    }
     a_thread_may_take_over(&make_group);
+}
+
+/// Checks everything that ends a group of `world` members; alone, what needs no peer.
+pub fn failures(make_group: &impl Fn(usize) -> Members, world: usize) {
+    an_abort_before_the_call_fails_it(make_group, world);
+    the_ledger_follows(make_group, world);
+    if world == 1 {
+        return;
+    }
+    a_late_rank_is_named(make_group, world, 3);
+    an_abort_wakes_a_blocked_call(make_group, world, 500_000);
+    an_abort_of_an_idle_rank_is_noticed(make_group, world);
+    a_departed_peer_is_named(make_group, world);
+    let mut lengths: Vec<usize> = vec![5; world];
+    lengths[world - 1] = 6;
+    different_lengths_are_detected(make_group, &lengths);
+    different_kinds_are_detected(make_group, world);
 }
 
 /// Checks all operations that succeed, over one group, with buffers of `lengths` elements.
@@ -129,156 +153,155 @@ fn check_broadcasts(member: &mut dyn Collective, n: usize) -> Result<(), Collect
 }
 
 /// When one rank does not join an operation, the others name it at their deadline.
-pub fn a_late_rank_is_named(make_group: &impl Fn(usize) -> Members) {
-    for n in [0, 3, 1_000_000] {
-        let mut members: Members = make_group(3);
+pub fn a_late_rank_is_named(make_group: &impl Fn(usize) -> Members, world: usize, n: usize) {
+    let mut members: Members = make_group(world);
+    let late: usize = world - 1;
+    // Their deadlines begin together, however long the machine takes to start their threads.
+    let together = Barrier::new(late);
+    let errors = on_each(&mut members[..late], |member| {
+        let mut buffer: Vec<i64> = vec![1; n];
+        together.wait();
         let started = Instant::now();
-        let errors = on_each(&mut members[..2], |member| {
-            member.all_reduce_i64(&mut vec![1; n], BRIEF).expect_err("rank 2 never joins")
-        });
-        assert!(started.elapsed() >= BRIEF, "a deadline was cut short");
-        assert!(started.elapsed() < BRIEF + SLACK, "a deadline was missed");
-        for error in &errors {
-            assert!(
-                matches!(
-                    error,
-                    CollectiveError::Timeout { op_seq: 1, waiting_for } if *waiting_for == [2]
-                ),
-                "expected a timeout that names rank 2, got: {error}"
-            );
-        }
-        members[..2].iter_mut().for_each(|member| check_dead(&mut **member));
+        let result = member.all_reduce_i64(&mut buffer, BRIEF);
+        let took: Duration = started.elapsed();
+        let error = result.expect_err("the last rank never joins");
+        assert!(took >= BRIEF, "a deadline was cut short: {took:?}, {error}");
+        assert!(took < BRIEF + SLACK, "a deadline was missed: {took:?}, {error}");
+        error
+    });
+    for error in &errors {
+        assert!(
+            matches!(
+                error,
+                CollectiveError::Timeout { op_seq: 1, waiting_for } if *waiting_for == [late]
+            ),
+            "expected a timeout that names rank {late}, got: {error}"
+        );
     }
+    check_comes_too_late(&mut *members[late], n);
+    check_over(&mut members);
 }
 
-/// An abort from another thread ends a blocked call within [`SLACK`].
-pub fn an_abort_wakes_a_blocked_call(make_group: &impl Fn(usize) -> Members) {
-    for n in [1, 1_000_000] {
-        let mut members: Members = make_group(2);
-        let member = &mut members[0];
-        let (abort, ledger): (AbortHandle, OpLedger) = (member.abort_handle(), member.ledger());
-        let late: Duration = thread::scope(|scope| {
-            let aborter = scope.spawn(move || {
-                wait_until("rank 0 is in its call", || ledger.read().in_progress);
-                abort.abort("generation revoked");
-                abort.abort("a second reason");
-                Instant::now()
-            });
-            let result = member.all_reduce_i64(&mut vec![1; n], PATIENT);
-            let returned = Instant::now();
-            check_aborted(result, "generation revoked");
-            returned.saturating_duration_since(aborter.join().expect("the aborter only aborts"))
-        });
-        assert!(late < SLACK, "an abort took {late:?}");
-        check_dead(&mut **member);
-    }
+/// An abort from another thread ends a blocked call within [`SLACK`], and the others, blocked in
+/// the same operation, name the rank that it cut off.
+pub fn an_abort_wakes_a_blocked_call(
+    make_group: &impl Fn(usize) -> Members,
+    world: usize,
+    n: usize,
+) {
+    // The last rank never joins, so nobody can complete; the one before is cut off in the middle.
+    let mut members: Members = make_group(world);
+    let (late, cut_off) = (world - 1, world - 2);
+    let abort: AbortHandle = members[cut_off].abort_handle();
+    let mut errors = interrupted(
+        &mut members[..late],
+        |member| member.all_reduce_i64(&mut vec![1; n], PATIENT),
+        move || {
+            abort.abort("generation revoked");
+            abort.abort("a second reason");
+        },
+    );
+    check_aborted(Err(errors.pop().expect("one rank at least ran")), "generation revoked");
+    check_lost(&errors, cut_off);
+    check_comes_too_late(&mut *members[late], n);
+    check_over(&mut members);
 }
 
 /// An aborted communicator does nothing any more, even alone.
-pub fn an_abort_before_the_call_fails_it(make_group: &impl Fn(usize) -> Members) {
-    for world in [1, 2] {
-        let mut members: Members = make_group(world);
-        for member in &mut members {
-            member.abort_handle().abort("drained");
-            check_aborted(member.barrier(PATIENT), "drained");
-            check_dead(&mut **member);
-        }
-    }
+pub fn an_abort_before_the_call_fails_it(make_group: &impl Fn(usize) -> Members, world: usize) {
+    let mut members: Members = make_group(world);
+    on_each(&mut members, |member| {
+        member.abort_handle().abort("drained");
+        check_aborted(member.barrier(PATIENT), "drained");
+    });
+    check_over(&mut members);
+}
+
+/// After an abort between two operations the rank says so in its next one, and the others name it.
+pub fn an_abort_of_an_idle_rank_is_noticed(make_group: &impl Fn(usize) -> Members, world: usize) {
+    let mut members: Members = make_group(world);
+    on_each(&mut members, |member| member.barrier(PATIENT).expect("no fault was injected"));
+    members[0].abort_handle().abort("drained");
+    let started = Instant::now();
+    let errors = on_each(&mut members, |member| {
+        member.all_reduce_i64(&mut [1; 1_000], PATIENT).expect_err("rank 0 was aborted")
+    });
+    let took: Duration = started.elapsed();
+    assert!(took < SLACK, "an abort was noticed after {took:?}");
+    check_aborted(Err(errors[0].clone()), "drained");
+    check_lost(&errors[1..], 0);
+    check_over(&mut members);
 }
 
 /// When a peer leaves while others wait in an operation, they name it.
-pub fn a_departed_peer_is_named(make_group: &impl Fn(usize) -> Members) {
-    let mut members: Members = make_group(3);
-    let leaver = members.pop().expect("the group has three members");
-    let ledgers: Vec<OpLedger> = members.iter().map(|member| member.ledger()).collect();
-    let errors = thread::scope(|scope| {
-        scope.spawn(move || {
-            let all_entered = || ledgers.iter().all(|ledger| ledger.read().in_progress);
-            wait_until("both ranks are in their call", all_entered);
-            drop(leaver);
-        });
-        on_each(&mut members, |member| {
-            member.all_reduce_f32(&mut vec![1.0; 500_000], PATIENT).expect_err("rank 2 left")
-        })
-    });
-    check_lost(&errors, 2);
-    members.iter_mut().for_each(|member| check_dead(&mut **member));
+pub fn a_departed_peer_is_named(make_group: &impl Fn(usize) -> Members, world: usize) {
+    let mut members: Members = make_group(world);
+    let leaver = members.pop().expect("the group has members");
+    let errors = interrupted(
+        &mut members,
+        |member| member.all_reduce_f32(&mut vec![1.0; 500_000], PATIENT),
+        move || drop(leaver),
+    );
+    check_lost(&errors, world - 1);
+    check_over(&mut members);
 }
 
-/// When a peer dies with an operation half done, the others name it.
-pub fn a_peer_that_dies_inside_an_operation_is_named(make_group: &impl Fn(usize) -> Members) {
-    // Rank 2 never joins, so nobody can complete; rank 1 is cut off in the middle.
-    let mut members: Members = make_group(3);
-    let ledgers: Vec<OpLedger> = members[..2].iter().map(|member| member.ledger()).collect();
-    let abort: AbortHandle = members[1].abort_handle();
-    let mut errors = thread::scope(|scope| {
-        scope.spawn(move || {
-            let all_entered = || ledgers.iter().all(|ledger| ledger.read().in_progress);
-            wait_until("both ranks are in their call", all_entered);
-            abort.abort("killed by the test");
-        });
-        on_each(&mut members[..2], |member| {
-            member.all_reduce_i64(&mut vec![1; 500_000], PATIENT).expect_err("rank 1 died")
-        })
+/// Buffers of different lengths, one for each rank, fail on every rank, with both sizes.
+pub fn different_lengths_are_detected(make_group: &impl Fn(usize) -> Members, lengths: &[usize]) {
+    let mut members: Members = make_group(lengths.len());
+    let errors = on_each(&mut members, |member| {
+        let n: usize = lengths[member.rank()];
+        member.all_reduce_i64(&mut vec![1; n], PATIENT).expect_err("the lengths differ")
     });
-    check_aborted(Err(errors.pop().expect("two ranks ran")), "killed by the test");
-    check_lost(&errors, 1);
-}
-
-/// Buffers of different lengths fail on every rank, with both sizes.
-pub fn different_lengths_are_detected(make_group: &impl Fn(usize) -> Members) {
-    for lengths in [[5, 5, 6], [0, 1, 1], [100_000, 400_000, 400_000]] {
-        let mut members: Members = make_group(3);
-        let errors = on_each(&mut members, |member| {
-            let n: usize = lengths[member.rank()];
-            member.all_reduce_i64(&mut vec![1; n], PATIENT).expect_err("the lengths differ")
-        });
-        for (rank, error) in errors.iter().enumerate() {
-            let CollectiveError::Mismatch { rank: other, ours, theirs } = error else {
-                panic!("expected a mismatch, got: {error}");
-            };
-            assert_eq!(ours.bytes, 8 * lengths[rank] as u64);
-            assert_eq!(theirs.bytes, 8 * lengths[*other] as u64);
-        }
-        members.iter_mut().for_each(|member| check_dead(&mut **member));
+    for (rank, error) in errors.iter().enumerate() {
+        let CollectiveError::Mismatch { rank: other, ours, theirs } = error else {
+            panic!("expected a mismatch, got: {error}");
+        };
+        assert_eq!(ours.bytes, 8 * lengths[rank] as u64);
+        assert_eq!(theirs.bytes, 8 * lengths[*other] as u64);
     }
+    check_over(&mut members);
 }
 
 /// Different operations, and broadcasts from different roots, fail on every rank.
-pub fn different_kinds_are_detected(make_group: &impl Fn(usize) -> Members) {
-    let mut members: Members = make_group(2);
+pub fn different_kinds_are_detected(make_group: &impl Fn(usize) -> Members, world: usize) {
+    let mut members: Members = make_group(world);
     let errors = on_each(&mut members, |member| match member.rank() {
         0 => member.all_reduce_i64(&mut [1, 2], PATIENT).expect_err("the kinds differ"),
         _ => member.all_reduce_f32(&mut [1.0; 4], PATIENT).expect_err("the kinds differ"),
     });
     check_mismatch(&errors);
-    let mut members: Members = make_group(2);
+    check_over(&mut members);
+    let mut members: Members = make_group(world);
     let errors = on_each(&mut members, |member| {
         let root: usize = member.rank();
         member.broadcast(root, &mut [0; 9], PATIENT).expect_err("the roots differ")
     });
     check_mismatch(&errors);
+    check_over(&mut members);
 }
 
 /// The ledger counts operations from 1 and keeps a failed one in progress.
-pub fn the_ledger_follows(make_group: &impl Fn(usize) -> Members) {
-    for world in [1, 2] {
-        let mut members: Members = make_group(world);
-        let results = on_each(&mut members, |member| {
-            let ledger: OpLedger = member.ledger();
-            let read = || (ledger.read().op_seq, ledger.read().in_progress);
-            assert_eq!(read(), (0, false));
-            member.barrier(PATIENT)?;
-            assert_eq!(read(), (1, false));
-            member.all_reduce_i64(&mut [1], PATIENT)?;
-            assert_eq!(read(), (2, false));
-            member.abort_handle().abort("the test is over");
-            check_aborted(member.barrier(PATIENT), "the test is over");
-            assert_eq!(read(), (3, true));
-            Ok::<(), CollectiveError>(())
-        });
-        results.into_iter().for_each(|result| result.expect("no fault was injected"));
-    }
+pub fn the_ledger_follows(make_group: &impl Fn(usize) -> Members, world: usize) {
+    let mut members: Members = make_group(world);
+    let read = |ledger: &OpLedger| (ledger.read().op_seq, ledger.read().in_progress);
+    let results = on_each(&mut members, |member| {
+        let ledger: OpLedger = member.ledger();
+        assert_eq!(read(&ledger), (0, false));
+        member.barrier(PATIENT)?;
+        assert_eq!(read(&ledger), (1, false));
+        member.all_reduce_i64(&mut [1], PATIENT)?;
+        assert_eq!(read(&ledger), (2, false));
+        Ok::<(), CollectiveError>(())
+    });
+    results.into_iter().for_each(|result| result.expect("no fault was injected"));
+    // Only once all are through: an abort may cut off a peer that is still in the operation.
+    on_each(&mut members, |member| {
+        member.abort_handle().abort("the test is over");
+        check_aborted(member.barrier(PATIENT), "the test is over");
+        assert_eq!(read(&member.ledger()), (3, true));
+    });
+    check_over(&mut members);
 }
 
 /// Where the implementation says so, calls come from one thread and then from another.
@@ -323,6 +346,33 @@ pub fn on_each<T: Send>(
     })
 }
 
+/// Runs an operation that cannot complete on all `members`, and `event` once all are in it.
+///
+/// Returns their errors, which have to come within [`SLACK`] of the event.
+fn interrupted(
+    members: &mut [Box<dyn Collective>],
+    operation: impl Fn(&mut dyn Collective) -> Result<(), CollectiveError> + Sync,
+    event: impl FnOnce() + Send,
+) -> Vec<CollectiveError> {
+    let ledgers: Vec<OpLedger> = members.iter().map(|member| member.ledger()).collect();
+    thread::scope(|scope| {
+        let happens = scope.spawn(move || {
+            let all_entered = || ledgers.iter().all(|ledger| ledger.read().in_progress);
+            wait_until("all ranks are in their call", all_entered);
+            event();
+            Instant::now()
+        });
+        let errors = on_each(members, |member| {
+            operation(member).expect_err("the operation cannot complete")
+        });
+        let returned = Instant::now();
+        let happened: Instant = happens.join().expect("the event does not panic");
+        let late: Duration = returned.saturating_duration_since(happened);
+        assert!(late < SLACK, "a call returned {late:?} after what ended it");
+        errors
+    })
+}
+
 /// Waits for a condition; panics with `what` if it does not come true.
 pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENT;
@@ -355,6 +405,27 @@ fn check_mismatch(errors: &[CollectiveError]) {
         let is_mismatch = matches!(error, CollectiveError::Mismatch { .. });
         assert!(is_mismatch, "expected a mismatch, got: {error}");
     }
+}
+
+/// Checks that a rank which joins after the others gave up fails within its own deadline.
+fn check_comes_too_late(member: &mut dyn Collective, n: usize) {
+    let started = Instant::now();
+    // It may complete the operation that failed for them, for want of bytes, but not the next.
+    let joined = member.all_reduce_i64(&mut vec![1; n], BRIEF);
+    joined.and_then(|()| member.barrier(BRIEF)).expect_err("the others gave up");
+    let took: Duration = started.elapsed();
+    assert!(took < 2 * BRIEF + SLACK, "a rank that came too late waited for {took:?}");
+}
+
+/// Checks that all members are dead, and that each can be left and stays dead.
+fn check_over(members: &mut [Box<dyn Collective>]) {
+    on_each(members, |member| {
+        check_dead(member);
+        let started = Instant::now();
+        member.leave().expect("a dead communicator lets go");
+        assert!(started.elapsed() < SLACK, "leaving blocked");
+        check_dead(member);
+    });
 }
 
 /// Checks that every call of a failed communicator repeats the first fault at once.

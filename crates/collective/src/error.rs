@@ -7,11 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lacuna_cuda::CudaError;
-use lacuna_nccl::{NcclError, ResultCode};
-
-/// When a call of NCCL is no longer taken for a slow one: it mostly takes milliseconds, and the
-/// first one of a process seconds. One that is stuck keeps others out of NCCL too.
-pub(crate) const BLOCKED_FOR_GOOD: Duration = Duration::from_secs(10);
+use lacuna_nccl::{Library, NcclError, ResultCode};
 
 /// A listener that could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -187,7 +183,7 @@ impl CollectiveError {
         match self {
             Self::Stuck { .. } | Self::Device { .. } => true,
             Self::Nccl { source, .. } => source.code() == Some(ResultCode::UnhandledCudaError),
-            Self::Blocked { waited, .. } => *waited >= BLOCKED_FOR_GOOD,
+            Self::Blocked { waited, .. } => *waited >= Library::STUCK_FOR_GOOD,
             _ => false,
         }
     }

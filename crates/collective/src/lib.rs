@@ -20,7 +20,7 @@
 //!
 //! Start reading at `traits.rs` (the contract), then `exchange.rs` (how bytes move) and `link.rs`
 //! (through what), `form.rs`, `handshake.rs` and `share.rs` (how a group forms), and `nccl.rs` with
-//! `nccl/keeper.rs` (what ends its calls). `conformance.rs` is the contract as tests.
+//! `nccl/setup.rs` (what it needs). `conformance.rs` is the contract as tests.
 
 #[cfg(target_endian = "big")]
 compile_error!("elements travel as native bytes, which the wire format fixes to little-endian");

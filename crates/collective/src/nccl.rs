@@ -8,20 +8,19 @@
 //! connections tell who went.
 //!
 //! # Rules
-//! - One thread calls NCCL: the one that owns the value. What makes a communicator, and aborts, run
-//!   on threads of their own.
+//! - One thread calls NCCL: the one that owns the value. What makes a communicator, with the buffers
+//!   beside it, and aborts run on threads of their own.
 //! - Communicators are non-blocking. Every wait asks the event, NCCL's asynchronous error, the
 //!   abort handle, the connections and the clock; none is a bare synchronisation.
-//! - A call of NCCL that does not return by its deadline is ended by an abort (`keeper.rs`). Before
-//!   there is a communicator there is nothing to abort: then the call is given up, and stays on its
-//!   thread ([`CollectiveError::Blocked`]). One that not even an abort frees keeps the owner's
-//!   thread: then somebody else must kill the process.
+//! - A call of NCCL that does not return by its deadline is ended by an abort
+//!   ([`Communicator::until`]). Before there is a communicator there is nothing to abort: then the
+//!   call is given up, and stays on its thread ([`CollectiveError::Blocked`]). One that not even an
+//!   abort frees keeps the owner's thread: then somebody else must kill the process.
 //! - After any fault the communicator is aborted, never finalised. What an aborted operation wrote
 //!   is garbage, although its stream looks fine: results are read only if no abort came before.
 //! - An abort that does not return ([`CollectiveError::Stuck`]) costs the process: buffers that a
 //!   device may still write are leaked, not freed.
 
-mod keeper;
 mod setup;
 mod staging;
 
@@ -33,12 +32,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lacuna_cuda::{DeviceBuffer, Stream};
+use lacuna_cuda::{CudaError, DeviceBuffer, Stream};
 use lacuna_nccl::{
-    Aborter, Communicator, DataType, NcclError, Progress, ReduceOp, ResultCode, UniqueId,
+    Aborter, CommConfig, Communicator, DataType, NcclError, Progress, ReduceOp, ResultCode, Seat,
+    StartError, UniqueId,
 };
 
-use keeper::{Keeper, Limit, Seat, draw_id};
 pub use setup::{NcclSetup, SetupError};
 use staging::Staging;
 
@@ -63,7 +62,6 @@ pub struct NcclCollective {
     mesh: TcpCollective,
     comm: Communicator,
     aborter: Aborter,
-    keeper: Keeper,
     abort: AbortHandle,
     /// None once it was leaked: an abort did not return.
     staging: Option<Staging>,
@@ -88,21 +86,21 @@ impl NcclCollective {
         let mut mesh = TcpCollective::connect(listener, group, abort.clone(), deadline)?;
         let device = |source| CollectiveError::Device { op_seq: 0, source };
         setup.device.make_current().map_err(device)?;
-        let place: String = setup.place().map_err(device)?;
-        refuse_shared_device(&mut mesh, &place, left())?;
-        let limit = Limit { end, abort: &abort };
-        let id: UniqueId = share_id(&mut mesh, setup, limit)?;
-        let staging = Staging::new(&setup.device).map_err(device)?;
+        refuse_shared_device(&mut mesh, &setup.place, left())?;
+        let id: UniqueId = share_id(&mut mesh, setup, &abort, end)?;
         let seat = Seat { id, world: group.members.len(), rank: group.rank };
-        let (keeper, comm) = match Keeper::start(setup, seat, limit) {
-            Ok(started) => started,
-            Err(fault) => return Err(leaking(staging, fault)),
-        };
+        let there = setup.device.clone();
+        // Not by this thread: where another call of NCCL is stuck, the driver may not answer.
+        let enter = move || there.make_current().and_then(|()| Staging::new(&there));
+        let config = CommConfig::default();
+        let stop = || abort.check().is_err();
+        let started = Communicator::start(&setup.nccl, seat, config, enter, end, stop);
+        let (comm, staging) = started.map_err(|fault| not_started(fault, &abort))?;
         let aborter: Aborter = comm.aborter();
         let hook: Aborter = comm.aborter();
         abort.on_abort(move || hook.begin());
         let staging = Some(staging);
-        let mut collective = Self { mesh, comm, aborter, keeper, abort, staging };
+        let mut collective = Self { mesh, comm, aborter, abort, staging };
         let formed = collective.wait_formed(end);
         // Members whose NCCL does not get ready are named by those whose does.
         let formed = formed.and_then(|()| collective.mesh.barrier(left()));
@@ -114,14 +112,14 @@ impl NcclCollective {
     }
 
     fn wait_formed(&mut self, end: Instant) -> Result<(), CollectiveError> {
-        let _armed = self.keeper.until(end);
+        let _armed = self.comm.until(end);
         let mut watch = Watch::new();
         loop {
             self.abort.check()?;
             match self.comm.poll() {
                 Ok(Progress::Done) => return Ok(()),
                 // Aborted because the time is over, which is what is said then.
-                Err(NcclError::Aborted) if self.keeper.has_rung() => {}
+                Err(NcclError::Aborted) if self.comm.has_rung() => {}
                 Ok(Progress::Going) => {}
                 Err(error) => return Err(self.blame(error)),
             }
@@ -145,13 +143,13 @@ impl NcclCollective {
         let end: Instant = Instant::now() + deadline;
         let Op { kind, root } = op;
         self.mesh.agree(kind, root, buffer.len() as u64, end).map_err(|f| self.give_up(f))?;
-        let armed = self.keeper.until(end);
+        let armed = self.comm.until(end);
         for piece in buffer.chunks_mut(Staging::BYTES) {
             let done = self.piece(piece, end, launch);
             done.map_err(|fault| self.give_up(fault))?;
         }
         drop(armed);
-        if self.keeper.has_rung() {
+        if self.comm.has_rung() {
             // In the last moment: this operation is late, and no other may begin.
             let late = self.timed_out();
             return Err(self.give_up(late));
@@ -205,7 +203,7 @@ impl NcclCollective {
         let Some(staging) = &self.staging else {
             return Err(CollectiveError::Stuck { source: NcclError::Aborted });
         };
-        let armed = self.keeper.until(end);
+        let armed = self.comm.until(end);
         staging.follow(after).map_err(device)?;
         let stream = staging.raw_stream();
         let at = buffer.as_ptr();
@@ -225,7 +223,7 @@ impl NcclCollective {
         drop(armed);
         // An aborted sum looks like a finished one.
         self.abort.check()?;
-        if self.keeper.has_rung() || self.aborter.is_aborted() {
+        if self.comm.has_rung() || self.aborter.is_aborted() {
             return Err(self.blame(NcclError::Aborted));
         }
         Ok(())
@@ -279,7 +277,7 @@ impl NcclCollective {
     /// Finds out what a failure of NCCL means: an abort, a deadline, a member that went, or NCCL
     /// itself.
     fn blame(&self, error: NcclError) -> CollectiveError {
-        if error == NcclError::Aborted && self.keeper.has_rung() {
+        if error == NcclError::Aborted && self.comm.has_rung() {
             return self.abort.check().err().unwrap_or_else(|| self.timed_out());
         }
         let op_seq: u64 = self.mesh.op_seq();
@@ -373,23 +371,42 @@ fn refuse_shared_device(
 fn share_id(
     mesh: &mut TcpCollective,
     setup: &NcclSetup,
-    limit: Limit<'_>,
+    abort: &AbortHandle,
+    end: Instant,
 ) -> Result<UniqueId, CollectiveError> {
     let mut bytes = [0; UniqueId::BYTES];
     if mesh.rank() == 0 {
-        bytes = *draw_id(setup, limit)?.as_bytes();
+        let drawn = setup.nccl.unique_id(end, || abort.check().is_err());
+        bytes = *drawn.map_err(|error| not_begun(error, abort))?.as_bytes();
     }
-    mesh.broadcast(0, &mut bytes, limit.left())?;
+    mesh.broadcast(0, &mut bytes, end.saturating_duration_since(Instant::now()))?;
     Ok(UniqueId::from_bytes(bytes))
 }
 
-/// Drops the buffers of a communicator that did not start, or leaks them: where NCCL is still in a
-/// call it may hold the driver, and freeing would wait for that.
-fn leaking(staging: Staging, fault: CollectiveError) -> CollectiveError {
-    if matches!(fault, CollectiveError::Blocked { .. } | CollectiveError::Aborted { .. }) {
-        std::mem::forget(staging);
+fn not_started(fault: StartError<CudaError>, abort: &AbortHandle) -> CollectiveError {
+    match fault {
+        StartError::Enter(source) => CollectiveError::Device { op_seq: 0, source },
+        StartError::Nccl(error) => not_begun(error, abort),
     }
-    fault
+}
+
+/// Says what a call before there is a communicator failed by.
+fn not_begun(error: NcclError, abort: &AbortHandle) -> CollectiveError {
+    match error {
+        NcclError::Blocked { call, waited } => CollectiveError::Blocked { call, waited },
+        // Members took all the time to come.
+        NcclError::Timeout { .. } => {
+            CollectiveError::Timeout { op_seq: 0, waiting_for: Vec::new() }
+        }
+        NcclError::Thread { reason } => {
+            let source = Arc::new(io::Error::other(reason));
+            CollectiveError::Local { action: "start a thread for NCCL", source }
+        }
+        error => {
+            let nccl = || CollectiveError::Nccl { op_seq: 0, source: error };
+            abort.check().err().unwrap_or_else(nccl)
+        }
+    }
 }
 
 impl Collective for NcclCollective {
@@ -476,10 +493,7 @@ impl Collective for NcclCollective {
                 Err(stuck)
             }
             // NCCL let go, and complained: the next communicator shows whether it matters.
-            Ok(()) | Err(_) => {
-                self.keeper.end();
-                self.mesh.leave()
-            }
+            Ok(()) | Err(_) => self.mesh.leave(),
         }
     }
 

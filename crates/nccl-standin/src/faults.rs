@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::cuda;
@@ -14,6 +14,10 @@ pub struct Faults {
     pub init: Option<Init>,
     /// By number of the operation, from 1.
     pub operations: BTreeMap<u64, Operation>,
+    /// By number of the operation within groups of calls, from 1: that call blocks.
+    pub grouped: Option<u64>,
+    pub finalize: Option<Finalize>,
+    pub destroy_hangs: bool,
     pub abort: Option<Abort>,
     once: bool,
 }
@@ -33,6 +37,12 @@ pub enum Operation {
     Hangs,
     Fails(c_int),
     DeviceLost,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finalize {
+    Hangs,
+    Blocks,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +79,22 @@ impl Faults {
                 }
                 ("init-blocks", None, None) => {
                     faults.init = Some(Init::Blocks);
+                    continue;
+                }
+                ("group-blocks", Some(number), None) => {
+                    faults.grouped = Some(number);
+                    continue;
+                }
+                ("finalize-hangs", None, None) => {
+                    faults.finalize = Some(Finalize::Hangs);
+                    continue;
+                }
+                ("finalize-blocks", None, None) => {
+                    faults.finalize = Some(Finalize::Blocks);
+                    continue;
+                }
+                ("destroy-hangs", None, None) => {
+                    faults.destroy_hangs = true;
                     continue;
                 }
                 ("abort-hangs", None, None) => {
@@ -141,6 +167,19 @@ pub unsafe extern "C" fn lacuna_standin_inject(list: *const c_char) -> bool {
     locked(&INJECTED).insert(number, faults);
     NEXT.set(number);
     true
+}
+
+/// How every drawing of an id goes: 0 well, below 0 it never returns, else it fails with that code.
+static ID_FAULT: AtomicI32 = AtomicI32::new(0);
+
+/// Sets how every drawing of an id goes.
+#[unsafe(no_mangle)]
+pub extern "C" fn lacuna_standin_id_fault(code: c_int) {
+    ID_FAULT.store(code, Ordering::Release);
+}
+
+pub fn of_ids() -> c_int {
+    ID_FAULT.load(Ordering::Acquire)
 }
 
 /// Something that hangs on a device, as long as this value lives.

@@ -31,11 +31,17 @@
 //! | `op-hangs@N` | operation N never completes on its stream |
 //! | `op-fails@N=CODE` | operation N fails in the background |
 //! | `device-lost@N` | the device reports an illegal address from operation N on, for good |
+//! | `group-blocks@N` | the Nth call of an operation inside groups does not return before an abort |
+//! | `finalize-hangs` | closing never comes to its end in the background |
+//! | `finalize-blocks` | `ncclCommFinalize` does not return before an abort |
+//! | `destroy-hangs` | `ncclCommDestroy` does not return |
 //! | `abort-hangs` | `ncclCommAbort` does not return |
 //! | `abort-error=CODE` | `ncclCommAbort` returns an error |
 //! | `once` | the list holds for the first communicator of the process only |
 //!
 //! [`hanging`] tells that something hangs or blocks.
+//!
+//! Drawing an id belongs to no device: [`id_fault`] makes a whole copy of the library fail there.
 //!
 //! Other variables: `LACUNA_STANDIN_DEVICES` (number, 64), `LACUNA_STANDIN_MEMORY` (bytes of each
 //! device, 4 GiB), `LACUNA_STANDIN_NCCL` (version code, 22809) and `NCCL_HOSTID`: two ranks on one
@@ -49,8 +55,8 @@ mod net;
 mod run;
 mod stream;
 
-use std::ffi::{CString, c_char};
-use std::path::PathBuf;
+use std::ffi::{CString, c_char, c_int};
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 const FILE: &str = "liblacuna_nccl_standin.so";
@@ -81,6 +87,21 @@ pub fn inject(list: &str) {
         inject(list.as_ptr())
     };
     assert!(accepted, "{list:?} is not a list of faults");
+}
+
+/// Makes every drawing of an id fail with a code of NCCL's, or never return, with the library at
+/// `copy`: a copy of the one at [`path`], since all tests of a process share that one.
+///
+/// # Panics
+/// If there is no such library.
+pub fn id_fault(copy: &Path, code: Option<i32>) {
+    // SAFETY: the library is this crate's, and the symbol has the named type.
+    unsafe {
+        let library = libloading::Library::new(copy).expect("the copy loads");
+        let symbol = library.get::<unsafe extern "C" fn(c_int)>("lacuna_standin_id_fault");
+        symbol.expect("the library is this crate's")(code.unwrap_or(-1));
+        std::mem::forget(library);
+    }
 }
 
 /// Returns how many calls and operations hang on a device by a fault, with the library at [`path`].

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::cuda;
-use crate::faults::{Abort, Faults, Hang, Init, Operation as Fault};
+use crate::faults::{self, Abort, Faults, Finalize, Hang, Init, Operation as Fault};
 use crate::net::{Lost, Member, Mesh, draw_id};
 use crate::run::{Data, Kind, Operation, Place, Reduce};
 use crate::stream::Stream;
@@ -57,6 +57,8 @@ struct Comm {
     mesh: OnceLock<Mesh>,
     faults: Faults,
     n_operations: AtomicU64,
+    n_grouped: AtomicU64,
+    revoked: AtomicBool,
     in_flight: AtomicUsize,
     busy_until: Mutex<Option<Instant>>,
     forming: AtomicBool,
@@ -66,7 +68,7 @@ static COMMS: LazyLock<Mutex<HashMap<usize, Arc<Comm>>>> = LazyLock::new(Mutex::
 
 thread_local! {
     static GROUP_DEPTH: Cell<usize> = const { Cell::new(0) };
-    static GROUP: RefCell<Vec<(usize, usize, Operation)>> = const { RefCell::new(Vec::new()) };
+    static GROUP: RefCell<Vec<(Arc<Comm>, usize, Operation)>> = const { RefCell::new(Vec::new()) };
     /// Words on this thread's last failure without a communicator. The original has one text for a
     /// process; here a test does not read another's.
     static LAST_WORDS: Cell<&'static CStr> = const { Cell::new(c"") };
@@ -202,6 +204,13 @@ pub unsafe extern "C" fn ncclGetVersion(version: *mut c_int) -> c_int {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclGetUniqueId(id: *mut UniqueId) -> c_int {
+    match faults::of_ids() {
+        0 => {}
+        code if code > 0 => return fail(code, c"injected: no id"),
+        _ => loop {
+            thread::park();
+        },
+    }
     match draw_id() {
         Ok(internal) => {
             // SAFETY: the caller passes a live id.
@@ -271,6 +280,8 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
         mesh: OnceLock::new(),
         faults,
         n_operations: AtomicU64::new(0),
+        n_grouped: AtomicU64::new(0),
+        revoked: AtomicBool::new(false),
         in_flight: AtomicUsize::new(0),
         busy_until: Mutex::new(None),
         forming: AtomicBool::new(true),
@@ -331,10 +342,17 @@ fn release(handle: Handle, comm: &Comm) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommFinalize(handle: Handle) -> c_int {
     let comm: Arc<Comm> = comm(handle, "ncclCommFinalize");
-    if comm.seen() != SUCCESS {
+    if comm.seen() != SUCCESS || comm.revoked.load(Ordering::Acquire) {
         return INVALID_ARGUMENT;
     }
+    if comm.faults.finalize == Some(Finalize::Blocks) {
+        comm.hang();
+        return SUCCESS;
+    }
     comm.state.store(IN_PROGRESS, Ordering::Release);
+    if comm.faults.finalize == Some(Finalize::Hangs) {
+        return IN_PROGRESS;
+    }
     thread::spawn(move || {
         while comm.in_flight.load(Ordering::Acquire) > 0 && !comm.is_aborted() {
             thread::sleep(TICK);
@@ -348,6 +366,9 @@ pub unsafe extern "C" fn ncclCommFinalize(handle: Handle) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommDestroy(handle: Handle) -> c_int {
     let comm: Arc<Comm> = comm(handle, "ncclCommDestroy");
+    if comm.faults.destroy_hangs {
+        block(comm.device);
+    }
     release(handle, &comm);
     SUCCESS
 }
@@ -355,8 +376,19 @@ pub unsafe extern "C" fn ncclCommDestroy(handle: Handle) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommRevoke(handle: Handle, _flags: c_int) -> c_int {
     let comm: Arc<Comm> = comm(handle, "ncclCommRevoke");
+    if comm.revoked.swap(true, Ordering::AcqRel) {
+        return INVALID_USAGE;
+    }
     comm.abort.store(true, Ordering::Release);
-    SUCCESS
+    comm.state.store(IN_PROGRESS, Ordering::Release);
+    thread::spawn(move || {
+        while comm.in_flight.load(Ordering::Acquire) > 0 {
+            thread::sleep(TICK);
+        }
+        let _ =
+            comm.state.compare_exchange(IN_PROGRESS, SUCCESS, Ordering::AcqRel, Ordering::Acquire);
+    });
+    IN_PROGRESS
 }
 
 /// There to be found by its name, like the next one.
@@ -404,8 +436,15 @@ pub unsafe extern "C" fn ncclGroupEnd() -> c_int {
     // All sends first: nothing in a group waits for something else of it to start.
     operations.sort_by_key(|(.., operation)| !matches!(operation.kind, Kind::Send { .. }));
     let mut result: c_int = SUCCESS;
-    for (handle, stream, operation) in operations {
-        let code = start(handle as Handle, stream as Handle, operation, "ncclGroupEnd");
+    for (comm, stream, operation) in operations {
+        if !comms().values().any(|live| Arc::ptr_eq(live, &comm)) {
+            misuse("ncclGroupEnd with an operation of a communicator that is not live");
+        }
+        let code = start(&comm, stream as Handle, operation);
+        if comm.is_aborted() {
+            // The call was stuck, and an abort freed it.
+            return SUCCESS;
+        }
         result = if code == SUCCESS { result } else { code };
     }
     result
@@ -413,15 +452,23 @@ pub unsafe extern "C" fn ncclGroupEnd() -> c_int {
 
 /// Takes an operation: into the thread's group if there is one, else onto its stream.
 fn take(handle: Handle, stream: Handle, operation: Operation, call: &str) -> c_int {
+    let comm: Arc<Comm> = comm(handle, call);
     if GROUP_DEPTH.get() == 0 {
-        return start(handle, stream, operation, call);
+        return start(&comm, stream, operation);
     }
-    GROUP.with_borrow_mut(|group| group.push((handle as usize, stream as usize, operation)));
+    let number: u64 = comm.n_grouped.fetch_add(1, Ordering::AcqRel) + 1;
+    if comm.faults.grouped == Some(number) {
+        comm.hang();
+        return SUCCESS;
+    }
+    GROUP.with_borrow_mut(|group| group.push((comm, stream as usize, operation)));
     SUCCESS
 }
 
-fn start(handle: Handle, stream: Handle, operation: Operation, call: &str) -> c_int {
-    let comm: Arc<Comm> = comm(handle, call);
+fn start(comm: &Arc<Comm>, stream: Handle, operation: Operation) -> c_int {
+    if comm.revoked.load(Ordering::Acquire) {
+        return INVALID_USAGE;
+    }
     match comm.state.load(Ordering::Acquire) {
         SUCCESS => {}
         IN_PROGRESS => return INVALID_ARGUMENT,
@@ -443,7 +490,7 @@ fn start(handle: Handle, stream: Handle, operation: Operation, call: &str) -> c_
         _ => {}
     }
     comm.in_flight.fetch_add(1, Ordering::AcqRel);
-    let running: Arc<Comm> = Arc::clone(&comm);
+    let running: Arc<Comm> = Arc::clone(comm);
     stream.enqueue(move || {
         running.run(number, &operation);
         running.in_flight.fetch_sub(1, Ordering::AcqRel);

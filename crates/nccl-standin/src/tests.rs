@@ -1,4 +1,4 @@
-use crate::faults::{Abort, Faults, Init, Operation};
+use crate::faults::{Abort, Faults, Finalize, Init, Operation};
 use crate::run::{Data, Reduce};
 
 #[test]
@@ -11,11 +11,21 @@ fn faults_are_read() {
     let by_number: Vec<(u64, Operation)> = faults.operations.into_iter().collect();
     let expected = [(1, Operation::Error(2)), (3, Operation::Fails(6)), (9, Operation::Blocks)];
     assert_eq!(by_number, expected);
+    let closing = Faults::parse("group-blocks@2,finalize-hangs,destroy-hangs").expect("a list");
+    assert_eq!((closing.grouped, closing.finalize), (Some(2), Some(Finalize::Hangs)));
+    assert!(closing.destroy_hangs);
     let blocks = Faults::parse("init-blocks").expect("a list");
     assert_eq!(blocks.init, Some(Init::Blocks));
     assert_eq!(Faults::parse(""), Some(Faults::default()));
-    for bad in ["op-fails=6", "op-fails@x=6", "init-hangs@1", "init-blocks=1", "what", "op-error@1"]
-    {
+    for bad in [
+        "op-fails=6",
+        "op-fails@x=6",
+        "init-hangs@1",
+        "init-blocks=1",
+        "what",
+        "op-error@1",
+        "group-blocks",
+    ] {
         assert_eq!(Faults::parse(bad), None, "{bad}");
     }
 }

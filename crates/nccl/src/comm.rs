@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use crate::abort::{Free, Shared};
 use crate::api::{Api, RawComm, RawConfig, RawResult};
+use crate::keeper::{Answer, Armed, ask, hand_over};
 use crate::library::{IN_PROGRESS, SUCCESS};
-use crate::{Aborter, Library, NcclError, UniqueId};
+use crate::{Aborter, Library, NcclError, StartError, UniqueId};
 
 /// First pause between two looks at a communicator; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_micros(20);
@@ -28,10 +29,30 @@ pub enum Progress {
 }
 
 /// Settings of a communicator that a caller may choose; the rest is the library's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CommConfig {
     /// Most thread blocks that an operation uses on the device: fewer leave more to computation.
     pub max_ctas: Option<u32>,
+    /// Longest time of a call that nothing else limits; see [`Communicator::until`].
+    pub call_limit: Duration,
+}
+
+impl Default for CommConfig {
+    /// The library's own number of blocks, and a minute for a call.
+    fn default() -> Self {
+        Self { max_ctas: None, call_limit: Duration::from_secs(60) }
+    }
+}
+
+/// A rank's place in a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seat {
+    /// Names the group; the same for all ranks.
+    pub id: UniqueId,
+    /// Number of ranks.
+    pub world: usize,
+    /// This one, 0-based.
+    pub rank: usize,
 }
 
 impl CommConfig {
@@ -51,7 +72,7 @@ impl CommConfig {
 /// Dropping it starts an abort and does not wait: whoever owns buffers that operations use calls
 /// [`Aborter::abort`] or [`close`](Self::close) before.
 pub struct Communicator {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     world: usize,
     rank: usize,
     /// One thread at a time.
@@ -59,27 +80,53 @@ pub struct Communicator {
 }
 
 impl Communicator {
-    /// Starts to connect this rank to the others and returns at once; [`wait`](Self::wait) or
-    /// [`poll`](Self::poll) say when the communicator can be used.
+    /// Starts to connect this rank to the others; [`wait`](Self::wait) or [`poll`](Self::poll) say
+    /// when the communicator can be used.
     ///
-    /// The device must be current on this thread. All ranks pass the same `id` and `world`. NCCL's
-    /// call mostly returns within milliseconds; where it does not, nothing can end it, and this
-    /// thread lives at least until the communicator can be used or is freed (see the crate's page).
+    /// NCCL's call mostly returns within milliseconds; where it does not, nothing can end it. So it
+    /// runs on a thread of its own, which is left to itself at `deadline` or once `stop` says so.
+    /// The thread runs `enter` first: it makes the device current there, and makes whatever must
+    /// not be made by a caller that cannot wait, since a call of NCCL that is stuck may hold the
+    /// driver. What `enter` made comes with the communicator, or is dropped there, behind it.
     ///
     /// # Errors
-    /// [`NcclError::Call`].
+    /// [`StartError::Enter`], or as [`StartError::Nccl`]: [`NcclError::Call`],
+    /// [`NcclError::Timeout`] where no time is left, [`NcclError::Blocked`],
+    /// [`NcclError::Stopped`], [`NcclError::Blocking`], [`NcclError::Thread`].
     ///
     /// # Panics
-    /// If `rank` is not below `world`, or `world` is beyond the range of a C int.
-    pub fn start(
+    /// If the rank is not below the world, or the world is beyond the range of a C int.
+    pub fn start<T: Send + 'static, E: std::error::Error + Send + 'static>(
         library: &Library,
-        id: &UniqueId,
-        world: usize,
-        rank: usize,
-        config: &CommConfig,
-    ) -> Result<Self, NcclError> {
+        seat: Seat,
+        config: CommConfig,
+        enter: impl FnOnce() -> Result<T, E> + Send + 'static,
+        deadline: Instant,
+        stop: impl Fn() -> bool,
+    ) -> Result<(Self, T), StartError<E>> {
+        let Seat { world, rank, .. } = seat;
         assert!(rank < world, "rank {rank} in a world of {world}");
-        let number = |n: usize| c_int::try_from(n).expect("a world fits a C int");
+        assert!(c_int::try_from(world).is_ok(), "a world of {world} fits no C int");
+        if std::env::var_os("NCCL_COMM_BLOCKING").is_some_and(|value| value == "1") {
+            return Err(NcclError::Blocking.into());
+        }
+        let there: Library = library.clone();
+        let work = move |answer: Answer<Result<(Self, T), StartError<E>>>| {
+            let started = enter().map_err(StartError::Enter).and_then(|made| {
+                let comm = Self::sit_down(&there, seat, config).map_err(StartError::Nccl)?;
+                Ok((comm, made))
+            });
+            hand_over(answer, started, |started| {
+                started.as_ref().ok().map(|(comm, _)| Arc::clone(&comm.shared))
+            });
+        };
+        ask("ncclCommInitRankConfig", library, deadline, stop, work)?
+    }
+
+    /// Makes the call.
+    fn sit_down(library: &Library, seat: Seat, config: CommConfig) -> Result<Self, NcclError> {
+        let Seat { id, world, rank } = seat;
+        let number = |n: usize| c_int::try_from(n).expect("seen before");
         let mut raw_config: RawConfig = config.to_raw();
         let mut raw: RawComm = std::ptr::null_mut();
         // SAFETY: both pointers point to live values; the id came from NCCL or is noise that NCCL
@@ -89,19 +136,27 @@ impl Communicator {
             let init = library.api().comm_init;
             init(&raw mut raw, number(world), id.to_raw(), number(rank), config)
         };
+        let shared = || Arc::new(Shared::new(library.clone(), raw, config.call_limit));
         if raw.is_null() || !matches!(result, SUCCESS | IN_PROGRESS) {
             let failed: NcclError = library.error("ncclCommInitRankConfig", result, raw);
             if !raw.is_null() {
-                Arc::new(Shared::new(library.clone(), raw)).begin(Free::Abort);
+                shared().begin(Free::Abort);
             }
             return Err(failed);
         }
-        Ok(Self::from_raw(library, raw, world, rank))
+        Ok(Self { shared: shared(), world, rank, _not_sync: PhantomData })
     }
 
-    fn from_raw(library: &Library, raw: RawComm, world: usize, rank: usize) -> Self {
-        let shared = Arc::new(Shared::new(library.clone(), raw));
-        Self { shared, world, rank, _not_sync: PhantomData }
+    /// Limits the calls made while the value that is returned lives: where one has not returned at
+    /// `end`, or one begins later than that, an abort ends it, and it fails with
+    /// [`NcclError::Aborted`]. Calls outside take as long as [`CommConfig::call_limit`] each.
+    pub fn until(&self, end: Instant) -> Armed {
+        self.shared.until(end)
+    }
+
+    /// Tells whether a call took too long: then the communicator is aborted.
+    pub fn has_rung(&self) -> bool {
+        self.shared.clock.has_rung()
     }
 
     /// Returns this rank's place in the group, 0-based.
@@ -173,8 +228,11 @@ impl Communicator {
         self.shared.wait(deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// Stops all operations of this communicator, on all ranks. What is left to do with it is to
-    /// free it.
+    /// Stops the operations of this rank's end, and keeps what it holds. It goes on in the
+    /// background; [`poll`](Self::poll) says when it is done. Operations that are enqueued then fail
+    /// with [`ResultCode::InvalidUsage`](crate::ResultCode::InvalidUsage), and so may
+    /// [`close`](Self::close): what is left to do is to abort. Other ranks notice nothing but that
+    /// this one does not go on.
     ///
     /// # Errors
     /// [`NcclError::Unsupported`] before NCCL 2.28.7, and [`NcclError::Call`].

@@ -77,13 +77,24 @@ pub enum NcclError {
         /// What was waited for.
         what: &'static str,
     },
+    /// A call before there is a communicator did not return, and was left to its thread. Calls that
+    /// are made after [`Library::STUCK_FOR_GOOD`](crate::Library::STUCK_FOR_GOOD) are not begun.
+    #[error("`{call}` did not return within {waited:?}")]
+    Blocked {
+        /// The function.
+        call: &'static str,
+        /// How long it was waited for, or for how long another has not returned.
+        waited: Duration,
+    },
     /// The communicator was aborted or closed; what its operations wrote is garbage.
     #[error("the communicator was aborted")]
     Aborted,
-    /// An abort did not return: the process can use neither the communicator nor its buffers any
-    /// more, and should end.
-    #[error("`ncclCommAbort` did not return within {waited:?}")]
+    /// An abort, or the end of closing, did not return: the process can use neither the
+    /// communicator nor its buffers any more, and should end.
+    #[error("`{call}` did not return within {waited:?}")]
     AbortHangs {
+        /// The function.
+        call: &'static str,
         /// How long it was waited for.
         waited: Duration,
     },
@@ -95,12 +106,30 @@ pub enum NcclError {
         /// Version of the library.
         found: Version,
     },
+    /// An abort ended a call inside a group of calls, which stays open on this thread: NCCL would
+    /// take whatever follows here for a part of it. Other threads can go on.
+    #[error("an abort left a group of calls open on this thread")]
+    GroupOpen,
+    /// `NCCL_COMM_BLOCKING` makes calls wait for peers.
+    #[error("`NCCL_COMM_BLOCKING` is set to 1, which makes calls of NCCL wait: unset it")]
+    Blocking,
     /// This machine failed.
     #[error("failed to start a thread: {reason}")]
     Thread {
         /// What the system said.
         reason: String,
     },
+}
+
+/// A communicator that was not started.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StartError<E: std::error::Error + 'static> {
+    /// The thread that starts it could not get ready: what its caller gave it to do failed.
+    #[error("the device is not ready")]
+    Enter(#[source] E),
+    /// NCCL failed.
+    #[error(transparent)]
+    Nccl(#[from] NcclError),
 }
 
 struct Detail<'a>(&'a str);

@@ -4,8 +4,10 @@
 //!   starts where none is installed: [`Library::find`] says what is missing. It takes symbols that
 //!   the process has already (libtorch brings NCCL along) before it opens a file;
 //!   [`Library::open`] takes the file that is named, whatever else there is.
-//! - **It never waits.** Communicators are made with `blocking = 0`. Every call returns with what
-//!   it knows ([`Progress`]), and what waits takes a deadline and a way to stop.
+//! - **Nothing waits without a deadline.** Communicators are made with `blocking = 0`: calls return
+//!   with what they know ([`Progress`]), and what waits takes a deadline and a way to stop. Where
+//!   NCCL itself gets stuck in a call, an abort ends it in time ([`Communicator::until`]); before
+//!   there is a communicator to abort, the call is left to a thread of its own.
 //! - **It can be aborted** at any moment of a communicator's life, from any thread, while another
 //!   thread is inside a call, and the abort itself has a deadline ([`Aborter`]).
 //! - **Every error is a [`Result`]** with NCCL's code and its own last words ([`NcclError`]).
@@ -13,12 +15,15 @@
 //!
 //! ```no_run
 //! # use std::time::{Duration, Instant};
-//! # use lacuna_nccl::{CommConfig, Communicator, DataType, Library, ReduceOp, UniqueId};
-//! # fn f(world: usize, rank: usize, id: UniqueId, buffer: *mut std::ffi::c_void, n: usize,
-//! #      stream: *mut std::ffi::c_void) -> Result<(), Box<dyn std::error::Error>> {
+//! # use lacuna_nccl::{CommConfig, Communicator, DataType, Library, ReduceOp, Seat};
+//! # fn f(seat: Seat, buffer: *mut std::ffi::c_void, n: usize, stream: *mut std::ffi::c_void,
+//! #      make_device_current: fn() -> Result<(), std::io::Error>)
+//! #      -> Result<(), Box<dyn std::error::Error>> {
 //! let library = Library::find(None)?;
 //! let deadline = Instant::now() + Duration::from_secs(30);
-//! let comm = Communicator::start(&library, &id, world, rank, &CommConfig::default())?;
+//! let config = CommConfig::default();
+//! let (comm, ()) =
+//!     Communicator::start(&library, seat, config, make_device_current, deadline, || false)?;
 //! comm.wait(deadline, || false)?;
 //! // SAFETY: `buffer` holds `n` floats on this device until the stream has passed the sum.
 //! unsafe { comm.all_reduce(buffer, buffer, n, DataType::F32, ReduceOp::Sum, stream)? };
@@ -37,17 +42,20 @@
 //!   before reading a result.
 //! - **Calls return at once, unless NCCL itself gets stuck.** An abort frees a call that is. Before
 //!   there is a communicator nothing can be aborted, and drawing an id and starting look for
-//!   networks and set CUDA up. Whoever cannot wait for these two makes them on another thread, and
-//!   leaves it to itself.
+//!   networks and set CUDA up. A call of these two that was given up may hold the driver: freeing
+//!   and allocating device memory may wait for it ([`Library::stuck_for`] tells).
+//! - **The environment counts.** `NCCL_COMM_BLOCKING=1`, there or in NCCL's `nccl.conf`, makes calls
+//!   wait for peers. The variable is refused; by the file it is the deadlines above that hold.
 //! - **After any fault only [`Aborter::abort`] is safe.** Destroying waits for peers. Dropping a
 //!   [`Communicator`] that was not closed aborts it.
 //!
 //! # Threads
 //! A [`Communicator`] may move between threads and is used by one at a time: its type is not
 //! [`Sync`]. Aborters are `Send`, `Sync` and `Clone`. The CUDA device of the communicator must be
-//! current on the thread that makes calls. A thread lives until what its calls started in the
-//! background is done, or an abort has returned: up to NCCL 2.26 the background works in memory of
-//! that thread.
+//! current on the thread that makes calls. Each communicator has a thread beside its owner's, which
+//! made it and keeps its time until it is freed: up to NCCL 2.26 the background works in memory of
+//! that thread. For the same reason an owner's thread lives until what its calls started in the
+//! background is done, or an abort has returned.
 //!
 //! # Safety
 //! The crate cannot know what a device address points to, so operations on buffers are `unsafe`
@@ -55,9 +63,11 @@
 //! communicators is safe.
 //!
 //! # Sources
-//! Signatures and numbers: `nccl.h` of NCCL 2.18 to 2.30. Behaviour of aborts and asynchronous
-//! errors: NCCL's user guide, "Fault Tolerance", and measurements on 2.28.9. Threads: `group.cc` of
-//! 2.18 to 2.30.
+//! Signatures and numbers: `nccl.h` of NCCL 2.18 to 2.30 (<https://github.com/NVIDIA/nccl>).
+//! Behaviour of aborts, revocation and asynchronous errors: NCCL's user guide, "Communicator
+//! Creation and Management Functions" and "Fault Tolerance"
+//! (<https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/>), and measurements on 2.28.9.
+//! Threads: `group.cc` of 2.18 to 2.30.
 //!
 //! Start reading at [`Library`], then [`Communicator`].
 
@@ -65,12 +75,14 @@ mod abort;
 mod api;
 mod comm;
 mod error;
+mod keeper;
 mod library;
 mod operations;
 
 pub use abort::Aborter;
-pub use comm::{CommConfig, Communicator, Progress};
-pub use error::{LoadError, NcclError, ResultCode};
+pub use comm::{CommConfig, Communicator, Progress, Seat};
+pub use error::{LoadError, NcclError, ResultCode, StartError};
+pub use keeper::Armed;
 pub use library::{Capabilities, Library, Origin, UniqueId, Version};
 pub use operations::{Batch, DataType, RawStream, ReduceOp};
 

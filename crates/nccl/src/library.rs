@@ -4,11 +4,13 @@ use std::ffi::{CStr, c_char, c_int};
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use libloading::os::unix::{Library as Handle, RTLD_LOCAL, RTLD_NOW};
 
 use crate::api::{Api, RawComm, RawResult, RawUniqueId, UNIQUE_ID_BYTES};
+use crate::keeper::ask;
 use crate::{LoadError, NcclError, ResultCode};
 
 /// The only name that NVIDIA's packages and wheels ship.
@@ -31,6 +33,8 @@ struct Shared {
     api: Api,
     version: Version,
     origin: Origin,
+    /// Since when calls that were given up have not returned.
+    stuck: Mutex<Vec<Instant>>,
     /// Never closed: NCCL has threads of its own.
     _handle: ManuallyDrop<Handle>,
 }
@@ -171,7 +175,8 @@ impl Library {
         let raw: RawResult = unsafe { (api.get_version)(&raw mut code) };
         let version = Version::from_code(code.unsigned_abs());
         let handle = ManuallyDrop::new(handle);
-        let shared = Shared { api, version, origin: origin.clone(), _handle: handle };
+        let (stuck, origin_of) = (Mutex::default(), origin.clone());
+        let shared = Shared { api, version, origin: origin_of, stuck, _handle: handle };
         let library = Self { shared: Arc::new(shared) };
         if raw != SUCCESS {
             let source: NcclError = library.error("ncclGetVersion", raw, std::ptr::null_mut());
@@ -204,12 +209,42 @@ impl Library {
         }
     }
 
+    /// Time after which a call that was given up is no longer taken for a slow one: such calls
+    /// mostly take milliseconds, and the first one of a process seconds. Others are refused from
+    /// then on.
+    pub const STUCK_FOR_GOOD: Duration = Duration::from_secs(10);
+
+    /// Returns for how long the oldest call that was given up has not returned.
+    pub fn stuck_for(&self) -> Option<Duration> {
+        self.stuck().iter().min().map(Instant::elapsed)
+    }
+
+    pub(crate) fn stuck(&self) -> MutexGuard<'_, Vec<Instant>> {
+        self.shared.stuck.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Draws the id of a new communicator, and starts to wait for its members in the background.
-    /// NCCL looks for a network before it returns, and nothing can end that.
+    ///
+    /// NCCL looks for a network before it returns, and nothing can end that: the call runs on a
+    /// thread of its own, which is left to itself at `deadline` or once `stop` says so.
     ///
     /// # Errors
-    /// [`NcclError::Call`], mostly because no network interface is usable.
-    pub fn unique_id(&self) -> Result<UniqueId, NcclError> {
+    /// [`NcclError::Call`], mostly because no network interface is usable; [`NcclError::Timeout`]
+    /// where no time is left, [`NcclError::Blocked`], [`NcclError::Stopped`],
+    /// [`NcclError::Thread`].
+    pub fn unique_id(
+        &self,
+        deadline: Instant,
+        stop: impl Fn() -> bool,
+    ) -> Result<UniqueId, NcclError> {
+        let library: Self = self.clone();
+        ask("ncclGetUniqueId", self, deadline, stop, move |answer| {
+            // Whoever gave it up does not need it.
+            let _ = answer.give(library.draw());
+        })?
+    }
+
+    fn draw(&self) -> Result<UniqueId, NcclError> {
         let mut id = RawUniqueId { internal: [0; UNIQUE_ID_BYTES] };
         // SAFETY: the argument points to a live id.
         let raw: RawResult = unsafe { (self.api().get_unique_id)(&raw mut id) };

@@ -1,7 +1,9 @@
 //! Operations on device memory.
 
+use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 
+use crate::abort::{Held, Taken};
 use crate::api::{Api, RawComm, RawResult};
 use crate::library::{IN_PROGRESS, SUCCESS};
 use crate::{Communicator, NcclError, Progress};
@@ -134,7 +136,8 @@ impl Communicator {
     /// was not aborted.
     ///
     /// # Errors
-    /// [`NcclError::Call`], [`NcclError::Aborted`].
+    /// [`NcclError::Call`]; [`NcclError::Aborted`], also where the call did not return in time;
+    /// [`NcclError::GroupOpen`].
     pub unsafe fn all_reduce(
         &self,
         from: *const c_void,
@@ -156,7 +159,7 @@ impl Communicator {
     /// See [`all_reduce`](Self::all_reduce).
     ///
     /// # Errors
-    /// [`NcclError::Call`], [`NcclError::Aborted`].
+    /// See [`all_reduce`](Self::all_reduce).
     pub unsafe fn reduce_scatter(
         &self,
         from: *const c_void,
@@ -178,7 +181,7 @@ impl Communicator {
     /// See [`all_reduce`](Self::all_reduce).
     ///
     /// # Errors
-    /// [`NcclError::Call`], [`NcclError::Aborted`].
+    /// See [`all_reduce`](Self::all_reduce).
     pub unsafe fn all_gather(
         &self,
         from: *const c_void,
@@ -199,7 +202,7 @@ impl Communicator {
     /// See [`all_reduce`](Self::all_reduce).
     ///
     /// # Errors
-    /// [`NcclError::Call`], [`NcclError::Aborted`].
+    /// See [`all_reduce`](Self::all_reduce).
     pub unsafe fn broadcast(
         &self,
         from: *const c_void,
@@ -221,31 +224,39 @@ impl Communicator {
     /// See [`all_reduce`](Self::all_reduce), for every buffer of the batch.
     ///
     /// # Errors
-    /// [`NcclError::Call`], [`NcclError::Aborted`].
+    /// [`NcclError::Call`], [`NcclError::Aborted`], [`NcclError::GroupOpen`].
     pub unsafe fn exchange(&self, batch: &Batch, stream: RawStream) -> Result<Progress, NcclError> {
-        let mut failed: &'static str = "ncclGroupEnd";
-        // NCCL keeps a group per thread: the lock is held from its start to its end, so that an
-        // abort does not come in between.
-        self.call_named(&mut failed, |api, comm, failed| {
-            // SAFETY: it takes nothing, and is ended below on the same thread.
-            let started: RawResult = unsafe { (api.group_start)() };
-            if started != SUCCESS {
-                *failed = "ncclGroupStart";
-                return started;
-            }
-            let mut first: RawResult = SUCCESS;
-            for operation in &batch.operations {
-                // SAFETY: by the caller.
-                let result: RawResult = unsafe { operation.issue(api, comm, stream) };
-                if !matches!(result, SUCCESS | IN_PROGRESS) {
-                    (first, *failed) = (result, operation.name());
+        refuse_open_group()?;
+        let held: Held<'_> = self.shared.hold()?;
+        // SAFETY: it takes nothing, and is ended below on the same thread.
+        match held.make(|api, _| unsafe { (api.group_start)() }) {
+            Ok(SUCCESS) => {}
+            Ok(error) => return held.conclude("ncclGroupStart", error),
+            Err(Taken::Before) => return Err(NcclError::Aborted),
+            Err(Taken::During) => return Err(leave_group_open()),
+        }
+        let mut failed: Option<(&'static str, RawResult)> = None;
+        for operation in &batch.operations {
+            // SAFETY: by the caller.
+            match held.make(|api, comm| unsafe { operation.issue(api, comm, stream) }) {
+                Ok(SUCCESS | IN_PROGRESS) => {}
+                Ok(error) => {
+                    failed = Some((operation.name(), error));
                     break;
                 }
+                // The group holds on to what the abort frees, so it cannot be ended.
+                Err(_) => return Err(leave_group_open()),
             }
-            // SAFETY: ends the group that was started above.
-            let ended: RawResult = unsafe { (api.group_end)() };
-            if first == SUCCESS { ended } else { first }
-        })
+        }
+        // SAFETY: ends the group that was started above; the communicator is live.
+        match held.make(|api, _| unsafe { (api.group_end)() }) {
+            Ok(ended) => {
+                let (name, result) = failed.unwrap_or(("ncclGroupEnd", ended));
+                held.conclude(name, result)
+            }
+            Err(Taken::Before) => Err(leave_group_open()),
+            Err(Taken::During) => Err(NcclError::Aborted),
+        }
     }
 
     /// # Safety
@@ -255,24 +266,24 @@ impl Communicator {
         operation: Operation,
         stream: RawStream,
     ) -> Result<Progress, NcclError> {
+        refuse_open_group()?;
         // SAFETY: by the caller.
         self.call(operation.name(), |api, comm| unsafe { operation.issue(api, comm, stream) })
     }
+}
 
-    /// Makes calls that say afterwards which of them failed.
-    fn call_named(
-        &self,
-        name: &mut &'static str,
-        call: impl FnOnce(&Api, RawComm, &mut &'static str) -> RawResult,
-    ) -> Result<Progress, NcclError> {
-        let result = self.call("ncclGroupEnd", |api, comm| call(api, comm, name));
-        result.map_err(|error| match error {
-            NcclError::Call { code, text, detail, .. } => {
-                NcclError::Call { call: name, code, text, detail }
-            }
-            other => other,
-        })
-    }
+thread_local! {
+    /// Whether an abort left a group of calls open on this thread.
+    static GROUP_OPEN: Cell<bool> = const { Cell::new(false) };
+}
+
+fn leave_group_open() -> NcclError {
+    GROUP_OPEN.set(true);
+    NcclError::Aborted
+}
+
+fn refuse_open_group() -> Result<(), NcclError> {
+    if GROUP_OPEN.get() { Err(NcclError::GroupOpen) } else { Ok(()) }
 }
 
 impl Batch {

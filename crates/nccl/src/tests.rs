@@ -1,5 +1,6 @@
 //! Ranks are threads; the library is the stand-in.
 
+mod deadlines;
 mod faults;
 mod group;
 mod loading;
@@ -10,13 +11,26 @@ use std::time::{Duration, Instant};
 
 use lacuna_cuda::{Device, DeviceBuffer, Driver, Event, PinnedBuffer, Stream};
 
-use crate::{CommConfig, Communicator, Library, NcclError, UniqueId};
+use crate::{
+    CommConfig, Communicator, DataType, Library, NcclError, Progress, ReduceOp, Seat, StartError,
+    UniqueId,
+};
 
 /// Deadline of what must succeed: long, because test machines are busy.
 const PATIENT: Duration = Duration::from_secs(60);
 
 fn library() -> Library {
     Library::open(&lacuna_nccl_standin::path()).expect("the stand-in loads")
+}
+
+/// Opens a device; with faults injected on this thread before, they are its first communicator's.
+fn device(ordinal: usize) -> Device {
+    let driver = Driver::load(Some(&lacuna_nccl_standin::path())).expect("the stand-in loads");
+    driver.device(ordinal as u32).expect("it has devices")
+}
+
+fn draw(library: &Library) -> UniqueId {
+    library.unique_id(Instant::now() + PATIENT, || false).expect("loopback works")
 }
 
 /// One rank: a device, a stream, and buffers of both sides.
@@ -35,10 +49,20 @@ impl Rank {
         world: usize,
         rank: usize,
     ) -> Result<Self, NcclError> {
-        let driver = Driver::load(Some(&lacuna_nccl_standin::path())).expect("the stand-in loads");
-        let device: Device = driver.device(rank as u32).expect("it has devices");
+        Self::start_with(library, Seat { id: *id, world, rank }, CommConfig::default())
+    }
+
+    fn start_with(library: &Library, seat: Seat, config: CommConfig) -> Result<Self, NcclError> {
+        let device: Device = device(seat.rank);
+        let there = device.clone();
+        let enter = move || there.make_current();
+        let started =
+            Communicator::start(library, seat, config, enter, Instant::now() + PATIENT, || false);
+        let (comm, ()) = started.map_err(|error| match error {
+            StartError::Nccl(error) => error,
+            StartError::Enter(error) => panic!("the device works: {error}"),
+        })?;
         device.make_current().expect("the device works");
-        let comm = Communicator::start(library, id, world, rank, &CommConfig::default())?;
         Ok(Self {
             comm,
             stream: Stream::new(&device).expect("the device works"),
@@ -85,6 +109,14 @@ impl Rank {
     }
 }
 
+/// Starts a sum of one element.
+fn sum(me: &Rank) -> Result<Progress, NcclError> {
+    let (at, raw) = (me.at(0), me.raw());
+    // SAFETY: the buffer holds one element, and lives as long as `me`, which the tests keep until
+    // the sum has passed or the abort has returned.
+    unsafe { me.comm.all_reduce(at, at, 1, DataType::I64, ReduceOp::Sum, raw) }
+}
+
 fn until(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENT;
     while !condition() {
@@ -96,7 +128,7 @@ fn until(what: &str, condition: impl Fn() -> bool) {
 /// Runs `work` for each rank of a new group, each in its own thread; results in rank order.
 fn on_each<T: Send>(world: usize, work: impl Fn(&Library, &UniqueId, usize) -> T + Sync) -> Vec<T> {
     let library = library();
-    let id = library.unique_id().expect("loopback works");
+    let id = draw(&library);
     let (library, id, work) = (&library, &id, &work);
     thread::scope(|scope| {
         let threads: Vec<_> =

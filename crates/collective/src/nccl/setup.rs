@@ -1,8 +1,6 @@
 //! What a process needs before it can form groups over NCCL.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use lacuna_cuda::{CudaError, Device, Driver};
 use lacuna_nccl::{Library, LoadError};
@@ -12,8 +10,8 @@ use lacuna_nccl::{Library, LoadError};
 pub struct NcclSetup {
     pub(super) nccl: Library,
     pub(super) device: Device,
-    /// Since when calls of NCCL that were given up have not returned.
-    pub(super) stuck: Arc<Mutex<Vec<Instant>>>,
+    /// Names the device among all of a cluster.
+    pub(super) place: String,
 }
 
 /// Why a process cannot use NCCL.
@@ -52,7 +50,8 @@ impl NcclSetup {
         let device: Device =
             Driver::load(cuda).and_then(|driver| driver.device(ordinal)).map_err(failed)?;
         let nccl = nccl.map_or_else(|| Library::find(None), Library::open);
-        Ok(Self { nccl: nccl.map_err(SetupError::Nccl)?, device, stuck: Arc::default() })
+        let place: String = place_of(&device).map_err(failed)?;
+        Ok(Self { nccl: nccl.map_err(SetupError::Nccl)?, device, place })
     }
 
     /// Returns the device.
@@ -60,22 +59,22 @@ impl NcclSetup {
         &self.device
     }
 
-    /// Names the device among all of a cluster: host and place on its bus.
-    ///
-    /// `NCCL_HOSTID` names the host where it is set, as it does for NCCL: so several ranks share a
-    /// card in tests.
-    pub(super) fn place(&self) -> Result<String, CudaError> {
-        let file = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let host = std::env::var("NCCL_HOSTID").unwrap_or_else(|_| {
-            let boot = file("/proc/sys/kernel/random/boot_id");
-            format!("{} (boot {})", file("/proc/sys/kernel/hostname").trim(), boot.trim())
-        });
-        Ok(format!("device {} of host {host}", self.device.bus_id()?))
-    }
-
     /// Describes library and device for people: `NCCL 2.28.9 (this process), cuda0`.
     pub fn describe(&self) -> String {
         let (version, origin) = (self.nccl.version(), self.nccl.origin());
         format!("NCCL {version} ({origin}), cuda{}", self.device.ordinal())
     }
+}
+
+/// Names a device among all of a cluster: host and place on its bus.
+///
+/// `NCCL_HOSTID` names the host where it is set, as it does for NCCL: so several ranks share a card
+/// in tests.
+fn place_of(device: &Device) -> Result<String, CudaError> {
+    let file = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let host = std::env::var("NCCL_HOSTID").unwrap_or_else(|_| {
+        let boot = file("/proc/sys/kernel/random/boot_id");
+        format!("{} (boot {})", file("/proc/sys/kernel/hostname").trim(), boot.trim())
+    });
+    Ok(format!("device {} of host {host}", device.bus_id()?))
 }

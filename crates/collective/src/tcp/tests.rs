@@ -118,6 +118,7 @@ fn memory_is_shared_where_both_ends_want_it() {
 fn conforms_in_worlds_of_six_to_eight() {
     for world in [6, 7, 8] {
         conformance::sums_and_copies(&make_group, world, &[0, 5, 1_009, 400_000]);
+        conformance::failures(&make_group, world);
     }
 }
 

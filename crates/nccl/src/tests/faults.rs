@@ -6,21 +6,13 @@ use std::time::{Duration, Instant};
 
 use lacuna_nccl_standin::inject;
 
-use super::{PATIENT, Rank, library, on_each, until};
-use crate::{DataType, NcclError, Progress, ReduceOp, ResultCode};
+use super::{PATIENT, Rank, library, on_each, sum, until};
+use crate::{CommConfig, Communicator, NcclError, ResultCode, Seat};
 
 /// How long an abort may take here.
 const PROMPT: Duration = Duration::from_secs(2);
 /// Deadline of waits that must end by it.
 const BRIEF: Duration = Duration::from_millis(100);
-
-/// Starts a sum of one element.
-fn sum(me: &Rank) -> Result<Progress, NcclError> {
-    let (at, raw) = (me.at(0), me.raw());
-    // SAFETY: the buffer holds one element, and lives as long as `me`, which the tests keep until
-    // the sum has passed or the abort has returned.
-    unsafe { me.comm.all_reduce(at, at, 1, DataType::I64, ReduceOp::Sum, raw) }
-}
 
 /// Aborts, in time, and checks that nothing works afterwards.
 fn abort(me: &Rank) {
@@ -36,7 +28,7 @@ fn abort(me: &Rank) {
 #[test]
 fn abort_while_forming_with_a_rank_that_never_comes() {
     let library = library();
-    let id = library.unique_id().unwrap();
+    let id = super::draw(&library);
     let me = Rank::start(&library, &id, 2, 0).unwrap();
     let error = me.comm.wait(Instant::now() + BRIEF, || false).expect_err("rank 1 never comes");
     assert!(matches!(error, NcclError::Timeout { .. }), "{error:?}");
@@ -111,7 +103,7 @@ fn an_abort_that_hangs_is_reported_in_time_and_stays_hung() {
         let me = Rank::start(library, id, 1, rank).unwrap().ready().unwrap();
         let started = Instant::now();
         let error = me.comm.aborter().abort(BRIEF).expect_err("it hangs");
-        assert_eq!(error, NcclError::AbortHangs { waited: BRIEF });
+        assert_eq!(error, NcclError::AbortHangs { call: "ncclCommAbort", waited: BRIEF });
         assert!(started.elapsed() < PROMPT);
         assert!(me.comm.aborter().abort(BRIEF).is_err(), "a second one waits for the first");
     });
@@ -156,7 +148,7 @@ fn many_threads_may_abort_at_once() {
 #[test]
 fn failures_while_forming_carry_the_librarys_words() {
     let library = library();
-    let id = library.unique_id().unwrap();
+    let id = super::draw(&library);
     inject("init-error=2");
     let error = Rank::start(&library, &id, 1, 0).err().expect("it fails at once");
     let text = "`ncclCommInitRankConfig` failed: unhandled system error: injected: init error";
@@ -210,10 +202,12 @@ fn a_peer_that_goes_is_a_remote_error_and_the_stream_stays_busy() {
 fn two_ranks_on_one_device_are_refused() {
     let errors = on_each(2, |library, id, rank| {
         // Both take device 0.
-        let driver = lacuna_cuda::Driver::load(Some(&lacuna_nccl_standin::path())).unwrap();
-        driver.device(0).unwrap().make_current().unwrap();
-        let config = crate::CommConfig::default();
-        let comm = crate::Communicator::start(library, id, 2, rank, &config).unwrap();
+        let first = super::device(0);
+        let (seat, config) = (Seat { id: *id, world: 2, rank }, CommConfig::default());
+        let enter = move || first.make_current();
+        let end = Instant::now() + PATIENT;
+        let started = Communicator::start(library, seat, config, enter, end, || false);
+        let (comm, ()) = started.unwrap();
         comm.wait(Instant::now() + PATIENT, || false).expect_err("one device").to_string()
     });
     let expected = "`ncclCommGetAsyncError` failed: invalid usage: Duplicate GPU detected : rank 0 \

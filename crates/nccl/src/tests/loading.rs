@@ -1,10 +1,12 @@
 //! What is said where NCCL is missing, old, or lacks something.
 
 use std::path::Path;
+use std::time::Instant;
 
 use super::{library, on_each};
 use crate::{
-    Capabilities, CommConfig, Communicator, Library, LoadError, NcclError, Origin, Version,
+    Capabilities, CommConfig, Communicator, Library, LoadError, NcclError, Origin, Progress,
+    ResultCode, Seat, StartError, Version,
 };
 
 #[test]
@@ -29,7 +31,7 @@ fn what_a_library_lacks_is_an_error_when_it_is_called() {
     let library = library().without_options();
     let expected = Capabilities { shrink: false, revoke: false, grow: false };
     assert_eq!(library.capabilities(), expected);
-    let id = library.unique_id().unwrap();
+    let id = super::draw(&library);
     let me = super::Rank::start(&library, &id, 1, 0).unwrap().ready().unwrap();
     let error = me.comm.revoke().expect_err("it is not there");
     assert!(matches!(error, NcclError::Unsupported { .. }), "{error:?}");
@@ -69,17 +71,24 @@ fn another_library_is_no_nccl() {
 fn a_newer_function_is_called_where_the_library_has_it() {
     on_each(1, |library, id, rank| {
         let me = super::Rank::start(library, id, 1, rank).unwrap().ready().unwrap();
-        me.comm.revoke().expect("it is there");
+        assert_eq!(me.comm.revoke(), Ok(Progress::Going), "it is there");
+        me.comm.wait(Instant::now() + super::PATIENT, || false).expect("it comes to its end");
+        let invalid = Some(ResultCode::InvalidUsage);
+        assert_eq!(super::sum(&me).expect_err("it is revoked").code(), invalid);
+        me.comm.aborter().abort(super::PATIENT).expect("it can be freed");
     });
 }
 
 #[test]
 fn no_device_is_an_error_and_not_a_crash() {
     let library = library();
-    let id = library.unique_id().unwrap();
-    // No context is current on this thread.
-    let started = Communicator::start(&library, &id, 1, 0, &CommConfig::default());
-    let error = started.expect_err("no device is current");
+    let id = super::draw(&library);
+    // Nothing makes a device current.
+    let (seat, config) = (Seat { id, world: 1, rank: 0 }, CommConfig::default());
+    let enter = || Ok::<(), std::io::Error>(());
+    let end = Instant::now() + super::PATIENT;
+    let error = Communicator::start(&library, seat, config, enter, end, || false);
+    let StartError::Nccl(error) = error.expect_err("no device is current") else { panic!() };
     assert!(matches!(error, NcclError::Call { call: "ncclCommInitRankConfig", .. }), "{error:?}");
     let text = "`ncclCommInitRankConfig` failed: unhandled cuda error: Cuda failure 201 'invalid \
                 device context'";
