@@ -112,16 +112,21 @@ fn a_killed_worker_changes_no_bit_and_comes_back() {
     finished_with(&cluster.wait_end(&run), want);
 }
 
+/// Has a trainer's state on its device.
+const THERE: (&str, &str) = ("LACUNA_FAKE_DEVICE", "1");
+
 /// How an agent logs that a device of its trainer broke.
 const DEVICE_BROKE: &str = "how=\"exit code 74\"";
 
-/// Runs with a sound worker `a` and a broken one `b`, which must not keep `a` from the end.
+/// Runs with a sound worker `a` and a broken one `b`, which must not keep `a` from the end. Both
+/// have their states where `b` has its.
 fn with_broken(name: &str, broken: &[(&str, &str)], look: impl Fn(&Fixture, &Seen)) {
+    let sound: &[(&str, &str)] = if broken.contains(&THERE) { &[THERE] } else { &[] };
     let fixture = fixture();
     let want = undisturbed(&fixture, STEPS);
     let mut cluster = Cluster::start_with(&fixture, &["stall=6s", "quarantine=600s"]);
     let run = submit(&cluster, &fixture, name, "1:2");
-    add(&mut cluster, "a", 1, &[]);
+    add(&mut cluster, "a", 1, sound);
     add(&mut cluster, "b", 1, broken);
     let seen = cluster.wait_end(&run);
     finished_with(&seen, want);
@@ -134,16 +139,20 @@ fn with_broken(name: &str, broken: &[(&str, &str)], look: impl Fn(&Fixture, &See
 
 #[test]
 fn a_lost_device_costs_its_process_and_no_step_of_the_others() {
-    with_broken("lost", &[("LACUNA_STANDIN_FAULTS", "device-lost@20")], |fixture, seen| {
-        let text = seen.text();
-        assert!(text.contains("b:cpu0 is kept out for 600s"), "{text}");
-        let log = log(fixture, "b");
-        assert!(
-            log.contains("CUDA_ERROR_ILLEGAL_ADDRESS") || log.contains("Cuda failure"),
-            "{log}"
-        );
-        assert!(log.contains(DEVICE_BROKE), "{log}");
-    });
+    let lost = ("LACUNA_STANDIN_FAULTS", "device-lost@20");
+    // With the state on the host, and there.
+    for (name, broken) in [("lost", &[lost][..]), ("lost-there", &[lost, THERE][..])] {
+        with_broken(name, broken, |fixture, seen| {
+            let text = seen.text();
+            assert!(text.contains("b:cpu0 is kept out for 600s"), "{text}");
+            let log = log(fixture, "b");
+            assert!(
+                log.contains("CUDA_ERROR_ILLEGAL_ADDRESS") || log.contains("Cuda failure"),
+                "{log}"
+            );
+            assert!(log.contains(DEVICE_BROKE), "{log}");
+        });
+    }
 }
 
 #[test]
@@ -179,8 +188,7 @@ fn memory_that_runs_out_is_named() {
 }
 
 /// A device too small for the engine: nothing of it can be made ready.
-const TOO_SMALL: [(&str, &str); 2] =
-    [("LACUNA_FAKE_DEVICE", "1"), ("LACUNA_STANDIN_MEMORY", "1000")];
+const TOO_SMALL: [(&str, &str); 2] = [THERE, ("LACUNA_STANDIN_MEMORY", "1000")];
 
 /// Before the group forms, where the engine is built: the usual case of a card that is too small.
 #[test]

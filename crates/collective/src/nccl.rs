@@ -8,8 +8,8 @@
 //! connections tell who went.
 //!
 //! # Rules
-//! - One thread calls NCCL: the one that owns the value. What makes a communicator, with the buffers
-//!   beside it, and aborts run on threads of their own.
+//! - One thread calls NCCL: the one that owns the value. What makes a communicator, with the
+//!   buffers beside it, and aborts run on threads of their own.
 //! - Communicators are non-blocking. Every wait asks the event, NCCL's asynchronous error, the
 //!   abort handle, the connections and the clock; none is a bare synchronisation.
 //! - A call of NCCL that does not return by its deadline is ended by an abort

@@ -26,7 +26,7 @@ fn the_kernels_compile_for_all_supported_devices() {
         }
         Err(err) => panic!("{err}"),
     };
-    for name in ["sm_80", "sm_90a", "sm_100"] {
+    for name in ["sm_80", "sm_90", "sm_90a", "sm_100"] {
         let architecture = Architecture::named(name);
         let cubin = compiler.compile("exact.cu", crate::SOURCE, &architecture);
         let cubin = cubin.unwrap_or_else(|err| panic!("{err}"));

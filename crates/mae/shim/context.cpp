@@ -35,6 +35,7 @@ int lacuna_torch_set_flags(int flags) {
     const auto full = at::CuBLASReductionOption::DisallowReducedPrecisionAllowSplitK;
     const bool as_set = context.allowBF16ReductionCuBLAS() == full &&
                         context.deterministicCuDNN() == deterministic &&
+                        !context.deterministicAlgorithmsWarnOnly() &&
                         !context.benchmarkCuDNN() &&
                         !context.deterministicFillUninitializedMemory() &&
                         context.allowTF32CuBLAS() == tf32 && context.allowTF32CuDNN() == tf32;

@@ -221,6 +221,8 @@ impl Report {
         if let Err(err) = context::set_kernels(EXACT) {
             self.add("device.kernels".to_string(), Err(err.into()));
         }
+        self.add("nccl.single".to_string(), attempt(|| nccl::single(&args.transport)));
+        keep(self)?;
         self.add("nccl.pair".to_string(), attempt(|| nccl::pair(&args.transport)));
         Ok(())
     }

@@ -92,6 +92,17 @@ fn everything_passes_on_a_cpu() {
     assert!(stdout.lines().last().unwrap().contains("items passed"), "{stdout}");
 }
 
+/// All other tests here look at processes of their own, so these switches are this one's.
+#[test]
+fn the_switches_that_choose_kernels_are_read_back() {
+    use lacuna_mae::context::{Kernels, kernels, set_kernels};
+    for (deterministic, tf32) in [(true, false), (false, true), (false, false), (true, true)] {
+        let wanted = Kernels { deterministic, tf32 };
+        set_kernels(wanted).expect("libtorch takes them");
+        assert_eq!(kernels(), Some(wanted));
+    }
+}
+
 /// What a machine with a GPU checks beyond that, over a library that stands in for its own.
 #[test]
 fn the_device_half_passes_over_the_stand_in() {
@@ -107,17 +118,18 @@ fn the_device_half_passes_over_the_stand_in() {
         "device.engine.bf16",
         "device.task.f32",
         "device.task.bf16",
+        "nccl.single",
         "nccl.pair",
     ] {
         assert_eq!(item(&file, name)["passed"], true, "{stdout}");
     }
-    let heard = item(&file, "nccl.pair")["detail"]["heard"].as_array().unwrap();
-    let steps: Vec<&str> = heard
-        .iter()
-        .filter(|entry| entry["rank"] == 0)
-        .map(|entry| entry["step"].as_str().unwrap())
-        .collect();
-    assert_eq!(steps, ["formed", "summed", "lost", "left", "reformed"]);
+    let steps = |name: &str| -> Vec<&str> {
+        let heard = item(&file, name)["detail"]["heard"].as_array().unwrap();
+        let of_first = heard.iter().filter(|entry| entry["rank"] == 0);
+        of_first.map(|entry| entry["step"].as_str().unwrap()).collect()
+    };
+    assert_eq!(steps("nccl.single"), ["formed", "summed", "aborted", "left", "reformed"]);
+    assert_eq!(steps("nccl.pair"), ["formed", "summed", "lost", "left", "reformed"]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use crate::faults;
+use crate::faults::{self, wait_for_driver};
 use crate::stream::{Event, Stream};
 
 type Handle = *mut c_void;
@@ -334,6 +334,7 @@ fn free(start: usize) -> Option<usize> {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(start: *mut u64, n_bytes: usize) -> c_int {
     within(|| {
+        current_device().into_iter().for_each(wait_for_driver);
         if n_bytes == 0 {
             return INVALID_VALUE;
         }
@@ -379,6 +380,7 @@ pub unsafe extern "C" fn cuMemHostAlloc(
     _flags: c_uint,
 ) -> c_int {
     within(|| {
+        current_device().into_iter().for_each(wait_for_driver);
         if n_bytes == 0 {
             return INVALID_VALUE;
         }

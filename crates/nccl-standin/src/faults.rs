@@ -1,7 +1,7 @@
 //! What goes wrong, on demand.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, c_char, c_int};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -28,6 +28,8 @@ pub enum Init {
     Fails(c_int),
     Hangs,
     Blocks,
+    /// Blocks, and allocations on its device block with it.
+    HoldsDriver,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +81,10 @@ impl Faults {
                 }
                 ("init-blocks", None, None) => {
                     faults.init = Some(Init::Blocks);
+                    continue;
+                }
+                ("init-holds-driver", None, None) => {
+                    faults.init = Some(Init::HoldsDriver);
                     continue;
                 }
                 ("group-blocks", Some(number), None) => {
@@ -167,6 +173,21 @@ pub unsafe extern "C" fn lacuna_standin_inject(list: *const c_char) -> bool {
     locked(&INJECTED).insert(number, faults);
     NEXT.set(number);
     true
+}
+
+/// Devices whose driver is held by a call that never returns.
+static HELD: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
+
+/// Keeps the driver of a device for good.
+pub fn hold_driver(device: usize) {
+    locked(&HELD).insert(device);
+}
+
+/// Waits for the driver of a device, for ever where it is held.
+pub fn wait_for_driver(device: usize) {
+    while locked(&HELD).contains(&device) {
+        std::thread::park();
+    }
 }
 
 /// How every drawing of an id goes: 0 well, below 0 it never returns, else it fails with that code.

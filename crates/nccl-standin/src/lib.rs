@@ -26,12 +26,13 @@
 //! | `init-fails=CODE` | it fails in the background |
 //! | `init-hangs` | it never becomes ready |
 //! | `init-blocks` | the call that makes it does not return |
+//! | `init-holds-driver` | it does not return, and allocations on its device do not either |
 //! | `op-error@N=CODE` | the call of operation N (from 1) fails |
 //! | `op-blocks@N` | the call of operation N does not return before an abort |
 //! | `op-hangs@N` | operation N never completes on its stream |
 //! | `op-fails@N=CODE` | operation N fails in the background |
 //! | `device-lost@N` | the device reports an illegal address from operation N on, for good |
-//! | `group-blocks@N` | the Nth call of an operation inside groups does not return before an abort |
+//! | `group-blocks@N` | call N of an operation inside groups does not return before an abort |
 //! | `finalize-hangs` | closing never comes to its end in the background |
 //! | `finalize-blocks` | `ncclCommFinalize` does not return before an abort |
 //! | `destroy-hangs` | `ncclCommDestroy` does not return |
@@ -49,6 +50,7 @@
 
 mod cuda;
 mod faults;
+mod group;
 mod kernels;
 mod nccl;
 mod net;

@@ -1,6 +1,6 @@
 //! NCCL's symbols.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
@@ -10,17 +10,18 @@ use std::time::{Duration, Instant};
 
 use crate::cuda;
 use crate::faults::{self, Abort, Faults, Finalize, Hang, Init, Operation as Fault};
+use crate::group::take;
 use crate::net::{Lost, Member, Mesh, draw_id};
 use crate::run::{Data, Kind, Operation, Place, Reduce};
 use crate::stream::Stream;
 
-type Handle = *mut c_void;
+pub type Handle = *mut c_void;
 
-const SUCCESS: c_int = 0;
+pub const SUCCESS: c_int = 0;
 const UNHANDLED_CUDA_ERROR: c_int = 1;
 const SYSTEM_ERROR: c_int = 2;
 const INVALID_ARGUMENT: c_int = 4;
-const INVALID_USAGE: c_int = 5;
+pub const INVALID_USAGE: c_int = 5;
 const REMOTE_ERROR: c_int = 6;
 const IN_PROGRESS: c_int = 7;
 
@@ -46,7 +47,7 @@ pub struct Config {
 }
 
 /// A communicator.
-struct Comm {
+pub struct Comm {
     world: usize,
     rank: usize,
     device: usize,
@@ -55,9 +56,10 @@ struct Comm {
     words: Mutex<CString>,
     abort: AtomicBool,
     mesh: OnceLock<Mesh>,
-    faults: Faults,
+    pub faults: Faults,
     n_operations: AtomicU64,
-    n_grouped: AtomicU64,
+    /// Operations that were put into groups.
+    pub n_grouped: AtomicU64,
     revoked: AtomicBool,
     in_flight: AtomicUsize,
     busy_until: Mutex<Option<Instant>>,
@@ -67,14 +69,12 @@ struct Comm {
 static COMMS: LazyLock<Mutex<HashMap<usize, Arc<Comm>>>> = LazyLock::new(Mutex::default);
 
 thread_local! {
-    static GROUP_DEPTH: Cell<usize> = const { Cell::new(0) };
-    static GROUP: RefCell<Vec<(Arc<Comm>, usize, Operation)>> = const { RefCell::new(Vec::new()) };
     /// Words on this thread's last failure without a communicator. The original has one text for a
     /// process; here a test does not read another's.
     static LAST_WORDS: Cell<&'static CStr> = const { Cell::new(c"") };
 }
 
-fn comms() -> MutexGuard<'static, HashMap<usize, Arc<Comm>>> {
+pub fn comms() -> MutexGuard<'static, HashMap<usize, Arc<Comm>>> {
     COMMS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -84,7 +84,7 @@ pub fn misuse(what: &str) -> ! {
     std::process::abort();
 }
 
-fn comm(handle: Handle, call: &str) -> Arc<Comm> {
+pub fn comm(handle: Handle, call: &str) -> Arc<Comm> {
     let found = comms().get(&(handle as usize)).cloned();
     found.unwrap_or_else(|| misuse(&format!("{call} on a communicator that is not live")))
 }
@@ -111,7 +111,7 @@ impl Comm {
         code
     }
 
-    fn is_aborted(&self) -> bool {
+    pub fn is_aborted(&self) -> bool {
         self.abort.load(Ordering::Acquire)
     }
 
@@ -135,7 +135,7 @@ impl Comm {
                 self.hang();
                 return;
             }
-            Some(Init::Error(_) | Init::Blocks) | None => {}
+            Some(Init::Error(_) | Init::Blocks | Init::HoldsDriver) | None => {}
         }
         let (world, rank, device) = (self.world, self.rank, self.device);
         match Mesh::connect(Member { id, world, rank, device, abort: &self.abort }) {
@@ -159,7 +159,7 @@ impl Comm {
         }
     }
 
-    fn hang(&self) {
+    pub fn hang(&self) {
         let _hang = Hang::on(self.device);
         self.wait_for_abort();
     }
@@ -268,6 +268,10 @@ pub unsafe extern "C" fn ncclCommInitRankConfig(
     match faults.init {
         Some(Init::Error(code)) => return fail(code, c"injected: init error"),
         Some(Init::Blocks) => block(device),
+        Some(Init::HoldsDriver) => {
+            faults::hold_driver(device);
+            block(device)
+        }
         _ => {}
     }
     let comm = Arc::new(Comm {
@@ -417,55 +421,7 @@ pub unsafe extern "C" fn ncclCommGrow(
     INVALID_USAGE
 }
 
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ncclGroupStart() -> c_int {
-    GROUP_DEPTH.set(GROUP_DEPTH.get() + 1);
-    SUCCESS
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn ncclGroupEnd() -> c_int {
-    match GROUP_DEPTH.get() {
-        0 => return INVALID_USAGE,
-        depth => GROUP_DEPTH.set(depth - 1),
-    }
-    if GROUP_DEPTH.get() > 0 {
-        return SUCCESS;
-    }
-    let mut operations = GROUP.take();
-    // All sends first: nothing in a group waits for something else of it to start.
-    operations.sort_by_key(|(.., operation)| !matches!(operation.kind, Kind::Send { .. }));
-    let mut result: c_int = SUCCESS;
-    for (comm, stream, operation) in operations {
-        if !comms().values().any(|live| Arc::ptr_eq(live, &comm)) {
-            misuse("ncclGroupEnd with an operation of a communicator that is not live");
-        }
-        let code = start(&comm, stream as Handle, operation);
-        if comm.is_aborted() {
-            // The call was stuck, and an abort freed it.
-            return SUCCESS;
-        }
-        result = if code == SUCCESS { result } else { code };
-    }
-    result
-}
-
-/// Takes an operation: into the thread's group if there is one, else onto its stream.
-fn take(handle: Handle, stream: Handle, operation: Operation, call: &str) -> c_int {
-    let comm: Arc<Comm> = comm(handle, call);
-    if GROUP_DEPTH.get() == 0 {
-        return start(&comm, stream, operation);
-    }
-    let number: u64 = comm.n_grouped.fetch_add(1, Ordering::AcqRel) + 1;
-    if comm.faults.grouped == Some(number) {
-        comm.hang();
-        return SUCCESS;
-    }
-    GROUP.with_borrow_mut(|group| group.push((comm, stream as usize, operation)));
-    SUCCESS
-}
-
-fn start(comm: &Arc<Comm>, stream: Handle, operation: Operation) -> c_int {
+pub fn start(comm: &Arc<Comm>, stream: Handle, operation: Operation) -> c_int {
     if comm.revoked.load(Ordering::Acquire) {
         return INVALID_USAGE;
     }

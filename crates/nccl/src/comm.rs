@@ -229,8 +229,8 @@ impl Communicator {
     }
 
     /// Stops the operations of this rank's end, and keeps what it holds. It goes on in the
-    /// background; [`poll`](Self::poll) says when it is done. Operations that are enqueued then fail
-    /// with [`ResultCode::InvalidUsage`](crate::ResultCode::InvalidUsage), and so may
+    /// background; [`poll`](Self::poll) says when it is done. Operations that are enqueued then
+    /// fail with [`ResultCode::InvalidUsage`](crate::ResultCode::InvalidUsage), and so may
     /// [`close`](Self::close): what is left to do is to abort. Other ranks notice nothing but that
     /// this one does not go on.
     ///

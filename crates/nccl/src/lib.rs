@@ -44,8 +44,8 @@
 //!   there is a communicator nothing can be aborted, and drawing an id and starting look for
 //!   networks and set CUDA up. A call of these two that was given up may hold the driver: freeing
 //!   and allocating device memory may wait for it ([`Library::stuck_for`] tells).
-//! - **The environment counts.** `NCCL_COMM_BLOCKING=1`, there or in NCCL's `nccl.conf`, makes calls
-//!   wait for peers. The variable is refused; by the file it is the deadlines above that hold.
+//! - **The environment counts.** `NCCL_COMM_BLOCKING=1`, there or in NCCL's `nccl.conf`, makes
+//!   calls wait for peers. The variable is refused; with the file, the deadlines above hold.
 //! - **After any fault only [`Aborter::abort`] is safe.** Destroying waits for peers. Dropping a
 //!   [`Communicator`] that was not closed aborts it.
 //!

@@ -1,7 +1,8 @@
-//! NCCL on this machine: forms, sums, survives a peer's death, and forms again.
+//! NCCL on this machine: forms, sums, aborts, survives a peer's death, and forms again.
 //!
-//! Two ranks are processes of this program on one device, with a host name each (`NCCL_HOSTID`):
-//! NCCL takes them for two machines then, and they talk over sockets. So one card is enough.
+//! Ranks are processes of this program. Two are on one device, with a host name each
+//! (`NCCL_HOSTID`): NCCL takes them for two machines then, and they talk over sockets. So one card
+//! is enough; should NCCL refuse even so, what one rank alone does is still known.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
@@ -26,9 +27,8 @@ const PATIENT: Duration = Duration::from_secs(60);
 const DEADLINE: Duration = Duration::from_secs(180);
 /// Numbers of a sum: the gradients of a small model.
 const N: usize = 3 << 20;
-const WORLD: usize = 2;
 
-/// `lacuna-worker gpu-check-rank`: one of the two.
+/// `lacuna-worker gpu-check-rank`: one of them.
 #[derive(Args, Debug)]
 pub struct RankArgs {
     /// Place in the group.
@@ -39,14 +39,28 @@ pub struct RankArgs {
     transport: TransportArgs,
 }
 
-/// What a rank says, in this order; rank 1 ends after `summed`.
-const STEPS: [&str; 6] = ["listening", "formed", "summed", "lost", "left", "reformed"];
+/// What a rank says: `aborted` alone, and `summing` and `lost` with a peer.
+const STEPS: [&str; 8] =
+    ["listening", "formed", "summed", "aborted", "summing", "lost", "left", "reformed"];
 
-/// Runs both ranks; the result holds what each said and when.
+/// Runs one rank: forms, sums, aborts, forms again.
+pub fn single(transport: &TransportArgs) -> anyhow::Result<(bool, String, Value)> {
+    let started = Instant::now();
+    let mut rank = Rank::start(0, transport)?;
+    let address = rank.hear("listening")?;
+    rank.tell(&address)?;
+    let mut heard: Vec<Value> = Vec::new();
+    for step in ["formed", "summed", "aborted", "left", "reformed"] {
+        heard.push(json!({ "rank": 0, "step": step, "ms": rank.hear(step)? }));
+    }
+    Ok(outcome(heard, started))
+}
+
+/// Runs two ranks, of which one is killed while both sum; the result holds what each said and when.
 pub fn pair(transport: &TransportArgs) -> anyhow::Result<(bool, String, Value)> {
     let started = Instant::now();
     let mut ranks: Vec<Rank> =
-        (0..WORLD).map(|rank| Rank::start(rank, transport)).collect::<Result<_, _>>()?;
+        (0..2).map(|rank| Rank::start(rank, transport)).collect::<Result<_, _>>()?;
     let addresses: Vec<String> =
         ranks.iter_mut().map(|rank| rank.hear("listening")).collect::<Result<_, _>>()?;
     for rank in &mut ranks {
@@ -59,20 +73,26 @@ pub fn pair(transport: &TransportArgs) -> anyhow::Result<(bool, String, Value)> 
             heard.push(json!({ "rank": rank.rank, "step": step, "ms": took }));
         }
     }
-    // Both are idle inside the group: one is killed, the other enters a sum.
-    ranks[1].child.kill().context("kill rank 1")?;
-    ranks[0].tell("go on")?;
-    for step in &STEPS[3..] {
-        let took = ranks[0].hear(step)?;
-        heard.push(json!({ "rank": 0, "step": step, "ms": took }));
+    for rank in &mut ranks {
+        rank.hear("summing")?;
     }
+    // Both sum without a pause, so it mostly dies inside a sum.
+    ranks[1].child.kill().context("kill rank 1")?;
+    for step in ["lost", "left", "reformed"] {
+        heard.push(json!({ "rank": 0, "step": step, "ms": ranks[0].hear(step)? }));
+    }
+    Ok(outcome(heard, started))
+}
+
+/// Puts what was heard into a line for people and the detail of an item.
+fn outcome(heard: Vec<Value>, started: Instant) -> (bool, String, Value) {
     let text: Vec<String> = heard
         .iter()
         .filter(|entry| entry["rank"] == 0)
         .map(|entry| format!("{} {} ms", entry["step"], entry["ms"]).replace('"', ""))
         .collect();
     let detail = json!({ "heard": heard, "seconds": started.elapsed().as_secs_f64() });
-    Ok((true, text.join(", "), detail))
+    (true, text.join(", "), detail)
 }
 
 /// A rank's process, seen from the check.
@@ -148,7 +168,7 @@ pub fn prepare(args: &RankArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Is one of the two ranks.
+/// Is one of the ranks.
 pub fn rank(args: &RankArgs) -> anyhow::Result<u8> {
     let transport = &args.transport;
     let setup =
@@ -170,16 +190,37 @@ pub fn rank(args: &RankArgs) -> anyhow::Result<u8> {
     };
     let mut comm = timed("formed", || Ok(form(&group(1, args.rank, members.clone()))?))?;
     timed("summed", || sum(&setup, &mut comm))?;
-    let _ = heard()?;
-    let lost = timed("lost", || Ok(comm.barrier(PATIENT)))?;
-    ensure!(
-        matches!(lost, Err(CollectiveError::PeerLost { rank: 1, .. })),
-        "rank 1 was killed, and rank 0 saw: {lost:?}"
-    );
+    match members.len() {
+        1 => timed("aborted", || {
+            comm.abort_handle().abort("to see whether it can be");
+            let aborted = comm.barrier(PATIENT);
+            ensure!(matches!(aborted, Err(CollectiveError::Aborted { .. })), "{aborted:?}");
+            Ok(())
+        })?,
+        _ => lose_the_peer(&mut comm)?,
+    }
     timed("left", || Ok(comm.leave()?))?;
     let mut alone = timed("reformed", || Ok(form(&group(2, 0, vec![members[0]]))?))?;
     sum(&setup, &mut alone)?;
     Ok(0)
+}
+
+/// Sums without a pause until rank 1 is gone.
+fn lose_the_peer(comm: &mut NcclCollective) -> anyhow::Result<()> {
+    let mut values: Vec<i64> = vec![1; N];
+    say("summing", 0);
+    let end = Instant::now() + PATIENT;
+    let lost = timed("lost", || {
+        loop {
+            if let Err(error) = comm.all_reduce_i64(&mut values, PATIENT) {
+                return Ok(error);
+            }
+            ensure!(Instant::now() < end, "nobody killed rank 1");
+        }
+    })?;
+    let is_named = matches!(lost, CollectiveError::PeerLost { rank: 1, .. });
+    ensure!(is_named, "rank 1 was killed, and rank 0 saw: {lost:?}");
+    Ok(())
 }
 
 /// Sums on the device and over the host, and compares every number.

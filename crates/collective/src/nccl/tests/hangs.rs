@@ -95,6 +95,18 @@ fn a_start_that_does_not_return_is_given_up_at_the_deadline() {
     assert!(CollectiveError::Blocked { call, waited: PATIENT }.ends_process());
 }
 
+/// A call that is stuck in NCCL may keep the driver: who forms anew must not wait for it.
+#[test]
+fn forming_anew_while_a_stuck_call_holds_the_driver_is_given_up_too() {
+    let deadline = Duration::from_secs(1);
+    for faults in ["init-holds-driver", ""] {
+        let started = Instant::now();
+        let error = alone_on(23, faults, AbortHandle::new(), deadline).expect_err("it blocks");
+        assert!(started.elapsed() < deadline + BOUND);
+        assert!(matches!(error, CollectiveError::Blocked { .. }), "{error:?}");
+    }
+}
+
 #[test]
 fn an_abort_ends_forming_in_every_state() {
     for (device, faults) in [(14, "init-hangs"), (15, "init-blocks")] {
