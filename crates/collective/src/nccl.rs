@@ -112,12 +112,12 @@ impl NcclCollective {
     }
 
     fn wait_formed(&mut self, end: Instant) -> Result<(), CollectiveError> {
-        let _armed = self.comm.until(end);
+        let armed = self.comm.until(end);
         let mut watch = Watch::new();
         loop {
             self.abort.check()?;
             match self.comm.poll() {
-                Ok(Progress::Done) => return Ok(()),
+                Ok(Progress::Done) => break,
                 // Aborted because the time is over, which is what is said then.
                 Err(NcclError::Aborted) if self.comm.has_rung() => {}
                 Ok(Progress::Going) => {}
@@ -130,6 +130,12 @@ impl NcclCollective {
             self.look_for_departed(&mut watch)?;
             watch.pause();
         }
+        drop(armed);
+        if self.comm.has_rung() {
+            // In the last moment.
+            return Err(self.timed_out());
+        }
+        Ok(())
     }
 
     /// Runs an operation in pieces of what the staging holds.
@@ -252,6 +258,13 @@ impl NcclCollective {
         }
     }
 
+    /// Names a member that has gone.
+    fn went(&self) -> Option<CollectiveError> {
+        let (rank, addr) = self.mesh.departed().ok().flatten()?;
+        let source = Arc::new(io::Error::from(io::ErrorKind::UnexpectedEof));
+        Some(CollectiveError::PeerLost { rank, addr, op_seq: self.mesh.op_seq(), source })
+    }
+
     /// All have entered: whose bytes are missing is known to the devices only.
     fn timed_out(&self) -> CollectiveError {
         CollectiveError::Timeout { op_seq: self.mesh.op_seq(), waiting_for: Vec::new() }
@@ -278,7 +291,9 @@ impl NcclCollective {
     /// itself.
     fn blame(&self, error: NcclError) -> CollectiveError {
         if error == NcclError::Aborted && self.comm.has_rung() {
-            return self.abort.check().err().unwrap_or_else(|| self.timed_out());
+            let aborted = self.abort.check().err();
+            // Whoever went while a call was stuck is why.
+            return aborted.or_else(|| self.went()).unwrap_or_else(|| self.timed_out());
         }
         let op_seq: u64 = self.mesh.op_seq();
         let own_fault = error.code() == Some(ResultCode::UnhandledCudaError);

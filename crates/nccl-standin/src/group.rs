@@ -37,7 +37,7 @@ pub unsafe extern "C" fn ncclGroupEnd() -> c_int {
             misuse("ncclGroupEnd with an operation of a communicator that is not live");
         }
         let code = start(&comm, stream as Handle, operation);
-        if comm.is_aborted() {
+        if comm.is_aborted() && !comm.revoked.load(Ordering::Acquire) {
             // The call was stuck, and an abort freed it.
             return SUCCESS;
         }

@@ -60,7 +60,7 @@ pub struct Comm {
     n_operations: AtomicU64,
     /// Operations that were put into groups.
     pub n_grouped: AtomicU64,
-    revoked: AtomicBool,
+    pub revoked: AtomicBool,
     in_flight: AtomicUsize,
     busy_until: Mutex<Option<Instant>>,
     forming: AtomicBool,
@@ -380,6 +380,10 @@ pub unsafe extern "C" fn ncclCommDestroy(handle: Handle) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommRevoke(handle: Handle, _flags: c_int) -> c_int {
     let comm: Arc<Comm> = comm(handle, "ncclCommRevoke");
+    let state: c_int = comm.state.load(Ordering::Acquire);
+    if !matches!(state, SUCCESS | IN_PROGRESS) {
+        return state;
+    }
     if comm.revoked.swap(true, Ordering::AcqRel) {
         return INVALID_USAGE;
     }

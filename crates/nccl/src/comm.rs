@@ -12,6 +12,7 @@ use crate::abort::{Free, Shared};
 use crate::api::{Api, RawComm, RawConfig, RawResult};
 use crate::keeper::{Answer, Armed, ask, hand_over};
 use crate::library::{IN_PROGRESS, SUCCESS};
+use crate::operations::refuse_open_group;
 use crate::{Aborter, Library, NcclError, StartError, UniqueId};
 
 /// First pause between two looks at a communicator; doubles up to [`PAUSE_MAX`].
@@ -87,7 +88,8 @@ impl Communicator {
     /// runs on a thread of its own, which is left to itself at `deadline` or once `stop` says so.
     /// The thread runs `enter` first: it makes the device current there, and makes whatever must
     /// not be made by a caller that cannot wait, since a call of NCCL that is stuck may hold the
-    /// driver. What `enter` made comes with the communicator, or is dropped there, behind it.
+    /// driver. What `enter` made comes with the communicator, or is dropped there, behind it. The
+    /// time that it takes counts, and is said to be the call's.
     ///
     /// # Errors
     /// [`StartError::Enter`], or as [`StartError::Nccl`]: [`NcclError::Call`],
@@ -147,14 +149,14 @@ impl Communicator {
         Ok(Self { shared: shared(), world, rank, _not_sync: PhantomData })
     }
 
-    /// Limits the calls made while the value that is returned lives: where one has not returned at
-    /// `end`, or one begins later than that, an abort ends it, and it fails with
-    /// [`NcclError::Aborted`]. Calls outside take as long as [`CommConfig::call_limit`] each.
+    /// Limits the calls made while the value that is returned lives: at `end` an abort begins, and
+    /// ends a call that has not returned, which fails with [`NcclError::Aborted`]. Of several such
+    /// values the earliest end counts. Calls outside may take [`CommConfig::call_limit`] each.
     pub fn until(&self, end: Instant) -> Armed {
         self.shared.until(end)
     }
 
-    /// Tells whether a call took too long: then the communicator is aborted.
+    /// Tells whether such an end came, or that of a call: then the communicator is aborted.
     pub fn has_rung(&self) -> bool {
         self.shared.clock.has_rung()
     }
@@ -201,7 +203,11 @@ impl Communicator {
         const WHAT: &str = "the communicator";
         let started = Instant::now();
         let mut pause: Duration = PAUSE_MIN;
-        while self.poll()? == Progress::Going {
+        let poll = || {
+            let _armed = self.shared.until_after(deadline);
+            self.poll()
+        };
+        while poll()? == Progress::Going {
             if stop() {
                 return Err(NcclError::Stopped { what: WHAT });
             }
@@ -218,9 +224,12 @@ impl Communicator {
     /// operations complete first. After a fault use [`Aborter::abort`] instead.
     ///
     /// # Errors
-    /// Those of [`wait`](Self::wait), and [`NcclError::AbortHangs`] if freeing takes until
-    /// `deadline`; the communicator is aborted then.
+    /// Those of [`wait`](Self::wait), with which the communicator is aborted, and
+    /// [`NcclError::AbortHangs`] if freeing takes until `deadline`: nothing can end that.
+    /// [`NcclError::GroupOpen`].
     pub fn close(self, deadline: Instant, stop: impl Fn() -> bool) -> Result<(), NcclError> {
+        refuse_open_group()?;
+        let _armed = self.shared.until_after(deadline);
         // SAFETY: the communicator is live and locked.
         self.call("ncclCommFinalize", |api, raw| unsafe { (api.comm_finalize)(raw) })?;
         self.wait(deadline, stop)?;
@@ -235,8 +244,10 @@ impl Communicator {
     /// this one does not go on.
     ///
     /// # Errors
-    /// [`NcclError::Unsupported`] before NCCL 2.28.7, and [`NcclError::Call`].
+    /// [`NcclError::Unsupported`] before NCCL 2.28.7, [`NcclError::Call`],
+    /// [`NcclError::GroupOpen`].
     pub fn revoke(&self) -> Result<Progress, NcclError> {
+        refuse_open_group()?;
         let revoke = self.shared.library.api().comm_revoke;
         let revoke = revoke.ok_or_else(|| self.unsupported("ncclCommRevoke"))?;
         // SAFETY: the communicator is live and locked; 0 is the only flag there is.

@@ -114,9 +114,9 @@ pub enum NcclError {
     #[error("`NCCL_COMM_BLOCKING` is set to 1, which makes calls of NCCL wait: unset it")]
     Blocking,
     /// This machine failed.
-    #[error("failed to start a thread: {reason}")]
+    #[error("a thread for NCCL failed: {reason}")]
     Thread {
-        /// What the system said.
+        /// What the system said, or that it panicked.
         reason: String,
     },
 }

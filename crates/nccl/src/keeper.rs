@@ -8,6 +8,7 @@
 //! It lives as long as the communicator. Up to NCCL 2.26, what a call starts in the background
 //! works in memory of the thread that made the call.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SendError, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -18,6 +19,8 @@ use crate::{Library, NcclError};
 
 /// How often a wait for a call asks whether it shall stop.
 const TICK: Duration = Duration::from_millis(20);
+/// How much longer than the wait that it belongs to a call may take.
+const GRACE: Duration = Duration::from_millis(100);
 /// How often a communicator that nobody waited for is looked at until it is freed.
 const LET_GO_EVERY: Duration = Duration::from_secs(5);
 
@@ -30,8 +33,10 @@ pub(crate) struct Clock {
 
 #[derive(Default)]
 struct State {
-    /// When the communicator is aborted; none while the owner makes no call.
-    rings_at: Option<Instant>,
+    /// When the communicator is aborted, by number of the value that says so: the earliest counts.
+    limits: Vec<(u64, Instant)>,
+    /// Number of the newest of them.
+    last: u64,
     /// Until when the thread sleeps; none where it waits to be woken.
     sleeps_until: Option<Instant>,
     has_rung: bool,
@@ -42,8 +47,9 @@ struct State {
 /// [`Communicator::until`](crate::Communicator::until).
 #[must_use]
 pub struct Armed {
-    /// None where another value limits them already.
-    shared: Option<Arc<Shared>>,
+    shared: Arc<Shared>,
+    /// 0 where it limits nothing.
+    number: u64,
 }
 
 impl Clock {
@@ -51,12 +57,15 @@ impl Clock {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Rings at `end`. Deadlines are alike, so the thread mostly wakes early enough by itself.
-    fn set(&self, state: &mut State, end: Instant) {
-        state.rings_at = Some(end);
+    /// Rings at `end`; returns the number to take that back with. Deadlines are alike, so the
+    /// thread mostly wakes early enough by itself.
+    fn add(&self, state: &mut State, end: Instant) -> u64 {
+        state.last += 1;
+        state.limits.push((state.last, end));
         if state.sleeps_until.is_none_or(|until| until > end) {
             self.changed.notify_one();
         }
+        state.last
     }
 
     /// Tells whether a call took too long.
@@ -72,27 +81,32 @@ impl Clock {
 }
 
 impl Shared {
-    /// Limits calls up to `end`, whatever limits them already.
+    /// Limits calls up to `end`.
     pub(crate) fn until(self: &Arc<Self>, end: Instant) -> Armed {
-        self.clock.set(&mut self.clock.state(), end);
-        Armed { shared: Some(Arc::clone(self)) }
+        let number: u64 = self.clock.add(&mut self.clock.state(), end);
+        Armed { shared: Arc::clone(self), number }
+    }
+
+    /// Limits one call of a wait that ends at `deadline`: a little later, since the wait itself
+    /// notices when it is over.
+    pub(crate) fn until_after(self: &Arc<Self>, deadline: Instant) -> Armed {
+        self.until(deadline.max(Instant::now()) + GRACE)
     }
 
     /// Limits one call, unless something does already.
     pub(crate) fn arm(self: &Arc<Self>) -> Armed {
         let mut state = self.clock.state();
-        if state.rings_at.is_some() {
-            return Armed { shared: None };
-        }
-        self.clock.set(&mut state, Instant::now() + self.call_limit);
-        Armed { shared: Some(Arc::clone(self)) }
+        let end = Instant::now().checked_add(self.call_limit).filter(|_| state.limits.is_empty());
+        let number: u64 = end.map_or(0, |end| self.clock.add(&mut state, end));
+        Armed { shared: Arc::clone(self), number }
     }
 
     /// Aborts the communicator where a call takes too long, until it is freed.
     fn keep_time(self: &Arc<Self>) {
         let mut state = self.clock.state();
         while !state.is_over {
-            let rings_at = state.rings_at.filter(|_| !state.has_rung);
+            let earliest = state.limits.iter().map(|(_, end)| *end).min();
+            let rings_at = earliest.filter(|_| !state.has_rung);
             let left = rings_at.map(|at| at.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
                 state.has_rung = true;
@@ -116,9 +130,7 @@ impl Shared {
 
 impl Drop for Armed {
     fn drop(&mut self) {
-        if let Some(shared) = &self.shared {
-            shared.clock.state().rings_at = None;
-        }
+        self.shared.clock.state().limits.retain(|(number, _)| *number != self.number);
     }
 }
 
@@ -170,6 +182,9 @@ pub(crate) fn ask<T: Send + 'static>(
     stop: impl Fn() -> bool,
     work: impl FnOnce(Answer<T>) + Send + 'static,
 ) -> Result<T, NcclError> {
+    if stop() {
+        return Err(NcclError::Stopped { what: call });
+    }
     let asked = Instant::now();
     let left = || deadline.saturating_duration_since(Instant::now());
     if left().is_zero() {
@@ -180,10 +195,12 @@ pub(crate) fn ask<T: Send + 'static>(
     }
     // Without room for an answer: it is either taken or stays with the thread.
     let (channel, answers) = sync_channel(0);
-    let given_up: Library = library.clone();
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let number: u64 = LAST.fetch_add(1, Ordering::Relaxed);
+    let returned = Returned { library: library.clone(), number };
     let spawned = thread::Builder::new().name("nccl-keeper".to_string()).spawn(move || {
+        let _returned = returned;
         work(Answer { channel });
-        given_up.stuck().retain(|since| *since != asked);
     });
     spawned.map_err(|err| NcclError::Thread { reason: err.to_string() })?;
     let fault = loop {
@@ -191,7 +208,7 @@ pub(crate) fn ask<T: Send + 'static>(
             Ok(answer) => return Ok(answer),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
-                break NcclError::Thread { reason: format!("that of `{call}` panicked") };
+                return Err(NcclError::Thread { reason: format!("it panicked around `{call}`") });
             }
         }
         if stop() {
@@ -202,7 +219,19 @@ pub(crate) fn ask<T: Send + 'static>(
         }
     };
     // Before the thread can learn that nobody waits: it is what takes the call out again.
-    library.stuck().push(asked);
+    library.stuck().push((number, asked));
     drop(answers);
     Err(fault)
+}
+
+/// Takes a call out of those that have not returned, however its thread ends.
+struct Returned {
+    library: Library,
+    number: u64,
+}
+
+impl Drop for Returned {
+    fn drop(&mut self) {
+        self.library.stuck().retain(|(number, _)| *number != self.number);
+    }
 }

@@ -4,10 +4,11 @@
 //!   starts where none is installed: [`Library::find`] says what is missing. It takes symbols that
 //!   the process has already (libtorch brings NCCL along) before it opens a file;
 //!   [`Library::open`] takes the file that is named, whatever else there is.
-//! - **Nothing waits without a deadline.** Communicators are made with `blocking = 0`: calls return
+//! - **No call waits without a deadline.** Communicators are made with `blocking = 0`: calls return
 //!   with what they know ([`Progress`]), and what waits takes a deadline and a way to stop. Where
 //!   NCCL itself gets stuck in a call, an abort ends it in time ([`Communicator::until`]); before
-//!   there is a communicator to abort, the call is left to a thread of its own.
+//!   there is a communicator to abort, the call is left to a thread of its own. Opening a library
+//!   is the dynamic loader's work, and takes what it takes.
 //! - **It can be aborted** at any moment of a communicator's life, from any thread, while another
 //!   thread is inside a call, and the abort itself has a deadline ([`Aborter`]).
 //! - **Every error is a [`Result`]** with NCCL's code and its own last words ([`NcclError`]).
@@ -40,10 +41,11 @@
 //! - **An aborted operation looks like a finished one**: the stream passes it and reports no error,
 //!   and the buffer holds garbage (measured with 2.28.9). Ask whether the communicator was aborted
 //!   before reading a result.
-//! - **Calls return at once, unless NCCL itself gets stuck.** An abort frees a call that is. Before
-//!   there is a communicator nothing can be aborted, and drawing an id and starting look for
-//!   networks and set CUDA up. A call of these two that was given up may hold the driver: freeing
-//!   and allocating device memory may wait for it ([`Library::stuck_for`] tells).
+//! - **Calls return at once, unless NCCL itself gets stuck.** An abort frees a call that is, as
+//!   NCCL means it to; one that stays even so is for whoever watches the process. Before there is a
+//!   communicator nothing can be aborted, and drawing an id and starting look for networks and set
+//!   CUDA up. A call of these two that was given up may hold the driver: freeing and allocating
+//!   device memory may wait for it ([`Library::stuck_for`] tells).
 //! - **The environment counts.** `NCCL_COMM_BLOCKING=1`, there or in NCCL's `nccl.conf`, makes
 //!   calls wait for peers. The variable is refused; with the file, the deadlines above hold.
 //! - **After any fault only [`Aborter::abort`] is safe.** Destroying waits for peers. Dropping a

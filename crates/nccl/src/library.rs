@@ -33,8 +33,8 @@ struct Shared {
     api: Api,
     version: Version,
     origin: Origin,
-    /// Since when calls that were given up have not returned.
-    stuck: Mutex<Vec<Instant>>,
+    /// Calls that were given up and have not returned: number, and since when.
+    stuck: Mutex<Vec<(u64, Instant)>>,
     /// Never closed: NCCL has threads of its own.
     _handle: ManuallyDrop<Handle>,
 }
@@ -216,10 +216,10 @@ impl Library {
 
     /// Returns for how long the oldest call that was given up has not returned.
     pub fn stuck_for(&self) -> Option<Duration> {
-        self.stuck().iter().min().map(Instant::elapsed)
+        self.stuck().iter().map(|(_, since)| since.elapsed()).max()
     }
 
-    pub(crate) fn stuck(&self) -> MutexGuard<'_, Vec<Instant>> {
+    pub(crate) fn stuck(&self) -> MutexGuard<'_, Vec<(u64, Instant)>> {
         self.shared.stuck.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

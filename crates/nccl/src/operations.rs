@@ -282,7 +282,7 @@ fn leave_group_open() -> NcclError {
     NcclError::Aborted
 }
 
-fn refuse_open_group() -> Result<(), NcclError> {
+pub(crate) fn refuse_open_group() -> Result<(), NcclError> {
     if GROUP_OPEN.get() { Err(NcclError::GroupOpen) } else { Ok(()) }
 }
 

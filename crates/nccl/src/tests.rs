@@ -53,7 +53,16 @@ impl Rank {
     }
 
     fn start_with(library: &Library, seat: Seat, config: CommConfig) -> Result<Self, NcclError> {
-        let device: Device = device(seat.rank);
+        Self::start_on(seat.rank, library, seat, config)
+    }
+
+    fn start_on(
+        ordinal: usize,
+        library: &Library,
+        seat: Seat,
+        config: CommConfig,
+    ) -> Result<Self, NcclError> {
+        let device: Device = device(ordinal);
         let there = device.clone();
         let enter = move || there.make_current();
         let started =

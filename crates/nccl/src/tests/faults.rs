@@ -4,7 +4,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lacuna_nccl_standin::inject;
+use lacuna_nccl_standin::{hanging, inject};
 
 use super::{PATIENT, Rank, library, on_each, sum, until};
 use crate::{CommConfig, Communicator, NcclError, ResultCode, Seat};
@@ -69,9 +69,14 @@ fn abort_inside_an_operation_that_a_rank_never_joins() {
 fn abort_of_a_call_that_does_not_return() {
     on_each(1, |library, id, rank| {
         inject("op-blocks@1");
-        let me = Rank::start(library, id, 1, rank).unwrap().ready().unwrap();
+        let seat = Seat { id: *id, world: 1, rank };
+        let me = Rank::start_on(31, library, seat, CommConfig::default()).unwrap();
+        let me = me.ready().unwrap();
         let aborter = me.comm.aborter();
-        let other = thread::spawn(move || aborter.abort(PATIENT));
+        let other = thread::spawn(move || {
+            until("the call is stuck", || hanging(31) > 0);
+            aborter.abort(PATIENT)
+        });
         assert_eq!(sum(&me).expect_err("the abort ends it"), NcclError::Aborted);
         other.join().unwrap().expect("the abort returns");
         abort(&me);
