@@ -38,6 +38,33 @@ fn what_a_library_lacks_is_an_error_when_it_is_called() {
     assert_eq!(error.to_string(), "NCCL 2.28.9 has no `ncclCommRevoke`");
 }
 
+/// NVIDIA's own library, as far as it goes without a device; `make setup CUDA=1` fetches it.
+#[test]
+fn the_true_library_is_understood() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../third_party");
+    let fetched = Path::new(root).join("wheels/nvidia/nccl/lib/libnccl.so.2");
+    if !fetched.is_file() {
+        return println!("skipped: no NCCL here (`make setup CUDA=1` fetches one)");
+    }
+    let library = Library::open(&fetched).expect("it has all that is needed");
+    let (version, found) = (library.version(), library.capabilities());
+    let since = |code| version >= Version::from_code(code);
+    let expected = Capabilities { shrink: since(22700), revoke: since(22807), grow: since(22900) };
+    assert_eq!(found, expected, "{version}");
+    let end = || Instant::now() + super::PATIENT;
+    let id = library.unique_id(end(), || false).expect("loopback works");
+    if Path::new("/dev/nvidiactl").exists() {
+        return println!("skipped: starting without a device, since there is one");
+    }
+    let (seat, config) = (Seat { id, world: 1, rank: 0 }, CommConfig::default());
+    let enter = || Ok::<(), std::io::Error>(());
+    let started = Communicator::start(&library, seat, config, enter, end(), || false);
+    let Err(StartError::Nccl(error)) = started else { panic!("{started:?}") };
+    println!("NCCL {version} without a device: {error}");
+    assert!(matches!(error, NcclError::Call { .. }), "{error:?}");
+    assert_eq!(error.code(), Some(ResultCode::UnhandledCudaError), "{error}");
+}
+
 #[test]
 fn a_missing_library_is_looked_for_everywhere() {
     let error = match Library::find(Some(Path::new("/nowhere/libnccl.so"))) {
