@@ -203,9 +203,10 @@ impl Coordinator {
         self.note("released", false, format!("an operator lets {worker} back in"));
     }
 
-    /// A process that could not begin will not begin any more: its agent starts another.
-    fn have_it_try_again(&mut self, worker: &WorkerId) {
-        if let Some(record) = self.workers.get_mut(worker).filter(|w| w.warm.is_none() && !w.ends) {
+    /// A process that could not begin will not begin any more. It ends, and its agent starts
+    /// another, unless that was told to start one only.
+    pub(super) fn have_it_try_again(&mut self, worker: &WorkerId) {
+        if let Some(record) = self.workers.get_mut(worker).filter(|w| w.warm.is_none()) {
             record.ends = true;
             let (code, why) = (exit::IO, "an operator lets it try again".to_string());
             let incarnation = record.incarnation;

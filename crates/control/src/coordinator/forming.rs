@@ -261,8 +261,10 @@ impl Coordinator {
         if !unfit.is_empty() {
             text += &format!("; unfit: {}", note_texts::reasons(&unfit));
         }
+        // Whoever tries again and again is listed in between too, or the text changed each time.
+        let known: BTreeSet<&WorkerId> = self.workers.keys().chain(unfit.keys()).collect();
         let out: Vec<&str> =
-            self.workers.keys().filter(|id| !self.is_free(id)).map(WorkerId::as_str).collect();
+            known.into_iter().filter(|id| !self.is_free(id)).map(WorkerId::as_str).collect();
         if !out.is_empty() {
             text += &format!("; kept out: {} (`lacuna release` lets them in)", out.join(", "));
         }

@@ -103,6 +103,10 @@ impl Coordinator {
             known.stream_lost = None;
             known.endpoint = endpoint;
             known.state = state;
+            if known.ends {
+                // It was told to, and may not have heard.
+                self.have_it_try_again(&worker);
+            }
             self.welcome_back(now, &worker, generation, up);
             return;
         }

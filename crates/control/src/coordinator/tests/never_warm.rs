@@ -156,6 +156,39 @@ fn a_run_whose_sound_workers_stay_away_fails_with_its_unfit_ones_in_the_end() {
 }
 
 #[test]
+fn the_end_of_hope_is_a_deadline_that_pauses_of_this_process_move() {
+    let mut told = Told::train(&["a"]);
+    exits(&mut told, "a");
+    let began = told.ms;
+    fails(&mut told, "b", true);
+    told.wait(1_000);
+    let end = Timestamp::from_millis(began + 600_000);
+    assert_eq!(told.machine.next_deadline(), Some((end, "hope")));
+    let paused = std::time::Duration::from_secs(5);
+    told.machine.excuse(paused);
+    told.wait(1);
+    assert_eq!(told.machine.next_deadline(), Some((end + paused, "hope")));
+}
+
+#[test]
+fn what_is_waited_for_is_said_once_while_an_unfit_one_that_is_kept_out_tries_again() {
+    let mut told = Told::train(&["a", "b"]);
+    breaks(&mut told, "b", Generation(1), "device lost");
+    exits(&mut told, "b");
+    exits(&mut told, "a");
+    told.wait(1_000);
+    fails(&mut told, "b", true);
+    let all = format!("unfit: b:0: {WHY}; kept out: b:0 (`lacuna release` lets them in)");
+    assert!(told.text.contains(&all), "{}", told.text);
+    told.text.clear();
+    for _ in 0..3 {
+        told.wait(100);
+        fails(&mut told, "b", true);
+    }
+    assert!(!told.text.contains("note"), "{}", told.text);
+}
+
+#[test]
 fn one_that_could_not_begin_begins_anew_when_it_is_released() {
     let mut told = Told::train(&["a"]);
     told.hello("b", None, 0, false);
@@ -166,6 +199,8 @@ fn one_that_could_not_begin_begins_anew_when_it_is_released() {
     told.tell("an operator lets it in", Event::Release { worker: "b:0".parse().unwrap() });
     let exit = "to b:0: Exit { code: 74, why: \"an operator lets it try again\" }";
     assert!(told.text.contains(exit), "{}", told.text);
+    told.hello("b", None, 0, false);
+    assert_eq!(told.text.matches(exit).count(), 2, "it may not have heard: {}", told.text);
 }
 
 #[test]
