@@ -66,63 +66,29 @@ impl Faults {
                 Some((name, number)) => (name, Some(number.parse::<u64>().ok()?)),
                 None => (name, None),
             };
-            let operation = match (name, number, code) {
-                ("init-error", None, Some(code)) => {
-                    faults.init = Some(Init::Error(code));
-                    continue;
-                }
-                ("init-fails", None, Some(code)) => {
-                    faults.init = Some(Init::Fails(code));
-                    continue;
-                }
-                ("init-hangs", None, None) => {
-                    faults.init = Some(Init::Hangs);
-                    continue;
-                }
-                ("init-blocks", None, None) => {
-                    faults.init = Some(Init::Blocks);
-                    continue;
-                }
-                ("init-holds-driver", None, None) => {
-                    faults.init = Some(Init::HoldsDriver);
-                    continue;
-                }
-                ("group-blocks", Some(number), None) => {
-                    faults.grouped = Some(number);
-                    continue;
-                }
-                ("finalize-hangs", None, None) => {
-                    faults.finalize = Some(Finalize::Hangs);
-                    continue;
-                }
-                ("finalize-blocks", None, None) => {
-                    faults.finalize = Some(Finalize::Blocks);
-                    continue;
-                }
-                ("destroy-hangs", None, None) => {
-                    faults.destroy_hangs = true;
-                    continue;
-                }
-                ("abort-hangs", None, None) => {
-                    faults.abort = Some(Abort::Hangs);
-                    continue;
-                }
-                ("abort-error", None, Some(code)) => {
-                    faults.abort = Some(Abort::Error(code));
-                    continue;
-                }
-                ("once", None, None) => {
-                    faults.once = true;
-                    continue;
-                }
-                ("op-error", Some(_), Some(code)) => Operation::Error(code),
-                ("op-fails", Some(_), Some(code)) => Operation::Fails(code),
-                ("op-blocks", Some(_), None) => Operation::Blocks,
-                ("op-hangs", Some(_), None) => Operation::Hangs,
-                ("device-lost", Some(_), None) => Operation::DeviceLost,
-                _ => return None,
+            let mut on = |number: u64, fault: Operation| {
+                faults.operations.insert(number, fault);
             };
-            faults.operations.insert(number?, operation);
+            match (name, number, code) {
+                ("op-error", Some(n), Some(code)) => on(n, Operation::Error(code)),
+                ("op-fails", Some(n), Some(code)) => on(n, Operation::Fails(code)),
+                ("op-blocks", Some(n), None) => on(n, Operation::Blocks),
+                ("op-hangs", Some(n), None) => on(n, Operation::Hangs),
+                ("device-lost", Some(n), None) => on(n, Operation::DeviceLost),
+                ("init-error", None, Some(code)) => faults.init = Some(Init::Error(code)),
+                ("init-fails", None, Some(code)) => faults.init = Some(Init::Fails(code)),
+                ("init-hangs", None, None) => faults.init = Some(Init::Hangs),
+                ("init-blocks", None, None) => faults.init = Some(Init::Blocks),
+                ("init-holds-driver", None, None) => faults.init = Some(Init::HoldsDriver),
+                ("group-blocks", Some(number), None) => faults.grouped = Some(number),
+                ("finalize-hangs", None, None) => faults.finalize = Some(Finalize::Hangs),
+                ("finalize-blocks", None, None) => faults.finalize = Some(Finalize::Blocks),
+                ("destroy-hangs", None, None) => faults.destroy_hangs = true,
+                ("abort-hangs", None, None) => faults.abort = Some(Abort::Hangs),
+                ("abort-error", None, Some(code)) => faults.abort = Some(Abort::Error(code)),
+                ("once", None, None) => faults.once = true,
+                _ => return None,
+            }
         }
         Some(faults)
     }
